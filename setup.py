@@ -1,0 +1,52 @@
+"""Packaging of dwc: what it is called, what it needs, which command it installs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version: dict[str, str] = {}
+exec((here / "dwc_kernels" / "version.py").read_text(encoding="utf-8"), version)
+
+test = ["hypothesis", "monai", "niimath", "pytest", "pytest-benchmark", "pytest-timeout"]
+
+setup(
+    name="dwc",
+    version=version["__version__"],
+    description="Distributed weight consolidation: train Bayesian 3D networks apart, consolidate them once",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["dwc", "dwc.*", "dwc_kernels", "dwc_kernels.*"]),
+    package_data={"dwc": ["*.yaml"], "dwc.data": ["*.tsv"]},
+    install_requires=[
+        "torch>=2.6",
+        "numpy",
+        "scipy",
+        "nibabel>=5",
+        "safetensors>=0.4",
+        "pandas>=2.2",
+        "matplotlib",
+        "tensorboard",
+        "tqdm",
+        "jsonargparse[signatures]>=4.40",
+    ],
+    extras_require={
+        "triton": ["triton>=3.3; platform_system == 'Linux'"],
+        "test": test,
+        "dev": [*test, "ruff"],
+    },
+    entry_points={"console_scripts": ["dwc = dwc.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
