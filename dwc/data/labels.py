@@ -1,0 +1,168 @@
+"""Label maps: which class of the network each label id of a segmentation belongs to.
+
+A label map is a table (TSV) of `index`, `class` and `name`. This room reads, checks and applies such tables. It reads no
+volumes and knows nothing of grids.
+"""
+
+import csv
+import hashlib
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from dwc.errors import InputError
+
+__all__ = ["LabelMap", "read_table"]
+
+_COLUMNS = ("index", "class", "name")
+_SIDES = ("Left-", "Right-", "ctx-lh-", "ctx-rh-")
+_MAX_CLASSES = 256  # classes are stored as uint8
+_MAX_ID = 1_000_000  # ids are looked up in a table of this length at most
+
+
+def read_table(path: str | os.PathLike, columns: tuple[str, ...] | None = None) -> list[dict[str, str]]:
+    """Rows of a tab-separated table with a header; lines that start with `#` and blank lines are comments.
+
+    Raises
+    ------
+    InputError
+        The file is missing, is not UTF-8 text, has other columns than `columns`, or a row of another length.
+    """
+    try:
+        lines = Path(str(path)).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"{path}: cannot read this table ({reason}); give a tab-separated text file") from error
+    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
+    records = [record for _, line in numbered for record in csv.reader([line], delimiter="\t")]
+    header, body = (records[0], records[1:]) if records else ([], [])
+    if columns is not None and tuple(header) != columns:
+        raise InputError(f"{path}: columns are {header or 'missing'}; write a tab-separated header {' '.join(columns)}")
+    for (number, _), record in zip(numbered[1:], body, strict=True):
+        if len(record) != len(header):
+            raise InputError(f"{path}, line {number}: {len(record)} columns, not {len(header)}; separate them by tabs")
+    return [dict(zip(header, record, strict=True)) for record in body]
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """A function from label ids to classes 0..n_classes-1; ids that are not listed are class 0.
+
+    Attributes
+    ----------
+    name : str
+        "fifty", "coarse" or the stem of the user's file.
+    ids, classes : tuple[int, ...]
+        Label id of each row and the class it belongs to.
+    names : tuple[str, ...]
+        Name of each class, without the side of the brain.
+    """
+
+    name: str
+    ids: tuple[int, ...]
+    classes: tuple[int, ...]
+    names: tuple[str, ...] = field(repr=False)
+
+    @classmethod
+    def load(cls, name_or_path: str | os.PathLike) -> "LabelMap":
+        """Load a label map: "fifty", "coarse", or the path of a TSV with the columns index, class and name.
+
+        "fifty" is FreeSurfer's aparc+aseg with left and right merged. "coarse" is "fifty" followed by a table that
+        gathers the 50 classes into 8 tissues and background.
+
+        Raises
+        ------
+        InputError
+            The table cannot be read, or lists an id twice, skips a class, or holds anything but integers >= 0.
+        """
+        if name_or_path == "fifty":
+            return cls._from_table("fifty", files(__package__) / "fifty_classes.tsv")
+        if name_or_path == "coarse":
+            coarse = cls._from_table("coarse", files(__package__) / "coarse_classes.tsv")
+            return cls.load("fifty").then(coarse)
+        if not Path(name_or_path).is_file():
+            raise InputError(f"{name_or_path}: no such label map; give fifty, coarse or the path of a TSV file")
+        return cls._from_table(Path(name_or_path).stem, name_or_path)
+
+    @classmethod
+    def _from_table(cls, name: str, path) -> "LabelMap":
+        rows = read_table(path, _COLUMNS)
+        if not rows:
+            raise InputError(f"{path}: the label map has no rows; list index, class and name")
+        class_of: dict[int, int] = {}
+        names: dict[int, str] = {}
+        for row in rows:
+            if not (row["index"].isdecimal() and row["class"].isdecimal()):
+                raise InputError(
+                    f"{path}: index {row['index']!r}, class {row['class']!r}; both must be whole numbers from 0 on"
+                )
+            index, klass = int(row["index"]), int(row["class"])
+            if index > _MAX_ID:
+                raise InputError(f"{path}: index {index} is larger than {_MAX_ID}; renumber the label ids")
+            if index in class_of:
+                raise InputError(f"{path}: index {index} is listed twice; list each id once")
+            class_of[index] = klass
+            names.setdefault(klass, _without_side(row["name"]))
+        if 0 in class_of and class_of[0] != 0:
+            raise InputError(f"{path}: index 0 is class {class_of[0]}; unlabelled voxels must be class 0")
+        names.setdefault(0, "Unknown")
+        missing = sorted(set(range(max(names) + 1)) - set(names))
+        if missing:
+            raise InputError(
+                f"{path}: no id has class {missing[0]}; number the classes 0..{len(names) - 1} without gaps"
+            )
+        if not 2 <= len(names) <= _MAX_CLASSES:
+            raise InputError(f"{path}: {len(names)} classes; a label map has 2 to {_MAX_CLASSES}")
+        return cls(name, tuple(class_of), tuple(class_of.values()), tuple(names[k] for k in range(len(names))))
+
+    def then(self, other: "LabelMap") -> "LabelMap":
+        """Compose: this map first, then `other`, whose ids are this map's classes. Takes the name of `other`."""
+        class_of = dict(zip(other.ids, other.classes, strict=True))
+        return LabelMap(other.name, self.ids, tuple(class_of.get(k, 0) for k in self.classes), other.names)
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes, background (class 0) included."""
+        return len(self.names)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of the canonical table: what each id means and the names of the classes, in the order of ids."""
+        pairs = sorted((i, k) for i, k in zip(self.ids, self.classes, strict=True) if k)
+        lines = [f"{i}\t{k}\t{self.names[k]}" for i, k in pairs]
+        return hashlib.sha256("\n".join([*self.names, *lines]).encode()).hexdigest()
+
+    def apply(self, ids: np.ndarray) -> np.ndarray:
+        """Classes of label ids, uint8, of the same shape; every id that is not listed becomes class 0."""
+        ids = np.asarray(ids)
+        if ids.dtype.kind not in "biu":
+            raise TypeError(f"label ids must be integers, not {ids.dtype}")
+        table = np.zeros(max(self.ids) + 2, np.uint8)  # the last entry, which no listed id has, is for unlisted ids
+        table[list(self.ids)] = self.classes
+        outside = (ids < 0) | (ids >= len(table))
+        return table[np.where(outside, len(table) - 1, ids).astype(np.intp)]
+
+    def to_ids(self, classes: np.ndarray) -> np.ndarray:
+        """Label ids of classes, int32: the first listed id of each class, so the left one where sides are merged.
+
+        Class 0 becomes id 0. `apply(to_ids(classes))` is `classes`.
+        """
+        classes = np.asarray(classes)
+        if classes.dtype.kind not in "biu" or (
+            classes.size and not 0 <= classes.min() <= classes.max() < self.n_classes
+        ):
+            raise ValueError(f"classes must be integers in 0..{self.n_classes - 1}")
+        table = np.zeros(self.n_classes, np.int32)
+        for index, klass in zip(reversed(self.ids), reversed(self.classes), strict=True):
+            table[klass] = index if klass else 0
+        return table[classes]
+
+
+def _without_side(name: str) -> str:
+    for side in _SIDES:
+        name = name.removeprefix(side)
+    return name

@@ -1,0 +1,186 @@
+"""Manifests: which scans there are, whose they are, and whether they train or test.
+
+A manifest is a CSV or a BIDS-derivatives folder. This room finds the files and fixes the split; it opens no volume.
+"""
+
+import csv
+import os
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dwc.errors import InputError
+
+__all__ = ["Scan", "read_manifest"]
+
+_COLUMNS = ("image", "label", "subject", "site", "split")
+_SPLITS = ("train", "test")
+_PREFERRED = "aparcaseg"  # the segmentation with all structures, where derivatives hold several
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One T1 image, its label volume (None where there is none), whose it is, and its part of the split."""
+
+    image: Path
+    label: Path | None
+    subject: str
+    site: str
+    split: Literal["train", "test"]
+
+
+def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: float = 0.1) -> list[Scan]:
+    """Read the scans of a manifest, in its order.
+
+    Parameters
+    ----------
+    path : path
+        A CSV with the columns `image,label[,subject,site,split]`, whose paths are relative to the CSV's folder; or a
+        BIDS-derivatives folder, in which `sub-*/[ses-*/]anat/*_T1w.nii.gz` are the images and the `*_dseg.nii.gz` that
+        agree with them in every entity but `desc` the labels (`desc-aparcaseg` where there are several). An empty
+        label is a scan for prediction only. A missing subject is read from `sub-...` in the path of the image, or else
+        is the image's name. A missing site is the name of the manifest's folder.
+    seed : int
+        Fixes the split. Not used where there is a split column.
+    test_fraction : float
+        Part of the subjects to test on: at least one, and never all, where there are two subjects or more. 0: none. A
+        subject is in one part of the split with all its scans; the same name at two sites is the same subject.
+
+    Raises
+    ------
+    InputError
+        The manifest is missing, unreadable, empty, or has unknown columns; a file it names is missing; an image is
+        listed twice; a subject is in both parts of the split; a split is neither train nor test.
+    """
+    path = Path(path)
+    if not 0 <= test_fraction < 1:
+        raise InputError(
+            f"test fraction {test_fraction} is not a part of the subjects; give a number from 0 to below 1"
+        )
+    if path.is_dir():
+        scans, split_is_given = _from_bids(path), False
+    else:
+        scans, split_is_given = _from_csv(path)
+    if not scans:
+        what = "*_T1w.nii.gz in sub-*/[ses-*/]anat" if path.is_dir() else "rows"
+        raise InputError(f"{path}: the manifest is empty, it has no {what}; list at least one scan")
+    if not split_is_given:
+        return _split_by_subject(scans, seed, test_fraction)
+    for subject, splits in _group(scans, lambda scan: scan.subject, lambda scan: scan.split).items():
+        if len(set(splits)) > 1:
+            raise InputError(f"{path}: subject {subject} is in both train and test; give each subject one split")
+    return scans
+
+
+def _from_csv(path: Path) -> tuple[list[Scan], bool]:
+    header, rows = _read_csv(path)
+    scans: list[Scan] = []
+    line_of: dict[Path, int] = {}
+    for line, row in rows:
+        where = f"{path}, line {line}"
+        if not row["image"]:
+            raise InputError(f"{where}: the image is empty; name a file")
+        for column in ("image", "label"):
+            if row.get(column) and not (path.parent / row[column]).is_file():
+                raise InputError(f"{where}: {column} {path.parent / row[column]} does not exist; paths are relative to "
+                                 f"the manifest's folder")  # fmt: skip
+        image = path.parent / row["image"]
+        first = line_of.setdefault(image.resolve(), line)
+        if first != line:
+            raise InputError(f"{where}: image {row['image']} is already on line {first}; list each image once")
+        if "split" in header and row["split"] not in _SPLITS:
+            raise InputError(f"{where}: split is {row['split']!r}; write train or test, or leave the column out")
+        scans.append(
+            Scan(
+                image=image,
+                label=path.parent / row["label"] if row.get("label") else None,
+                subject=row.get("subject") or _subject(Path(row["image"])),
+                site=row.get("site") or path.resolve().parent.name,
+                split=row.get("split", "train"),
+            )
+        )
+    return scans, "split" in header
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Header, and (line number, cells by column) of each row that is not blank."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            lines = [
+                (reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))
+            ]
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the manifest ({error.strerror}); give a CSV or a BIDS folder") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(
+            f"{path}: not a CSV in UTF-8 ({error}); give a CSV with columns {','.join(_COLUMNS)}"
+        ) from error
+    if not lines:
+        raise InputError(f"{path}: the manifest is empty; give a CSV with columns {','.join(_COLUMNS)}")
+    header = lines[0][1]
+    unknown = [column for column in header if column not in _COLUMNS]
+    if unknown or "image" not in header or len(set(header)) < len(header):
+        wrong = f"unknown columns {', '.join(map(repr, unknown))}" if unknown else f"columns {','.join(header)}"
+        raise InputError(f"{path}: {wrong}; the columns are image,label[,subject,site,split], each once")
+    for line, cells in lines[1:]:
+        if len(cells) != len(header):
+            raise InputError(
+                f"{path}, line {line}: {len(cells)} cells, not {len(header)}; quote cells that hold commas"
+            )
+    return header, [(line, dict(zip(header, cells, strict=True))) for line, cells in lines[1:]]
+
+
+def _from_bids(path: Path) -> list[Scan]:
+    images = sorted(path.glob("sub-*/anat/*_T1w.nii.gz")) + sorted(path.glob("sub-*/ses-*/anat/*_T1w.nii.gz"))
+    folders = {image.parent for image in images}
+    labels = _group(
+        (label for folder in sorted(folders) for label in sorted(folder.glob("*_dseg.nii.gz"))), _acquisition
+    )
+    site = path.resolve().name
+    return [
+        Scan(image, _choose(image, labels.get(_acquisition(image), [])), _subject(image), site, "train")
+        for image in sorted(images)
+    ]
+
+
+def _acquisition(path: Path) -> tuple[Path, frozenset[str]]:
+    """What a BIDS image and its segmentation share: the folder and all entities but `desc`."""
+    *entities, _suffix = path.name.split("_")
+    return path.parent, frozenset(entity for entity in entities if not entity.startswith("desc-"))
+
+
+def _choose(image: Path, labels: list[Path]) -> Path | None:
+    if len(labels) > 1:
+        preferred = [label for label in labels if f"_desc-{_PREFERRED}_" in label.name]
+        if len(preferred) != 1:
+            names = ", ".join(label.name for label in labels)
+            raise InputError(f"{image}: several segmentations fit ({names}); keep one, or name one desc-{_PREFERRED}")
+        labels = preferred
+    return labels[0] if labels else None
+
+
+def _subject(image: Path) -> str:
+    for part in reversed(image.parts):
+        if part.startswith("sub-"):
+            return part.split("_")[0].split(".")[0]
+    return image.name.split(".")[0]
+
+
+def _split_by_subject(scans: list[Scan], seed: int, test_fraction: float) -> list[Scan]:
+    subjects = sorted({scan.subject for scan in scans})
+    n_test = 0
+    if test_fraction and len(subjects) > 1:
+        n_test = min(max(1, round(test_fraction * len(subjects))), len(subjects) - 1)
+    test = set(np.random.default_rng(seed).permutation(subjects)[:n_test].tolist())
+    return [replace(scan, split="test" if scan.subject in test else "train") for scan in scans]
+
+
+def _group(items, key, value=lambda item: item) -> dict:
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(value(item))
+    return groups
