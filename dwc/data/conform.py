@@ -1,8 +1,8 @@
 """Conforming: any scan onto the network's grid, and results back onto the scan's own grid.
 
-What `mri_convert --conform` does, on a grid of any size: the intensities become uint8 first, then the volume is resampled
-about its centre to isotropic voxels in LIA orientation along the scanner's axes. This room checks volumes as it opens
-them; it keeps no files.
+What `mri_convert --conform` does, on a grid of any size: the intensities become uint8 first, then the volume is
+resampled about its centre to isotropic voxels in LIA orientation along the scanner's axes. This room checks volumes as
+it opens them; it keeps no files.
 """
 
 import gzip
@@ -86,7 +86,8 @@ def load_labels(path: str | os.PathLike, image: str | os.PathLike | None = None)
     labels = _load(path)
     ids = np.asanyarray(labels.dataobj)
     if ids.dtype.kind == "f":
-        whole = ids.astype(np.int32)
+        with np.errstate(invalid="ignore"):
+            whole = ids.astype(np.int32)
         if not np.array_equal(whole, ids):
             raise InputError(
                 f"{path}: labels are not whole numbers (say {ids[whole != ids][0]:g}); resample with nearest"
@@ -100,11 +101,11 @@ def load_labels(path: str | os.PathLike, image: str | os.PathLike | None = None)
 def conform_image(path: str | os.PathLike, grid: Grid) -> np.ndarray:
     """The image on the grid, uint8 [size, size, size] in LIA orientation.
 
-    A volume that is uint8 and on such a grid already is returned byte for byte. Any other type is first scaled to uint8:
-    0 is the minimum and 255 the value that 0.1 % of the non-zero voxels exceed, in a histogram of 1000 bins. Then it is
-    interpolated linearly, zero outside the scan. An oblique scan is straightened to the scanner's axes. Going to coarser
-    voxels this is plain linear interpolation at the new voxels' centres, without smoothing, as in `mri_convert`: fine
-    structure may alias.
+    A volume that is uint8 and on such a grid already is returned byte for byte. Any other type is first scaled to
+    uint8: 0 is the minimum and 255 the value that 0.1 % of the non-zero voxels exceed, in a histogram of 1000 bins.
+    Then it is interpolated linearly, zero outside the scan. An oblique scan is straightened to the scanner's axes.
+    Going to coarser voxels this is plain linear interpolation at the new voxels' centres, without smoothing, as in
+    `mri_convert`: fine structure may alias.
 
     Raises
     ------

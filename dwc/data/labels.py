@@ -1,7 +1,7 @@
 """Label maps: which class of the network each label id of a segmentation belongs to.
 
-A label map is a table (TSV) of `index`, `class` and `name`. This room reads, checks and applies such tables. It reads no
-volumes and knows nothing of grids.
+A label map is a table (TSV) of `index`, `class` and `name`. This room reads, checks and applies such tables.
+It reads no volumes and knows nothing of grids.
 """
 
 import csv

@@ -1,0 +1,266 @@
+"""Sub-volumes: conformed scans cut into 32^3 cubes, in a memory-mapped cache, as a dataset for training and scoring.
+
+Each scan becomes one folder of the cache, named by the hash of everything that went into it, so nothing is computed
+twice and nothing stale is read. Samplers, batches and augmentation are the trainer's.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dwc.data.conform import Grid, conform_image, conform_labels
+from dwc.data.labels import LabelMap
+from dwc.data.manifest import Scan
+from dwc.errors import InputError
+
+__all__ = ["SIDE", "SubVolumes", "join_volume", "prepare", "split_volume"]
+
+SIDE = 32  # voxels along each edge of a sub-volume
+_CACHE_FORMAT = 1  # raise it when the same inputs give other files
+_UNFINISHED = ".unfinished-"
+_STATISTICS = "statistics.json"
+_DAY = 24 * 3600  # s
+
+
+def split_volume(volume: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """Cut a volume [D, H, W] into its non-overlapping cubes [n, side, side, side], in C order of their places.
+
+    Raises
+    ------
+    ValueError
+        An edge of the volume is not a multiple of `side`.
+    """
+    if volume.ndim != 3 or any(size % side for size in volume.shape):
+        raise ValueError(f"a volume of shape {volume.shape} does not split into cubes of {side}")
+    d, h, w = (size // side for size in volume.shape)
+    cubes = volume.reshape(d, side, h, side, w, side).transpose(0, 2, 4, 1, 3, 5)
+    return np.ascontiguousarray(cubes).reshape(-1, side, side, side)
+
+
+def join_volume(cubes: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Put cubes [n, side, side, side] back into a volume of `shape`: the inverse of `split_volume`."""
+    side = cubes.shape[-1]
+    d, h, w = (size // side for size in shape)
+    return cubes.reshape(d, h, w, side, side, side).transpose(0, 3, 1, 4, 2, 5).reshape(shape)
+
+
+class SubVolumes(torch.utils.data.Dataset):
+    """The 32^3 sub-volumes of prepared scans, scan by scan; made by `prepare`.
+
+    Item i is `(image, label)`: image float32 [1, 32, 32, 32], z-scored with the mean and standard deviation over all
+    voxels of its volume, and label int64 [32, 32, 32], the classes. Only the pages asked for are read from disk, so the
+    memory in use does not grow with the number of volumes.
+
+    Attributes
+    ----------
+    scans : list[Scan]
+        The scans, in the order of the volumes.
+    grid, label_map : Grid, LabelMap
+        What they were conformed to.
+    n_volumes, sub_volumes_per_volume : int
+        Their product is `len(self)`; sub-volume i belongs to volume i // sub_volumes_per_volume.
+    """
+
+    def __init__(self, scans: Sequence[Scan], folders: Sequence[Path], label_map: LabelMap, grid: Grid):
+        self.scans, self.label_map, self.grid = list(scans), label_map, grid
+        self._folders = list(folders)
+        self._statistics = [_read_statistics(folder) for folder in self._folders]
+        self.n_volumes = len(self.scans)
+        self.sub_volumes_per_volume = (grid.size // SIDE) ** 3
+
+    def __len__(self) -> int:
+        return self.n_volumes * self.sub_volumes_per_volume
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sub-volume {index} of {len(self)}")
+        volume, place = divmod(index, self.sub_volumes_per_volume)
+        image = self.z_score(volume, self._cubes(volume, "image")[place])
+        label = self._cubes(volume, "label")[place].astype(np.int64)
+        return torch.from_numpy(image)[None], torch.from_numpy(label)
+
+    def volume(self, v: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Image and classes of volume v, both uint8 [size, size, size]; the classes are None without a label."""
+        image = join_volume(self._cubes(v, "image"), self.grid.shape)
+        if self.scans[v].label is None:
+            return image, None
+        return image, join_volume(self._cubes(v, "label"), self.grid.shape)
+
+    def z_score(self, v: int, voxels: np.ndarray) -> np.ndarray:
+        """Voxels of volume v, (voxel - mean) / sd with the mean and sd over all its voxels, float32."""
+        mean, sd = self._statistics[v]
+        return (voxels.astype(np.float32) - np.float32(mean)) / np.float32(sd)
+
+    def _cubes(self, v: int, name: str) -> np.ndarray:
+        if name == "label" and self.scans[v].label is None:
+            raise InputError(f"{self.scans[v].image}: has no label; name one in the manifest to train or score on it")
+        return _memory_map(self._folders[v] / f"{name}.npy")
+
+
+def prepare(
+    scans: Sequence[Scan],
+    label_map: LabelMap,
+    grid: Grid,
+    cache_dir: str | os.PathLike,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+) -> SubVolumes:
+    """Conform scans and cut them into sub-volumes, or find that already done in the cache.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+        Those without label serve for prediction only.
+    label_map, grid : LabelMap, Grid
+        Classes of the labels; the grid, its size a multiple of 32.
+    cache_dir : path
+        Folder of the cache, made if need be. It holds 2 bytes per voxel and scan. Any number of processes may share it.
+    workers : int
+        Threads that read and resample (both leave Python's lock); 0 counts as 1. None: one per core, up to 8. The
+        result does not depend on it. Each holds one scan in memory, 0.3 GB at 256^3.
+    progress : bool
+        Show a progress bar while scans are prepared.
+
+    Raises
+    ------
+    InputError
+        A scan is bad input for `conform_image` or `conform_labels`, or the cache cannot be written or is full.
+    """
+    if grid.size % SIDE:
+        raise InputError(f"grid size {grid.size} does not split into sub-volumes of {SIDE}; take a multiple of {SIDE}")
+    cache_dir = Path(cache_dir)
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        _sweep(cache_dir)
+        folders = _map(lambda scan: _prepare(scan, label_map, grid, cache_dir), scans, workers, progress)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"{cache_dir}: cannot write the cache ({reason}); free space or choose another folder"
+        ) from error
+    return SubVolumes(scans, folders, label_map, grid)
+
+
+def _map(function, scans: Sequence[Scan], workers: int, progress: bool) -> list[Path]:
+    with (
+        ThreadPoolExecutor(max(workers, 1)) as pool,
+        tqdm(total=len(scans), desc="preparing scans", unit="scan", disable=None if progress else True) as bar,
+    ):
+        futures = [pool.submit(function, scan) for scan in scans]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
+
+
+def _prepare(scan: Scan, label_map: LabelMap, grid: Grid, cache_dir: Path) -> Path:
+    """Folder of the cache that holds this scan; built first unless it is there and whole."""
+    folder = cache_dir / _key(scan, label_map, grid)
+    if not _is_whole(folder, scan, grid):
+        _build(folder, scan, label_map, grid)
+    return folder
+
+
+def _key(scan: Scan, label_map: LabelMap, grid: Grid) -> str:
+    """Hash of everything the folder's files depend on: the bytes of the inputs, not their names or dates."""
+    parts = {
+        "format": _CACHE_FORMAT,
+        "side": SIDE,
+        "grid": [grid.size, grid.voxel_size],
+        "image": _sha256(scan.image),
+        "label": scan.label and _sha256(scan.label),
+        "label_map": scan.label and label_map.sha256,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the file ({error.strerror}); check the path") from error
+    return digest.hexdigest()
+
+
+def _build(folder: Path, scan: Scan, label_map: LabelMap, grid: Grid) -> None:
+    """Write the folder under a temporary name and rename it when all of it is on the disk."""
+    image = conform_image(scan.image, grid)
+    arrays = {"image": image}
+    if scan.label is not None:
+        arrays["label"] = conform_labels(scan.label, grid, label_map, scan.image)
+    statistics = {"mean": float(image.mean(dtype=np.float64)), "sd": float(image.std(dtype=np.float64))}
+    unfinished = folder.with_name(f"{_UNFINISHED}{uuid.uuid4().hex}")
+    unfinished.mkdir()
+    try:
+        for name, array in arrays.items():
+            with _synced(unfinished / f"{name}.npy") as file:
+                np.save(file, split_volume(array), allow_pickle=False)
+        with _synced(unfinished / _STATISTICS) as file:
+            file.write(json.dumps(statistics).encode())
+        if folder.exists() and not _is_whole(folder, scan, grid):
+            shutil.rmtree(folder)  # damaged from outside
+        os.rename(unfinished, folder)
+    except OSError:
+        if not _is_whole(folder, scan, grid):
+            raise  # else another process has built the same folder meanwhile
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def _synced(path: Path):
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_whole(folder: Path, scan: Scan, grid: Grid) -> bool:
+    names = ["image.npy"] if scan.label is None else ["image.npy", "label.npy"]
+    try:
+        sizes = {np.load(folder / name, mmap_mode="r", allow_pickle=False).size for name in names}
+        _read_statistics(folder)
+    except (OSError, ValueError, KeyError):  # missing, cut short
+        return False
+    return sizes == {grid.size**3}
+
+
+def _sweep(cache_dir: Path) -> None:
+    """Remove what builds that were killed a day ago or longer have left."""
+    for folder in cache_dir.glob(f"{_UNFINISHED}*"):
+        try:
+            if time.time() - folder.stat().st_mtime > _DAY:
+                shutil.rmtree(folder)
+        except FileNotFoundError:
+            continue  # another process sweeps too
+
+
+def _read_statistics(folder: Path) -> tuple[float, float]:
+    statistics = json.loads((folder / _STATISTICS).read_text())
+    return statistics["mean"], statistics["sd"]
+
+
+@lru_cache(maxsize=128)  # each open map holds a file descriptor
+def _memory_map(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
