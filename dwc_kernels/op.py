@@ -1,0 +1,130 @@
+"""The op as torch.library operators, so that torch.compile, autograd and fake tensors see through it.
+
+`dwc::ffg_conv3d` samples and returns (y, r); `dwc::ffg_conv3d_grad_input` and `dwc::ffg_conv3d_grad_weight` are the two
+halves of its backward, derived by hand (see `reference`) from x and r alone. Each forwards to the backend it is told;
+choosing one, checking arguments and casting under autocast are the work of `functional`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from dwc_kernels import reference
+from dwc_kernels.reference import output_layout
+
+__all__ = ["ffg_conv3d"]
+
+
+def _implementation(backend: str):
+    """The module with forward, grad_input and grad_weight; Triton is imported only when it is used."""
+    if backend == "reference":
+        return reference
+    from dwc_kernels import kernels
+
+    return kernels
+
+
+@custom_op("dwc::ffg_conv3d", mutates_args=())
+def ffg_conv3d(
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_sigma: Tensor,
+    bias_mu: Tensor | None,
+    bias_sigma: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    seed: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the sample y and r = eps / (2 sqrt(var)), both [N, F, D', H', W']."""
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    return _implementation(backend).forward(x, weight_mu, weight_sigma, bias_mu, bias_sigma, *geometry, seed)
+
+
+@custom_op("dwc::ffg_conv3d_grad_input", mutates_args=())
+def ffg_conv3d_grad_input(
+    g: Tensor,
+    r: Tensor,
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_sigma: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+) -> Tensor:
+    """Return dL/dx, [N, C, D, H, W]."""
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    return _implementation(backend).grad_input(g, r, x, weight_mu, weight_sigma, *geometry)
+
+
+@custom_op("dwc::ffg_conv3d_grad_weight", mutates_args=())
+def ffg_conv3d_grad_weight(
+    g: Tensor,
+    r: Tensor,
+    x: Tensor,
+    weight_sigma: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return dL/dmu and dL/dsigma, both of the weights' shape."""
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    return _implementation(backend).grad_weight(g, r, x, weight_sigma, *geometry)
+
+
+@ffg_conv3d.register_fake
+def _(x, weight_mu, weight_sigma, bias_mu, bias_sigma, stride, padding, dilation, groups, seed, backend):
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    shape = (x.shape[0], weight_mu.shape[0], *size)
+    y, r = (
+        torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        for layout in (output_layout(x), torch.channels_last_3d)
+    )
+    return y, r
+
+
+@ffg_conv3d_grad_input.register_fake
+def _(g, r, x, weight_mu, weight_sigma, stride, padding, dilation, groups, backend):
+    return torch.empty_like(x, memory_format=output_layout(x))
+
+
+@ffg_conv3d_grad_weight.register_fake
+def _(g, r, x, weight_sigma, stride, padding, dilation, groups, backend):
+    dmu = torch.empty_like(weight_sigma, memory_format=torch.contiguous_format)
+    return dmu, torch.empty_like(dmu)
+
+
+def _save(ctx, inputs, output):
+    x, weight_mu, weight_sigma, bias_mu, bias_sigma, *ctx.geometry, _, ctx.backend = inputs
+    _, r = output
+    ctx.mark_non_differentiable(r)
+    ctx.save_for_backward(x, r, weight_mu, weight_sigma, bias_sigma)
+    ctx.has_bias = bias_mu is not None
+
+
+def _backward(ctx, g, _):
+    x, r, weight_mu, weight_sigma, bias_sigma = ctx.saved_tensors
+    dx = dmu = dsigma = db_mu = db_sigma = None
+    if ctx.needs_input_grad[0]:
+        dx = ffg_conv3d_grad_input(g, r, x, weight_mu, weight_sigma, *ctx.geometry, ctx.backend)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        dmu, dsigma = ffg_conv3d_grad_weight(g, r, x, weight_sigma, *ctx.geometry, ctx.backend)
+    if ctx.has_bias:
+        voxels = (0, 2, 3, 4)
+        db_mu = g.sum(voxels)
+        db_sigma = 2 * bias_sigma * (g * r).sum(voxels)
+    return dx, dmu, dsigma, db_mu, db_sigma, None, None, None, None, None, None
+
+
+ffg_conv3d.register_autograd(_backward, setup_context=_save)

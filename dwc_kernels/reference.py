@@ -1,0 +1,173 @@
+"""The definition of the op in PyTorch: any device, any dtype, fast on the CPU.
+
+With mean = conv(x, mu) + b_mu and var = conv(x^2, sigma^2) + b_sigma^2, the forward returns y = mean + sqrt(var) * eps
+and r = eps / (2 sqrt(var)), which is 0 where var is 0. With g = dL/dy, dL/dmean = g and dL/dvar = g * r
+(McClure et al. 2018, Eqs. 12-15). Every other backend is this function, faster. Arguments are already checked: tensors
+are batched and of one dtype, stride, padding and dilation are triples.
+
+On the CPU both convolutions run in channels_last_3d, the input gradient runs as a forward convolution with the mirrored
+filter (PyTorch's own dilated backward can be several times slower), and the weight gradient is a sum of matrix products
+that skip taps outside the volume.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwc_kernels.noise import normal
+
+__all__ = ["forward", "grad_input", "grad_weight", "output_layout"]
+
+Triple = tuple[int, int, int]
+
+
+def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of products: fp16 never holds a square, and bf16 is native only where the CPU multiplies it."""
+    if dtype == torch.float16:
+        return torch.float32
+    if dtype == torch.bfloat16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return dtype
+
+
+def _native(x: Tensor) -> Tensor:
+    """The layout that convolves fastest on the CPU; elsewhere as it is."""
+    return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
+
+
+def output_layout(x: Tensor) -> torch.memory_format:
+    """The memory format that outputs share with the input: channels_last_3d only where x has it and it differs."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.contiguous_format
+    return torch.channels_last_3d
+
+
+def forward(
+    x: Tensor,  # [N, C, D, H, W]
+    weight_mu: Tensor,  # [F, C / groups, kD, kH, kW]
+    weight_sigma: Tensor,
+    bias_mu: Tensor | None,  # [F]
+    bias_sigma: Tensor | None,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+    seed: Tensor,  # int64 scalar
+) -> tuple[Tensor, Tensor]:
+    """Sample the convolution.
+
+    Returns
+    -------
+    y, r : Tensor
+        [N, F, D', H', W'] in the dtype of x: the sample, in the layout of x, and eps / (2 sqrt(var)), which is all that
+        the backward needs next to x; r is always channels_last_3d.
+    """
+    working = _working_dtype(x.dtype, x.device)
+    h, mu, sigma = (_native(t.to(working)) for t in (x, weight_mu, weight_sigma))
+    b_mu, b_var = (None, None) if bias_mu is None else (bias_mu.to(working), bias_sigma.to(working).square())
+    y = F.conv3d(h, mu, b_mu, stride, padding, dilation, groups)
+    var = F.conv3d(h.square(), sigma.square(), b_var, stride, padding, dilation, groups)
+    std = var.sqrt_()
+    eps = normal(std, int(seed))
+    y.addcmul_(std, eps)
+    r = eps.div_(std).mul_(0.5).masked_fill_(std == 0, 0.0)
+    return y.to(x.dtype).contiguous(memory_format=output_layout(x)), r.to(x.dtype).contiguous(
+        memory_format=torch.channels_last_3d
+    )
+
+
+def grad_input(
+    g: Tensor,  # [N, F, D', H', W']
+    r: Tensor,
+    x: Tensor,  # [N, C, D, H, W]
+    weight_mu: Tensor,
+    weight_sigma: Tensor,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+) -> Tensor:
+    """dL/dx = convT(g, mu) + 2 x * convT(g * r, sigma^2), in the dtype and layout of x."""
+    working = _working_dtype(x.dtype, x.device)
+    g, r, h, mu, sigma = (_native(t.to(working)) for t in (g, r, x, weight_mu, weight_sigma))
+    geometry = (stride, padding, dilation, groups)
+    dx = _transposed(g * r, sigma.square(), h.shape, *geometry).mul_(h).mul_(2.0)
+    dx += _transposed(g, mu, h.shape, *geometry)
+    return dx.to(x.dtype).contiguous(memory_format=output_layout(x))
+
+
+def _transposed(
+    g: Tensor, weight: Tensor, shape: torch.Size, stride: Triple, padding: Triple, dilation: Triple, groups: int
+) -> Tensor:
+    """The adjoint of conv3d(. , weight) applied to g."""
+    reach = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
+    if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0:
+        return torch.nn.grad.conv3d_input(shape, weight, g, stride, padding, dilation, groups)
+    # At stride 1 the adjoint is a convolution with the mirrored filter, inputs and outputs exchanged within a group.
+    per_group = weight.unflatten(0, (groups, -1))  # [groups, F / groups, C / groups, kD, kH, kW]
+    mirrored = _native(per_group.transpose(1, 2).flatten(0, 1).flip(2, 3, 4))
+    return F.conv3d(g, mirrored, None, 1, reach, dilation, groups)
+
+
+def grad_weight(
+    g: Tensor,  # [N, F, D', H', W']
+    r: Tensor,
+    x: Tensor,  # [N, C, D, H, W]
+    weight_sigma: Tensor,  # [F, C / groups, kD, kH, kW]
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """dL/dmu = corr(x, g) and dL/dsigma = 2 sigma * corr(x^2, g * r), in the dtype of weight_sigma."""
+    working = _working_dtype(x.dtype, x.device)
+    if x.device.type == "cpu" and stride == (1, 1, 1) and groups == 1:
+        dmu, dvar = _correlate_both(g, r, x, weight_sigma.shape, padding, dilation)
+    else:
+        g, r, h = (t.to(working) for t in (g, r, x))
+        geometry = (weight_sigma.shape, stride, padding, dilation, groups)
+        dmu, dvar = (
+            torch.nn.grad.conv3d_weight(a, geometry[0], b, *geometry[1:]) for a, b in ((h, g), (h.square(), g * r))
+        )
+    dsigma = dvar.mul_(weight_sigma).mul_(2.0)
+    return dmu.to(weight_sigma.dtype), dsigma.to(weight_sigma.dtype)
+
+
+def _correlate_both(
+    g: Tensor, r: Tensor, x: Tensor, shape: torch.Size, padding: Triple, dilation: Triple
+) -> tuple[Tensor, Tensor]:
+    """corr(x, g) and corr(x^2, g * r) at stride 1 without groups, as batched matrix products over rows of voxels.
+
+    Rows are padded with zeros along W to one pitch, so a tap's shift along W is a shift of the row index; shifts along
+    D and H select planes and lines, and those that fall outside the volume are never multiplied.
+    """
+    (n, n_filters, *out_size), (c, *size) = g.shape, x.shape[1:]
+    kd, kh, kw = shape[2:]
+    (pd, ph, pw), (dd, dh, dw) = padding, dilation
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # Row v of the output meets row v + shift of the input: zeros behind a line also stand before the next one.
+    pitch = max(size[2] + pw, out_size[2] + (kw - 1) * dw - pw)
+    tail = (kw - 1) * dw
+    a = torch.zeros(2, size[0], size[1] * pitch + tail, c, dtype=dtype)
+    b = torch.zeros(2, out_size[0], out_size[1], pitch, n_filters, dtype=dtype)
+    a_lines = a[:, :, : size[1] * pitch].view(2, size[0], size[1], pitch, c)[..., pw : pw + size[2], :]
+    total = torch.zeros(kd, kh, kw, 2, c, n_filters, dtype=dtype)
+    for sample in range(n):
+        a_lines[0] = x[sample].permute(1, 2, 3, 0)
+        torch.square(a_lines[0], out=a_lines[1])
+        b[0, ..., : out_size[2], :] = g[sample].permute(1, 2, 3, 0)
+        torch.mul(b[0, ..., : out_size[2], :], r[sample].permute(1, 2, 3, 0), out=b[1, ..., : out_size[2], :])
+        for i in range(kd):
+            for j in range(kh):
+                dz, dy = i * dd - pd, j * dh - ph
+                y0, y1 = max(0, -dy), min(out_size[1], size[1] - dy)
+                if y0 >= y1:
+                    continue
+                for z in range(max(0, -dz), min(out_size[0], size[0] - dz)):
+                    rows = (y1 - y0) * pitch
+                    lines = b[:, z, y0:y1].view(2, rows, n_filters)
+                    for k in range(kw):
+                        start = (y0 + dy) * pitch + k * dw
+                        total[i, j, k].baddbmm_(a[:, z + dz, start : start + rows].transpose(1, 2), lines)
+    both = total.permute(3, 5, 4, 0, 1, 2)
+    return both[0].contiguous(), both[1].contiguous()
