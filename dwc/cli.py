@@ -1,0 +1,61 @@
+"""The command line: `dwc COMMAND ...`, one line per command here and one file per command in `dwc.commands`.
+
+A command's file is imported only when it is called, so that help is quick. Each has `main(arguments)`. Errors that a
+person can mend become one line on stderr and exit code 2; a signal's exit code is 128 plus its number.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from dwc import __version__
+from dwc.errors import InputError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
+    "train": "train a network: MAP, variational, a site's from a prior, fine-tuning",
+    "consolidate": "consolidate the posteriors of several sites into one",
+}
+
+
+def usage() -> str:
+    """What `dwc --help` prints."""
+    lines = [f"  {name:<13}{summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: dwc [--help] [--version] COMMAND ...",
+            "",
+            "Distributed weight consolidation: train Bayesian segmentation networks apart, consolidate them once.",
+            "",
+            "commands (dwc COMMAND --help tells more):",
+            *lines,
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"dwc {__version__}")
+        return 0
+    name, *rest = arguments
+    try:
+        if name not in COMMANDS:
+            raise InputError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
+        importlib.import_module(f"dwc.commands.{name}").main(rest)
+    except InputError as error:
+        print(f"dwc: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dwc: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

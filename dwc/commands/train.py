@@ -1,0 +1,39 @@
+"""`dwc train`, also `python -m dwc.train`."""
+
+import sys
+from collections.abc import Sequence
+
+from dwc.commands.arguments import new_parser, parse
+from dwc.settings import TrainSettings
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the settings and train.
+
+    Raises
+    ------
+    InputError
+        If an argument or a file is wrong.
+    SystemExit
+        With 128 plus the number of the signal that ended the run.
+    """
+    parser = new_parser("train", "Train a network on a manifest of scans and leave a run folder.")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT, bit for bit")
+    parser.add_class_arguments(TrainSettings)
+    values = parse(parser, arguments).as_dict()
+    resume = values.pop("resume")
+    settings = TrainSettings(**values)
+    settings.check()  # before PyTorch is imported
+
+    from dwc.training import Interrupted, train
+
+    try:
+        posterior = train(settings, resume=resume)
+    except Interrupted as stop:
+        print(f"dwc: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signal_number)
+    plateau = posterior.metadata["training"]["plateau_step"]
+    began = "no plateau yet" if plateau is None else f"plateau from step {plateau}"
+    print(f"{posterior.name}  (steps {posterior.metadata['training']['steps']}, {began})")

@@ -1,0 +1,128 @@
+"""MeshNet, the dilated convolutional network of Table 1, plain or Bayesian from one description.
+
+Any number of classes, filters and dilations; 3x3x3 convolutions with ReLU, then 1x1x1 to the classes. The softmax is
+left to the loss and to `prediction`. The room builds the network; it does not train it or know of brains or files.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu
+from torch.nn.utils.parametrizations import weight_norm as normalize_weight
+
+from dwc.posterior import Posterior
+from dwc_kernels import FFGConv3d
+
+__all__ = ["DILATIONS", "MeshNet", "describe"]
+
+DILATIONS = (1, 1, 1, 2, 4, 8, 1)  # Table 1, layers 1 to 7
+
+
+def describe(
+    n_classes: int, width: int = 96, dilations: Sequence[int] = DILATIONS, in_channels: int = 1
+) -> dict[str, Any]:
+    """The ``architecture`` of a MeshNet, as JSON: what decides the names and shapes of its weights.
+
+    Whether it is Bayesian is seen from its posterior, and weight normalization changes how means are trained, not what
+    they are.
+    """
+    return {
+        "network": "MeshNet",
+        "n_classes": n_classes,
+        "width": width,
+        "dilations": list(dilations),
+        "in_channels": in_channels,
+    }
+
+
+class MeshNet(nn.Module):
+    """Table 1's network: one 3x3x3 convolution per dilation with ReLU, padded by its dilation, and a 1x1x1 one.
+
+    Parameters
+    ----------
+    n_classes : int
+        Classes to tell apart, the output's channels.
+    width : int
+        Filters of each hidden layer.
+    dilations : sequence of int
+        Dilation of each hidden layer.
+    in_channels : int
+        Channels of the image.
+    bayesian : bool
+        Whether the layers are `FFGConv3d` with an N(0, 1) prior and sigma = 1e-3, or `torch.nn.Conv3d`.
+    weight_norm : bool
+        Whether the means are weight-normalized, w = g v / |v| per filter, as the paper trained all networks.
+    """
+
+    def __init__(
+        self,
+        n_classes: int = 50,
+        width: int = 96,
+        dilations: Sequence[int] = DILATIONS,
+        in_channels: int = 1,
+        bayesian: bool = True,
+        weight_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.architecture = describe(n_classes, width, dilations, in_channels)
+        convolution = FFGConv3d if bayesian else nn.Conv3d
+        mean = "weight_mu" if bayesian else "weight"
+        self.layers = nn.ModuleList()
+        for dilation in dilations:
+            self.layers.append(convolution(in_channels, width, 3, padding=dilation, dilation=dilation))
+            in_channels = width
+        self.layers.append(convolution(in_channels, n_classes, 1))
+        for layer in self.layers:
+            # He et al. 2015: keeps the variance of activations from layer to layer under ReLU; the last has none.
+            gain = "linear" if layer is self.layers[-1] else "relu"
+            nn.init.kaiming_normal_(getattr(layer, mean), nonlinearity=gain)
+            nn.init.zeros_(layer.bias_mu if bayesian else layer.bias)
+            if weight_norm:
+                normalize_weight(layer, mean)
+        self.bayesian = bayesian
+
+    def forward(self, x: Tensor, sample: bool | None = None) -> Tensor:
+        """Logits [N, n_classes, D, H, W] of images [N, in_channels, D, H, W].
+
+        ``sample`` says whether a Bayesian network draws its noise or returns the output at its means; None draws in
+        training mode only. A plain network has nothing to draw.
+        """
+        options = {"sample": sample} if self.bayesian else {}
+        for layer in self.layers[:-1]:
+            x = relu(layer(x, **options), inplace=True)  # neither layer keeps its output for the backward
+        return self.layers[-1](x, **options)
+
+    def kl_loss(self) -> Tensor:
+        """KL[q(w) || p(w)] in nats, summed over all weights (Eq. 5); a scalar.
+
+        Raises
+        ------
+        TypeError
+            If the network is plain; its penalty is `dwc.objective.negative_log_prior`.
+        """
+        if not self.bayesian:
+            raise TypeError("a plain network has no KL; use dwc.objective.negative_log_prior")
+        return torch.stack([layer.kl_loss() for layer in self.layers]).sum()
+
+    @classmethod
+    def from_architecture(
+        cls, architecture: Mapping[str, Any], *, bayesian: bool, weight_norm: bool = True
+    ) -> "MeshNet":
+        """A fresh network of the given ``architecture`` dict."""
+        options = {key: value for key, value in architecture.items() if key != "network"}
+        return cls(**options, bayesian=bayesian, weight_norm=weight_norm)
+
+    @classmethod
+    def from_posterior(cls, posterior: Posterior) -> "MeshNet":
+        """The network a posterior file holds: Bayesian if it has standard deviations, else plain.
+
+        Raises
+        ------
+        dwc.errors.InputError
+            If the tensors do not fit the architecture that the file names.
+        """
+        network = cls.from_architecture(posterior.metadata["architecture"], bayesian=posterior.is_bayesian)
+        posterior.to_model(network)
+        return network

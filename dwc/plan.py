@@ -1,0 +1,214 @@
+"""Everything a training run needs to know before its first step, checked: files, prior, label map, folder, device.
+
+`plan_run` resolves what the settings leave to the prior and refuses what does not fit together, before any work; the
+work is `training`'s.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dwc.checkpoint import load_checkpoint
+from dwc.data.conform import Grid
+from dwc.data.labels import LabelMap
+from dwc.data.manifest import Scan, read_manifest
+from dwc.data.subvolumes import SIDE
+from dwc.errors import InputError
+from dwc.files import write_whole
+from dwc.meshnet import DILATIONS, describe
+from dwc.posterior import Posterior
+from dwc.settings import TrainSettings
+
+__all__ = ["Plan", "plan_run"]
+
+_SHIPPED_LABEL_MAPS = ("fifty", "coarse")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run.
+
+    Attributes
+    ----------
+    settings : TrainSettings
+        With nothing left to a prior.
+    base : Posterior or None
+        The prior (vcl, finetune) or the initial network (map, vi).
+    label_map, grid
+        Classes and grid of the data.
+    train_scans, test_scans : list of Scan
+        All with labels.
+    device : torch.device
+        Where it runs.
+    checkpoint : (tensors, state) or None
+        Where it goes on.
+    """
+
+    settings: TrainSettings
+    base: Posterior | None
+    label_map: LabelMap
+    grid: Grid
+    train_scans: list[Scan]
+    test_scans: list[Scan]
+    device: torch.device
+    checkpoint: tuple[dict[str, torch.Tensor], dict[str, Any]] | None
+
+    @property
+    def has_learned_prior(self) -> bool:
+        """Whether the base is the prior, rather than a place to start from."""
+        return self.settings.mode in ("vcl", "finetune")
+
+    @property
+    def cache_dir(self) -> Path:
+        """Folder of the conformed sub-volumes."""
+        return self.settings.cache_dir or self.settings.out / "cache"
+
+    def header(self) -> dict[str, Any]:
+        """What the trained posterior tells of its making, and a prior must share: all but what training adds."""
+        settings = self.settings
+        return {
+            "architecture": describe(self.label_map.n_classes, settings.width, settings.dilations),
+            "label_map": {"name": self.label_map.name, "sha256": self.label_map.sha256},
+            "preprocessing": {
+                "grid_size": self.grid.size,
+                "voxel_size": self.grid.voxel_size,
+                "sub_volume": SIDE,
+                "intensity": "z-score per volume",
+            },
+        }
+
+    def open_folder(self) -> None:
+        """Make the run folder and write its config.yaml.
+
+        Raises
+        ------
+        InputError
+            If it cannot be written.
+        """
+        out = self.settings.out
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for part in out.glob(".*.part"):  # what a kill -9 in the middle of a write leaves behind
+                part.unlink()
+        except OSError as error:
+            raise InputError(f"{out}: cannot be made ({error.strerror}); give another --out") from error
+        text = yaml.safe_dump(self.settings.to_json(), sort_keys=False)
+        write_whole(out / "config.yaml", text.encode())
+
+
+def plan_run(settings: TrainSettings, *, resume: bool = False) -> Plan:
+    """Check a run and resolve its settings; writes nothing.
+
+    Raises
+    ------
+    InputError
+        Naming the setting or file that is wrong, and the remedy.
+    """
+    settings.check()
+    _check_folder(settings.out, resume=resume)
+    device = _device(settings.device)
+    base = None if settings.base is None else Posterior.load(settings.base)
+    settings = _inherit(settings, base)
+    label_map = LabelMap.load(settings.label_map)
+    grid = Grid(settings.grid_size, settings.voxel_size)
+    if grid.size % SIDE:
+        raise InputError(f"--grid_size {grid.size}: give a multiple of {SIDE}, the edge of a sub-volume")
+    scans = read_manifest(settings.data, seed=settings.seed, test_fraction=settings.test_fraction)
+    for scan in scans:
+        if scan.label is None:
+            raise InputError(f"{settings.data}: {scan.image} has no label; training needs one for each scan")
+    train_scans, test_scans = ([scan for scan in scans if scan.split == part] for part in ("train", "test"))
+    if not train_scans:
+        raise InputError(f"{settings.data}: has no scan to train on; set split to train for some")
+    path = settings.out / "checkpoint.safetensors"
+    checkpoint = load_checkpoint(path) if resume and path.exists() else None
+    plan = Plan(settings, base, label_map, grid, train_scans, test_scans, device, checkpoint)
+    _check_base(plan)
+    _check_checkpoint(plan, path)
+    return plan
+
+
+def _check_folder(out: Path, *, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; give a folder as --out")
+    found = {path.name for path in out.iterdir()} - {"cache"} if out.exists() else set()
+    if found and not resume:
+        raise InputError(f"{out}: is not empty; give another --out, or add --resume to go on with the run in it")
+    if resume and not out.exists():
+        raise InputError(f"{out}: no such run to resume; leave --resume out to start it")
+    if resume and found and "config.yaml" not in found:
+        raise InputError(f"{out}: holds no run (no config.yaml); give the --out of the run to resume")
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{existing}: is not a writable folder; give another --out")
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no GPU here; give --device cpu")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _inherit(settings: TrainSettings, base: Posterior | None) -> TrainSettings:
+    """Fill in what is left open: from the prior or the initial network, else the paper's."""
+    metadata = base.metadata if base else {}
+    architecture, preprocessing = metadata.get("architecture") or {}, metadata.get("preprocessing") or {}
+    values = {
+        "label_map": (metadata.get("label_map") or {}).get("name", "fifty"),
+        "grid_size": preprocessing.get("grid_size", 256),
+        "voxel_size": preprocessing.get("voxel_size", 1.0),
+        "width": architecture.get("width", 96),
+        "dilations": tuple(architecture.get("dilations", DILATIONS)),
+    }
+    if settings.label_map is None and values["label_map"] not in _SHIPPED_LABEL_MAPS:
+        raise InputError(
+            f"{settings.base}: was trained on label map {values['label_map']!r}; give its TSV as --label_map"
+        )
+    return replace(settings, **{name: value for name, value in values.items() if getattr(settings, name) is None})
+
+
+def _check_base(plan: Plan) -> None:
+    """The network that training starts from must have this run's architecture, classes and grid."""
+    if plan.base is None:
+        return
+    flag = "--prior" if plan.has_learned_prior else "--init"
+    if plan.has_learned_prior and not plan.base.is_bayesian:
+        raise InputError(f"--prior {plan.base.name}: is a MAP network; train one with --mode vi from it first")
+    for key, ours in plan.header().items():
+        theirs = plan.base.metadata.get(key)
+        if theirs != ours:
+            differing = [name for name in ours if not isinstance(theirs, dict) or theirs.get(name) != ours[name]]
+            raise InputError(
+                f"{flag} {plan.base.name}: its {key.replace('_', ' ')} differs from this run's in "
+                f"{', '.join(differing) or 'its entries'}; leave --width, --dilations, --label_map, --grid_size and "
+                f"--voxel_size out to take the file's"
+            )
+
+
+def _check_checkpoint(plan: Plan, path: Path) -> None:
+    """A resumed run must be the one that wrote the checkpoint."""
+    if plan.checkpoint is None:
+        return
+    ours, theirs = binding(plan), plan.checkpoint[1]["binding"]
+    differing = [
+        f"{name} {theirs.get(name)!r}, now {ours.get(name)!r}" for name in ours if theirs.get(name) != ours[name]
+    ]
+    if differing:
+        raise InputError(
+            f"{path}: was written with {'; '.join(differing)}; resume with the settings of its config.yaml"
+        )
+
+
+def binding(plan: Plan) -> dict[str, Any]:
+    """What a run and its resumption must share for the same bits."""
+    return {
+        **plan.settings.binding(),
+        "label_map_sha256": plan.label_map.sha256,
+        "base_sha256": plan.base.sha256 if plan.base else None,
+        "train_scans": len(plan.train_scans),
+        "test_scans": len(plan.test_scans),
+    }

@@ -1,0 +1,373 @@
+"""One trainer for all networks of the paper: map, vi, vcl and fine-tuning, from settings to a posterior file.
+
+`train` prepares the data, takes the steps and keeps the run folder: config.yaml, log.jsonl, tensorboard/,
+checkpoint.safetensors and, at the end, posterior.safetensors. Every step is a function of (seed, step) and the weights
+before it, so that a run that was killed continues bit for bit. What is minimised is `objective`'s business, what a
+person can set `settings`'s, and `plan` has checked it all before the first step.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dwc.checkpoint import read_log, restore, save_checkpoint, write_log
+from dwc.data.subvolumes import SIDE, SubVolumes, prepare
+from dwc.errors import InputError
+from dwc.meshnet import MeshNet
+from dwc.objective import Objective, SigmaProjection, negative_log_prior
+from dwc.plan import Plan, binding, plan_run
+from dwc.plateau import Plateau
+from dwc.posterior import Posterior
+from dwc.settings import TrainSettings
+from dwc.validation import draw_sub_volumes, mean_dice, validation_confusion
+from dwc_kernels import FFGConv3d
+
+__all__ = ["Interrupted", "TrainSettings", "train"]
+
+
+class Interrupted(Exception):
+    """A signal ended the run after a whole step; its checkpoint is on disk and the message says how to resume."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+def train(settings: TrainSettings, *, resume: bool = False) -> Posterior:
+    """Train a network and leave its run folder.
+
+    Parameters
+    ----------
+    settings : TrainSettings
+        What to train, on what, and where to.
+    resume : bool
+        Go on from the run folder's checkpoint, bit for bit as if it had never stopped; from the start if it has none.
+
+    Returns
+    -------
+    Posterior
+        What lies in ``out/posterior.safetensors``; without standard deviations after mode map.
+
+    Raises
+    ------
+    InputError
+        Before any work, if anything given is wrong; later if the loss diverges or the disk is full.
+    Interrupted
+        After SIGINT or SIGTERM, with a whole checkpoint on disk.
+    """
+    plan = plan_run(settings, resume=resume)
+    plan.open_folder()
+    data, held_out = (
+        prepare(scans, plan.label_map, plan.grid, plan.cache_dir) for scans in (plan.train_scans, plan.test_scans)
+    )
+    devices = [plan.device] if plan.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        return _Run(plan, data, held_out).finish()
+
+
+@dataclass
+class _State:
+    """Where a run stands between two steps, as JSON beside the checkpoint's tensors."""
+
+    plateau: Plateau
+    step: int = 0
+    epoch: int = 0  # epochs closed: validated, logged and saved
+    loss_sum: float = 0.0  # over the steps of the open epoch
+    nll_sum: float = 0.0
+    binding: dict[str, Any] = field(default_factory=dict)
+
+
+class _Run:
+    """A network, its optimizer and its data on their way through the steps."""
+
+    def __init__(self, plan: Plan, data: SubVolumes, held_out: SubVolumes) -> None:
+        settings = plan.settings
+        self.plan, self.settings, self.out, self.data, self.held_out = plan, settings, settings.out, data, held_out
+        self.validation_draw = draw_sub_volumes(len(held_out), settings.validation_sub_volumes, settings.seed)
+        self.steps_per_epoch = settings.steps_per_epoch or math.ceil(len(data) / settings.batch_size)
+        self.total_steps = self.steps_per_epoch * settings.epochs
+        n_sub_volumes = data.sub_volumes_per_volume if settings.mode == "finetune" else len(data)
+        self.objective = Objective(n_sub_volumes, SIDE**3)
+        self.network = _network(plan).to(plan.device)
+        self.optimizer, self.learning_rates = _adam(self.network, settings)
+        self.project = SigmaProjection(self.network)
+        self.project()
+        self.state = _State(Plateau(settings.plateau_window), binding=binding(plan))
+        self.log: list[dict[str, Any]] = []
+        if plan.checkpoint is not None:
+            tensors, state = plan.checkpoint
+            restore(tensors, self.network, self.optimizer)
+            self.state = _State(**{**state, "plateau": Plateau(**state["plateau"])})
+            self.log = read_log(self.out / "log.jsonl", self.state.step)
+
+    def finish(self) -> Posterior:
+        """Take the remaining steps and write the posterior."""
+        settings, state = self.settings, self.state
+        loader = DataLoader(
+            self.data,
+            batch_sampler=_Batches(len(self.data), settings.batch_size, settings.seed, state.step, self.total_steps),
+            num_workers=settings.workers,
+            worker_init_fn=_leave_signals_to_the_trainer,
+            pin_memory=self.plan.device.type == "cuda",
+        )
+        with (
+            _caught_signals() as caught,
+            SummaryWriter(self.out / "tensorboard", purge_step=state.step + 1) as board,
+            tqdm(
+                total=self.total_steps, initial=state.step, desc=settings.mode, unit="step", dynamic_ncols=True
+            ) as bar,
+        ):
+            self.caught, self.board, self.bar = caught, board, bar
+            batches = iter(loader)
+            while not self._done():
+                self._epoch(batches)
+        posterior = self._posterior()
+        posterior.save(self.out / "posterior.safetensors")
+        return posterior
+
+    def _done(self) -> bool:
+        """Asked between epochs only, so that a resumed run closes the epoch that a signal left open."""
+        plateau = self.settings.stop_at_plateau and self.state.plateau.reached
+        closed = self.state.step == self.state.epoch * self.steps_per_epoch
+        return self.state.epoch >= self.settings.epochs or (plateau and closed)
+
+    def _epoch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """The rest of the open epoch: steps, validation, log line, checkpoint."""
+        state, began = self.state, time.monotonic()
+        for _ in range(state.step, (state.epoch + 1) * self.steps_per_epoch):
+            self._step(*next(batches))
+            self._stop_if_asked()
+        scores = self._validate()
+        row = {
+            "epoch": state.epoch + 1,
+            "step": state.step,
+            "loss": state.loss_sum / self.steps_per_epoch,
+            "nll": state.nll_sum / self.steps_per_epoch,
+            "penalty": self._penalty().item(),
+            **scores,
+            "plateau_step": state.plateau.began_at,
+            "layers": drift(self.network),
+            "seconds": round(time.monotonic() - began, 3),
+        }
+        self._show(row)
+        self.log.append(row)
+        write_log(self.out / "log.jsonl", self.log)  # before the checkpoint: a line too many is cut when resuming
+        state.epoch, state.loss_sum, state.nll_sum = state.epoch + 1, 0.0, 0.0
+        self._save()
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        settings, state, device = self.settings, self.state, self.plan.device
+        factor = learning_rate_factor(settings.schedule, state.step, self.total_steps)
+        for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+            group["lr"] = rate * factor
+        torch.manual_seed(_seed_of(settings.seed, state.step))
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self._logits(images.to(device, non_blocking=True))
+        loss, nll = self.objective(logits, labels.to(device, non_blocking=True), self._penalty())
+        loss.backward()
+        self.optimizer.step()
+        self.project()
+        loss, nll = loss.item(), nll.item()
+        if not math.isfinite(loss):
+            raise InputError(f"{self.out}: the loss is {loss} at step {state.step + 1}; train again with a lower --lr")
+        state.step += 1
+        state.loss_sum += loss
+        state.nll_sum += nll
+        state.plateau.update(loss)
+        for name, value in (("loss", loss), ("nll", nll), ("learning_rate", settings.lr * factor)):
+            self.board.add_scalar(f"train/{name}", value, state.step)
+        self.bar.set_postfix(loss=f"{loss:.4f}", dice=self._last_dice(), refresh=False)
+        self.bar.update()
+
+    def _logits(self, images: Tensor, sample: bool | None = None) -> Tensor:
+        with torch.autocast(self.plan.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            return self.network(images, sample=sample)
+
+    def _penalty(self) -> Tensor:
+        """In nats: the KL from the prior (Eq. 5), or -log p(w) (Eq. 2)."""
+        return self.network.kl_loss() if self.settings.bayesian else negative_log_prior(self.network)
+
+    def _validate(self) -> dict[str, float | None]:
+        """Dice on the held-out sub-volumes, averaged over the classes present in the truth."""
+        self.network.eval()
+        confusion = validation_confusion(
+            lambda images: self._logits(images, sample=False),
+            self.held_out,
+            self.validation_draw,
+            n_classes=self.plan.label_map.n_classes,
+            batch_size=self.settings.batch_size,
+            device=self.plan.device,
+            keep_going=lambda: self.caught.number is None,
+        )
+        self._stop_if_asked()
+        return {
+            "dice": mean_dice(confusion, with_background=False),
+            "dice_with_background": mean_dice(confusion, with_background=True),
+        }
+
+    def _show(self, row: dict[str, Any]) -> None:
+        for name in ("dice", "dice_with_background"):
+            if row[name] is not None:
+                self.board.add_scalar(f"validation/{name}", row[name], row["step"])
+        self.board.add_scalar("train/penalty", row["penalty"], row["step"])
+        for layer, measures in row["layers"].items():
+            for name, value in measures.items():
+                self.board.add_scalar(f"{name}/{layer}", value, row["step"])
+        self.board.flush()
+
+    def _last_dice(self) -> str:
+        dice = self.log[-1]["dice"] if self.log else None
+        return "-" if dice is None else f"{dice:.3f}"
+
+    def _stop_if_asked(self) -> None:
+        if self.caught.number is not None:
+            self._save()
+            name = signal.Signals(self.caught.number).name
+            raise Interrupted(
+                self.caught.number,
+                f"stopped by {name} after step {self.state.step} of {self.total_steps}; "
+                f"resume with: dwc train --config {self.out / 'config.yaml'} --resume",
+            )
+
+    def _save(self) -> None:
+        save_checkpoint(self.out / "checkpoint.safetensors", self.network, self.optimizer, asdict(self.state))
+
+    def _posterior(self) -> Posterior:
+        base, plan, state = self.plan.base, self.plan, self.state
+        base_sha256 = base.sha256 if base else None
+        training = {
+            **self.settings.binding(),
+            "n_sub_volumes": self.objective.n_sub_volumes,
+            "steps": state.step,
+            "plateau_step": state.plateau.began_at,
+            "init_sha256": None if plan.has_learned_prior else base_sha256,
+            "torch_version": torch.__version__,
+        }
+        metadata = {
+            **plan.header(),
+            "n_volumes": len(plan.train_scans),
+            "prior_sha256": base_sha256 if plan.has_learned_prior else None,
+            "training": training,
+        }
+        posterior = Posterior.from_model(self.network, **metadata)
+        return Posterior(posterior.mu, posterior.sigma, posterior.metadata, str(self.out / "posterior.safetensors"))
+
+
+def _network(plan: Plan) -> MeshNet:
+    torch.manual_seed(_seed_of(plan.settings.seed))
+    network = MeshNet.from_architecture(plan.header()["architecture"], bayesian=plan.settings.bayesian)
+    if plan.base is not None:
+        plan.base.to_model(network)
+    if plan.has_learned_prior:
+        plan.base.set_prior_of(network)
+    return network
+
+
+def _adam(network: nn.Module, settings: TrainSettings) -> tuple[torch.optim.Adam, list[float]]:
+    """Adam over means and rho, each with its learning rate."""
+    parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in network.named_parameters():
+        parts[name.endswith("_rho")].append(parameter)
+    rates = {False: settings.lr, True: settings.rho_lr or settings.lr}
+    groups = [{"params": parameters, "lr": rates[is_rho]} for is_rho, parameters in parts.items() if parameters]
+    return torch.optim.Adam(groups), [group["lr"] for group in groups]
+
+
+def learning_rate_factor(schedule: str, step: int, total_steps: int) -> float:
+    """What the learning rate is multiplied by at a step: a function of the step alone."""
+    if schedule == "constant":
+        return 1.0
+    peak = 0.3 * total_steps
+    fraction = step / peak if step < peak else 1 - (step - peak) / (total_steps - peak)
+    return 0.04 + 0.96 * _cosine(fraction) if step < peak else _cosine(fraction)
+
+
+def _cosine(fraction: float) -> float:
+    return (1 - math.cos(math.pi * fraction)) / 2
+
+
+@torch.no_grad()
+def drift(network: nn.Module) -> dict[str, dict[str, float]]:
+    """How far each Bayesian layer's weights have come from their prior: medians of sigma/sigma_0, |mu - mu_0|/sigma_0."""
+    return {
+        name: {
+            "sigma_ratio": (layer.weight_sigma / layer.prior_weight_sigma).median().item(),
+            "shift": ((layer.weight_mu - layer.prior_weight_mu).abs() / layer.prior_weight_sigma).median().item(),
+        }
+        for name, layer in network.named_modules()
+        if isinstance(layer, FFGConv3d)
+    }
+
+
+def _seed_of(*entropy: int) -> int:
+    """A seed for PyTorch that differs between steps and seeds without pattern."""
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+
+class _Batches(Sampler[list[int]]):
+    """Batches of indices for the steps `first` to `last`: pass after pass over the data, each in its own order.
+
+    Batch k is the k-th stretch of one endless sequence of passes, whatever step the run begins with; a batch may
+    straddle two passes, so that every batch is full.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, first: int, last: int) -> None:
+        self.n, self.batch_size, self.seed, self.first, self.last = n, batch_size, seed, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, current = None, -1
+        for step in range(self.first, self.last):
+            batch = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                passed, place = divmod(position, self.n)
+                if passed != current:
+                    order, current = np.random.default_rng([self.seed, 1, passed]).permutation(self.n), passed
+                batch.append(int(order[place]))
+            yield batch
+
+
+@dataclass
+class _Caught:
+    number: int | None = None
+
+
+@contextmanager
+def _caught_signals() -> Iterator[_Caught]:
+    """Note SIGINT and SIGTERM for the loop to see after its step; the second one ends the process as usual."""
+    caught = _Caught()
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be caught
+        yield caught
+        return
+
+    def note(number: int, frame: Any) -> None:
+        caught.number = number
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; a worker goes on until the trainer ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
