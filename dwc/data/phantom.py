@@ -5,6 +5,7 @@ atlas; sizes and places are about right. Intensities are drawn from it in `dwc.d
 """
 
 from importlib.resources import files
+from itertools import pairwise
 
 import numpy as np
 from scipy import ndimage
@@ -128,7 +129,7 @@ def _tube(mirrored: np.ndarray, points) -> np.ndarray:
     """Squared distance in mm from a chain of line segments."""
     chain = np.asarray(points, np.float32)
     nearest = np.full(mirrored.shape[1:], np.inf, np.float32)
-    for start, end in zip(chain[:-1], chain[1:], strict=True):
+    for start, end in pairwise(chain):
         along = end - start
         offset = [mirrored[a] - start[a] for a in range(3)]
         t = np.clip(sum(o * a for o, a in zip(offset, along, strict=True)) / (along @ along), 0, 1)
