@@ -55,7 +55,7 @@ _VENTRICLES = (  # radius is multiplied by the size of the ventricles
 
 
 def phantom(size: int = 64, voxel_size: float = 3.0, seed: int = 0) -> np.ndarray:
-    """Label volume of a head.
+    """Label volume of a head, all 50 classes at 64^3 voxels of 3 mm and finer.
 
     Parameters
     ----------
@@ -209,11 +209,15 @@ def _parcel(mirrored: np.ndarray, cortex: np.ndarray) -> np.ndarray:
 
 
 def _place_deep(codes: np.ndarray, mirrored: np.ndarray, ventricles: float, voxel_size: float) -> None:
+    x, y, z = mirrored
+    near = (x < 50) & (y > -95) & (y < 45) & (z > -95) & (z < 40)  # all deep structures; saves most of the time
+    box = ndimage.find_objects(near.view(np.uint8))[0]
+    codes, mirrored = codes[box], mirrored[(slice(None), *box)]  # views: what is placed is placed in the whole
     at_least = 0.55 * voxel_size  # thinner tubes would fall between the voxels
     for code, radius, points in _TUBES:
         inside = _tube(mirrored, points) < max(radius, at_least) ** 2
         codes[inside & (codes != _CEREBELLAR_CORTEX)] = code
     for code, centre, radii in _ELLIPSOIDS:
-        codes[_ellipsoid(mirrored, centre, radii) < 1] = code
+        codes[_ellipsoid(mirrored, centre, np.maximum(radii, at_least)) < 1] = code
     for radius, points in _VENTRICLES:
         codes[_tube(mirrored, points) < max(radius * ventricles, at_least) ** 2] = _VENTRICLE

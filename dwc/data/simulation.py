@@ -155,9 +155,13 @@ def write_site(
     Raises
     ------
     InputError
-        There are too few anatomies, they hold other codes, or `out_dir` cannot be written.
+        There is nothing to write, there are too few anatomies, they hold other codes, or `out_dir` cannot be written.
     """
     site, out_dir = _site(site), Path(out_dir)
+    if min(n_train, n_test, seed) < 0 or n_train + n_test < 1:
+        raise InputError(
+            f"site {site.name}: {n_train} + {n_test} scans, seed {seed}; ask for at least one scan, seed >= 0"
+        )
     heads = _phantoms(site, n_train, n_test, grid, seed)
     if anatomies is not None:
         heads = _anatomies(site, n_train, n_test, grid, Path(anatomies))
@@ -167,7 +171,7 @@ def write_site(
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for number, (subject, split, codes) in enumerate(heads):
-            image, codes = simulate(codes, site, voxel_size=grid.voxel_size, seed=_seed(seed, site, number))
+            image, codes = simulate(codes, site, voxel_size=grid.voxel_size, seed=_seed(seed, site, number, 0))
             ids = label_map.to_ids(np.where(codes < _N_CLASSES, codes, 0))
             names = [f"{site.name}-{number:03d}_{suffix}.nii.gz" for suffix in ("T1w", "dseg")]
             for name, voxels in zip(names, (image, ids.astype(np.int16)), strict=True):
@@ -190,15 +194,15 @@ def _site(site: Site | str) -> Site:
     return load_sites()[site]
 
 
-def _seed(seed: int, site: Site, number: int) -> int:
-    """A seed for each scan of each site: sites never share one."""
-    words = [seed, int.from_bytes(site.name.encode(), "little"), number]
+def _seed(seed: int, site: Site, number: int, purpose: int) -> int:
+    """A seed for each scan (purpose 0) and each head (1) of each site: sites never share one."""
+    words = [seed, int.from_bytes(site.name.encode(), "little"), number, purpose]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 def _phantoms(site: Site, n_train: int, n_test: int, grid: Grid, seed: int) -> Iterator[tuple[str, str, np.ndarray]]:
     for number in range(n_train + n_test):
-        codes = phantom(grid.size, grid.voxel_size, seed=_seed(seed, site, number))
+        codes = phantom(grid.size, grid.voxel_size, seed=_seed(seed, site, number, 1))
         yield f"{site.name}{number:03d}", "train" if number < n_train else "test", codes
 
 
