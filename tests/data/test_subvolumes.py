@@ -36,7 +36,12 @@ def _prepare(scans, cache, *, label_map=FIFTY, grid=GRID, workers=0):
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Content of the finished entries of a cache, by path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("[!.]*/*"))}
+
+
+def _entries(cache: Path) -> list[Path]:
+    return list(cache.glob("[!.]*"))
 
 
 @given(st.data(), st.tuples(*[st.integers(1, 3)] * 3), st.integers(1, 4))
@@ -104,17 +109,40 @@ def test_the_cache_follows_content_and_not_names(scans, tmp_path, scan_pair):
     moved = scans[0].image.rename(tmp_path / "renamed.nii.gz")
     os.utime(moved, (0, 0))
     _prepare([replace(scans[0], image=moved)], tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(_entries(tmp_path / "cache")) == 1
     other_image, _ = scan_pair("s0", 99)
     changed = _prepare([replace(scans[0], image=other_image)], tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(_entries(tmp_path / "cache")) == 2
     assert changed.volume(0)[0].flat[0] == np.random.default_rng(99).integers(0, 256, (64, 64, 64), np.uint8).flat[0]
+
+
+def test_a_settled_file_is_hashed_once_and_again_when_its_date_changes(scans, tmp_path, monkeypatch):
+    hashed = []
+
+    def open_(path, *args):
+        hashed.append(Path(path).name)
+        return open(path, *args)
+
+    def read(date: float) -> list[str]:
+        hashed.clear()
+        os.utime(scans[0].image, (date, date))
+        _prepare(scans[:1], tmp_path / "cache")
+        return [name for name in hashed if name.endswith("T1w.nii.gz")]
+
+    monkeypatch.setattr(subvolumes, "open", open_, raising=False)
+    assert read(1000) == ["s0_T1w.nii.gz"]
+    assert read(1000) == []
+    assert read(2000) == ["s0_T1w.nii.gz"]
+    assert read(time.time()) == ["s0_T1w.nii.gz"]
+    assert read(time.time()) == ["s0_T1w.nii.gz"]  # too young to be trusted
+    (tmp_path / "cache" / ".digests.json").write_text("[broken")
+    assert read(2000) == ["s0_T1w.nii.gz"]
 
 
 def test_another_grid_or_label_map_is_another_entry(scans, tmp_path):
     for label_map, grid in ((FIFTY, GRID), (LabelMap.load("coarse"), GRID), (FIFTY, Grid(32, 6.0))):
         _prepare(scans[:1], tmp_path / "cache", label_map=label_map, grid=grid)
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(_entries(tmp_path / "cache")) == 3
 
 
 def test_a_scan_without_label_is_for_prediction_only(scans, tmp_path):
@@ -153,15 +181,14 @@ def test_a_killed_build_leaves_nothing_that_looks_whole(scans, tmp_path):
     assert [path.name[:12] for path in (tmp_path / "cache").iterdir()] == [".unfinished-"]
     _prepare(scans[:1], tmp_path / "cache")
     _prepare(scans[:1], tmp_path / "fresh")
-    again = {k: v for k, v in _files(tmp_path / "cache").items() if not k.startswith(".")}
-    assert again == _files(tmp_path / "fresh")
+    assert _files(tmp_path / "cache") == _files(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "statistics"])
 def test_a_damaged_entry_is_built_again(scans, tmp_path, damage):
     _prepare(scans[:1], tmp_path / "cache")
     whole = _files(tmp_path / "cache")
-    (entry,) = (tmp_path / "cache").iterdir()
+    (entry,) = _entries(tmp_path / "cache")
     if damage == "cut":
         os.truncate(entry / "image.npy", 1000)
     elif damage == "missing":
@@ -182,9 +209,8 @@ def test_concurrent_builders_of_one_entry_agree(scans, tmp_path, monkeypatch):
 
     monkeypatch.setattr(subvolumes, "conform_image", together)
     _prepare([scans[0]] * 4, tmp_path / "cache", workers=4)
-    names = [path.name for path in (tmp_path / "cache").iterdir()]
-    assert len(names) == 1
-    assert not names[0].startswith(".")
+    assert len(_entries(tmp_path / "cache")) == 1
+    assert not list((tmp_path / "cache").glob(".unfinished*"))
 
 
 def test_remains_of_builds_killed_long_ago_are_removed_and_young_ones_kept(scans, tmp_path):
