@@ -90,6 +90,7 @@ class MeshNet(nn.Module):
         training mode only. A plain network has nothing to draw.
         """
         options = {"sample": sample} if self.bayesian else {}
+        x = x.to(memory_format=torch.channels_last_3d)  # fastest for cuDNN, oneDNN and the Triton kernels
         for layer in self.layers[:-1]:
             x = relu(layer(x, **options), inplace=True)  # neither layer keeps its output for the backward
         return self.layers[-1](x, **options)

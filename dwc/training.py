@@ -301,7 +301,7 @@ def _cosine(fraction: float) -> float:
 
 @torch.no_grad()
 def drift(network: nn.Module) -> dict[str, dict[str, float]]:
-    """How far each Bayesian layer's weights have come from their prior: medians of sigma/sigma_0, |mu - mu_0|/sigma_0."""
+    """How far each Bayesian layer's weights are from their prior: medians of sigma/sigma_0 and |mu - mu_0|/sigma_0."""
     return {
         name: {
             "sigma_ratio": (layer.weight_sigma / layer.prior_weight_sigma).median().item(),
