@@ -16,6 +16,10 @@ import yaml
 from dwc import __version__, cli
 from dwc.files import load_tensors
 from dwc.posterior import Posterior
+from dwc.training import train
+
+pytest_plugins = ["tests.tiny_runs"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def start(*arguments) -> subprocess.Popen:
@@ -53,11 +57,12 @@ def same_weights_and_log(left: Path, right: Path) -> bool:
     return logs[0] == logs[1] and all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
-def test_help_and_version_name_the_commands_and_the_package():
+def test_help_and_version_name_the_commands_and_the_package(capsys):
     code, out, _ = dwc("--help")
     assert code == 0
     assert all(name in out for name in cli.COMMANDS)
-    assert dwc("--version")[:2] == (0, f"dwc {__version__}\n")
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dwc {__version__}\n"
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
@@ -111,8 +116,7 @@ def test_flags_and_the_config_file_they_leave_give_the_same_run(settings, tmp_pa
     assert "loss=" in error
     assert "dice=" in error
     config = tmp_path / "flags" / "config.yaml"
-    code, _, error = dwc("train", "--config", config, "--out", tmp_path / "config")
-    assert code == 0, error
+    assert cli.main(["train", "--config", str(config), "--out", str(tmp_path / "config")]) == 0
     first, second = (Posterior.load(tmp_path / name / "posterior.safetensors") for name in ("flags", "config"))
     assert first.sha256 == second.sha256
     kept, again = (yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("flags", "config"))
@@ -120,35 +124,36 @@ def test_flags_and_the_config_file_they_leave_give_the_same_run(settings, tmp_pa
 
 
 def test_after_kill_9_resume_ends_at_the_same_bits(settings, networks, tmp_path):
-    vcl = replace(settings, mode="vcl", prior=Path(networks["vi"].name), epochs=40)
-    undisturbed = start("dwc.train", *flags_of(replace(vcl, out=tmp_path / "whole")))
+    vcl = replace(settings, mode="vcl", prior=Path(networks["vi"].name), epochs=12)
     killed = start("dwc.train", *flags_of(replace(vcl, out=tmp_path / "cut", workers=1)))
     wait_for(tmp_path / "cut" / "checkpoint.safetensors", killed)
     killed.kill()
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     _, header = load_tensors(tmp_path / "cut" / "checkpoint.safetensors")
-    assert header["state"]["epoch"] < 40
+    assert header["state"]["epoch"] < 12
     code, _, error = dwc("train", "--config", tmp_path / "cut" / "config.yaml", "--resume")
     assert code == 0, error
-    _, error = undisturbed.communicate(timeout=120)
-    assert undisturbed.returncode == 0, error
+    train(replace(vcl, out=tmp_path / "whole"))
     assert same_weights_and_log(tmp_path / "cut", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_with_its_code_and_says_how_to_resume(settings, tmp_path, number, expected):
-    process = start("dwc.train", *flags_of(replace(settings, out=tmp_path / "run", epochs=10000, workers=1)))
-    wait_for(tmp_path / "run" / "checkpoint.safetensors", process)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == expected
-    last = error.splitlines()[-1]
-    config = tmp_path / "run" / "config.yaml"
-    assert f"stopped by {number.name} after step" in last
-    assert last.endswith(f"resume with: dwc train --config {config} --resume")
-    assert "Traceback" not in error
-    load_tensors(tmp_path / "run" / "checkpoint.safetensors")
+def test_signals_end_a_run_with_their_codes_and_it_says_how_to_resume(settings, tmp_path):
+    numbers = {signal.SIGTERM: 143, signal.SIGINT: 130}
+    forever = replace(settings, epochs=10000, workers=1)
+    runs = {number: start("dwc.train", *flags_of(replace(forever, out=tmp_path / number.name))) for number in numbers}
+    for number, process in runs.items():
+        wait_for(tmp_path / number.name / "checkpoint.safetensors", process)
+        process.send_signal(number)
+    for number, process in runs.items():
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == numbers[number]
+        last = error.splitlines()[-1]
+        config = tmp_path / number.name / "config.yaml"
+        assert f"stopped by {number.name} after step" in last
+        assert last.endswith(f"resume with: dwc train --config {config} --resume")
+        assert "Traceback" not in error
+        load_tensors(tmp_path / number.name / "checkpoint.safetensors")
 
 
 def test_consolidate_writes_a_prior_and_prints_each_sites_weight(networks, tmp_path):
@@ -184,12 +189,14 @@ def test_a_site_that_does_not_fit_ends_consolidation_and_writes_nothing(networks
     assert not out.exists()
 
 
-def test_a_full_disk_ends_training_in_one_line(settings, tmp_path):
-    words = [sys.executable, "-m", "dwc.train", *flags_of(replace(settings, out=tmp_path / "run"))]
-    limit = (1000, 1000)  # bytes per file: config.yaml fits, the first checkpoint does not
-    done = subprocess.run(
-        words, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    )
-    assert done.returncode == 2
-    assert "cannot be written" in done.stderr.splitlines()[-1]
+def test_a_full_disk_ends_training_in_one_line(settings, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # config.yaml fits, the first checkpoint does not
+    try:
+        code = cli.main(["train", *flags_of(replace(settings, out=tmp_path / "run"))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"dwc: .*(log\.jsonl|checkpoint\.safetensors): cannot be written", last)
     assert not list((tmp_path / "run").glob("*.safetensors"))

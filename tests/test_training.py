@@ -12,6 +12,7 @@ from dwc.errors import InputError
 from dwc.files import load_tensors
 from dwc.training import Interrupted, learning_rate_factor, train
 
+pytest_plugins = ["tests.tiny_runs"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
