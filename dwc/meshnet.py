@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 from torch.nn.utils.parametrizations import weight_norm as normalize_weight
 
+from dwc.errors import InputError
 from dwc.posterior import Posterior
 from dwc_kernels import FFGConv3d
 
@@ -121,9 +122,12 @@ class MeshNet(nn.Module):
 
         Raises
         ------
-        dwc.errors.InputError
-            If the tensors do not fit the architecture that the file names.
+        InputError
+            If the file names no MeshNet, or its tensors do not fit the architecture that it names.
         """
-        network = cls.from_architecture(posterior.metadata["architecture"], bayesian=posterior.is_bayesian)
+        architecture = posterior.metadata.get("architecture") or {}
+        if architecture.get("network") != "MeshNet":
+            raise InputError(f"{posterior.name}: holds no MeshNet; give a network trained with dwc train")
+        network = cls.from_architecture(architecture, bayesian=posterior.is_bayesian)
         posterior.to_model(network)
         return network

@@ -48,12 +48,18 @@ class Interrupted(Exception):
 def train(settings: TrainSettings, *, resume: bool = False) -> Posterior:
     """Train a network and leave its run folder.
 
+    Each line of log.jsonl is an epoch: ``loss`` and ``nll`` (nats per voxel, means over the epoch's steps), ``penalty``
+    (nats; the KL, or -log p(w)), ``dice`` (held-out sub-volumes, network at its means, mean over the classes present
+    in the truth without class 0) and ``dice_with_background``, ``plateau_step`` (null while the loss falls), and per
+    Bayesian layer the medians of sigma/sigma_0 (``sigma_ratio``) and |mu - mu_0|/sigma_0 (``shift``).
+
     Parameters
     ----------
     settings : TrainSettings
         What to train, on what, and where to.
     resume : bool
-        Go on from the run folder's checkpoint, bit for bit as if it had never stopped; from the start if it has none.
+        Go on from the run folder's checkpoint, bit for bit as if it had never stopped (on the same machine with the
+        same number of threads); from the start if it has none.
 
     Returns
     -------

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 __all__ = ["dice_per_class", "draw_sub_volumes", "mean_dice", "validation_confusion"]
@@ -33,7 +33,26 @@ def validation_confusion(
     device: torch.device,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> Tensor | None:
-    """Voxels by true class (row) and predicted class (column), int64 [n_classes, n_classes]; None if stopped."""
+    """Count voxels by true class (row) and predicted class (column).
+
+    Parameters
+    ----------
+    logits_of : callable
+        Logits [N, n_classes, D, H, W] of images [N, 1, D, H, W].
+    dataset : Dataset
+        Of (image [1, D, H, W], labels int64 [D, H, W]).
+    indices : list of int
+        The items to score.
+    n_classes, batch_size, device
+        Of the network and where it runs.
+    keep_going : callable
+        Asked before each batch.
+
+    Returns
+    -------
+    Tensor or None
+        int64 [n_classes, n_classes]; None if told to stop.
+    """
     confusion = torch.zeros(n_classes * n_classes, dtype=torch.int64)
     for start in range(0, len(indices), batch_size):
         if not keep_going():
@@ -59,8 +78,3 @@ def mean_dice(confusion: Tensor, *, with_background: bool) -> float | None:
     dice = dice_per_class(confusion)[0 if with_background else 1 :]
     present = dice[~dice.isnan()]
     return present.mean().item() if len(present) else None
-
-
-def logits_at_means(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The network without noise, as a function."""
-    return lambda images: network(images, sample=False)

@@ -124,14 +124,14 @@ def test_flags_and_the_config_file_they_leave_give_the_same_run(settings, tmp_pa
 
 
 def test_after_kill_9_resume_ends_at_the_same_bits(settings, networks, tmp_path):
-    vcl = replace(settings, mode="vcl", prior=Path(networks["vi"].name), epochs=12)
+    vcl = replace(settings, mode="vcl", prior=Path(networks["vi"].name), epochs=8)
     killed = start("dwc.train", *flags_of(replace(vcl, out=tmp_path / "cut", workers=1)))
     wait_for(tmp_path / "cut" / "checkpoint.safetensors", killed)
     killed.kill()
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     _, header = load_tensors(tmp_path / "cut" / "checkpoint.safetensors")
-    assert header["state"]["epoch"] < 12
+    assert header["state"]["epoch"] < 8
     code, _, error = dwc("train", "--config", tmp_path / "cut" / "config.yaml", "--resume")
     assert code == 0, error
     train(replace(vcl, out=tmp_path / "whole"))

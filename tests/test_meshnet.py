@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dwc.errors import InputError
 from dwc.meshnet import DILATIONS, MeshNet
 from dwc.posterior import Posterior
 from dwc_kernels import FFGConv3d
@@ -83,5 +84,8 @@ def test_activations_keep_their_scale_through_the_layers_at_the_start():
 def test_a_file_whose_tensors_do_not_fit_its_architecture_is_refused():
     posterior = Posterior.from_model(MeshNet(3, 4, (1,)))
     posterior.metadata["architecture"]["width"] = 5
-    with pytest.raises(ValueError, match="has shape"):
+    with pytest.raises(InputError, match="has shape"):
+        MeshNet.from_posterior(posterior)
+    del posterior.metadata["architecture"]
+    with pytest.raises(InputError, match="holds no MeshNet"):
         MeshNet.from_posterior(posterior)
