@@ -26,12 +26,13 @@ from dwc.checkpoint import read_log, restore, save_checkpoint, write_log
 from dwc.data.subvolumes import SIDE, SubVolumes, prepare
 from dwc.errors import InputError
 from dwc.meshnet import MeshNet
+from dwc.metrics import mean_dice
 from dwc.objective import Objective, SigmaProjection, negative_log_prior
 from dwc.plan import Plan, binding, plan_run
 from dwc.plateau import Plateau
 from dwc.posterior import Posterior
 from dwc.settings import TrainSettings
-from dwc.validation import draw_sub_volumes, mean_dice, validation_confusion
+from dwc.validation import draw_sub_volumes, validation_confusion
 from dwc_kernels import FFGConv3d
 
 __all__ = ["Interrupted", "TrainSettings", "train"]

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["dice_per_class", "draw_sub_volumes", "mean_dice", "validation_confusion"]
+from dwc.metrics import confusion_matrix
+
+__all__ = ["draw_sub_volumes", "validation_confusion"]
 
 
 def draw_sub_volumes(n_sub_volumes: int, at_most: int, seed: int) -> list[int]:
@@ -53,28 +55,11 @@ def validation_confusion(
     Tensor or None
         int64 [n_classes, n_classes]; None if told to stop.
     """
-    confusion = torch.zeros(n_classes * n_classes, dtype=torch.int64)
+    confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
     for start in range(0, len(indices), batch_size):
         if not keep_going():
             return None
         images, labels = zip(*(dataset[index] for index in indices[start : start + batch_size]), strict=True)
         predicted = logits_of(torch.stack(images).to(device)).argmax(dim=1).cpu()
-        confusion += torch.bincount(
-            (torch.stack(labels) * n_classes + predicted).flatten(), minlength=n_classes * n_classes
-        )
-    return confusion.view(n_classes, n_classes)
-
-
-def dice_per_class(confusion: Tensor) -> Tensor:
-    """Eq. 18, 2 TP / (2 TP + FN + FP) per class, fp64 [n_classes]; NaN where the truth has no voxel of the class."""
-    confusion = confusion.double()
-    truth, predicted = confusion.sum(dim=1), confusion.sum(dim=0)
-    dice = 2 * confusion.diagonal() / (truth + predicted)
-    return dice.masked_fill(truth == 0, torch.nan)
-
-
-def mean_dice(confusion: Tensor, *, with_background: bool) -> float | None:
-    """Mean over the classes present in the truth, class 0 among them or not; None if there is none."""
-    dice = dice_per_class(confusion)[0 if with_background else 1 :]
-    present = dice[~dice.isnan()]
-    return present.mean().item() if len(present) else None
+        confusion += confusion_matrix(torch.stack(labels), predicted, n_classes)
+    return confusion

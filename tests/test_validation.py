@@ -1,10 +1,9 @@
-import math
-
 import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from dwc.validation import dice_per_class, draw_sub_volumes, mean_dice, validation_confusion
+from dwc.metrics import mean_dice
+from dwc.validation import draw_sub_volumes, validation_confusion
 
 CPU = {"n_classes": 4, "batch_size": 2, "device": torch.device("cpu")}
 
@@ -27,25 +26,6 @@ def test_the_confusion_counts_every_voxel_of_the_drawn_sub_volumes_once(dataset)
         for predicted in range(4):
             count = sum(int(((labels == truth) & (image[0] == predicted)).sum()) for image, labels in dataset[::2])
             assert confusion[truth, predicted] == count
-
-
-def test_dice_is_equation_18_and_monais(dataset):
-    from monai.metrics import compute_dice
-
-    dice = dice_per_class(validation_confusion(logits_of, dataset, list(range(5)), **CPU))
-    images, labels = (torch.stack(parts) for parts in zip(*dataset, strict=True))
-    joined = (one_hot(images[:, 0].reshape(1, -1), 4), one_hot(labels.reshape(1, -1), 4))
-    theirs = compute_dice(*(part.movedim(-1, 1).unsqueeze(-1) for part in joined), ignore_empty=True)[0]
-    torch.testing.assert_close(dice.float(), theirs.float(), equal_nan=True)
-
-
-def test_a_class_absent_from_the_truth_is_left_out_and_a_missed_one_counts_zero(dataset):
-    confusion = validation_confusion(logits_of, dataset, list(range(5)), **CPU)
-    dice = dice_per_class(confusion)
-    assert math.isnan(dice[3])
-    assert dice[2] == 0
-    assert mean_dice(confusion, with_background=True) == pytest.approx(float(dice[:3].mean()))
-    assert mean_dice(confusion, with_background=False) == pytest.approx(float(dice[1:3].mean()))
 
 
 def test_nothing_held_out_is_no_dice_rather_than_zero():
