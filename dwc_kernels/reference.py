@@ -20,6 +20,9 @@ __all__ = ["forward", "grad_input", "grad_weight", "output_layout"]
 
 Triple = tuple[int, int, int]
 
+# From how many products of input and output channels a tap's matrix product outruns PyTorch's own weight gradient.
+_WIDE = 64 * 64
+
 
 def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of products: fp16 never holds a square, and bf16 is native only where the CPU multiplies it."""
@@ -121,16 +124,16 @@ def grad_weight(
 ) -> tuple[Tensor, Tensor]:
     """dL/dmu = corr(x, g) and dL/dsigma = 2 sigma * corr(x^2, g * r), in the dtype of weight_sigma."""
     working = _working_dtype(x.dtype, x.device)
-    if x.device.type == "cpu" and stride == (1, 1, 1) and groups == 1:
+    wide = x.shape[1] * g.shape[1] >= _WIDE
+    if x.device.type == "cpu" and stride == (1, 1, 1) and groups == 1 and wide:
         dmu, dvar = _correlate_both(g, r, x, weight_sigma.shape, padding, dilation)
     else:
-        g, r, h = (t.to(working) for t in (g, r, x))
-        geometry = (weight_sigma.shape, stride, padding, dilation, groups)
-        dmu, dvar = (
-            torch.nn.grad.conv3d_weight(a, geometry[0], b, *geometry[1:]) for a, b in ((h, g), (h.square(), g * r))
-        )
+        g, r, h = (_native(t.to(working)) for t in (g, r, x))
+        shape, geometry = weight_sigma.shape, (stride, padding, dilation, groups)
+        dmu = torch.nn.grad.conv3d_weight(h, shape, g, *geometry)
+        dvar = torch.nn.grad.conv3d_weight(h.square(), shape, g * r, *geometry)
     dsigma = dvar.mul_(weight_sigma).mul_(2.0)
-    return dmu.to(weight_sigma.dtype), dsigma.to(weight_sigma.dtype)
+    return dmu.to(weight_sigma.dtype).contiguous(), dsigma.to(weight_sigma.dtype).contiguous()
 
 
 def _correlate_both(
@@ -170,4 +173,4 @@ def _correlate_both(
                         start = (y0 + dy) * pitch + k * dw
                         total[i, j, k].baddbmm_(a[:, z + dz, start : start + rows].transpose(1, 2), lines)
     both = total.permute(3, 5, 4, 0, 1, 2)
-    return both[0].contiguous(), both[1].contiguous()
+    return both[0], both[1]
