@@ -39,10 +39,9 @@ def _native(x: Tensor) -> Tensor:
 
 
 def output_layout(x: Tensor) -> torch.memory_format:
-    """The memory format that outputs share with the input: channels_last_3d only where x has it and it differs."""
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.contiguous_format
-    return torch.channels_last_3d
+    """The memory format that outputs share with the input; where it could be either (one channel), the native one."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
 
 
 def forward(
