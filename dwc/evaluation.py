@@ -66,21 +66,19 @@ def scans_to_score(
         If the manifest is bad, the networks were trained on different splits of it, the part is empty, or a scan of
         it has no label.
     """
-    chosen: tuple[list[Scan], Posterior] | None = None
-    for posterior in posteriors:
+    splits: list[tuple[str, list[Scan]]] = []
+    for posterior in [p for p in posteriors if p.metadata.get("training")] or posteriors[:1]:
         training = posterior.metadata.get("training") or {}
-        seed = split_seed if split_seed is not None else training.get("seed", 0)
-        fraction = test_fraction if test_fraction is not None else training.get("test_fraction", 0.1)
+        seed = training.get("seed", 0) if split_seed is None else split_seed
+        fraction = training.get("test_fraction", 0.1) if test_fraction is None else test_fraction
         scans = read_manifest(manifest, seed=seed, test_fraction=fraction)
-        scans = [scan for scan in scans if split in ("all", scan.split)]
-        if chosen and training and scans != chosen[0]:
+        splits.append((posterior.name, [scan for scan in scans if split in ("all", scan.split)]))
+    first, scans = splits[0]
+    for name, others in splits[1:]:
+        if {scan.image for scan in others} != {scan.image for scan in scans}:
             raise InputError(
-                f"{manifest}: {posterior.name} was trained on another split of it than {chosen[1].name}; give the "
-                "manifest a split column"
+                f"{manifest}: {name} was trained on another split of it than {first}; give the manifest a split column"
             )
-        if chosen is None or (training and not chosen[1].metadata.get("training")):
-            chosen = scans, posterior
-    scans = chosen[0]
     if not scans:
         raise InputError(f"{manifest}: has no scan to {split} on; set split to {split} for some, or give --split all")
     for scan in scans:

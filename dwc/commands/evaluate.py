@@ -83,9 +83,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def _lines(summary: dict) -> str:
     """The means for people, a line per site."""
-    lines = [f"{'site':<20}{'volumes':>8}{'Dice':>8}{'with background':>17}"]
     rows = {**summary["sites"], "volume-weighted": {"n_volumes": summary["n_volumes"], **summary["volume_weighted"]}}
+    width = max(map(len, rows))
+    lines = [f"{'site':<{width}}{'volumes':>9}{'Dice':>7}{'with background':>17}"]
     for site, row in rows.items():
         means = ["-" if row[name] is None else f"{row[name]:.3f}" for name in ("dice", "dice_with_background")]
-        lines.append(f"{site:<20}{row['n_volumes']:>8}{means[0]:>8}{means[1]:>17}")
+        lines.append(f"{site:<{width}}{row['n_volumes']:>9}{means[0]:>7}{means[1]:>17}")
     return "\n".join(lines)

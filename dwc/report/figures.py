@@ -142,7 +142,7 @@ def _busiest(volume: np.ndarray) -> dict[str, int]:
 
 def _box(image: np.ndarray) -> tuple[slice, ...]:
     """The part of the volume that the head fills, and a margin."""
-    head = image > 0.1 * image.max()
+    head = image >= 0.1 * image.max()
     box = []
     for axis, size in enumerate(image.shape):
         filled = np.flatnonzero(head.any(axis=tuple({0, 1, 2} - {axis})))
