@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-_COLUMNS = ["layout", "dtype", "dilation", "op_s", "composition_s", "op_bytes", "composition_bytes"]
+_COLUMNS = ["layout", "dtype", "dilation", "op_s", "composition_s", "noise_s", "op_bytes", "composition_bytes"]
 _results = pytest.StashKey[list]()
 
 
@@ -22,6 +22,7 @@ def pytest_terminal_summary(terminalreporter, config):
     table = pd.DataFrame(rows, columns=_COLUMNS)
     total = table.groupby(["layout", "dtype"])[_COLUMNS[3:]].sum()
     total["speedup"] = total.op_s.rdiv(total.composition_s)
+    total["noise_share"] = total.noise_s / total.op_s
     total["saved"] = total.op_bytes / total.composition_bytes
     native = "yes" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
     write = terminalreporter.write_line

@@ -33,6 +33,7 @@ from dwc.training import train
 __all__ = ["DemoSettings", "Stage", "run"]
 
 ORIGIN, SITES, UNSEEN = "H", ("N", "B", "W"), "A"
+_PICTURE = "segmentation.png"
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class DemoSettings:
         Of the simulated scans; mm.
     label_map
         coarse: eight tissues, which minutes on a CPU can teach; fifty classes they cannot.
-    width
-        Filters per layer of MeshNet.
+    width, dilations
+        Of MeshNet: filters per layer, and one dilation per 3x3x3 layer.
     batch_size
         Sub-volumes per step.
     n_train
@@ -89,15 +90,16 @@ class DemoSettings:
     grid_size: int = 64
     voxel_size: float = 3.0
     label_map: str = "coarse"
-    width: int = 16
-    batch_size: int = 4
+    width: int = 12
+    dilations: tuple[int, ...] = (1, 2, 4, 8)
+    batch_size: int = 2
     n_train: dict[str, int] = field(default_factory=lambda: {"H": 16, "N": 19, "B": 6, "W": 5})
-    n_test: int = 4
-    map: Stage = Stage(steps=400, lr=1e-2)
+    n_test: int = 3
+    map: Stage = Stage(steps=500, lr=1e-2)
     vi: Stage = Stage(steps=150, lr=3e-3, rho_lr=3e-2)
     vcl: Stage = Stage(steps=150, lr=3e-3, rho_lr=3e-2)
     finetune: Stage = Stage(steps=60, lr=1e-3, rho_lr=1e-2)
-    n_samples: int = 10
+    n_samples: int = 5
     seed: int = 0
 
     def check(self) -> None:
@@ -133,17 +135,30 @@ def run(settings: DemoSettings) -> None:
     held_out = {site: _held_out(settings, out, manifest) for site, manifest in manifests.items()}
     table = _score(settings, networks, held_out)
     write_whole(out / "table.csv", table.to_csv(float_format="%.4f").encode())
-    picture = _picture(settings, networks, held_out[UNSEEN], out / "segmentation.png")
-    print(f"\nDice in %, mean over {LabelMap.load(settings.label_map).n_classes - 1} tissues without background, then "
-          f"over {settings.n_test} held-out scans per site;\nAvg. weighs H, N, B, W by scans; A took no part in training")  # fmt: skip
-    print((100 * table).to_string(float_format="%.1f", na_rep="-"))
-    print(f"\nsettings    {out / 'config.yaml'}\nscans       {out / 'sites'}\nnetworks    {out / 'networks'}\n"
-          f"table       {out / 'table.csv'}\npicture     {picture}")  # fmt: skip
+    _draw(settings, networks, held_out[UNSEEN], out / _PICTURE)
+    print(_report(settings, table, out))
+
+
+def _report(settings: DemoSettings, table: pd.DataFrame, out: Path) -> str:
+    """The table for people, and where every file lies."""
+    files = {"settings": "config.yaml", "scans": "sites", "networks": "networks", "table": "table.csv"}
+    files["picture"] = _PICTURE
+    tissues = LabelMap.load(settings.label_map).n_classes - 1
+    return "\n".join(
+        (
+            f"\nDice in %: mean over {tissues} tissues without background, then over {settings.n_test} held-out scans a",
+            f"site; Avg. is over all of {', '.join((ORIGIN, *SITES))}; {UNSEEN} took no part in training",
+            (100 * table).to_string(float_format="%.1f", na_rep="-"),
+            "",
+            *(f"{name:<10}{out / file}" for name, file in files.items()),
+        )
+    )
 
 
 def _keep_config(settings: DemoSettings, out: Path) -> None:
     """Write config.yaml, or refuse to mix two demos in one folder."""
-    values = {**asdict(settings), "out": str(out)}
+    values = {name: value for name, value in asdict(settings).items() if name != "out"}
+    values["dilations"] = list(settings.dilations)
     path = out / "config.yaml"
     if path.exists() and yaml.safe_load(path.read_text(encoding="utf-8")) != values:
         raise InputError(f"{path}: a demo with other settings lies here; give another --out or remove the folder")
@@ -175,7 +190,8 @@ def _train_all(settings: DemoSettings, out: Path, manifests: dict[str, Path]) ->
                 mode=mode, data=manifests[site], out=_folder(out, name), **start,
                 lr=stage.lr, rho_lr=stage.rho_lr, schedule=stage.schedule, epochs=1, steps_per_epoch=stage.steps,
                 label_map=settings.label_map, grid_size=settings.grid_size, voxel_size=settings.voxel_size,
-                width=settings.width, batch_size=settings.batch_size, seed=settings.seed, cache_dir=out / "cache",
+                width=settings.width, dilations=settings.dilations, batch_size=settings.batch_size,
+                seed=settings.seed, cache_dir=out / "cache",
             ),
             resume=_folder(out, name).exists(),
         )  # fmt: skip
@@ -244,7 +260,7 @@ def _score(
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("network")
 
 
-def _picture(settings: DemoSettings, networks: dict[str, list[Posterior]], data: SubVolumes, path: Path) -> Path:
+def _draw(settings: DemoSettings, networks: dict[str, list[Posterior]], data: SubVolumes, path: Path) -> None:
     """The first held-out scan of the unseen site: truth, DWC and the MAP network of H, errors in red."""
     image, truth = data.volume(0)
     shown = {"DWC": list(networks)[-1], f"MAP {ORIGIN}": f"MAP {ORIGIN}"}
@@ -253,4 +269,4 @@ def _picture(settings: DemoSettings, networks: dict[str, list[Posterior]], data:
         for title, name in shown.items()
     }
     title = f"A scan of site {UNSEEN}, which took no part in training"
-    return overlay(image, truth, predictions, path, names=data.label_map.names, title=title)
+    overlay(image, truth, predictions, path, names=data.label_map.names, title=title)

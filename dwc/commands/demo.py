@@ -19,5 +19,4 @@ def main(arguments: Sequence[str]) -> None:
 
     parser = new_parser("demo", "Run the whole cycle on simulated sites: train apart, consolidate, fine-tune, compare.")
     parser.add_class_arguments(DemoSettings)
-    values = parser.instantiate_classes(parse(parser, arguments))
-    run(DemoSettings(**values.as_dict() if hasattr(values, "as_dict") else values))
+    run(DemoSettings(**parser.instantiate(parse(parser, arguments)).as_dict()))
