@@ -146,7 +146,7 @@ def _report(settings: DemoSettings, table: pd.DataFrame, out: Path) -> str:
     tissues = LabelMap.load(settings.label_map).n_classes - 1
     return "\n".join(
         (
-            f"\nDice in %: mean over {tissues} tissues without background, then over {settings.n_test} held-out scans a",
+            f"\nDice in %: mean over {tissues} tissues without background, over {settings.n_test} held-out scans a",
             f"site; Avg. is over all of {', '.join((ORIGIN, *SITES))}; {UNSEEN} took no part in training",
             (100 * table).to_string(float_format="%.1f", na_rep="-"),
             "",

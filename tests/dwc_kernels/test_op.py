@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.composition import composition, saved_bytes
-from dwc_kernels import ffg_conv3d
+from dwc_kernels import ffg_conv3d, reference
 from dwc_kernels.noise import normal
 
 NAMES = ("x", "weight_mu", "weight_sigma", "bias_mu", "bias_sigma")
@@ -115,6 +115,13 @@ def test_fp32_is_as_accurate_as_the_composition(case, layout):
 def test_other_dtypes_are_as_accurate_as_the_composition(case, dtype):
     arguments, geometry = GEOMETRIES[case]
     assert_as_accurate_as_composition(make(**arguments, dtype=dtype), **geometry)
+
+
+@pytest.mark.parametrize("case", ["channels 65 -> 66, dilation 2", "channels 96 -> 3", "stride 2"])
+def test_bf16_products_are_as_accurate_as_the_composition(case, monkeypatch):
+    monkeypatch.setattr(reference, "multiplies_bf16", lambda: True)
+    arguments, geometry = GEOMETRIES[case]
+    assert_as_accurate_as_composition(make(**arguments, dtype=torch.bfloat16), **geometry)
 
 
 def test_fp16_squares_neither_overflow_nor_vanish():
