@@ -20,8 +20,9 @@ from dwc.data.subvolumes import SIDE, join_volume, split_volume
 from dwc.errors import InputError
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
+from dwc.runtime import seed_of
 
-__all__ = ["Ensemble", "Prediction", "choose_device", "load_networks", "predict_volume"]
+__all__ = ["Ensemble", "Prediction", "load_networks", "predict_volume"]
 
 # Samples of one sub-volume that pass together. Fixed, because the noise depends on the place in a batch: a setting
 # would change predictions. Ten keep 10 x 96 x 32^3 activations near 126 MB each.
@@ -105,19 +106,6 @@ def load_networks(paths: Sequence[str | Path], label_map: str | None = None) -> 
     return Ensemble(posteriors, networks, classes, grid)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of `auto` (a GPU where there is one), `cpu` or `cuda`.
-
-    Raises
-    ------
-    InputError
-        If a GPU is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no GPU here; give --device cpu")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
 def predict_volume(
     networks: Sequence[MeshNet],
     image: np.ndarray,
@@ -184,16 +172,11 @@ def _probability(network: MeshNet, x: Tensor, n_samples: int, entropy: tuple[int
     total = 0
     for start in range(0, n_samples, _SAMPLES_PER_PASS):
         # The draws are the batch: noise is a function of (seed, element index), so each place has noise of its own.
-        torch.manual_seed(_seed_of(*entropy, start // _SAMPLES_PER_PASS))
+        torch.manual_seed(seed_of(*entropy, start // _SAMPLES_PER_PASS))
         n = min(_SAMPLES_PER_PASS, n_samples - start)
         logits = network(x.expand(n, -1, -1, -1, -1), sample=True)
         total = total + logits.float().softmax(dim=1).sum(dim=0)
     return total / n_samples
-
-
-def _seed_of(*entropy: int) -> int:
-    """A seed for PyTorch that differs between places without pattern."""
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _label_map(posterior: Posterior, path: str | None) -> LabelMap:

@@ -48,7 +48,8 @@ def main(arguments: Sequence[str]) -> None:
     from dwc.data.subvolumes import prepare
     from dwc.derivatives import open_folder
     from dwc.files import write_whole
-    from dwc.prediction import choose_device, load_networks
+    from dwc.prediction import load_networks
+    from dwc.runtime import choose_device
 
     device = choose_device(values.device)
     ensemble = load_networks(values.network, values.label_map)

@@ -36,8 +36,9 @@ def main(arguments: Sequence[str]) -> None:
 
     from dwc.data.conform import conform_image, load_image  # after the arguments, so that help is quick
     from dwc.derivatives import find_scan, name_derivatives, open_folder, write_derivatives
-    from dwc.prediction import choose_device, load_networks, predict_volume
+    from dwc.prediction import load_networks, predict_volume
     from dwc.report.figures import overlay
+    from dwc.runtime import choose_device
 
     device = choose_device(values.device)
     ensemble = load_networks(networks, values.label_map)
