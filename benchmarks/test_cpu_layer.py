@@ -19,7 +19,7 @@ from dwc_kernels.noise import normal
 SHAPE = (2, 96, 32, 32, 32)
 DILATIONS = (1, 2, 4, 8)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
-ROUNDS = 5
+ROUNDS = 3
 
 
 @pytest.fixture(params=LAYOUTS)
