@@ -14,7 +14,7 @@ from torch import nn
 from dwc.errors import InputError
 from dwc.files import canonical_json, load_tensors, save_tensors, write_whole
 
-__all__ = ["load_checkpoint", "read_log", "save_checkpoint", "write_log"]
+__all__ = ["load_checkpoint", "read_log", "restore", "save_checkpoint", "write_log"]
 
 _FORMAT = 1
 

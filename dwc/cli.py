@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from dwc import __version__
-from dwc.errors import InputError
+from dwc.errors import InputError, Interrupted
 
 __all__ = ["COMMANDS", "main"]
 
@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"dwc: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"dwc: {stop}", file=sys.stderr)
+        return 128 + stop.signal_number
     except OSError as error:
         if error.errno not in _FULL_OR_READ_ONLY:
             raise

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwc.errors import InputError
+from dwc.errors import InputError, brief
 from dwc.posterior import Posterior
 
 __all__ = ["Consolidation", "LayerWeight", "consolidate"]
+
+_SHARED = ("architecture", "label_map", "preprocessing")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Consolidation:
         for tensor, (shift, precision) in self._eta.items():
             eta_1, eta_2 = sum(shift), sum(precision)
             mu[tensor], sigma[tensor] = eta_1 / eta_2, eta_2.rsqrt()
-        inherited = {key: self.prior.metadata.get(key) for key in ("architecture", "label_map", "preprocessing")}
+        inherited = {key: self.prior.metadata.get(key) for key in _SHARED}
         sites = [{"sha256": digest, "n_volumes": n} for digest, n in sorted(self._n_volumes.items())]
         metadata = {
             **inherited,
@@ -161,15 +163,11 @@ class Consolidation:
                 f"{site.name}: was trained from prior {str(trained_from)[:12]}, not from {self.prior.name} "
                 f"({self._prior_sha256[:12]}); give the prior that the sites started from"
             )
-        for key, words in (
-            ("architecture", "architecture"),
-            ("label_map", "label map"),
-            ("preprocessing", "preprocessing"),
-        ):
-            theirs, ours = site.metadata.get(key), self.prior.metadata.get(key)
-            if theirs != ours:
+        for key in _SHARED:
+            if site.shared(key) != self.prior.shared(key):
+                theirs, ours = site.metadata.get(key), self.prior.metadata.get(key)
                 raise InputError(
-                    f"{site.name}: {words} {_brief(theirs)} differs from the prior's {_brief(ours)}; "
+                    f"{site.name}: {key.replace('_', ' ')} {brief(theirs)} differs from the prior's {brief(ours)}; "
                     "give sites trained alike"
                 )
         if odd := site.mu.keys() ^ self.prior.mu.keys():
@@ -246,9 +244,3 @@ def _members(site: Posterior) -> Mapping[str, int]:
     if sites:
         return {member["sha256"]: member["n_volumes"] for member in sites}
     return {site.sha256: site.metadata.get("n_volumes") or 0}
-
-
-def _brief(value: Any) -> str:
-    """A metadata value short enough for one line."""
-    text = str(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

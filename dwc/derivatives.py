@@ -7,7 +7,6 @@ Predicting is `prediction`'s, pictures are `report.figures`' business.
 import csv
 import gzip
 import io
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -23,7 +22,7 @@ from dwc.files import write_whole
 from dwc.metrics import volumes
 from dwc.prediction import Prediction
 
-__all__ = ["Derivatives", "find_scan", "name_derivatives", "open_folder", "write_derivatives"]
+__all__ = ["Derivatives", "find_scan", "name_derivatives", "write_derivatives"]
 
 _EXTENSIONS = (".nii.gz", ".nii", ".mgz", ".mgh", ".img", ".hdr")
 _GEOMETRY = (
@@ -92,24 +91,6 @@ def name_derivatives(scans: Sequence[Path], out: Path, *, overwrite: bool = Fals
         if path.exists() and not overwrite:
             raise InputError(f"{path}: exists already; give another --out, or --overwrite true to replace it")
     return derivatives
-
-
-def open_folder(out: Path) -> None:
-    """Make an output folder if need be and write a file in it, so that an hour of work is not lost at the save.
-
-    Raises
-    ------
-    InputError
-        If that is not possible.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as file:
-            file.write(b"\0" * 4096)
-    except OSError as error:
-        raise InputError(
-            f"{out}: cannot be written ({error.strerror or error}); give a writable folder with free space as --out"
-        ) from error
 
 
 def write_derivatives(

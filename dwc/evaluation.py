@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dwc.data.conform import Grid
 from dwc.data.labels import LabelMap
-from dwc.data.manifest import Scan, read_manifest
+from dwc.data.manifest import Scan, has_split_column, read_manifest
 from dwc.data.subvolumes import SubVolumes
 from dwc.errors import InputError
 from dwc.meshnet import MeshNet
@@ -58,17 +58,24 @@ def scans_to_score(
     split : {"test", "train", "all"}
         Which part.
     split_seed, test_fraction
-        In place of what the headers say. A consolidated network's header says nothing: 0 and 0.1 then.
+        In place of what the headers say. A consolidated network's header says nothing, so that it needs the seed; the
+        fraction is 0.1 then.
 
     Raises
     ------
     InputError
-        If the manifest is bad, the networks were trained on different splits of it, the part is empty, or a scan of
-        it has no label.
+        If the manifest is bad, a network's split of it is unknown, the networks were trained on different splits of
+        it, the part is empty, or a scan of it has no label.
     """
+    split_is_open = split != "all" and split_seed is None and not has_split_column(manifest)
     splits: list[tuple[str, list[Scan]]] = []
-    for posterior in [p for p in posteriors if p.metadata.get("training")] or posteriors[:1]:
+    for posterior in posteriors:
         training = posterior.metadata.get("training") or {}
+        if split_is_open and not training:
+            raise InputError(
+                f"{posterior.name}: does not tell the split that it was trained on, as consolidated networks do not; "
+                f"give {manifest} a split column, or --split_seed and --test_fraction as its sites had them"
+            )
         seed = training.get("seed", 0) if split_seed is None else split_seed
         fraction = training.get("test_fraction", 0.1) if test_fraction is None else test_fraction
         scans = read_manifest(manifest, seed=seed, test_fraction=fraction)

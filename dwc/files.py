@@ -19,7 +19,7 @@ import torch
 
 from dwc.errors import InputError
 
-__all__ = ["canonical_json", "check_suffix", "load_tensors", "save_tensors", "write_whole"]
+__all__ = ["canonical_json", "check_suffix", "load_tensors", "open_folder", "save_tensors", "write_whole"]
 
 _HEADER = "dwc"
 
@@ -85,6 +85,24 @@ def check_suffix(path: str | Path) -> Path:
     return path
 
 
+def open_folder(out: Path) -> None:
+    """Make an output folder if need be and write a file in it, so that an hour of work is not lost at the save.
+
+    Raises
+    ------
+    InputError
+        If that is not possible.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"\0" * 4096)
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror or error}); give a writable folder with free space as --out"
+        ) from error
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and their JSON header as one safetensors file, atomically.
 
@@ -106,6 +124,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
         If the file is missing, unreadable, truncated, not safetensors, or without this package's header.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the .safetensors file in it")
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .safetensors file written by dwc")
     try:

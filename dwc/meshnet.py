@@ -16,7 +16,7 @@ from dwc.errors import InputError
 from dwc.posterior import Posterior
 from dwc_kernels import FFGConv3d
 
-__all__ = ["DILATIONS", "MeshNet", "describe"]
+__all__ = ["DILATIONS", "MeshNet", "checked_architecture", "describe"]
 
 DILATIONS = (1, 1, 1, 2, 4, 8, 1)  # Table 1, layers 1 to 7
 
@@ -36,6 +36,29 @@ def describe(
         "dilations": list(dilations),
         "in_channels": in_channels,
     }
+
+
+def checked_architecture(posterior: Posterior) -> dict[str, Any]:
+    """The ``architecture`` that a posterior names, as `describe` gives it.
+
+    Raises
+    ------
+    InputError
+        If it names no MeshNet, or not all of a MeshNet in numbers that make one.
+    """
+    theirs = posterior.metadata.get("architecture")
+    if not isinstance(theirs, dict) or theirs.get("network") != "MeshNet":
+        raise InputError(f"{posterior.name}: holds no MeshNet; give a network trained with dwc train")
+    if odd := theirs.keys() ^ describe(1).keys():
+        what = "unknown" if min(odd) in theirs else "missing"
+        raise InputError(f"{posterior.name}: its architecture's {min(odd)!r} is {what}; write it again with dwc train")
+    for key, value in theirs.items():
+        numbers = [value] if key != "dilations" else value if isinstance(value, list) and value else [None]
+        if key != "network" and not all(type(number) is int and number > 0 for number in numbers):
+            raise InputError(
+                f"{posterior.name}: its architecture's {key} is {str(value)[:40]!r}; write it again with dwc train"
+            )
+    return theirs
 
 
 class MeshNet(nn.Module):
@@ -123,11 +146,8 @@ class MeshNet(nn.Module):
         Raises
         ------
         InputError
-            If the file names no MeshNet, or its tensors do not fit the architecture that it names.
+            If the file does not name a whole MeshNet, or its tensors do not fit the architecture that it names.
         """
-        architecture = posterior.metadata.get("architecture") or {}
-        if architecture.get("network") != "MeshNet":
-            raise InputError(f"{posterior.name}: holds no MeshNet; give a network trained with dwc train")
-        network = cls.from_architecture(architecture, bayesian=posterior.is_bayesian)
+        network = cls.from_architecture(checked_architecture(posterior), bayesian=posterior.is_bayesian)
         posterior.to_model(network)
         return network

@@ -54,7 +54,14 @@ class Objective:
         -------
         tuple of Tensor
             (nll + penalty / (N V), nll), fp32 scalars.
+
+        Raises
+        ------
+        ValueError
+            If the sub-volumes do not have V voxels each.
         """
+        if (voxels := labels.shape[1:].numel()) != self.voxels_per_sub_volume:
+            raise ValueError(f"labels have {voxels} voxels per sub-volume, not {self.voxels_per_sub_volume}")
         # reduction="none" then a mean: the reduction inside sums with atomics on GPUs, in an order of their own.
         nll = cross_entropy(logits.float(), labels, reduction="none").mean()
         return nll + penalty / self.scale, nll

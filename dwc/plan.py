@@ -14,19 +14,19 @@ import yaml
 
 from dwc.checkpoint import load_checkpoint
 from dwc.data.conform import Grid
-from dwc.data.labels import LabelMap
-from dwc.data.manifest import Scan, read_manifest
-from dwc.data.subvolumes import SIDE
+from dwc.data.labels import SHIPPED, LabelMap
+from dwc.data.manifest import Scan, has_split_column, read_manifest
+from dwc.data.subvolumes import SIDE, SubVolumes
 from dwc.errors import InputError
 from dwc.files import write_whole
-from dwc.meshnet import DILATIONS, describe
+from dwc.meshnet import DILATIONS, checked_architecture, describe
 from dwc.posterior import Posterior
 from dwc.runtime import choose_device
 from dwc.settings import TrainSettings
 
-__all__ = ["Plan", "plan_run"]
+__all__ = ["Plan", "bind", "plan_run"]
 
-_SHIPPED_LABEL_MAPS = ("fifty", "coarse")
+_LEFTOVERS = ".*.part"  # what a kill -9 in the middle of a write leaves behind
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class Plan:
         return self.settings.mode in ("vcl", "finetune")
 
     @property
+    def base_flag(self) -> str:
+        """The flag that names the base."""
+        return "--prior" if self.has_learned_prior else "--init"
+
+    @property
     def cache_dir(self) -> Path:
         """Folder of the conformed sub-volumes."""
         return self.settings.cache_dir or self.settings.out / "cache"
@@ -82,23 +87,18 @@ class Plan:
             },
         }
 
-    def open_folder(self) -> None:
-        """Make the run folder and write its config.yaml.
+    def write_config(self) -> None:
+        """Write the run folder's config.yaml and clear away what a kill has left.
 
         Raises
         ------
         InputError
             If it cannot be written.
         """
-        out = self.settings.out
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for part in out.glob(".*.part"):  # what a kill -9 in the middle of a write leaves behind
-                part.unlink()
-        except OSError as error:
-            raise InputError(f"{out}: cannot be made ({error.strerror}); give another --out") from error
         text = yaml.safe_dump(self.settings.to_json(), sort_keys=False)
-        write_whole(out / "config.yaml", text.encode())
+        write_whole(self.settings.out / "config.yaml", text.encode())
+        for part in self.settings.out.glob(_LEFTOVERS):
+            part.unlink(missing_ok=True)
 
 
 def plan_run(settings: TrainSettings, *, resume: bool = False) -> Plan:
@@ -114,7 +114,7 @@ def plan_run(settings: TrainSettings, *, resume: bool = False) -> Plan:
     device = choose_device(settings.device)
     base = None if settings.base is None else Posterior.load(settings.base)
     settings = replace(_inherit(settings, base), device=device.type)
-    label_map = LabelMap.load(settings.label_map)
+    label_map = _label_map(settings.label_map, base)
     grid = Grid(settings.grid_size, settings.voxel_size)
     if grid.size % SIDE:
         raise InputError(f"--grid_size {grid.size}: give a multiple of {SIDE}, the edge of a sub-volume")
@@ -129,6 +129,7 @@ def plan_run(settings: TrainSettings, *, resume: bool = False) -> Plan:
     checkpoint = load_checkpoint(path) if resume and path.exists() else None
     plan = Plan(settings, base, label_map, grid, train_scans, test_scans, device, checkpoint)
     _check_base(plan)
+    _check_split(plan)
     _check_checkpoint(plan, path)
     return plan
 
@@ -136,7 +137,7 @@ def plan_run(settings: TrainSettings, *, resume: bool = False) -> Plan:
 def _check_folder(out: Path, *, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; give a folder as --out")
-    found = {path.name for path in out.iterdir()} - {"cache"} if out.exists() else set()
+    found = {path.name for path in out.iterdir() if not path.match(_LEFTOVERS)} - {"cache"} if out.exists() else set()
     if found and not resume:
         raise InputError(f"{out}: is not empty; give another --out, or add --resume to go on with the run in it")
     if resume and not out.exists():
@@ -151,7 +152,8 @@ def _check_folder(out: Path, *, resume: bool) -> None:
 def _inherit(settings: TrainSettings, base: Posterior | None) -> TrainSettings:
     """Fill in what is left open: from the prior or the initial network, else the paper's."""
     metadata = base.metadata if base else {}
-    architecture, preprocessing = metadata.get("architecture") or {}, metadata.get("preprocessing") or {}
+    architecture = checked_architecture(base) if base else {}
+    preprocessing = metadata.get("preprocessing") or {}
     values = {
         "label_map": (metadata.get("label_map") or {}).get("name", "fifty"),
         "grid_size": preprocessing.get("grid_size", 256),
@@ -159,18 +161,25 @@ def _inherit(settings: TrainSettings, base: Posterior | None) -> TrainSettings:
         "width": architecture.get("width", 96),
         "dilations": tuple(architecture.get("dilations", DILATIONS)),
     }
-    if settings.label_map is None and values["label_map"] not in _SHIPPED_LABEL_MAPS:
+    if settings.label_map is None and values["label_map"] not in SHIPPED:
         raise InputError(
             f"{settings.base}: was trained on label map {values['label_map']!r}; give its TSV as --label_map"
         )
     return replace(settings, **{name: value for name, value in values.items() if getattr(settings, name) is None})
 
 
+def _label_map(name_or_path: str, base: Posterior | None) -> LabelMap:
+    """The label map; by the base's name for it where it is the same table, whatever its file is called here."""
+    label_map = LabelMap.load(name_or_path)
+    theirs = (base.metadata.get("label_map") or {}) if base else {}
+    return replace(label_map, name=theirs["name"]) if theirs.get("sha256") == label_map.sha256 else label_map
+
+
 def _check_base(plan: Plan) -> None:
     """The network that training starts from must have this run's architecture, classes and grid."""
     if plan.base is None:
         return
-    flag = "--prior" if plan.has_learned_prior else "--init"
+    flag = plan.base_flag
     if plan.has_learned_prior and not plan.base.is_bayesian:
         raise InputError(f"--prior {plan.base.name}: is a MAP network; train one with --mode vi from it first")
     for key, ours in plan.header().items():
@@ -182,6 +191,20 @@ def _check_base(plan: Plan) -> None:
                 f"{', '.join(differing) or 'its entries'}; leave --width, --dilations, --label_map, --grid_size and "
                 f"--voxel_size out to take the file's"
             )
+
+
+def _check_split(plan: Plan) -> None:
+    """Where seed and fraction split the data, they must be the base's: what it trained on is not held out later."""
+    training = (plan.base.metadata.get("training") or {}) if plan.base else {}
+    if not training or has_split_column(plan.settings.data):
+        return
+    names = ("seed", "test_fraction")
+    theirs, ours = ({name: values.get(name) for name in names} for values in (training, plan.settings.binding()))
+    if theirs != ours:
+        raise InputError(
+            f"{plan.base_flag} {plan.base.name}: was trained on the split of --seed {theirs['seed']} --test_fraction "
+            f"{theirs['test_fraction']}; give the same, or a split column in {plan.settings.data}"
+        )
 
 
 def _check_checkpoint(plan: Plan, path: Path) -> None:
@@ -199,11 +222,29 @@ def _check_checkpoint(plan: Plan, path: Path) -> None:
 
 
 def binding(plan: Plan) -> dict[str, Any]:
-    """What a run and its resumption must share for the same bits."""
+    """What a run and its resumption must share for the same bits, apart from the data."""
     return {
         **plan.settings.binding(),
         "label_map_sha256": plan.label_map.sha256,
         "base_sha256": plan.base.sha256 if plan.base else None,
-        "train_scans": len(plan.train_scans),
-        "test_scans": len(plan.test_scans),
     }
+
+
+def bind(plan: Plan, data: SubVolumes, held_out: SubVolumes) -> dict[str, Any]:
+    """What a run and its resumption must share for the same bits, with the content of the prepared data.
+
+    Raises
+    ------
+    InputError
+        If the run goes on with other data than it began with.
+    """
+    digests = {"train": data.digest, "test": held_out.digest}
+    if plan.checkpoint is not None:
+        theirs = plan.checkpoint[1]["binding"].get("data") or {}
+        differing = [part for part, digest in digests.items() if theirs.get(part) != digest]
+        if differing:
+            raise InputError(
+                f"--data {plan.settings.data}: its {' and '.join(differing)} scans are not those that the run in "
+                f"{plan.settings.out} began with; give the same scans, or another --out to start anew"
+            )
+    return {**binding(plan), "data": digests}

@@ -7,8 +7,7 @@ loss itself. The plateau began at the first step of the first such window. Stopp
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,7 +19,7 @@ TOLERANCE = 0.005
 
 @dataclass
 class Plateau:
-    """The rule's state: feed it one loss per step; it is JSON (`state`) and comes back from it.
+    """The rule's state: feed it one loss per step. Its fields are plain values, so that it goes through JSON.
 
     Parameters
     ----------
@@ -58,10 +57,6 @@ class Plateau:
     def reached(self) -> bool:
         """Whether the loss has reached its plateau."""
         return self.began_at is not None
-
-    def state(self) -> dict[str, Any]:
-        """All of it as JSON; ``Plateau(**state)`` goes on where this stands."""
-        return asdict(self)
 
 
 def _is_flat(means: Sequence[float]) -> bool:

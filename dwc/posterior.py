@@ -61,6 +61,11 @@ class Posterior:
         """Whether it has standard deviations; a MAP network has none."""
         return bool(self.sigma)
 
+    def shared(self, key: str) -> Any:
+        """A header entry that networks which go together share; a label map's content alone, not its file's name."""
+        entry = self.metadata.get(key)
+        return {"sha256": entry.get("sha256")} if key == "label_map" and isinstance(entry, dict) else entry
+
     @property
     def sha256(self) -> str:
         """Digest of the content, the same in memory, after a save and on any machine.
@@ -132,12 +137,17 @@ class Posterior:
             it; the line names file, tensor and remedy.
         """
         tensors, header = load_tensors(path)
+        if "checkpoint_version" in header:
+            raise InputError(f"{path}: is a checkpoint, to resume from; give its run's posterior.safetensors")
         version = header.get("format_version")
         if version != FORMAT_VERSION:
             raise InputError(
                 f"{path}: format version {version!r}, this dwc {__version__} reads {FORMAT_VERSION}; "
                 "install the dwc that wrote it or write the file again"
             )
+        for key in ("architecture", "label_map", "preprocessing", "training"):
+            if not isinstance(header.get(key) or {}, dict):
+                raise InputError(f"{path}: its header's {key} is no JSON object; write the file again with dwc train")
         parts: dict[str, dict[str, Tensor]] = {"mu": {}, "sigma": {}}
         for full_name, tensor in tensors.items():
             name, _, kind = full_name.rpartition(".")

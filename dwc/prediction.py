@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dwc.data.conform import Grid
-from dwc.data.labels import LabelMap
-from dwc.data.subvolumes import SIDE, join_volume, split_volume
-from dwc.errors import InputError
+from dwc.data.labels import SHIPPED, LabelMap
+from dwc.data.subvolumes import SIDE, join_volume, moments, split_volume, z_score
+from dwc.errors import InputError, brief
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
 from dwc.runtime import seed_of
@@ -89,10 +89,10 @@ def load_networks(paths: Sequence[str | Path], label_map: str | None = None) -> 
     first, classes, grid = posteriors[0], _label_map(posteriors[0], label_map), _grid(posteriors[0])
     for position, (posterior, network) in enumerate(zip(posteriors, networks, strict=True)):
         for key in ("label_map", "preprocessing"):
-            theirs, ours = posterior.metadata.get(key), first.metadata[key]
-            if theirs != ours:
+            if posterior.shared(key) != first.shared(key):
+                theirs, ours = posterior.metadata.get(key), first.metadata[key]
                 raise InputError(
-                    f"{posterior.name}: its {key.replace('_', ' ')} {_brief(theirs)} is not {_brief(ours)} as in "
+                    f"{posterior.name}: its {key.replace('_', ' ')} {brief(theirs)} is not {brief(ours)} as in "
                     f"{first.name}; give an ensemble networks trained alike"
                 )
         if network.architecture["n_classes"] != classes.n_classes:
@@ -148,7 +148,7 @@ def predict_volume(
     device = torch.device(device)
     networks = [network.to(device) for network in networks]
     cubes = split_volume(image)
-    mean, sd = np.float32(image.mean(dtype=np.float64)), np.float32(image.std(dtype=np.float64))
+    mean, sd = moments(image)
     labels, entropy = np.empty(cubes.shape, np.uint8), np.empty(cubes.shape, np.float32)
     with (
         torch.inference_mode(),
@@ -157,7 +157,7 @@ def predict_volume(
         tqdm(cubes, desc=progress, unit="sub-volume", disable=None if progress else True, dynamic_ncols=True) as bar,
     ):
         for i, cube in enumerate(bar):
-            x = torch.from_numpy((cube.astype(np.float32) - mean) / sd)[None, None].to(device)
+            x = torch.from_numpy(z_score(cube, mean, sd))[None, None].to(device)
             probability = sum(_probability(network, x, n_samples, (seed, j, i)) for j, network in enumerate(networks))
             probability /= len(networks)
             labels[i] = probability.argmax(dim=0).to(torch.uint8).cpu()
@@ -182,7 +182,7 @@ def _probability(network: MeshNet, x: Tensor, n_samples: int, entropy: tuple[int
 def _label_map(posterior: Posterior, path: str | None) -> LabelMap:
     trained_on = posterior.metadata.get("label_map") or {}
     name = trained_on.get("name")
-    if path is None and name not in ("fifty", "coarse"):
+    if path is None and name not in SHIPPED:
         raise InputError(f"{posterior.name}: was trained on label map {name!r}; give its TSV as --label_map")
     label_map = LabelMap.load(path or name)
     if label_map.sha256 != trained_on.get("sha256"):
@@ -201,10 +201,5 @@ def _grid(posterior: Posterior) -> Grid:
         raise InputError(f"{posterior.name}: names no preprocessing grid; give a network of dwc train") from error
     known = {"sub_volume": SIDE, "intensity": "z-score per volume"}
     if any(theirs.get(key) != value for key, value in known.items()) or grid.size % SIDE:
-        raise InputError(f"{posterior.name}: this dwc cannot preprocess {_brief(theirs)}; use the dwc that trained it")
+        raise InputError(f"{posterior.name}: this dwc cannot preprocess {brief(theirs)}; use the dwc that trained it")
     return grid
-
-
-def _brief(value: object) -> str:
-    """A header's entry in a line."""
-    return ", ".join(f"{key} {str(part)[:20]}" for key, part in value.items()) if isinstance(value, dict) else "missing"

@@ -1,7 +1,7 @@
 """What a person can set about a training run, and the checks that need nothing but the settings themselves.
 
 One frozen dataclass serves the command line, the config file, the run folder's config.yaml and Python callers.
-What the settings mean together with the files they name is checked in `training`, before any work.
+What the settings mean together with the files they name is checked in `plan`, before any work.
 """
 
 import math

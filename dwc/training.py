@@ -29,7 +29,7 @@ from dwc.files import open_folder
 from dwc.meshnet import MeshNet
 from dwc.metrics import mean_dice
 from dwc.objective import Objective, SigmaProjection, negative_log_prior
-from dwc.plan import Plan, plan_run
+from dwc.plan import Plan, bind, plan_run
 from dwc.plateau import Plateau
 from dwc.posterior import Posterior
 from dwc.runtime import seed_of
@@ -74,11 +74,11 @@ def train(settings: TrainSettings, *, resume: bool = False) -> Posterior:
     data, held_out = (
         prepare(scans, plan.label_map, plan.grid, plan.cache_dir) for scans in (plan.train_scans, plan.test_scans)
     )
-    plan = plan.with_data(data.digest, held_out.digest)
-    plan.write_config()  # from here on the folder is a run's: bad data has been refused by now
+    bound_to = bind(plan, data, held_out)
+    plan.write_config()  # only now, when no bad input is left, is the folder a run's
     devices = [plan.device] if plan.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-        return _Run(plan, data, held_out).finish()
+        return _Run(plan, data, held_out, bound_to).finish()
 
 
 @dataclass
@@ -96,7 +96,7 @@ class _State:
 class _Run:
     """A network, its optimizer and its data on their way through the steps."""
 
-    def __init__(self, plan: Plan, data: SubVolumes, held_out: SubVolumes) -> None:
+    def __init__(self, plan: Plan, data: SubVolumes, held_out: SubVolumes, bound_to: dict[str, Any]) -> None:
         settings = plan.settings
         self.plan, self.settings, self.out, self.data, self.held_out = plan, settings, settings.out, data, held_out
         self.validation_draw = draw_sub_volumes(len(held_out), settings.validation_sub_volumes, settings.seed)
@@ -108,7 +108,7 @@ class _Run:
         self.optimizer, self.learning_rates = _adam(self.network, settings)
         self.project = SigmaProjection(self.network)
         self.project()
-        self.state = _State(Plateau(settings.plateau_window), binding=plan.binding())
+        self.state = _State(Plateau(settings.plateau_window), binding=bound_to)
         self.log: list[dict[str, Any]] = []
         if plan.checkpoint is not None:
             tensors, state = plan.checkpoint

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from dwc import __version__, cli
+from dwc import __version__, cli, training
 from dwc.files import load_tensors
 from dwc.posterior import Posterior
 from dwc.training import train
@@ -79,7 +79,8 @@ def test_every_command_explains_itself(name, capsys):
         (["sing"], "no command 'sing'; the commands are"),
         (["train"], "dwc: no data: give --data manifest.csv .* `make demo` or `dwc demo`"),
         (["train", "--mode", "magic"], "mode.*magic.*see dwc train --help"),
-        (["train", "--width", "wide"], "width.*wide"),
+        (["train", "--width", "wide"], "dwc: --width wide: expected int; see dwc train --help"),
+        (["train", "--dilations", "1,2"], r"dwc: --dilations 1,2: expected a list, such as \[1,1,2\]; see"),
         (["train", "--depth", "3"], "depth"),
         (["train", "--config", "none.yaml"], "none.yaml"),
         (["consolidate"], "prior|sites"),
@@ -156,6 +157,20 @@ def test_signals_end_a_run_with_their_codes_and_it_says_how_to_resume(settings, 
         load_tensors(tmp_path / number.name / "checkpoint.safetensors")
 
 
+def test_a_signal_ends_the_demo_as_it_ends_training(tmp_path, monkeypatch, capsys):
+    step = training._Run._step
+
+    def interrupted(run, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, *arguments)
+
+    monkeypatch.setattr(training._Run, "_step", interrupted)
+    words = ["--grid_size", "32", "--voxel_size", "6.0", "--width", "2", "--dilations", "[1]", "--n_test", "1"]
+    words += ["--n_train", '{"H": 1, "N": 1, "B": 1, "W": 1}', "--out", str(tmp_path / "demo")]
+    assert cli.main(["demo", *words]) == 143
+    assert capsys.readouterr().err.splitlines()[-1].startswith("dwc: stopped by SIGTERM after step 1 of ")
+
+
 def test_consolidate_writes_a_prior_and_prints_each_sites_weight(networks, tmp_path):
     out = tmp_path / "c.safetensors"
     sites = [networks["a"].name, networks["b"].name]
@@ -191,9 +206,9 @@ def test_a_site_that_does_not_fit_ends_consolidation_and_writes_nothing(networks
 
 def test_a_full_disk_ends_training_in_one_line(settings, tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # config.yaml fits, the first checkpoint does not
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # config.yaml fits, the first checkpoint does not
     try:
-        code = cli.main(["train", *flags_of(replace(settings, out=tmp_path / "run"))])
+        code = cli.main(["train", *flags_of(replace(settings, width=16, out=tmp_path / "run"))])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2

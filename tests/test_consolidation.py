@@ -234,9 +234,9 @@ def _altered(change) -> Posterior:
     [
         (a_site(a_prior(5), 1), "was trained from prior"),
         (a_site(a_prior(), 1, prior_sha256=None), "was trained from prior None"),
-        (a_site(a_prior(), 1, architecture={"width": 8}), "architecture {'width': 8} differs"),
+        (a_site(a_prior(), 1, architecture={"width": 8}), "architecture width 8 differs"),
         (a_site(a_prior(), 1, label_map={"sha256": "cd"}), "label map .* differs"),
-        (a_site(a_prior(), 1, preprocessing=None), "preprocessing None differs"),
+        (a_site(a_prior(), 1, preprocessing=None), "preprocessing missing differs"),
         (_altered(lambda s: s.mu["layers.0.bias"].fill_(torch.nan)), r"layers\.0\.bias\.mu holds non-finite"),
         (_altered(lambda s: s.sigma["layers.0.bias"].fill_(torch.inf)), r"layers\.0\.bias\.sigma holds non-finite"),
         (_altered(lambda s: s.sigma["layers.0.bias"].zero_()), r"layers\.0\.bias\.sigma has 4 non-positive"),
@@ -248,6 +248,12 @@ def _altered(change) -> Posterior:
 def test_what_does_not_belong_is_refused_by_name(site, words):
     with pytest.raises(InputError, match=rf"^site 1: .*{words}"):
         consolidate(a_prior(), [site])
+
+
+def test_a_label_map_of_another_name_is_the_same_by_its_content():
+    prior = a_prior()
+    site = a_site(prior, 1, label_map={"sha256": "ab", "name": "ours"})
+    assert consolidate(prior, [site]).metadata["label_map"] == prior.metadata["label_map"]
 
 
 def test_sigma_above_the_priors_by_one_ulp_is_refused_and_at_it_is_not():

@@ -6,8 +6,9 @@ import pytest
 
 from dwc.data.conform import Grid, conform_image
 from dwc.data.labels import LabelMap
-from dwc.derivatives import find_scan, name_derivatives, open_folder, write_derivatives
+from dwc.derivatives import find_scan, name_derivatives, write_derivatives
 from dwc.errors import InputError
+from dwc.files import open_folder
 from dwc.prediction import Prediction
 
 COARSE = LabelMap.load("coarse")

@@ -119,10 +119,19 @@ def test_without_a_split_column_the_scans_are_those_that_the_network_was_not_tra
     assert len(held_out) == 4
     assert subjects(scans_to_score(data, [trained(4)])) == held_out
     assert subjects(scans_to_score(data, [trained(5)])) != held_out
-    assert subjects(scans_to_score(data, [CONSOLIDATED, trained(4), CONSOLIDATED])) == held_out
     assert subjects(scans_to_score(data, [CONSOLIDATED], split_seed=4, test_fraction=0.2)) == held_out
     assert not subjects(scans_to_score(data, [trained(4)], split="train")) & held_out
     assert len(scans_to_score(data, [trained(4), trained(5)], split="all")) == 20
+
+
+@pytest.mark.parametrize("posteriors", [[CONSOLIDATED], [trained(4), CONSOLIDATED]])
+def test_without_a_split_column_a_network_that_names_no_split_needs_one(tmp_path, posteriors):
+    data = manifest(tmp_path)
+    for split in ("test", "train"):
+        with pytest.raises(InputError, match=r"consolidated: does not tell the split .* split column, or --split_seed"):
+            scans_to_score(data, posteriors, split=split)
+    assert len(scans_to_score(data, posteriors, split="all")) == 20
+    assert scans_to_score(data, posteriors, split_seed=4, test_fraction=0.2)
 
 
 def test_a_split_column_decides_whatever_the_seeds(tmp_path):
@@ -132,7 +141,7 @@ def test_a_split_column_decides_whatever_the_seeds(tmp_path):
 
 def test_networks_trained_on_different_splits_are_refused_naming_both(tmp_path):
     with pytest.raises(InputError, match="b was trained on another split of it than a; give the manifest a split"):
-        scans_to_score(manifest(tmp_path), [trained(4, name="a"), CONSOLIDATED, trained(5, name="b")])
+        scans_to_score(manifest(tmp_path), [trained(4, name="a"), trained(5, name="b")])
 
 
 def test_nothing_to_score_and_a_missing_label_are_refused(tmp_path):

@@ -86,6 +86,38 @@ def test_a_file_whose_tensors_do_not_fit_its_architecture_is_refused():
     posterior.metadata["architecture"]["width"] = 5
     with pytest.raises(InputError, match="has shape"):
         MeshNet.from_posterior(posterior)
-    del posterior.metadata["architecture"]
+    posterior.metadata["architecture"] = None
     with pytest.raises(InputError, match="holds no MeshNet"):
+        MeshNet.from_posterior(posterior)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"depth": 3}, "'depth' is unknown"),
+        ({"n_classes": None}, "n_classes is 'None'"),
+        ({"width": "4"}, "width is '4'"),
+        ({"width": True}, "width is 'True'"),
+        ({"in_channels": 0}, "in_channels is '0'"),
+        ({"dilations": "1"}, "dilations is '1'"),
+        ({"dilations": 1}, "dilations is '1'"),
+        ({"dilations": []}, r"dilations is '\[\]'"),
+        ({"dilations": [1, 0.5]}, r"dilations is '\[1, 0.5\]'"),
+        ("MeshNet", "holds no MeshNet"),
+        (["MeshNet"], "holds no MeshNet"),
+    ],
+)
+def test_an_architecture_that_makes_no_network_is_refused_by_name(change, words):
+    posterior = Posterior.from_model(MeshNet(3, 4, (1,)))
+    whole = posterior.metadata["architecture"]
+    posterior.metadata["architecture"] = {**whole, **change} if isinstance(change, dict) else change
+    with pytest.raises(InputError, match=f"posterior: .*{words}"):
+        MeshNet.from_posterior(posterior)
+
+
+@pytest.mark.parametrize("key", ["n_classes", "width", "dilations", "in_channels"])
+def test_an_architecture_that_lacks_a_part_is_refused_by_name(key):
+    posterior = Posterior.from_model(MeshNet(50, 4, (1,)))
+    del posterior.metadata["architecture"][key]
+    with pytest.raises(InputError, match=f"posterior: its architecture's '{key}' is missing"):
         MeshNet.from_posterior(posterior)

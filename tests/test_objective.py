@@ -65,6 +65,13 @@ def test_the_expected_minibatch_loss_is_the_full_loss(batch):
     torch.testing.assert_close(torch.stack(single).mean(), objective(network(images), labels, penalty)[0])
 
 
+def test_sub_volumes_of_another_size_than_the_scale_counts_are_refused(batch):
+    images, labels = batch
+    network = MeshNet(n_classes=5, width=3, dilations=(1,))
+    with pytest.raises(ValueError, match="64 voxels per sub-volume, not 63"):
+        Objective(N, V - 1)(network(images), labels, network.kl_loss())
+
+
 def test_fine_tuning_gives_the_likelihood_the_weight_of_its_n(batch):
     images, labels = batch
     network = MeshNet(n_classes=5, width=3, dilations=(1,))

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_its_state_goes_through_json_and_continues_the_same():
     for step, loss in enumerate(losses[: whole.steps]):
         part.update(float(loss))
         if step % 37 == 0:
-            part = Plateau(**json.loads(json.dumps(part.state())))
+            part = Plateau(**json.loads(json.dumps(asdict(part))))
     assert part == whole
 
 

@@ -187,7 +187,8 @@ def test_a_bad_manifest_ends_evaluate_before_any_work(network, site, tmp_path, c
     [
         (["predict"], "network"),
         (["predict", "--network", "NETWORK", "--out", "OUT"], "no scan: give one or more NIfTI files"),
-        (["predict", "--network", "SCAN", "--out", "OUT"], "no network: give --network posterior.safetensors"),
+        (["predict", "--network", "SCAN", "--out", "OUT"], "T1w.nii.gz: does not end in .safetensors; give posterior"),
+        (["predict", "--network", "N.pt", "SCAN", "--out", "OUT"], "--network N.pt: does not end in .safetensors"),
         (["predict", "--network", "none.safetensors", "SCAN", "--out", "OUT"], "none.safetensors: no such file"),
         (["predict", "--network", "CUT", "SCAN", "--out", "OUT"], "cut.safetensors: truncated or not a safetensors"),
         (["predict", "--network", "CHECKPOINT", "SCAN", "--out", "OUT"], "checkpoint.safetensors: "),

@@ -4,13 +4,17 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 
 from dwc import training
-from dwc.errors import InputError
+from dwc.data.labels import LabelMap
+from dwc.errors import InputError, Interrupted
 from dwc.files import load_tensors
-from dwc.training import Interrupted, learning_rate_factor, train
+from dwc.posterior import Posterior
+from dwc.training import learning_rate_factor, train
 
 pytest_plugins = ["tests.tiny_runs"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -191,6 +195,107 @@ def test_resuming_with_other_settings_is_refused_by_name(settings, tmp_path):
         train(replace(run, out=tmp_path / "other"), resume=True)
 
 
+BAD_DATA = {
+    "image": (np.full((32, 32, 32), 7, np.uint8), "constant"),
+    "nan": (np.full((32, 32, 32), np.nan, np.float32), "NaN"),
+    "shape": (np.zeros((32, 32, 30), np.int16), "off the grid"),
+    "fractions": (np.full((32, 32, 32), 0.5, np.float32), "not whole numbers"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_bad_data_leaves_a_folder_in_which_the_mended_run_starts(settings, site, tmp_path, kind, split):
+    voxels, message = BAD_DATA[kind]
+    bad = tmp_path / ("T1w.nii.gz" if kind in ("image", "nan") else "dseg.nii.gz")
+    good = site / f"sub-1_{bad.name}"
+    nibabel.save(nibabel.Nifti1Image(voxels, nibabel.load(good).affine), bad)
+    pair = {"T1w.nii.gz": site / "sub-1_T1w.nii.gz", "dseg.nii.gz": site / "sub-1_dseg.nii.gz", bad.name: bad}
+    rows = [f"{pair['T1w.nii.gz']},{pair['dseg.nii.gz']},{split}"]
+    rows += [f"{site}/sub-{n}_T1w.nii.gz,{site}/sub-{n}_dseg.nii.gz,{part}" for n, part in ((0, "train"), (3, "test"))]
+    (tmp_path / "manifest.csv").write_text("\n".join(["image,label,split", *rows]))
+    run = replace(settings, data=tmp_path / "manifest.csv", out=tmp_path / "run", cache_dir=None, epochs=1)
+    with pytest.raises(InputError, match=message):
+        train(run)
+    bad.write_bytes(good.read_bytes())
+    train(run)
+    assert (tmp_path / "run" / "posterior.safetensors").exists()
+
+
+def test_resuming_with_other_data_of_the_same_number_is_refused(settings, site, tmp_path):
+    text = (site / "manifest.csv").read_text().replace("sub-", f"{site}/sub-")
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text(text)
+    run = replace(settings, data=manifest, out=tmp_path / "run", epochs=1)
+    train(run)
+    config = (tmp_path / "run" / "config.yaml").read_bytes()
+    manifest.write_text(text.replace("sub-0_dseg", "sub-1_dseg"))
+    with pytest.raises(InputError, match=r"--data .*manifest\.csv: its train scans are not those"):
+        train(replace(run, epochs=2), resume=True)
+    manifest.write_text(text.replace("sub-3_dseg", "sub-1_dseg"))
+    with pytest.raises(InputError, match=r"--data .*manifest\.csv: its test scans are not those"):
+        train(replace(run, epochs=2), resume=True)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == config
+    (tmp_path / "moved.csv").write_text(text)
+    assert train(replace(run, data=tmp_path / "moved.csv"), resume=True).metadata["training"]["steps"] == 2
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_nothing_but_what_a_kill_left_is_a_new_run(settings, tmp_path, resume):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.abc.part").write_bytes(b"half")
+    train(replace(settings, out=tmp_path / "run", epochs=1), resume=resume)
+    assert not list((tmp_path / "run").glob(".*.part"))
+
+
+def test_without_a_split_column_a_run_splits_as_its_base_did(settings, site, tmp_path):
+    manifest = tmp_path / "manifest.csv"
+    text = (site / "manifest.csv").read_text().replace("sub-", f"{site}/sub-")
+    manifest.write_text("\n".join(line.rpartition(",")[0] for line in text.splitlines()))
+    first = replace(settings, data=manifest, epochs=1, seed=1, test_fraction=0.3)
+    base = train(replace(first, out=tmp_path / "map"))
+    then = replace(first, mode="vi", init=Path(base.name))
+    for changes in ({"seed": 2}, {"test_fraction": 0.5}):
+        with pytest.raises(
+            InputError, match=r"--init .* split of --seed 1 --test_fraction 0\.3; give the same, or a sp"
+        ):
+            train(replace(then, out=tmp_path / "vi", **changes))
+    train(replace(then, out=tmp_path / "vi"))
+    train(replace(then, out=tmp_path / "column", data=site / "manifest.csv", seed=2))
+
+
+def test_a_label_map_is_known_by_its_content_and_keeps_the_name_of_the_base(settings, tmp_path):
+    coarse = LabelMap.load("coarse")
+    rows = [f"{i}\t{k}\t{coarse.names[k]}" for i, k in zip(coarse.ids, coarse.classes, strict=True)]
+    paths = [tmp_path / name for name in ("ours.tsv", "theirs.tsv")]
+    for path in paths:
+        path.write_text("\n".join(["index\tclass\tname", *rows]))
+    run = replace(settings, epochs=1)
+    base = train(replace(run, label_map=str(paths[0]), out=tmp_path / "map"))
+    vi = replace(run, mode="vi", init=Path(base.name), label_map=str(paths[1]), out=tmp_path / "vi")
+    assert train(vi).metadata["label_map"] == base.metadata["label_map"]
+    assert base.metadata["label_map"]["name"] == "ours"
+    paths[1].write_text(paths[1].read_text().replace(coarse.names[1], "matter"))
+    with pytest.raises(InputError, match="label map differs from this run's in name, sha256"):
+        train(replace(vi, out=tmp_path / "other"))
+
+
+def test_a_base_whose_header_makes_no_network_is_refused_by_name(settings, networks, tmp_path):
+    path = tmp_path / "odd.safetensors"
+    base = networks["map"]
+    for architecture in ("MeshNet", {**base.metadata["architecture"], "dilations": 3}):
+        Posterior(base.mu, {}, {**base.metadata, "architecture": architecture}).save(path)
+        with pytest.raises(InputError, match=r"odd\.safetensors: its .*architecture"):
+            train(replace(settings, init=path, out=tmp_path / "run", dilations=None))
+
+
+def test_one_cycle_reports_no_plateau(settings, tmp_path):
+    still = replace(settings, lr=1e-9, steps_per_epoch=20, plateau_window=20, epochs=1, schedule="one_cycle")
+    posterior = train(replace(still, out=tmp_path / "run"))
+    assert posterior.metadata["training"]["plateau_step"] is None
+    assert rows_of(tmp_path / "run")[-1]["plateau_step"] is None
+
+
 def test_it_stops_after_the_epoch_in_which_the_loss_reached_its_plateau(settings, tmp_path):
     still = replace(settings, out=tmp_path / "run", lr=1e-9, steps_per_epoch=15, plateau_window=20, epochs=50)
     posterior = train(replace(still, stop_at_plateau=True))
@@ -254,6 +359,8 @@ def test_bf16_autocast_trains_close_to_fp32(settings, tmp_path):
         ({"mode": "finetune", "prior": "{vi}", "init": "{map}"}, "starts from its prior; leave --init out"),
         ({"mode": "vcl", "prior": "{map}"}, "is a MAP network; train one with --mode vi"),
         ({"mode": "vcl", "prior": "missing.safetensors"}, "no such file"),
+        ({"init": "{checkpoint}"}, r"checkpoint\.safetensors: is a checkpoint.*give its run's posterior\.safetensors"),
+        ({"init": "{site}"}, "is a folder; give the .safetensors file in it"),
         ({"mode": "vcl", "prior": "{vi}", "width": 3}, "architecture differs from this run's in width"),
         ({"mode": "vcl", "prior": "{vi}", "label_map": "fifty"}, "differs from this run's in n_classes"),
         ({"mode": "vcl", "prior": "{vi}", "grid_size": 64}, "preprocessing differs from this run's in grid_size"),
@@ -280,7 +387,14 @@ def test_bad_settings_are_refused_in_one_line_before_anything_is_made(
 ):
     if changes == {"device": "cuda"} and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    places = {"vi": networks["vi"].name, "map": networks["map"].name, "site": site, "manifest": site / "manifest.csv"}
+    checkpoint = Path(networks["map"].name).with_name("checkpoint.safetensors")
+    places = {
+        "checkpoint": checkpoint,
+        "vi": networks["vi"].name,
+        "map": networks["map"].name,
+        "site": site,
+        "manifest": site / "manifest.csv",
+    }
     changes = {key: value.format(**places) if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises(InputError, match=words) as caught:
         train(replace(settings, **{"out": tmp_path / "run", **changes}))

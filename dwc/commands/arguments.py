@@ -1,6 +1,7 @@
 """Reading a command's arguments: bad ones become one line, and flags and config files mean the same."""
 
 import argparse
+import re
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, Namespace
@@ -8,6 +9,8 @@ from jsonargparse import ArgumentParser, Namespace
 from dwc.errors import InputError
 
 __all__ = ["new_parser", "parse"]
+
+_MISFIT = re.compile(r'Parser key "([\w.]+)": Does not validate .*?Errors: - (.+?) - Expected .*Given value: (.+)')
 
 
 def new_parser(command: str, description: str) -> ArgumentParser:
@@ -30,6 +33,17 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     try:
         values = parser.parse_args(list(arguments))
     except argparse.ArgumentError as error:
-        raise InputError(f"{' '.join(str(error).split())}; see {parser.prog} --help") from error
+        raise InputError(f"{_in_short(str(error))}; see {parser.prog} --help") from error
     values.pop("config", None)
     return values
+
+
+def _in_short(message: str) -> str:
+    """The parser's message in one line; where it lists what each type of an optional value says, the first alone."""
+    line = " ".join(message.split())
+    if not (misfit := _MISFIT.match(line)):
+        return line
+    key, expected, value = misfit.groups()
+    expected = re.sub(r"Expected (?:a )?<class '(\w+)'>", r"expected \1", expected)
+    expected = expected.replace("expected tuple", "expected a list, such as [1,1,2]")
+    return f"--{key} {value}: {expected}"

@@ -46,8 +46,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from dwc import evaluation  # after the arguments, so that help is quick
     from dwc.data.subvolumes import prepare
-    from dwc.derivatives import open_folder
-    from dwc.files import write_whole
+    from dwc.files import open_folder, write_whole
     from dwc.prediction import load_networks
     from dwc.runtime import choose_device
 

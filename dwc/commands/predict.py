@@ -13,7 +13,7 @@ __all__ = ["add_prediction_arguments", "check_prediction_arguments", "main"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Segment scans, one at a time; everything given is checked before the first.
+    """Segment scans, one at a time; arguments, networks and the readability of each scan are checked before the first.
 
     Raises
     ------
@@ -31,11 +31,14 @@ def main(arguments: Sequence[str]) -> None:
     networks = [path for path in values.network if path.suffix == ".safetensors"]
     scans = [*values.scans, *(path for path in values.network if path.suffix != ".safetensors")]
     check_prediction_arguments(values)
+    if not networks:
+        raise InputError(f"--network {values.network[0]}: does not end in .safetensors; give posterior.safetensors")
     if not scans:
         raise InputError("no scan: give one or more NIfTI files after the networks")
 
     from dwc.data.conform import conform_image, load_image  # after the arguments, so that help is quick
-    from dwc.derivatives import find_scan, name_derivatives, open_folder, write_derivatives
+    from dwc.derivatives import find_scan, name_derivatives, write_derivatives
+    from dwc.files import open_folder
     from dwc.prediction import load_networks, predict_volume
     from dwc.report.figures import overlay
     from dwc.runtime import choose_device

@@ -1,6 +1,5 @@
 """`dwc train`, also `python -m dwc.train`."""
 
-import sys
 from collections.abc import Sequence
 
 from dwc.commands.arguments import new_parser, parse
@@ -16,8 +15,8 @@ def main(arguments: Sequence[str]) -> None:
     ------
     InputError
         If an argument or a file is wrong.
-    SystemExit
-        With 128 plus the number of the signal that ended the run.
+    Interrupted
+        If a signal ended the run.
     """
     parser = new_parser("train", "Train a network on a manifest of scans and leave a run folder.")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT, bit for bit")
@@ -27,13 +26,10 @@ def main(arguments: Sequence[str]) -> None:
     settings = TrainSettings(**values)
     settings.check()  # before PyTorch is imported
 
-    from dwc.training import Interrupted, train
+    from dwc.training import train
 
-    try:
-        posterior = train(settings, resume=resume)
-    except Interrupted as stop:
-        print(f"dwc: {stop}", file=sys.stderr)
-        sys.exit(128 + stop.signal_number)
-    plateau = posterior.metadata["training"]["plateau_step"]
-    began = "no plateau yet" if plateau is None else f"plateau from step {plateau}"
-    print(f"{posterior.name}  (steps {posterior.metadata['training']['steps']}, {began})")
+    posterior = train(settings, resume=resume)
+    training = posterior.metadata["training"]
+    plateau = training["plateau_step"]
+    began = "no plateau seen" if plateau is None else f"plateau from step {plateau}"
+    print(f"{posterior.name}  (steps {training['steps']}, {began})")
