@@ -49,6 +49,13 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
         Part of the subjects to test on, on average; 0: none. A subject is in one part of the split with all its scans;
         the same name at two sites is the same subject.
 
+    Raises
+    ------
+    InputError
+        The manifest is missing, unreadable, empty, or has unknown columns; a file it names is missing; an image is
+        listed twice; a subject is in both parts of the split; a split is neither train nor test; two images in
+        different folders have the same name and no subject.
+
     Notes
     -----
     Without a split column, seed and name give each subject a number in 0..1 (SHA-256), and those below `test_fraction`
@@ -57,13 +64,6 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
 
     So a subject's part follows from its own name, and scans added later move nobody from training to testing, but for
     one who was for training only because all were below `test_fraction`.
-
-    Raises
-    ------
-    InputError
-        The manifest is missing, unreadable, empty, or has unknown columns; a file it names is missing; an image is
-        listed twice; a subject is in both parts of the split; a split is neither train nor test; two images in
-        different folders have the same name and no subject.
     """
     path = Path(path)
     if not 0 <= test_fraction < 1:
