@@ -1,8 +1,8 @@
 """The op as torch.library operators, so that torch.compile, autograd and fake tensors see through it.
 
 `dwc::ffg_conv3d` samples and returns (y, r); `dwc::ffg_conv3d_grad_input`, `..._grad_weight` and `..._grad_bias` are
-its backward, derived by hand (see `reference`) from x and r alone, and have no derivative themselves. Each forwards to the
-backend it is told; choosing one, checking arguments and casting under autocast are the work of `functional`.
+its backward, derived by hand (see `reference`) from x and r alone, and have no derivative themselves. Each forwards to
+the backend it is told; choosing one, checking arguments and casting under autocast are the work of `functional`.
 """
 
 from collections.abc import Sequence
