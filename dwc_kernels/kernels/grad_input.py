@@ -1,0 +1,60 @@
+import triton
+import triton.language as tl
+from dwc_kernels.kernels.products import both_products
+
+
+@triton.jit
+def finish(
+    mean, var, x, dx, sample, c0, d0, h0, w0, C, D, H, W,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """dx = mean + 2 x * var for N channels from c0 on, CHUNK at a time to stay within the registers."""
+    M: tl.constexpr = BD * BH * BW
+    if N > CHUNK:
+        HALF: tl.constexpr = N // 2
+        mean_low, mean_high = tl.split(mean.reshape(M, 2, HALF).permute(0, 2, 1))
+        var_low, var_high = tl.split(var.reshape(M, 2, HALF).permute(0, 2, 1))
+        finish(mean_low, var_low, x, dx, sample, c0, d0, h0, w0, C, D, H, W, BD, BH, BW, HALF, CHUNK)
+        finish(mean_high, var_high, x, dx, sample, c0 + HALF, d0, h0, w0, C, D, H, W, BD, BH, BW, HALF, CHUNK)
+    else:
+        row = tl.arange(0, M)
+        dw = row % BW
+        dh = row // BW % BH
+        dd = row // (BW * BH)
+        c = c0 + tl.arange(0, N)
+        base = (((sample * D + d0).to(tl.int64) * H + h0) * W + w0) * C
+        offset = ((dd * H + dh) * W + dw)[:, None] * C + c[None, :]
+        mask = ((d0 + dd < D) & (h0 + dh < H) & (w0 + dw < W))[:, None] & (c < C)[None, :]
+        value = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + base + offset, (mean + 2.0 * value * var).to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def grad_input_kernel(
+    g_desc, r_desc,  # [N, Do, Ho, Wo, F]
+    mu_desc, mu_tail_desc,  # [taps mirrored, C, F], blocks of N0 and of N1 channels
+    var_desc, var_tail_desc,  # [taps mirrored, C, F]: sigma^2
+    x, dx,  # [N, D, H, W, C]
+    Do, Ho, Wo, D, H, W, C, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, C_BLOCKS: tl.constexpr, C_STEPS: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n_c = tl.cdiv(C, N0 + N1)
+    n_w = tl.cdiv(W, BW)
+    n_h = tl.cdiv(H, BH)
+    n_d = tl.cdiv(D, BD)
+    pid = tl.program_id(0)
+    c0 = pid % n_c * (N0 + N1)
+    w0 = pid // n_c % n_w * BW
+    h0 = pid // (n_c * n_w) % n_h * BH
+    d0 = pid // (n_c * n_w * n_h) % n_d * BD
+    sample = pid // (n_c * n_w * n_h * n_d)
+    mean, mean_tail, var, var_tail = both_products(
+        g_desc, r_desc, mu_desc, mu_tail_desc, var_desc, var_tail_desc, sample, d0, h0, w0, c0,
+        Do, Ho, Wo, D, H, W, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+        KD, KH, KW, BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1, PRECISION,
+    )  # fmt: skip
+    if N1 > 0:
+        finish(mean_tail, var_tail, x, dx, sample, c0 + N0, d0, h0, w0, C, D, H, W, BD, BH, BW, N1, CHUNK)
+    finish(mean, var, x, dx, sample, c0, d0, h0, w0, C, D, H, W, BD, BH, BW, N0, CHUNK)
