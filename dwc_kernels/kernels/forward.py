@@ -7,11 +7,33 @@ A program owns a box of BD x BH x BW output voxels (the rows of a matrix product
 over taps and channels (``products.both_products``) and finishes in registers: x^2, mean, var and eps are never in memory.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from dwc_kernels.kernels.launch import (
+    Geometry,
+    Triple,
+    architecture,
+    column_descriptors,
+    descriptor,
+    device_of,
+    fold_taps,
+    fold_weight,
+    folds,
+    loop_constants,
+    precision,
+    problem,
+    require,
+    voxels_last,
+)
 from dwc_kernels.kernels.noise import normal_tile
 from dwc_kernels.kernels.products import both_products
+from dwc_kernels.kernels.tiles import Tile, choose, programs
+from dwc_kernels.reference import output_layout
+
+__all__ = ["forward"]
 
 
 @triton.jit
@@ -59,7 +81,10 @@ def finish(
         tl.store(r + base + offset, (0.5 * scaled).to(r.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+SIZES = ["Di", "Hi", "Wi", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w"]
+
+
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     x_desc,  # [N, Di, Hi, Wi, C]
     mu_desc, mu_tail_desc,  # [taps, F, C], blocks of N0 and of N1 filters
@@ -97,3 +122,50 @@ def forward_kernel(
         mean, var, bias_mu, bias_sigma, y, r, key, sample, f0, d0, h0, w0, F, D, H, W,
         BD, BH, BW, N0, CHUNK, ALIGNED,
     )  # fmt: skip
+
+
+def forward(
+    x: Tensor,  # [N, C, D, H, W]
+    weight_mu: Tensor,  # [F, C, kD, kH, kW]
+    weight_sigma: Tensor,
+    bias_mu: Tensor | None,  # [F]
+    bias_sigma: Tensor | None,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+    seed: Tensor,  # int64 scalar
+    *,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample the convolution: y in the layout of x, and r in channels_last_3d, both [N, F, D', H', W'] in the dtype of x.
+
+    Raises
+    ------
+    ValueError
+        If the kernels cannot run on these arguments, saying why.
+    """
+    require(x, weight_mu, stride, groups)
+    layout, geometry = output_layout(x), Geometry(tuple(weight_mu.shape[2:]), padding, dilation)
+    size = geometry.output_size(x.shape[2:])
+    n_filters = weight_mu.shape[0]
+    y, r = (
+        torch.empty((x.shape[0], n_filters, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        for _ in range(2)
+    )
+    if folds(weight_mu):
+        x, geometry = fold_taps(x, geometry), Geometry.POINT
+        weight_mu, weight_sigma = fold_weight(weight_mu), fold_weight(weight_sigma)
+    how = precision(x)
+    work = problem("forward", x, size, weight_mu.shape[1], n_filters, geometry.kernel)
+    tile = tile or choose(work, architecture(x.device))
+    a = voxels_last(x)
+    columns = column_descriptors(weight_mu, weight_sigma, x.dtype, how, tile)
+    with device_of(x):
+        forward_kernel[(programs(work, tile),)](
+            descriptor(a, [1, *tile.box, tile.channels]), *columns, bias_mu, bias_sigma, y, r, seed,
+            *a.shape[1:4], *size, n_filters, *geometry.padding, *geometry.dilation, *geometry.kernel,
+            *loop_constants(tile, weight_mu.shape[1]), CHUNK=tile.chunk, ALIGNED=size[2] % 4 == 0, PRECISION=how,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return y.contiguous(memory_format=layout), r

@@ -1,6 +1,34 @@
+"""The input gradient of ``ffg_conv3d``: both of its products in one pass over g and r.
+
+    dx = convT(g, mu) + 2 x * convT(g * r, sigma^2)
+
+The adjoint of a convolution at stride 1 is the convolution with the mirrored filter and the rest of the padding, so this
+is the forward's loop (``products.both_products``) over filters in place of channels; g * r is formed in registers.
+"""
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from dwc_kernels.kernels.launch import (
+    Geometry,
+    Triple,
+    architecture,
+    column_descriptors,
+    descriptor,
+    device_of,
+    loop_constants,
+    precision,
+    problem,
+    require,
+    voxels_last,
+)
 from dwc_kernels.kernels.products import both_products
+from dwc_kernels.kernels.tiles import Tile, choose, programs
+from dwc_kernels.reference import output_layout
+
+__all__ = ["grad_input"]
 
 
 @triton.jit
@@ -29,7 +57,10 @@ def finish(
         tl.store(dx + base + offset, (mean + 2.0 * value * var).to(dx.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+SIZES = ["Do", "Ho", "Wo", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w"]
+
+
+@triton.jit(do_not_specialize=SIZES)
 def grad_input_kernel(
     g_desc, r_desc,  # [N, Do, Ho, Wo, F]
     mu_desc, mu_tail_desc,  # [taps mirrored, C, F], blocks of N0 and of N1 channels
@@ -58,3 +89,46 @@ def grad_input_kernel(
     if N1 > 0:
         finish(mean_tail, var_tail, x, dx, sample, c0 + N0, d0, h0, w0, C, D, H, W, BD, BH, BW, N1, CHUNK)
     finish(mean, var, x, dx, sample, c0, d0, h0, w0, C, D, H, W, BD, BH, BW, N0, CHUNK)
+
+
+def grad_input(
+    g: Tensor,  # [N, F, D', H', W']
+    r: Tensor,
+    x: Tensor,  # [N, C, D, H, W]
+    weight_mu: Tensor,  # [F, C, kD, kH, kW]
+    weight_sigma: Tensor,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
+    """dL/dx in the dtype and layout of x.
+
+    Raises
+    ------
+    ValueError
+        If the kernels cannot run on these arguments, saying why.
+    """
+    require(x, weight_mu, stride, groups)
+    geometry = Geometry(tuple(weight_mu.shape[2:]), padding, dilation).adjoint()
+    n_filters, channels = weight_mu.shape[:2]
+    layout = output_layout(x)
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    dx = torch.empty_like(x)
+    how = precision(x)
+    work = problem("grad_input", x, x.shape[2:], n_filters, channels, geometry.kernel)
+    tile = tile or choose(work, architecture(x.device))
+    g, r = voxels_last(g), voxels_last(r)
+    mirrored = (w.flip(2, 3, 4).transpose(0, 1) for w in (weight_mu, weight_sigma))
+    columns = column_descriptors(*mirrored, x.dtype, how, tile)
+    block = [1, *tile.box, tile.channels]
+    with device_of(x):
+        grad_input_kernel[(programs(work, tile),)](
+            descriptor(g, block), descriptor(r, block), *columns, x, dx,
+            *g.shape[1:4], *x.shape[2:], channels, *geometry.padding, *geometry.dilation, *geometry.kernel,
+            *loop_constants(tile, n_filters), CHUNK=tile.chunk, PRECISION=how,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return dx.contiguous(memory_format=layout)

@@ -1,6 +1,37 @@
+"""The weight gradient of ``ffg_conv3d``: both of its sums over voxels in one pass over x, g and r.
+
+    dmu = corr(x, g)        dsigma = 2 sigma * corr(x^2, g * r)
+
+A program owns one block of 32 channels at four taps (the 128 rows of a matrix product) and N0 + N1 filters (its columns)
+and sums over its share of the voxels: one box of g and r serves four taps and both products. The shares' partial sums are
+added in a fixed order afterwards, without atomics, so that the same inputs give the same bits.
+"""
+
+import math
+
+import torch
 import triton
 import triton.language as tl
-from dwc_kernels.kernels.products import settled, product, operand
+from torch import Tensor
+
+from dwc_kernels.kernels.launch import (
+    Geometry,
+    Triple,
+    architecture,
+    descriptor,
+    device_of,
+    fold_taps,
+    fold_weight,
+    folds,
+    precision,
+    problem,
+    require,
+    voxels_last,
+)
+from dwc_kernels.kernels.products import operand, product, settled
+from dwc_kernels.kernels.tiles import CHIPS, STACKED_ROWS, Tile, choose, programs, splits
+
+__all__ = ["grad_weight"]
 
 
 @triton.jit
@@ -16,18 +47,21 @@ def stack(b0, b1, b2, b3):
 
 
 @triton.jit
-def valid(tap, size, size_in, pad, dilation):
-    """The outputs [first, end) that a tap connects to the volume."""
-    shift = tap * dilation - pad
-    return tl.maximum(-shift, 0), tl.minimum(size, size_in - shift)
+def corner(tap, TAPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w):
+    """Where a tap reads, relative to the output voxel; taps past the last repeat it and their rows are dropped."""
+    t = tl.minimum(tap, TAPS - 1)
+    return t // (KH * KW) * dil_d - pad_d, t // KW % KH * dil_h - pad_h, t % KW * dil_w - pad_w
 
 
-@triton.jit
+SIZES = ["samples", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w", "splits"]
+
+
+@triton.jit(do_not_specialize=SIZES)
 def grad_weight_kernel(
     x_desc,  # [N, Di, Hi, Wi, C]
     g_desc, g_tail_desc, r_desc, r_tail_desc,  # [N, D, H, W, F], blocks of N0 and of N1 filters
     out_desc, out_tail_desc,  # [splits, 2, programs, 128] rows of F: partial sums for mu and for sigma^2
-    samples, Di, Hi, Wi, D, H, W, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w, splits,
+    samples, D, H, W, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w, splits,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, C_BLOCKS: tl.constexpr,
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -40,14 +74,12 @@ def grad_weight_kernel(
     split = pid // PROGRAMS % splits
     f0 = pid // (PROGRAMS * splits) * (N0 + N1)
     c = program % C_BLOCKS * BC
-    t0 = program // C_BLOCKS * 4
-    t1 = tl.minimum(t0 + 1, TAPS - 1)
-    t2 = tl.minimum(t0 + 2, TAPS - 1)
-    t3 = tl.minimum(t0 + 3, TAPS - 1)
-    d_0, d_1, d_2, d_3 = t0 // (KH * KW) * dil_d - pad_d, t1 // (KH * KW) * dil_d - pad_d, t2 // (KH * KW) * dil_d - pad_d, t3 // (KH * KW) * dil_d - pad_d
-    h_0, h_1, h_2, h_3 = t0 // KW % KH * dil_h - pad_h, t1 // KW % KH * dil_h - pad_h, t2 // KW % KH * dil_h - pad_h, t3 // KW % KH * dil_h - pad_h
-    w_0, w_1, w_2, w_3 = t0 % KW * dil_w - pad_w, t1 % KW * dil_w - pad_w, t2 % KW * dil_w - pad_w, t3 % KW * dil_w - pad_w
-    
+    tap = program // C_BLOCKS * 4
+    d_0, h_0, w_0 = corner(tap, TAPS, KH, KW, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w)
+    d_1, h_1, w_1 = corner(tap + 1, TAPS, KH, KW, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w)
+    d_2, h_2, w_2 = corner(tap + 2, TAPS, KH, KW, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w)
+    d_3, h_3, w_3 = corner(tap + 3, TAPS, KH, KW, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w)
+
     n_w = tl.cdiv(W, BW)
     n_h = tl.cdiv(H, BH)
     n_d = tl.cdiv(D, BD)
@@ -101,3 +133,58 @@ def grad_weight_kernel(
     if N1 > 0:
         out_tail_desc.store([row, f0 + N0], settled(dmu_tail))
         out_tail_desc.store([row + PROGRAMS * 128, f0 + N0], settled(dvar_tail))
+
+
+def grad_weight(
+    g: Tensor,  # [N, F, D', H', W']
+    r: Tensor,
+    x: Tensor,  # [N, C, D, H, W]
+    weight_sigma: Tensor,  # [F, C, kD, kH, kW]
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+    *,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dL/dmu and dL/dsigma in the shape and dtype of weight_sigma.
+
+    Raises
+    ------
+    ValueError
+        If the kernels cannot run on these arguments, saying why.
+    """
+    require(x, weight_sigma, stride, groups)
+    geometry = Geometry(tuple(weight_sigma.shape[2:]), padding, dilation)
+    folded = folds(weight_sigma)
+    if folded:
+        x, geometry = fold_taps(x, geometry), Geometry.POINT
+    n_filters, channels, kernel = g.shape[1], x.shape[1], geometry.kernel
+    how, arch = precision(x), architecture(x.device)
+    work = problem("grad_weight", x, g.shape[2:], channels, n_filters, kernel)
+    tile = tile or choose(work, arch)
+    parts = splits(work, tile, CHIPS[arch])
+    x, g, r = voxels_last(x), voxels_last(g), voxels_last(r)
+    c_blocks = -(-channels // 32)
+    groups_of_taps = -(-math.prod(kernel) // 4)
+    partial = torch.empty(
+        (parts, 2, groups_of_taps, c_blocks, STACKED_ROWS, -(-n_filters // 4) * 4), dtype=torch.float32, device=x.device
+    )
+    rows = partial.view(-1, partial.shape[-1])
+    columns = [[1, *tile.box, n] for n in (tile.wide, tile.tail)]
+    with device_of(x):
+        grad_weight_kernel[(programs(work, tile) * parts,)](
+            descriptor(x, [1, *tile.box, 32]), *(descriptor(t, block) for t in (g, r) for block in columns),
+            *(descriptor(rows, [STACKED_ROWS, n]) for n in (tile.wide, tile.tail)),
+            x.shape[0], *g.shape[1:4], *geometry.padding, *geometry.dilation, parts,
+            *kernel, c_blocks, *tile.box, tile.wide, tile.tail, PRECISION=how,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    # Rows of `stack` are (tap bit 1, channel bits 4-3, tap bit 0, channel bits 2-0).
+    total = partial.sum(0).view(2, groups_of_taps, c_blocks, 2, 4, 2, 8, -1)
+    total = total.permute(0, 7, 2, 4, 6, 1, 3, 5).reshape(2, -1, c_blocks * 32, groups_of_taps * 4)
+    total = total[:, :n_filters, :channels, : math.prod(kernel)]
+    if folded:
+        total = total.reshape(2, n_filters, -1, weight_sigma.shape[1]).transpose(2, 3)
+    dmu, dvar = total.reshape(2, *weight_sigma.shape)
+    return dmu.to(weight_sigma.dtype), (2.0 * dvar * weight_sigma).to(weight_sigma.dtype)

@@ -1,16 +1,17 @@
 """What the three launchers share: geometry, layouts, descriptors and the capability check. No kernel lives here."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dwc_kernels.kernels.tiles import Problem
-
-__all__ = ["Geometry", "descriptor", "fold_taps", "grid_of", "pack", "precision", "problem", "voxels_last"]
+from dwc_kernels.backends import why_not_triton
+from dwc_kernels.kernels.tiles import Problem, Tile
 
 Triple = tuple[int, int, int]
 
@@ -23,6 +24,8 @@ class Geometry:
     padding: Triple
     dilation: Triple
 
+    POINT: ClassVar["Geometry"]  # of a 1x1x1 convolution
+
     def output_size(self, size: Triple) -> Triple:
         return tuple(
             n + 2 * p - d * (k - 1) for n, k, p, d in zip(size, self.kernel, self.padding, self.dilation, strict=True)
@@ -32,6 +35,31 @@ class Geometry:
         """The convolution with the mirrored filter that is this one's adjoint."""
         reach = (d * (k - 1) - p for k, p, d in zip(self.kernel, self.padding, self.dilation, strict=True))
         return Geometry(self.kernel, tuple(reach), self.dilation)
+
+
+Geometry.POINT = Geometry((1, 1, 1), (0, 0, 0), (1, 1, 1))
+
+
+def require(x: Tensor, weight: Tensor, stride: Triple, groups: int) -> None:
+    """Refuse arguments that the kernels cannot take."""
+    reason = why_not_triton(x, weight, stride, groups)
+    if reason:
+        raise ValueError(f"the Triton kernels cannot run: {reason}")
+
+
+def architecture(device: torch.device) -> str:
+    """The key of the chip in `tiles.CHIPS` that is most like the device."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
+
+
+def device_of(x: Tensor):
+    """A context in which launches go to the tensor's device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def precision(x: Tensor) -> str:
@@ -69,9 +97,29 @@ def pack(weight: Tensor, dtype: torch.dtype, how: str) -> Tensor:
     return packed
 
 
-def square(sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
-    """sigma^2 and the dtype in which it multiplies: bf16 for bf16, fp32 for anything else."""
-    return sigma.float().square(), dtype if dtype == torch.bfloat16 else torch.float32
+def column_descriptors(
+    weight_mu: Tensor, weight_sigma: Tensor, dtype: torch.dtype, how: str, tile: Tile
+) -> list[TensorDescriptor | None]:
+    """Descriptors of mu (wide, tail) and of sigma^2 (wide, tail); sigma^2 multiplies in bf16 or in fp32, never in fp16."""
+    mu = pack(weight_mu, dtype, how)
+    var = pack(weight_sigma.float().square(), torch.bfloat16 if dtype == torch.bfloat16 else torch.float32, how)
+    return [descriptor(t, [1, n, tile.channels]) for t in (mu, var) for n in (tile.wide, tile.tail)]
+
+
+def loop_constants(tile: Tile, channels: int) -> tuple[int, ...]:
+    """BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1 of `products.both_products`."""
+    steps = math.ceil(channels / (tile.channels * tile.unroll))
+    return (*tile.box, tile.channels, tile.unroll, steps, tile.wide, tile.tail)
+
+
+def folds(weight: Tensor) -> bool:
+    """Whether taps become channels: where a block of channels would be mostly padding."""
+    return weight.shape[1] <= 4 and 1 < weight[0].numel() <= 128
+
+
+def fold_weight(weight: Tensor) -> Tensor:
+    """[F, C, kD, kH, kW] -> [F, taps * C, 1, 1, 1], in the order of `fold_taps`."""
+    return weight.permute(0, 2, 3, 4, 1).reshape(weight.shape[0], -1, 1, 1, 1)
 
 
 def fold_taps(x: Tensor, geometry: Geometry) -> Tensor:
@@ -79,11 +127,12 @@ def fold_taps(x: Tensor, geometry: Geometry) -> Tensor:
 
     With a channel or three, a block of a product would be mostly zeros; folded, the sum over taps fills it.
     """
+    size = geometry.output_size(x.shape[2:])
     sides = [side for p in reversed(geometry.padding) for side in (p, p)]
     x = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, *sides))
     strides = x.stride()
     taps = x.as_strided(
-        (x.shape[0], *geometry.output_size_padded(x.shape[1:4]), *geometry.kernel, x.shape[4]),
+        (x.shape[0], *size, *geometry.kernel, x.shape[4]),
         (*strides[:4], *(d * s for d, s in zip(geometry.dilation, strides[1:4], strict=True)), strides[4]),
     )
     return taps.flatten(4).permute(0, 4, 1, 2, 3)

@@ -3,13 +3,14 @@
 A tile is good when its accumulators fit the registers, its pipeline fits shared memory, little arrives per product, few
 columns are idle and the last wave of programs is full. ``choose`` estimates each candidate's time as
 
-    waves * (steps * max(tensor-core cycles, L2 cycles, shared-memory cycles) + epilogue cycles)
+    waves * (steps * max(cycles of tensor cores, L2, shared memory, instruction issue) + epilogue)
 
 and takes the least. The rates are peak rates of the chips, so the time is a lower bound; only the order matters here.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 __all__ = ["CHIPS", "KINDS", "Chip", "Problem", "Tile", "candidates", "choose", "estimate"]
 
@@ -40,6 +41,8 @@ CHIPS = {
     "sm_100": Chip("B200", 148, 1.85e9, {"bf16": 4096, "fp16": 4096, "tf32": 2048, "ieee": 128}, 5120 / 148, 8.0e12, 227 << 10),
     "gfx942": Chip("MI300X", 304, 2.1e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 128}, 64, 5.3e12, 64 << 10, 512, 256, 64),
 }  # fmt: skip
+# The interpreter runs one program after the other, so it wants few and large ones.
+CHIPS["interpreter"] = replace(CHIPS["sm_90"], name="the interpreter", multiprocessors=1, macs=dict.fromkeys(CHIPS["sm_90"].macs, 2048))
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,135 @@ class Tile:
     @property
     def columns(self) -> int:
         return self.wide + self.tail
+
+
+BOXES = ((4, 8, 8), (4, 4, 8), (2, 4, 8), (2, 4, 4), (1, 4, 4))
+COLUMNS = ((64, 32), (64, 0), (32, 16), (32, 0), (16, 0))
+SUMMED_BOXES = ((1, 4, 8), (1, 8, 8), (1, 2, 8))  # of grad_weight, whose products sum over voxels
+STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
+
+
+def candidates(problem: Problem, chip: Chip) -> list[Tile]:
+    """The tiles that fit the chip's registers and shared memory."""
+    if problem.kind == "grad_weight":
+        shapes = [(box, 32, 1, STACKED_ROWS, 4) for box in SUMMED_BOXES]
+    else:
+        blocks = {c: math.ceil(problem.channels / c) for c in (16, 32, 64)}
+        shapes = [
+            (box, c, unroll, math.prod(box), max(1, min(8, math.prod(box) // 32)))
+            for box in BOXES
+            for c, n in blocks.items()
+            for unroll in (3, 2, 1)
+            if n % unroll == 0 and c < 2 * problem.channels + 16
+        ]
+    found = []
+    for box, channels, unroll, _, warps in shapes:
+        for wide, tail in COLUMNS:
+            chunk = min(16, wide)
+            tile = Tile(box, channels, unroll, wide, tail, chunk, warps, 2)
+            stages = [s for s in (4, 3, 2) if shared_bytes(problem, replace(tile, stages=s)) <= chip.shared]
+            if stages and registers(problem, tile, chip) <= chip.accumulators + 32:
+                found.append(replace(tile, stages=stages[0]))
+    return found
+
+
+def operand_bytes(problem: Problem, tile: Tile) -> tuple[int, int]:
+    """Bytes that one iteration brings for the row operand and for the column operand of its products."""
+    squares = 2 if problem.dtype == "bf16" else 4  # sigma^2, or g * r, as a product takes it
+    if problem.kind == "grad_weight":
+        voxels = tile.rows
+        return voxels * STACKED_ROWS * problem.itemsize, 2 * voxels * tile.columns * problem.itemsize
+    channels = tile.channels * tile.unroll
+    operands = 2 if problem.kind == "grad_input" else 1
+    return tile.rows * channels * problem.itemsize * operands, tile.columns * channels * (problem.itemsize + squares)
+
+
+def shared_bytes(problem: Problem, tile: Tile) -> int:
+    """Shared memory of the pipeline, as Triton lays it out: what goes to registers is free one stage earlier."""
+    row_bytes, column_bytes = operand_bytes(problem, tile)
+    if problem.kind == "grad_weight":
+        squares = 2 if problem.dtype == "bf16" else 4
+        return (tile.stages - 1) * (row_bytes + column_bytes) + tile.rows * tile.columns * squares
+    return (tile.stages - 1) * row_bytes + tile.stages * column_bytes
+
+
+def registers(problem: Problem, tile: Tile, chip: Chip) -> float:
+    """Registers of a thread that hold accumulators and row operands; addresses and counters come on top."""
+    squares = 2 if problem.dtype == "bf16" else 4
+    rows, summed = (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels)
+    accumulators = 2 * rows * tile.columns
+    return (accumulators + rows * summed * (problem.itemsize + squares) / 4) / (chip.warp * tile.warps)
+
+
+def resident(problem: Problem, tile: Tile, chip: Chip) -> int:
+    """Programs that share a multiprocessor."""
+    by_registers = 65536 // (chip.warp * tile.warps * min(chip.registers + 1, 32 + int(registers(problem, tile, chip))))
+    return max(1, min(by_registers, chip.shared // shared_bytes(problem, tile)))
+
+
+def programs(problem: Problem, tile: Tile) -> int:
+    """Programs of one launch; of grad_weight, per split of the voxels."""
+    column_blocks = math.ceil(problem.columns / tile.columns)
+    if problem.kind == "grad_weight":
+        return math.ceil(math.prod(problem.kernel) / 4) * math.ceil(problem.channels / 32) * column_blocks
+    return problem.samples * boxes(problem.size, tile.box) * column_blocks
+
+
+def boxes(size: tuple[int, int, int], box: tuple[int, int, int]) -> int:
+    """Boxes that cover a volume."""
+    return math.prod(math.ceil(n / b) for n, b in zip(size, box, strict=True))
+
+
+def splits(problem: Problem, tile: Tile, chip: Chip) -> int:
+    """Parts into which grad_weight splits the voxels: one full wave of programs, at least four boxes each."""
+    available = problem.samples * boxes(problem.size, tile.box)
+    wanted = chip.multiprocessors * resident(problem, tile, chip) // programs(problem, tile)
+    return max(1, min(wanted, available // 4))
+
+
+def estimate(problem: Problem, tile: Tile, chip: Chip) -> dict[str, float]:
+    """Cycles that the model sees, by what costs them, and their sum in ``total``; a lower bound, for comparing tiles."""
+    rows, summed = (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels * tile.unroll)
+    macs = rows * tile.columns * summed
+    second = "tf32" if problem.dtype == "fp16" else problem.dtype
+    tensor = macs / chip.macs[problem.dtype] + macs / chip.macs[second]
+    row_bytes, column_bytes = operand_bytes(problem, tile)
+    l2 = (row_bytes + column_bytes) / chip.l2
+    # Instructions, fitted to the disassembly of the sm_90 kernels: a loop, its descriptor loads, its matrix instructions.
+    column_loads = 2 if tile.tail else 1
+    if problem.kind == "grad_weight":
+        loads, chains = 4 + 2 * column_loads, 2 * column_loads
+    else:
+        loads = (1 + (problem.kind == "grad_input") + 2 * column_loads) * tile.unroll
+        chains = 2 * column_loads * tile.unroll
+    matrix = chains * rows / (16 * tile.warps) * summed / tile.unroll * problem.itemsize / 32
+    issue = (60 + 25 * loads + 4 * matrix) * tile.warps / 4
+    # Written once, rows read once into registers, columns read by the products of every 64 rows.
+    shared = (2 * row_bytes + (1 + rows / 64) * column_bytes) / 128
+    if problem.kind == "grad_weight":
+        parts = splits(problem, tile, chip)
+        steps = math.ceil(problem.samples * boxes(problem.size, tile.box) / parts)
+        count, epilogue = programs(problem, tile) * parts, 0.0
+    else:
+        steps = math.prod(problem.kernel) * math.ceil(problem.channels / (tile.channels * tile.unroll))
+        count = programs(problem, tile)
+        per_element = 24 if problem.kind == "forward" else 6  # instructions, from the disassembly
+        epilogue = rows * tile.columns * per_element / 128
+    together = resident(problem, tile, chip)
+    waves = math.ceil(count / (chip.multiprocessors * together)) * together
+    bound = max(tensor, l2, shared, issue)
+    return {
+        "tensor": waves * steps * tensor,
+        "l2": waves * steps * l2,
+        "shared": waves * steps * shared,
+        "issue": waves * steps * issue,
+        "epilogue": waves * epilogue,
+        "total": waves * (steps * bound + epilogue),
+    }
+
+
+@lru_cache(maxsize=512)
+def choose(problem: Problem, arch: str) -> Tile:
+    """The candidate with the least estimate on ``arch``."""
+    chip = CHIPS[arch]
+    return min(candidates(problem, chip), key=lambda tile: estimate(problem, tile, chip)["total"])
