@@ -29,7 +29,7 @@ from dwc_kernels.kernels.launch import (
     voxels_last,
 )
 from dwc_kernels.kernels.noise import normal_tile
-from dwc_kernels.kernels.products import both_products
+from dwc_kernels.kernels.products import both_products, column_blocks, voxel_blocks
 from dwc_kernels.kernels.tiles import Tile, choose, programs
 from dwc_kernels.reference import output_layout
 
@@ -81,21 +81,21 @@ def finish(
         tl.store(r + base + offset, (0.5 * scaled).to(r.dtype.element_ty), mask=mask)
 
 
-SIZES = ["Di", "Hi", "Wi", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w"]
+SIZES = ["N", "Di", "Hi", "Wi", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w"]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    x_desc,  # [N, Di, Hi, Wi, C]
+    x_desc,  # [N, Di, Hi, Wi, C]; like the next four a descriptor, or a pointer where `voxel_blocks` says
     mu_desc, mu_tail_desc,  # [taps, F, C], blocks of N0 and of N1 filters
     var_desc, var_tail_desc,  # [taps, F, C]: sigma^2
     bias_mu, bias_sigma,  # [F] or None
     y, r,  # [N, D, H, W, F]
     seed,  # int64 scalar in memory, so that a CUDA graph can be replayed with another
-    Di, Hi, Wi, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+    N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, C_BLOCKS: tl.constexpr, C_STEPS: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     n_f = tl.cdiv(F, N0 + N1)
     n_w = tl.cdiv(W, BW)
@@ -107,10 +107,14 @@ def forward_kernel(
     h0 = pid // (n_f * n_w) % n_h * BH
     d0 = pid // (n_f * n_w * n_h) % n_d * BD
     sample = pid // (n_f * n_w * n_h * n_d)
+    TAPS: tl.constexpr = KD * KH * KW
     mean, mean_tail, var, var_tail = both_products(
-        x_desc, None, mu_desc, mu_tail_desc, var_desc, var_tail_desc, sample, d0, h0, w0, f0,
+        voxel_blocks(x_desc, N, Di, Hi, Wi, C, BD, BH, BW, BC, ARCH), None,
+        column_blocks(mu_desc, TAPS, F, C, N0, BC, ARCH), column_blocks(mu_tail_desc, TAPS, F, C, N1, BC, ARCH),
+        column_blocks(var_desc, TAPS, F, C, N0, BC, ARCH), column_blocks(var_tail_desc, TAPS, F, C, N1, BC, ARCH),
+        sample, d0, h0, w0, f0,
         Di, Hi, Wi, D, H, W, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
-        KD, KH, KW, BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1, PRECISION,
+        KD, KH, KW, BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1, PRECISION, ARCH,
     )  # fmt: skip
     key = tl.load(seed)
     if N1 > 0:
@@ -158,14 +162,15 @@ def forward(
         weight_mu, weight_sigma = fold_weight(weight_mu), fold_weight(weight_sigma)
     how = precision(x)
     work = problem("forward", x, size, weight_mu.shape[1], n_filters, geometry.kernel)
-    tile = tile or choose(work, architecture(x.device))
+    arch = architecture(x.device)
+    tile = tile or choose(work, arch)
     a = voxels_last(x)
-    columns = column_descriptors(weight_mu, weight_sigma, x.dtype, how, tile)
+    columns = column_descriptors(weight_mu, weight_sigma, a, how, tile, arch)
     with device_of(x):
         forward_kernel[(programs(work, tile),)](
-            descriptor(a, [1, *tile.box, tile.channels]), *columns, bias_mu, bias_sigma, y, r, seed,
-            *a.shape[1:4], *size, n_filters, *geometry.padding, *geometry.dilation, *geometry.kernel,
-            *loop_constants(tile, weight_mu.shape[1]), CHUNK=tile.chunk, ALIGNED=size[2] % 4 == 0, PRECISION=how,
+            descriptor(a, [1, *tile.box, tile.channels], arch), *columns, bias_mu, bias_sigma, y, r, seed,
+            *a.shape, *size, n_filters, *geometry.padding, *geometry.dilation, *geometry.kernel,
+            *loop_constants(tile, weight_mu.shape[1]), CHUNK=tile.chunk, ALIGNED=size[2] % 4 == 0, PRECISION=how, ARCH=arch,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y.contiguous(memory_format=layout), r

@@ -24,7 +24,7 @@ from dwc_kernels.kernels.launch import (
     require,
     voxels_last,
 )
-from dwc_kernels.kernels.products import both_products
+from dwc_kernels.kernels.products import both_products, column_blocks, voxel_blocks
 from dwc_kernels.kernels.tiles import Tile, choose, programs
 from dwc_kernels.reference import output_layout
 
@@ -57,19 +57,19 @@ def finish(
         tl.store(dx + base + offset, (mean + 2.0 * value * var).to(dx.dtype.element_ty), mask=mask)
 
 
-SIZES = ["Do", "Ho", "Wo", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w"]
+SIZES = ["N", "Do", "Ho", "Wo", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w"]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_input_kernel(
-    g_desc, r_desc,  # [N, Do, Ho, Wo, F]
+    g_desc, r_desc,  # [N, Do, Ho, Wo, F]; like the next four descriptors, or pointers where `voxel_blocks` says
     mu_desc, mu_tail_desc,  # [taps mirrored, C, F], blocks of N0 and of N1 channels
     var_desc, var_tail_desc,  # [taps mirrored, C, F]: sigma^2
     x, dx,  # [N, D, H, W, C]
-    Do, Ho, Wo, D, H, W, C, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+    N, Do, Ho, Wo, F, D, H, W, C, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, C_BLOCKS: tl.constexpr, C_STEPS: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     n_c = tl.cdiv(C, N0 + N1)
     n_w = tl.cdiv(W, BW)
@@ -81,10 +81,15 @@ def grad_input_kernel(
     h0 = pid // (n_c * n_w) % n_h * BH
     d0 = pid // (n_c * n_w * n_h) % n_d * BD
     sample = pid // (n_c * n_w * n_h * n_d)
+    TAPS: tl.constexpr = KD * KH * KW
     mean, mean_tail, var, var_tail = both_products(
-        g_desc, r_desc, mu_desc, mu_tail_desc, var_desc, var_tail_desc, sample, d0, h0, w0, c0,
+        voxel_blocks(g_desc, N, Do, Ho, Wo, F, BD, BH, BW, BC, ARCH),
+        voxel_blocks(r_desc, N, Do, Ho, Wo, F, BD, BH, BW, BC, ARCH),
+        column_blocks(mu_desc, TAPS, C, F, N0, BC, ARCH), column_blocks(mu_tail_desc, TAPS, C, F, N1, BC, ARCH),
+        column_blocks(var_desc, TAPS, C, F, N0, BC, ARCH), column_blocks(var_tail_desc, TAPS, C, F, N1, BC, ARCH),
+        sample, d0, h0, w0, c0,
         Do, Ho, Wo, D, H, W, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
-        KD, KH, KW, BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1, PRECISION,
+        KD, KH, KW, BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1, PRECISION, ARCH,
     )  # fmt: skip
     if N1 > 0:
         finish(mean_tail, var_tail, x, dx, sample, c0 + N0, d0, h0, w0, C, D, H, W, BD, BH, BW, N1, CHUNK)
@@ -119,16 +124,17 @@ def grad_input(
     dx = torch.empty_like(x)
     how = precision(x)
     work = problem("grad_input", x, x.shape[2:], n_filters, channels, geometry.kernel)
-    tile = tile or choose(work, architecture(x.device))
+    arch = architecture(x.device)
+    tile = tile or choose(work, arch)
     g, r = voxels_last(g), voxels_last(r)
     mirrored = (w.flip(2, 3, 4).transpose(0, 1) for w in (weight_mu, weight_sigma))
-    columns = column_descriptors(*mirrored, x.dtype, how, tile)
+    columns = column_descriptors(*mirrored, g, how, tile, arch)
     block = [1, *tile.box, tile.channels]
     with device_of(x):
         grad_input_kernel[(programs(work, tile),)](
-            descriptor(g, block), descriptor(r, block), *columns, x, dx,
-            *g.shape[1:4], *x.shape[2:], channels, *geometry.padding, *geometry.dilation, *geometry.kernel,
-            *loop_constants(tile, n_filters), CHUNK=tile.chunk, PRECISION=how,
+            descriptor(g, block, arch), descriptor(r, block, arch), *columns, x, dx,
+            *g.shape, *x.shape[2:], channels, *geometry.padding, *geometry.dilation, *geometry.kernel,
+            *loop_constants(tile, n_filters), CHUNK=tile.chunk, PRECISION=how, ARCH=arch,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return dx.contiguous(memory_format=layout)

@@ -28,7 +28,7 @@ from dwc_kernels.kernels.launch import (
     require,
     voxels_last,
 )
-from dwc_kernels.kernels.products import operand, product, settled
+from dwc_kernels.kernels.products import column_blocks, operand, product, settled, voxel_blocks
 from dwc_kernels.kernels.tiles import CHIPS, STACKED_ROWS, Tile, choose, programs, splits
 
 __all__ = ["grad_weight"]
@@ -53,17 +53,26 @@ def corner(tap, TAPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, pad_d, p
     return t // (KH * KW) * dil_d - pad_d, t // KW % KH * dil_h - pad_h, t % KW * dil_w - pad_w
 
 
-SIZES = ["samples", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w", "splits"]
+@triton.jit
+def reach(s0, s1, s2, s3, size_in, size):
+    """The outputs [first, end) of one dimension that any of four shifts connects to the volume; at least one."""
+    least = tl.minimum(tl.minimum(s0, s1), tl.minimum(s2, s3))
+    most = tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))
+    first = tl.minimum(tl.maximum(-most, 0), size - 1)
+    return first, tl.maximum(tl.minimum(size, size_in - least), first + 1)
+
+
+SIZES = ["N", "Di", "Hi", "Wi", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w", "splits"]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_weight_kernel(
     x_desc,  # [N, Di, Hi, Wi, C]
     g_desc, g_tail_desc, r_desc, r_tail_desc,  # [N, D, H, W, F], blocks of N0 and of N1 filters
-    out_desc, out_tail_desc,  # [splits, 2, programs, 128] rows of F: partial sums for mu and for sigma^2
-    samples, D, H, W, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w, splits,
+    out_desc, out_tail_desc,  # [splits * 2 * programs, 128, F]: partial sums for mu, then for sigma^2
+    N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w, splits,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, C_BLOCKS: tl.constexpr,
-    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     BC: tl.constexpr = 32
     K: tl.constexpr = BD * BH * BW
@@ -80,59 +89,71 @@ def grad_weight_kernel(
     d_2, h_2, w_2 = corner(tap + 2, TAPS, KH, KW, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w)
     d_3, h_3, w_3 = corner(tap + 3, TAPS, KH, KW, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w)
 
-    n_w = tl.cdiv(W, BW)
-    n_h = tl.cdiv(H, BH)
-    n_d = tl.cdiv(D, BD)
-    boxes = samples * n_d * n_h * n_w
+    # Only outputs that one of the four taps connects to the volume.
+    d0, d1 = reach(d_0, d_1, d_2, d_3, Di, D)
+    h0, h1 = reach(h_0, h_1, h_2, h_3, Hi, H)
+    w0, w1 = reach(w_0, w_1, w_2, w_3, Wi, W)
+    n_w = tl.cdiv(w1 - w0, BW)
+    n_h = tl.cdiv(h1 - h0, BH)
+    n_d = tl.cdiv(d1 - d0, BD)
+    boxes = N * n_d * n_h * n_w
     first = (split * boxes) // splits
     last = ((split + 1) * boxes) // splits
-    w = first % n_w * BW
-    h = first // n_w % n_h * BH
-    d = first // (n_w * n_h) % n_d * BD
+    w = w0 + first % n_w * BW
+    h = h0 + first // n_w % n_h * BH
+    d = d0 + first // (n_w * n_h) % n_d * BD
     n = first // (n_w * n_h * n_d)
 
+    x_blocks = voxel_blocks(x_desc, N, Di, Hi, Wi, C, BD, BH, BW, BC, ARCH)
+    g_blocks = voxel_blocks(g_desc, N, D, H, W, F, BD, BH, BW, N0, ARCH)
+    r_blocks = voxel_blocks(r_desc, N, D, H, W, F, BD, BH, BW, N0, ARCH)
+    out_blocks = column_blocks(out_desc, splits * 2 * PROGRAMS, 128, F, 128, N0, ARCH)
+    if N1 > 0:
+        g_tail_blocks = voxel_blocks(g_tail_desc, N, D, H, W, F, BD, BH, BW, N1, ARCH)
+        r_tail_blocks = voxel_blocks(r_tail_desc, N, D, H, W, F, BD, BH, BW, N1, ARCH)
+        out_tail_blocks = column_blocks(out_tail_desc, splits * 2 * PROGRAMS, 128, F, 128, N1, ARCH)
     dmu = tl.zeros([128, N0], tl.float32)
     dvar = tl.zeros([128, N0], tl.float32)
     if N1 > 0:
         dmu_tail = tl.zeros([128, N1], tl.float32)
         dvar_tail = tl.zeros([128, N1], tl.float32)
-    for _ in tl.range(first, last):
-        g = g_desc.load([n, d, h, w, f0]).reshape(K, N0)
-        gr = product(g, r_desc.load([n, d, h, w, f0]).reshape(K, N0), PRECISION)
+    for _ in tl.range(first, last, disallow_acc_multi_buffer=True):
+        g = g_blocks.load([n, d, h, w, f0]).reshape(K, N0)
+        gr = product(g, r_blocks.load([n, d, h, w, f0]).reshape(K, N0), PRECISION)
         if N1 > 0:
-            g_tail = g_tail_desc.load([n, d, h, w, f0 + N0]).reshape(K, N1)
-            gr_tail = product(g_tail, r_tail_desc.load([n, d, h, w, f0 + N0]).reshape(K, N1), PRECISION)
+            g_tail = g_tail_blocks.load([n, d, h, w, f0 + N0]).reshape(K, N1)
+            gr_tail = product(g_tail, r_tail_blocks.load([n, d, h, w, f0 + N0]).reshape(K, N1), PRECISION)
         x = stack(
-            x_desc.load([n, d + d_0, h + h_0, w + w_0, c]).reshape(K, BC),
-            x_desc.load([n, d + d_1, h + h_1, w + w_1, c]).reshape(K, BC),
-            x_desc.load([n, d + d_2, h + h_2, w + w_2, c]).reshape(K, BC),
-            x_desc.load([n, d + d_3, h + h_3, w + w_3, c]).reshape(K, BC),
+            x_blocks.load([n, d + d_0, h + h_0, w + w_0, c]).reshape(K, BC),
+            x_blocks.load([n, d + d_1, h + h_1, w + w_1, c]).reshape(K, BC),
+            x_blocks.load([n, d + d_2, h + h_2, w + w_2, c]).reshape(K, BC),
+            x_blocks.load([n, d + d_3, h + h_3, w + w_3, c]).reshape(K, BC),
         )
         a = operand(x, PRECISION)
-        dmu = settled(tl.dot(a, operand(g, PRECISION), dmu, PRECISION))
+        dmu = settled(tl.dot(a, operand(g, PRECISION), dmu, PRECISION), ARCH)
         if N1 > 0:
-            dmu_tail = settled(tl.dot(a, operand(g_tail, PRECISION), dmu_tail, PRECISION))
+            dmu_tail = settled(tl.dot(a, operand(g_tail, PRECISION), dmu_tail, PRECISION), ARCH)
         a2 = product(x, x, PRECISION)
-        dvar = settled(tl.dot(a2, gr, dvar, PRECISION))
+        dvar = settled(tl.dot(a2, gr, dvar, PRECISION), ARCH)
         if N1 > 0:
-            dvar_tail = settled(tl.dot(a2, gr_tail, dvar_tail, PRECISION))
+            dvar_tail = settled(tl.dot(a2, gr_tail, dvar_tail, PRECISION), ARCH)
         w += BW
-        step_h = w >= W
-        w = tl.where(step_h, 0, w)
+        step_h = w >= w1
+        w = tl.where(step_h, w0, w)
         h += tl.where(step_h, BH, 0)
-        step_d = h >= H
-        h = tl.where(step_d, 0, h)
+        step_d = h >= h1
+        h = tl.where(step_d, h0, h)
         d += tl.where(step_d, BD, 0)
-        step_n = d >= D
-        d = tl.where(step_n, 0, d)
+        step_n = d >= d1
+        d = tl.where(step_n, d0, d)
         n += step_n.to(tl.int32)
 
-    row = (split * 2 * PROGRAMS + program) * 128
-    out_desc.store([row, f0], settled(dmu))
-    out_desc.store([row + PROGRAMS * 128, f0], settled(dvar))
+    row = split * 2 * PROGRAMS + program
+    out_blocks.store([row, 0, f0], settled(dmu, ARCH).reshape(1, 128, N0))
+    out_blocks.store([row + PROGRAMS, 0, f0], settled(dvar, ARCH).reshape(1, 128, N0))
     if N1 > 0:
-        out_tail_desc.store([row, f0 + N0], settled(dmu_tail))
-        out_tail_desc.store([row + PROGRAMS * 128, f0 + N0], settled(dvar_tail))
+        out_tail_blocks.store([row, 0, f0 + N0], settled(dmu_tail, ARCH).reshape(1, 128, N1))
+        out_tail_blocks.store([row + PROGRAMS, 0, f0 + N0], settled(dvar_tail, ARCH).reshape(1, 128, N1))
 
 
 def grad_weight(
@@ -168,16 +189,15 @@ def grad_weight(
     c_blocks = -(-channels // 32)
     groups_of_taps = -(-math.prod(kernel) // 4)
     partial = torch.empty(
-        (parts, 2, groups_of_taps, c_blocks, STACKED_ROWS, -(-n_filters // 4) * 4), dtype=torch.float32, device=x.device
+        (parts, 2, groups_of_taps, c_blocks, STACKED_ROWS, g.shape[-1]), dtype=torch.float32, device=x.device
     )
-    rows = partial.view(-1, partial.shape[-1])
-    columns = [[1, *tile.box, n] for n in (tile.wide, tile.tail)]
+    blocks = [[1, *tile.box, n] for n in (tile.wide, tile.tail)]
     with device_of(x):
         grad_weight_kernel[(programs(work, tile) * parts,)](
-            descriptor(x, [1, *tile.box, 32]), *(descriptor(t, block) for t in (g, r) for block in columns),
-            *(descriptor(rows, [STACKED_ROWS, n]) for n in (tile.wide, tile.tail)),
-            x.shape[0], *g.shape[1:4], *geometry.padding, *geometry.dilation, parts,
-            *kernel, c_blocks, *tile.box, tile.wide, tile.tail, PRECISION=how,
+            descriptor(x, [1, *tile.box, 32], arch), *(descriptor(t, block, arch) for t in (g, r) for block in blocks),
+            *(descriptor(partial.view(-1, *partial.shape[-2:]), [1, STACKED_ROWS, n], arch) for n in (tile.wide, tile.tail)),
+            *x.shape, *g.shape[1:], *geometry.padding, *geometry.dilation, parts,
+            *kernel, c_blocks, *tile.box, tile.wide, tile.tail, PRECISION=how, ARCH=arch,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     # Rows of `stack` are (tap bit 1, channel bits 4-3, tap bit 0, channel bits 2-0).

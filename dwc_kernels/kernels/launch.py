@@ -87,23 +87,27 @@ def voxels_last(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def pack(weight: Tensor, dtype: torch.dtype, how: str) -> Tensor:
-    """[F, C, kD, kH, kW] -> [taps, F, C'] in ``dtype``, rounded to tf32 if ``how`` says so; C' as in `voxels_last`."""
+def pack(weight: Tensor, dtype: torch.dtype, how: str, width: int) -> Tensor:
+    """[F, C, kD, kH, kW] -> [taps, F, width] in ``dtype``, rounded to tf32 if ``how`` says so."""
     n_filters, channels = weight.shape[:2]
     packed = weight.to(dtype).permute(2, 3, 4, 0, 1).reshape(-1, n_filters, channels)
-    packed = F.pad(packed, (0, -channels % (16 // packed.element_size()))).contiguous()
+    packed = F.pad(packed, (0, width - channels)).contiguous()
     if dtype == torch.float32 and how == "tf32":
         packed = ((packed.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
     return packed
 
 
 def column_descriptors(
-    weight_mu: Tensor, weight_sigma: Tensor, dtype: torch.dtype, how: str, tile: Tile
-) -> list[TensorDescriptor | None]:
-    """Descriptors of mu (wide, tail) and of sigma^2 (wide, tail); sigma^2 multiplies in bf16 or in fp32, never in fp16."""
-    mu = pack(weight_mu, dtype, how)
-    var = pack(weight_sigma.float().square(), torch.bfloat16 if dtype == torch.bfloat16 else torch.float32, how)
-    return [descriptor(t, [1, n, tile.channels]) for t in (mu, var) for n in (tile.wide, tile.tail)]
+    weight_mu: Tensor, weight_sigma: Tensor, rows: Tensor, how: str, tile: Tile, arch: str
+) -> list[TensorDescriptor | Tensor | None]:
+    """Descriptors of mu (wide, tail) and of sigma^2 (wide, tail) to multiply with rows [N, D, H, W, C'].
+
+    sigma^2 multiplies in bf16 or in fp32, never in fp16.
+    """
+    squares = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
+    mu = pack(weight_mu, rows.dtype, how, rows.shape[-1])
+    var = pack(weight_sigma.float().square(), squares, how, rows.shape[-1])
+    return [descriptor(t, [1, n, tile.channels], arch) for t in (mu, var) for n in (tile.wide, tile.tail)]
 
 
 def loop_constants(tile: Tile, channels: int) -> tuple[int, ...]:
@@ -138,6 +142,8 @@ def fold_taps(x: Tensor, geometry: Geometry) -> Tensor:
     return taps.flatten(4).permute(0, 4, 1, 2, 3)
 
 
-def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor | None:
-    """A descriptor of x for blocks of one shape; None for empty blocks."""
-    return TensorDescriptor.from_tensor(x, block) if math.prod(block) else None
+def descriptor(x: Tensor, block: list[int], arch: str) -> TensorDescriptor | Tensor | None:
+    """A descriptor of x for blocks of one shape; None for empty blocks; x itself where `voxel_blocks` makes its own."""
+    if not math.prod(block):
+        return None
+    return x if arch in ("sm_80", "gfx942") else TensorDescriptor.from_tensor(x, block)

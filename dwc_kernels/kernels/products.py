@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["both_products", "operand", "product", "settled"]
+__all__ = ["both_products", "column_blocks", "operand", "product", "settled", "voxel_blocks"]
 
 
 @triton.jit
@@ -26,11 +26,39 @@ def product(x, z, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def settled(acc):
-    """acc itself, at no cost. A use of the accumulator after its product makes Triton wait for the product there, and between
-    two such waits ptxas lets the matrix instructions overlap; without it, it serializes every single one (warning C7515).
+def settled(acc, ARCH: tl.constexpr):
+    """acc itself, at no cost. On sm_90 a use of the accumulator after its product makes Triton wait for the product there,
+    and between two such waits ptxas lets the matrix instructions overlap; without it, ptxas serializes every single one
+    (warning C7515). Elsewhere there is nothing to settle.
     """
-    return acc.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
+    if ARCH == "sm_90":
+        return acc.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
+    else:
+        return acc
+
+
+@triton.jit
+def voxel_blocks(
+    t, N, D, H, W, C, BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, ARCH: tl.constexpr
+):
+    """A descriptor of t [N, D, H, W, C] for boxes of voxels: the launcher's own, or on chips without a copy engine for
+    tensors one made here of a pointer, so that the compiler sees its strides and can vectorize the loads."""
+    if ARCH == "sm_80" or ARCH == "gfx942":
+        WC = W * tl.multiple_of(C, 128 // t.dtype.element_ty.primitive_bitwidth)
+        HWC = H.to(tl.int64) * WC
+        return tl.make_tensor_descriptor(t, [N, D, H, W, C], [D * HWC, HWC, WC, C, 1], [1, BD, BH, BW, BC])
+    else:
+        return t
+
+
+@triton.jit
+def column_blocks(t, taps, F, C, N: tl.constexpr, BC: tl.constexpr, ARCH: tl.constexpr):
+    """A descriptor of t [taps, F, C] for blocks of N columns, in the same way; blocks of none need none."""
+    if (ARCH == "sm_80" or ARCH == "gfx942") and N * BC > 0:
+        FC = F * tl.multiple_of(C, 128 // t.dtype.element_ty.primitive_bitwidth)
+        return tl.make_tensor_descriptor(t, [taps, F, C], [FC, C, 1], [1, N, BC])
+    else:
+        return t
 
 
 @triton.jit
@@ -58,7 +86,7 @@ def both_products(
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
     C_BLOCKS: tl.constexpr,  # blocks of BC channels per iteration
     C_STEPS: tl.constexpr,  # iterations per tap
-    N0: tl.constexpr, N1: tl.constexpr, PRECISION: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr, PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """The sums over taps and channels of a * mu and of a * b * sigma^2 for one tile, in one pass over a and b."""
     M: tl.constexpr = BD * BH * BW
@@ -74,7 +102,7 @@ def both_products(
     mean_tail = tl.zeros([M, N1 if N1 > 0 else 1], tl.float32)
     var_tail = tl.zeros([M, N1 if N1 > 0 else 1], tl.float32)
     i, j, c0 = 0, 0, 0  # tap (i, j) along H and W, and the channel
-    for _ in tl.range(n_kd * n_kh * n_kw * C_STEPS):
+    for _ in tl.range(n_kd * n_kh * n_kw * C_STEPS, disallow_acc_multi_buffer=True):
         t = tap + i * KW + j
         for block in tl.static_range(C_BLOCKS):
             c = c0 + block * BC
@@ -84,12 +112,12 @@ def both_products(
             else:
                 ab = product(a, b_desc.load([sample, d, h + i * dil_h, w + j * dil_w, c]).reshape(M, BC), PRECISION)
             a = operand(a, PRECISION)
-            mean = settled(tl.dot(a, mu_desc.load([t, f0, c]).reshape(N0, BC).T, mean, PRECISION))
+            mean = settled(tl.dot(a, mu_desc.load([t, f0, c]).reshape(N0, BC).T, mean, PRECISION), ARCH)
             if N1 > 0:
-                mean_tail = settled(tl.dot(a, mu_tail_desc.load([t, f0 + N0, c]).reshape(N1, BC).T, mean_tail, PRECISION))
-            var = settled(tl.dot(ab, var_desc.load([t, f0, c]).reshape(N0, BC).T, var, PRECISION))
+                mean_tail = settled(tl.dot(a, mu_tail_desc.load([t, f0 + N0, c]).reshape(N1, BC).T, mean_tail, PRECISION), ARCH)
+            var = settled(tl.dot(ab, var_desc.load([t, f0, c]).reshape(N0, BC).T, var, PRECISION), ARCH)
             if N1 > 0:
-                var_tail = settled(tl.dot(ab, var_tail_desc.load([t, f0 + N0, c]).reshape(N1, BC).T, var_tail, PRECISION))
+                var_tail = settled(tl.dot(ab, var_tail_desc.load([t, f0 + N0, c]).reshape(N1, BC).T, var_tail, PRECISION), ARCH)
         # On to the next step by carries: a division here would cost more than all other index arithmetic.
         if C_STEPS > 1:
             c0 += C_BLOCKS * BC

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-__all__ = ["CHIPS", "KINDS", "Chip", "Problem", "Tile", "candidates", "choose", "estimate"]
+__all__ = ["CHIPS", "KINDS", "STACKED_ROWS", "Chip", "Problem", "Tile", "candidates", "choose", "estimate", "programs", "splits"]
 
 KINDS = ("forward", "grad_input", "grad_weight")
 
@@ -28,18 +28,29 @@ class Chip:
     l2: float  # bytes from L2
     dram: float  # bytes per second of the whole chip
     shared: int  # bytes of shared memory that the programs on a multiprocessor can have
-    registers: int = 255  # most a thread can have
-    accumulators: int = 192  # registers of a thread that accumulators may fill
+    holds: int = 238  # registers of a thread that accumulators and operands may fill without spilling, as compiled
+    rows_per_warp: int = 32  # of a tile
+    unroll: int = 1  # channel blocks per iteration that still compile without spilling
     warp: int = 32
 
 
 # Peak products, clocks and memory rates: NVIDIA's A100, H100 SXM and DGX B200 data sheets and AMD's MI300X data sheet.
 # L2: 5120 bytes per cycle is A100's stated figure (A100 whitepaper); the others are taken to be no better per chip.
 CHIPS = {
-    "sm_80": Chip("A100 SXM 80GB", 108, 1.41e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 64}, 5120 / 108, 2.04e12, 163 << 10, accumulators=128),
-    "sm_90": Chip("H100 SXM", 132, 1.83e9, {"bf16": 2048, "fp16": 2048, "tf32": 1024, "ieee": 128}, 5120 / 132, 3.35e12, 227 << 10),
-    "sm_100": Chip("B200", 148, 1.85e9, {"bf16": 4096, "fp16": 4096, "tf32": 2048, "ieee": 128}, 5120 / 148, 8.0e12, 227 << 10),
-    "gfx942": Chip("MI300X", 304, 2.1e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 128}, 64, 5.3e12, 64 << 10, 512, 256, 64),
+    "sm_80": Chip(
+        "A100 SXM 80GB", 108, 1.41e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 64}, 5120 / 108, 2.04e12, 163 << 10,
+        holds=115, rows_per_warp=16,
+    ),
+    "sm_90": Chip(
+        "H100 SXM", 132, 1.83e9, {"bf16": 2048, "fp16": 2048, "tf32": 1024, "ieee": 128}, 5120 / 132, 3.35e12, 227 << 10,
+        unroll=3,
+    ),
+    "sm_100": Chip(
+        "B200", 148, 1.85e9, {"bf16": 4096, "fp16": 4096, "tf32": 2048, "ieee": 128}, 5120 / 148, 8.0e12, 227 << 10
+    ),
+    "gfx942": Chip(
+        "MI300X", 304, 2.1e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 128}, 64, 5.3e12, 64 << 10, warp=64
+    ),
 }  # fmt: skip
 # The interpreter runs one program after the other, so it wants few and large ones.
 CHIPS["interpreter"] = replace(CHIPS["sm_90"], name="the interpreter", multiprocessors=1, macs=dict.fromkeys(CHIPS["sm_90"].macs, 2048))
@@ -86,6 +97,7 @@ class Tile:
 
 BOXES = ((4, 8, 8), (4, 4, 8), (2, 4, 8), (2, 4, 4), (1, 4, 4))
 COLUMNS = ((64, 32), (64, 0), (32, 16), (32, 0), (16, 0))
+SUMMED_COLUMNS = ((64, 32), (64, 0), (32, 0), (16, 0))
 SUMMED_BOXES = ((1, 4, 8), (1, 8, 8), (1, 2, 8))  # of grad_weight, whose products sum over voxels
 STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 
@@ -93,23 +105,25 @@ STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """The tiles that fit the chip's registers and shared memory."""
     if problem.kind == "grad_weight":
-        shapes = [(box, 32, 1, STACKED_ROWS, 4) for box in SUMMED_BOXES]
+        shapes = [(box, 32, 1, STACKED_ROWS // chip.rows_per_warp) for box in SUMMED_BOXES]
     else:
         blocks = {c: math.ceil(problem.channels / c) for c in (16, 32, 64)}
+        # g and r together leave no registers for an unrolled loop.
+        unrolls = range(1, (chip.unroll if problem.kind == "forward" else 1) + 1)
         shapes = [
-            (box, c, unroll, math.prod(box), max(1, min(8, math.prod(box) // 32)))
+            (box, c, unroll, max(1, min(8, math.prod(box) // chip.rows_per_warp)))
             for box in BOXES
             for c, n in blocks.items()
-            for unroll in (3, 2, 1)
+            for unroll in unrolls
             if n % unroll == 0 and c < 2 * problem.channels + 16
         ]
     found = []
-    for box, channels, unroll, _, warps in shapes:
-        for wide, tail in COLUMNS:
+    for box, channels, unroll, warps in shapes:
+        for wide, tail in SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS:
             chunk = min(16, wide)
             tile = Tile(box, channels, unroll, wide, tail, chunk, warps, 2)
-            stages = [s for s in (4, 3, 2) if shared_bytes(problem, replace(tile, stages=s)) <= chip.shared]
-            if stages and registers(problem, tile, chip) <= chip.accumulators + 32:
+            stages = [s for s in (4, 3, 2)[problem.kind == "grad_weight" :] if shared_bytes(problem, replace(tile, stages=s)) <= chip.shared]
+            if stages and registers(problem, tile, chip) <= chip.holds:
                 found.append(replace(tile, stages=stages[0]))
     return found
 
@@ -135,16 +149,18 @@ def shared_bytes(problem: Problem, tile: Tile) -> int:
 
 
 def registers(problem: Problem, tile: Tile, chip: Chip) -> float:
-    """Registers of a thread that hold accumulators and row operands; addresses and counters come on top."""
+    """Registers of a thread that hold accumulators and operands; addresses and counters come on top."""
     squares = 2 if problem.dtype == "bf16" else 4
     rows, summed = (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels)
-    accumulators = 2 * rows * tile.columns
-    return (accumulators + rows * summed * (problem.itemsize + squares) / 4) / (chip.warp * tile.warps)
+    words = 2 * rows * tile.columns + rows * summed * (problem.itemsize + squares) / 4
+    if problem.kind == "grad_weight":  # g * r is formed there, and fp32 passes through them to be transposed
+        words += tile.columns * summed * (squares + (problem.itemsize if problem.itemsize == 4 else 0)) / 4
+    return words / (chip.warp * tile.warps)
 
 
 def resident(problem: Problem, tile: Tile, chip: Chip) -> int:
     """Programs that share a multiprocessor."""
-    by_registers = 65536 // (chip.warp * tile.warps * min(chip.registers + 1, 32 + int(registers(problem, tile, chip))))
+    by_registers = 65536 // (chip.warp * tile.warps * min(256, 32 + int(registers(problem, tile, chip))))
     return max(1, min(by_registers, chip.shared // shared_bytes(problem, tile)))
 
 
@@ -198,7 +214,7 @@ def estimate(problem: Problem, tile: Tile, chip: Chip) -> dict[str, float]:
         epilogue = rows * tile.columns * per_element / 128
     together = resident(problem, tile, chip)
     waves = math.ceil(count / (chip.multiprocessors * together)) * together
-    bound = max(tensor, l2, shared, issue)
+    bound = max(tensor, l2, shared, issue) + issue / 4  # a quarter of the issue is taken not to overlap
     return {
         "tensor": waves * steps * tensor,
         "l2": waves * steps * l2,
