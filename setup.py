@@ -5,14 +5,12 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-version: dict[str, str] = {}
-exec((here / "dwc_kernels" / "version.py").read_text(encoding="utf-8"), version)
-
-test = ["hypothesis", "monai", "niimath", "pytest", "pytest-benchmark", "pytest-timeout"]
+test = ["hypothesis", "monai", "niimath", "pytest", "pytest-benchmark", "pytest-xdist"]
+triton = ["triton>=3.3; platform_system == 'Linux'"]
 
 setup(
     name="dwc",
-    version=version["__version__"],
+    version="0.1.0",
     description="Distributed weight consolidation: train Bayesian 3D networks apart, consolidate them once",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -34,9 +32,9 @@ setup(
         "jsonargparse[signatures]>=4.40",
     ],
     extras_require={
-        "triton": ["triton>=3.3; platform_system == 'Linux'"],
+        "triton": triton,
         "test": test,
-        "dev": [*test, "ruff"],
+        "dev": [*test, *triton, "ruff"],
     },
     entry_points={"console_scripts": ["dwc = dwc.cli:main"]},
     classifiers=[

@@ -1,5 +1,7 @@
 """Distributed weight consolidation: train Bayesian segmentation networks apart, consolidate them once."""
 
-from dwc_kernels.version import __version__
+from importlib.metadata import version
+
+__version__ = version("dwc")
 
 __all__ = ["__version__"]

@@ -4,6 +4,7 @@ A command's file is imported only when it is called, so that help is quick. Each
 person can mend become one line on stderr and exit code 2; a signal's exit code is 128 plus its number.
 """
 
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
     "train": "train a network: MAP, variational, a site's from a prior, fine-tuning",
     "consolidate": "consolidate the posteriors of several sites into one",
 }
+_FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def usage() -> str:
@@ -50,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         importlib.import_module(f"dwc.commands.{name}").main(rest)
     except InputError as error:
         print(f"dwc: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _FULL_OR_READ_ONLY:
+            raise
+        where = error.filename or "the output"
+        print(f"dwc: {where}: {error.strerror}; free space or choose another folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dwc: interrupted", file=sys.stderr)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 from torch.nn.utils.parametrizations import weight_norm as normalize_weight
 
+from dwc.errors import InputError
 from dwc.posterior import Posterior
 from dwc_kernels import FFGConv3d
 
@@ -90,6 +91,7 @@ class MeshNet(nn.Module):
         training mode only. A plain network has nothing to draw.
         """
         options = {"sample": sample} if self.bayesian else {}
+        x = x.to(memory_format=torch.channels_last_3d)  # fastest for cuDNN, oneDNN and the Triton kernels
         for layer in self.layers[:-1]:
             x = relu(layer(x, **options), inplace=True)  # neither layer keeps its output for the backward
         return self.layers[-1](x, **options)
@@ -120,9 +122,12 @@ class MeshNet(nn.Module):
 
         Raises
         ------
-        dwc.errors.InputError
-            If the tensors do not fit the architecture that the file names.
+        InputError
+            If the file names no MeshNet, or its tensors do not fit the architecture that it names.
         """
-        network = cls.from_architecture(posterior.metadata["architecture"], bayesian=posterior.is_bayesian)
+        architecture = posterior.metadata.get("architecture") or {}
+        if architecture.get("network") != "MeshNet":
+            raise InputError(f"{posterior.name}: holds no MeshNet; give a network trained with dwc train")
+        network = cls.from_architecture(architecture, bayesian=posterior.is_bayesian)
         posterior.to_model(network)
         return network

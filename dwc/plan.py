@@ -112,7 +112,7 @@ def plan_run(settings: TrainSettings, *, resume: bool = False) -> Plan:
     _check_folder(settings.out, resume=resume)
     device = _device(settings.device)
     base = None if settings.base is None else Posterior.load(settings.base)
-    settings = _inherit(settings, base)
+    settings = replace(_inherit(settings, base), device=device.type)
     label_map = LabelMap.load(settings.label_map)
     grid = Grid(settings.grid_size, settings.voxel_size)
     if grid.size % SIDE:

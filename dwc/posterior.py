@@ -34,7 +34,7 @@ class Posterior:
     Parameters
     ----------
     mu : dict of str to Tensor
-        Mean per parameter (``layers.0.weight`` [F, C, kD, kH, kW], ``layers.0.bias`` [F], ...). Kept as fp32 on the CPU.
+        Mean per parameter (``layers.0.weight`` [F, C, kD, kH, kW], ``layers.0.bias`` [F], ...), fp32 on the CPU.
     sigma : dict of str to Tensor
         Standard deviation per parameter, same names and shapes, > 0; empty for a MAP network.
     metadata : dict
@@ -232,11 +232,11 @@ class Posterior:
     def _assign(self, module: nn.Module, attribute: str, value: Tensor, name: str) -> None:
         with torch.no_grad():
             target = getattr(module, attribute)
-            value = value.to(target.device, target.dtype)
             if not parametrize.is_parametrized(module, attribute):
                 target.copy_(value)
                 return
-            setattr(module, attribute, value)
+            # A clone, because the parametrization keeps the tensor that it is given and training would change it.
+            setattr(module, attribute, value.clone().to(target.device, target.dtype))
             if not torch.isfinite(getattr(module, attribute)).all():
                 raise InputError(f"{self.name}: {name} has an all-zero filter, which weight normalization cannot hold")
 

@@ -26,12 +26,13 @@ from dwc.checkpoint import read_log, restore, save_checkpoint, write_log
 from dwc.data.subvolumes import SIDE, SubVolumes, prepare
 from dwc.errors import InputError
 from dwc.meshnet import MeshNet
+from dwc.metrics import mean_dice
 from dwc.objective import Objective, SigmaProjection, negative_log_prior
 from dwc.plan import Plan, binding, plan_run
 from dwc.plateau import Plateau
 from dwc.posterior import Posterior
 from dwc.settings import TrainSettings
-from dwc.validation import draw_sub_volumes, mean_dice, validation_confusion
+from dwc.validation import draw_sub_volumes, validation_confusion
 from dwc_kernels import FFGConv3d
 
 __all__ = ["Interrupted", "TrainSettings", "train"]
@@ -48,12 +49,18 @@ class Interrupted(Exception):
 def train(settings: TrainSettings, *, resume: bool = False) -> Posterior:
     """Train a network and leave its run folder.
 
+    Each line of log.jsonl is an epoch: ``loss`` and ``nll`` (nats per voxel, means over the epoch's steps), ``penalty``
+    (nats; the KL, or -log p(w)), ``dice`` (held-out sub-volumes, network at its means, mean over the classes present
+    in the truth without class 0) and ``dice_with_background``, ``plateau_step`` (null while the loss falls), and per
+    Bayesian layer the medians of sigma/sigma_0 (``sigma_ratio``) and |mu - mu_0|/sigma_0 (``shift``).
+
     Parameters
     ----------
     settings : TrainSettings
         What to train, on what, and where to.
     resume : bool
-        Go on from the run folder's checkpoint, bit for bit as if it had never stopped; from the start if it has none.
+        Go on from the run folder's checkpoint, bit for bit as if it had never stopped (on the same machine with the
+        same number of threads); from the start if it has none.
 
     Returns
     -------
@@ -301,7 +308,7 @@ def _cosine(fraction: float) -> float:
 
 @torch.no_grad()
 def drift(network: nn.Module) -> dict[str, dict[str, float]]:
-    """How far each Bayesian layer's weights have come from their prior: medians of sigma/sigma_0, |mu - mu_0|/sigma_0."""
+    """How far each Bayesian layer's weights are from their prior: medians of sigma/sigma_0 and |mu - mu_0|/sigma_0."""
     return {
         name: {
             "sigma_ratio": (layer.weight_sigma / layer.prior_weight_sigma).median().item(),

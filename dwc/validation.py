@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["dice_per_class", "draw_sub_volumes", "mean_dice", "validation_confusion"]
+from dwc.metrics import confusion_matrix
+
+__all__ = ["draw_sub_volumes", "validation_confusion"]
 
 
 def draw_sub_volumes(n_sub_volumes: int, at_most: int, seed: int) -> list[int]:
@@ -33,34 +35,31 @@ def validation_confusion(
     device: torch.device,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> Tensor | None:
-    """Voxels by true class (row) and predicted class (column), int64 [n_classes, n_classes]; None if stopped."""
-    confusion = torch.zeros(n_classes * n_classes, dtype=torch.int64)
+    """Count voxels by true class (row) and predicted class (column).
+
+    Parameters
+    ----------
+    logits_of : callable
+        Logits [N, n_classes, D, H, W] of images [N, 1, D, H, W].
+    dataset : Dataset
+        Of (image [1, D, H, W], labels int64 [D, H, W]).
+    indices : list of int
+        The items to score.
+    n_classes, batch_size, device
+        Of the network and where it runs.
+    keep_going : callable
+        Asked before each batch.
+
+    Returns
+    -------
+    Tensor or None
+        int64 [n_classes, n_classes]; None if told to stop.
+    """
+    confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
     for start in range(0, len(indices), batch_size):
         if not keep_going():
             return None
         images, labels = zip(*(dataset[index] for index in indices[start : start + batch_size]), strict=True)
         predicted = logits_of(torch.stack(images).to(device)).argmax(dim=1).cpu()
-        confusion += torch.bincount(
-            (torch.stack(labels) * n_classes + predicted).flatten(), minlength=n_classes * n_classes
-        )
-    return confusion.view(n_classes, n_classes)
-
-
-def dice_per_class(confusion: Tensor) -> Tensor:
-    """Eq. 18, 2 TP / (2 TP + FN + FP) per class, fp64 [n_classes]; NaN where the truth has no voxel of the class."""
-    confusion = confusion.double()
-    truth, predicted = confusion.sum(dim=1), confusion.sum(dim=0)
-    dice = 2 * confusion.diagonal() / (truth + predicted)
-    return dice.masked_fill(truth == 0, torch.nan)
-
-
-def mean_dice(confusion: Tensor, *, with_background: bool) -> float | None:
-    """Mean over the classes present in the truth, class 0 among them or not; None if there is none."""
-    dice = dice_per_class(confusion)[0 if with_background else 1 :]
-    present = dice[~dice.isnan()]
-    return present.mean().item() if len(present) else None
-
-
-def logits_at_means(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The network without noise, as a function."""
-    return lambda images: network(images, sample=False)
+        confusion += confusion_matrix(torch.stack(labels), predicted, n_classes)
+    return confusion

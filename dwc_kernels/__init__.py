@@ -1,7 +1,10 @@
 """Variational 3D convolution by local reparameterization: `FFGConv3d` and the op beneath it."""
 
+from importlib.metadata import version
+
 from dwc_kernels.functional import ffg_conv3d, gaussian_kl
 from dwc_kernels.module import FFGConv3d, convert, inverse_softplus
-from dwc_kernels.version import __version__
+
+__version__ = version("dwc")
 
 __all__ = ["FFGConv3d", "__version__", "convert", "ffg_conv3d", "gaussian_kl", "inverse_softplus"]

@@ -102,10 +102,12 @@ def gaussian_kl(mu: Tensor, sigma: Tensor, prior_mu: Tensor, prior_sigma: Tensor
     Tensor
         Scalar, differentiable in all four.
     """
-    # Near the prior v - 1 - ln v cancels to nothing in fp32; log1p of the small relative difference does not.
-    excess = (sigma - prior_sigma) * (sigma + prior_sigma) / prior_sigma.square()
     shift = (mu - prior_mu) / prior_sigma
-    return 0.5 * (excess - torch.log1p(excess) + shift.square()).sum()
+    t = (sigma - prior_sigma) / prior_sigma
+    # v - 1 - ln v in fp32: near the prior log1p keeps the digits that cancel, far below it only the ratio has them.
+    near, ratio = t.clamp_min(-0.5), sigma / prior_sigma
+    log_ratio = torch.where(t > -0.5, torch.log1p(near), torch.log(ratio))
+    return (0.5 * (t * (t + 2.0) + shift.square()) - log_ratio).sum()
 
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:

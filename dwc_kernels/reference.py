@@ -68,7 +68,7 @@ def forward(
     y = F.conv3d(h, mu, b_mu, stride, padding, dilation, groups)
     var = F.conv3d(h.square(), sigma.square(), b_var, stride, padding, dilation, groups)
     std = var.sqrt_()
-    eps = normal(std, int(seed))
+    eps = normal(std, int(seed)).to(working)
     y.addcmul_(std, eps)
     r = eps.div_(std).mul_(0.5).masked_fill_(std == 0, 0.0)
     return y.to(x.dtype).contiguous(memory_format=output_layout(x)), r.to(x.dtype).contiguous(
@@ -146,8 +146,8 @@ def _correlate_both(
     (pd, ph, pw), (dd, dh, dw) = padding, dilation
     dtype = torch.promote_types(x.dtype, torch.float32)
     # Row v of the output meets row v + shift of the input: zeros behind a line also stand before the next one.
-    pitch = max(size[2] + pw, out_size[2] + (kw - 1) * dw - pw)
     tail = (kw - 1) * dw
+    pitch = max(size[2] + pw, out_size[2] + tail - pw, out_size[2])
     a = torch.zeros(2, size[0], size[1] * pitch + tail, c, dtype=dtype)
     b = torch.zeros(2, out_size[0], out_size[1], pitch, n_filters, dtype=dtype)
     a_lines = a[:, :, : size[1] * pitch].view(2, size[0], size[1], pitch, c)[..., pw : pw + size[2], :]

@@ -43,7 +43,6 @@ def table(rows: Iterable[LayerWeight]) -> str:
         f"{'layer':<20}{'weight':>8}{'added':>8}{'sigma/sigma_0':>15}{'|shift|/sigma_0':>17}  site",
     ]
     for row in sorted(rows, key=lambda row: row.layer):
-        lines.append(
-            f"{row.layer:<20}{row.weight:>8.3f}{row.added_share:>8.3f}{row.sigma_ratio:>15.4f}{row.shift:>17.3f}  {row.site}"
-        )
+        numbers = f"{row.weight:>8.3f}{row.added_share:>8.3f}{row.sigma_ratio:>15.4f}{row.shift:>17.3f}"
+        lines.append(f"{row.layer:<20}{numbers}  {row.site}")
     return "\n".join(lines)

@@ -89,9 +89,7 @@ def load_labels(path: str | os.PathLike, image: str | os.PathLike | None = None)
         with np.errstate(invalid="ignore"):
             whole = ids.astype(np.int32)
         if not np.array_equal(whole, ids):
-            raise InputError(
-                f"{path}: labels are not whole numbers (say {ids[whole != ids][0]:g}); resample with nearest"
-            )
+            raise InputError(f"{path}: labels are not whole numbers ({ids[whole != ids][0]:g}); resample with nearest")
         labels = _in_memory(labels, whole)
     if image is not None:
         _check_same_grid(Path(path), labels, Path(image))
@@ -117,9 +115,7 @@ def conform_image(path: str | os.PathLike, grid: Grid) -> np.ndarray:
     if not _is_on(grid, image):
         data = _resample(data, image.affine, grid.shape, grid.affine(_centre(image)), order=1)
     if data.min() == data.max():
-        raise InputError(
-            f"{path}: nothing but {data.flat[0]} is left on a grid of {grid}; check the image and its affine"
-        )
+        raise InputError(f"{path}: only the value {data.flat[0]} is left on {grid}; check the image and its affine")
     return data
 
 
@@ -177,9 +173,7 @@ def _open(path) -> nib.spatialimages.SpatialImage:
     try:
         image = nib.load(path)
     except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
-        raise InputError(
-            f"{path}: not a readable NIfTI or mgz volume ({_line(error)}); convert it to .nii.gz"
-        ) from error
+        raise InputError(f"{path}: not a NIfTI or mgz volume ({_line(error)}); convert it to .nii.gz") from error
     if not isinstance(image, _FORMATS):
         raise InputError(f"{path}: {type(image).__name__} is not supported; convert it to .nii.gz")
     shape = image.shape
@@ -200,6 +194,7 @@ def _load(path) -> nib.spatialimages.SpatialImage:
     """The checked 3-D image of a file, its voxels in memory."""
     image = _open(path)
     try:
+        _check_gzip(Path(path))
         data = np.asanyarray(image.dataobj)
     except (OSError, EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
         raise InputError(f"{path}: truncated or damaged ({_line(error)}); copy the file again") from error
@@ -207,6 +202,14 @@ def _load(path) -> nib.spatialimages.SpatialImage:
         count = data.size - np.count_nonzero(np.isfinite(data))
         raise InputError(f"{path}: {count} voxels are NaN or infinite; replace them, by 0 where there is no tissue")
     return _in_memory(image, data)
+
+
+def _check_gzip(path: Path) -> None:
+    """Read to the end, where gzip keeps its checksum; nibabel stops at the last voxel."""
+    if path.suffix in (".gz", ".mgz"):
+        with gzip.open(path) as file:
+            while file.read(1 << 20):
+                pass
 
 
 def _in_memory(image, data: np.ndarray) -> nib.Nifti1Image:

@@ -266,15 +266,13 @@ def _warp(labels: np.ndarray, site: Site, voxel_size: float, rng: np.random.Gene
     middle = (np.array(shape, np.float32) - 1) / 2
     offset = np.indices(shape, dtype=np.float32, sparse=True)
     centred = [axis - m for axis, m in zip(offset, middle, strict=True)]
-    push = _push(labels, site.ventricle, voxel_size)
     source = np.empty((3, *shape), np.float32)
     for a in range(3):
         linear = sum(np.float32(inverse[a, b]) * centred[b] for b in range(3))
         elastic = _smooth_field(shape, _nodes(shape, voxel_size), rng) * np.float32(site.elastic / voxel_size)
         source[a] = linear + middle[a] + elastic
-    if push is not None:
-        at = [ndimage.map_coordinates(component, source, order=1, mode="nearest") for component in push]
-        source += np.stack(at)
+    if site.ventricle > 0 and (labels == _VENTRICLE).any():
+        _push(source, labels, site.ventricle, voxel_size)
     return ndimage.map_coordinates(labels, source, order=0, mode="constant", cval=0)
 
 
@@ -282,17 +280,25 @@ def _nodes(shape: tuple[int, ...], voxel_size: float) -> tuple[int, ...]:
     return tuple(max(4, round(size * voxel_size / _ELASTIC_SPACING)) for size in shape)
 
 
-def _push(labels: np.ndarray, growth: float, voxel_size: float) -> np.ndarray | None:
-    """Displacement in voxels, [3, D, H, W], that looks up each place nearer to the ventricles than it is."""
-    ventricles = labels == _VENTRICLE
-    if growth <= 0 or not ventricles.any():
-        return None
+def _push(source: np.ndarray, labels: np.ndarray, growth: float, voxel_size: float) -> None:
+    """Move the places in `source`, where voxels are looked up, towards the ventricles, which so grow by `growth` mm."""
+    reach = int(3 * _VENTRICLE_REACH / voxel_size)
+    found = ndimage.find_objects((labels == _VENTRICLE).view(np.uint8))[0]
+    box = tuple(
+        slice(max(0, f.start - reach), min(n, f.stop + reach)) for f, n in zip(found, labels.shape, strict=True)
+    )
+    ventricles = labels[box] == _VENTRICLE
     distance = ndimage.distance_transform_edt(~ventricles, sampling=voxel_size).astype(np.float32)
     distance = np.maximum(distance - np.float32(voxel_size / 2), 0)  # from the surface, not from the nearest centre
     amount = np.minimum(growth * np.exp(-distance / _VENTRICLE_REACH), distance + voxel_size / 2)
     direction = np.stack(np.gradient(ndimage.gaussian_filter(distance, 1)))
     length = np.sqrt(np.square(direction).sum(0)) + np.float32(1e-6)
-    return (-direction * (amount * ~ventricles / length / voxel_size)).astype(np.float32)
+    push = (-direction * (amount * ~ventricles / length / voxel_size)).astype(np.float32)
+
+    near = np.logical_and.reduce([(s >= b.start) & (s <= b.stop - 1) for s, b in zip(source, box, strict=True)])
+    places = np.stack([s[near] - b.start for s, b in zip(source, box, strict=True)])
+    for axis, component in zip(source, push, strict=True):
+        axis[near] += ndimage.map_coordinates(component, places, order=1, mode="nearest")
 
 
 def _smooth_field(shape: tuple[int, ...], nodes: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

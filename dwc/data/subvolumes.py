@@ -31,7 +31,9 @@ SIDE = 32  # voxels along each edge of a sub-volume
 _CACHE_FORMAT = 1  # raise it when the same inputs give other files
 _UNFINISHED = ".unfinished-"
 _STATISTICS = "statistics.json"
+_DIGESTS = ".digests.json"  # absolute path -> size, date in ns, SHA-256
 _DAY = 24 * 3600  # s
+_SETTLED = 2_000_000_000  # ns; a file as young as this may still change within one tick of its date
 
 
 def split_volume(volume: np.ndarray, side: int = SIDE) -> np.ndarray:
@@ -128,6 +130,7 @@ def prepare(
         Classes of the labels; the grid, its size a multiple of 32.
     cache_dir : path
         Folder of the cache, made if need be. It holds 2 bytes per voxel and scan. Any number of processes may share it.
+        Entries are named by the content of the scans; a scan is hashed again when its size or date has changed.
     workers : int
         Threads that read and resample (both leave Python's lock); 0 counts as 1. None: one per core, up to 8. The
         result does not depend on it. Each holds one scan in memory, 0.3 GB at 256^3.
@@ -146,7 +149,11 @@ def prepare(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         _sweep(cache_dir)
-        folders = _map(lambda scan: _prepare(scan, label_map, grid, cache_dir), scans, workers, progress)
+        digests = _read_digests(cache_dir)
+        known = dict(digests)
+        folders = _map(lambda scan: _prepare(scan, label_map, grid, cache_dir, digests), scans, workers, progress)
+        if digests != known:
+            _write_digests(cache_dir, digests)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
@@ -171,36 +178,61 @@ def _map(function, scans: Sequence[Scan], workers: int, progress: bool) -> list[
         return [future.result() for future in futures]
 
 
-def _prepare(scan: Scan, label_map: LabelMap, grid: Grid, cache_dir: Path) -> Path:
+def _prepare(scan: Scan, label_map: LabelMap, grid: Grid, cache_dir: Path, digests: dict[str, list]) -> Path:
     """Folder of the cache that holds this scan; built first unless it is there and whole."""
-    folder = cache_dir / _key(scan, label_map, grid)
+    folder = cache_dir / _key(scan, label_map, grid, digests)
     if not _is_whole(folder, scan, grid):
         _build(folder, scan, label_map, grid)
     return folder
 
 
-def _key(scan: Scan, label_map: LabelMap, grid: Grid) -> str:
-    """Hash of everything the folder's files depend on: the bytes of the inputs, not their names or dates."""
+def _key(scan: Scan, label_map: LabelMap, grid: Grid, digests: dict[str, list]) -> str:
+    """Hash of everything the folder's files depend on: the bytes of the inputs, not their names."""
     parts = {
         "format": _CACHE_FORMAT,
         "side": SIDE,
         "grid": [grid.size, grid.voxel_size],
-        "image": _sha256(scan.image),
-        "label": scan.label and _sha256(scan.label),
+        "image": _digest(scan.image, digests),
+        "label": scan.label and _digest(scan.label, digests),
         "label_map": scan.label and label_map.sha256,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _digest(path: Path, digests: dict[str, list]) -> str:
+    """SHA-256 of a file; remembered in `digests` for as long as the file keeps its size and date."""
     try:
+        status = path.stat()
+        state = [status.st_size, status.st_mtime_ns]
+        *known_state, known = digests.get(str(path.resolve()), [None])
+        if known_state == state:
+            return known
+        digest = hashlib.sha256()
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
         raise InputError(f"{path}: cannot read the file ({error.strerror}); check the path") from error
+    if time.time_ns() - status.st_mtime_ns > _SETTLED:
+        digests[str(path.resolve())] = [*state, digest.hexdigest()]
     return digest.hexdigest()
+
+
+def _read_digests(cache_dir: Path) -> dict[str, list]:
+    try:
+        return json.loads((cache_dir / _DIGESTS).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}  # only a memory: it is made again
+
+
+def _write_digests(cache_dir: Path, digests: dict[str, list]) -> None:
+    unfinished = cache_dir / f"{_UNFINISHED}{uuid.uuid4().hex}"
+    try:
+        with _synced(unfinished) as file:
+            file.write(json.dumps(digests).encode())
+        os.replace(unfinished, cache_dir / _DIGESTS)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _build(folder: Path, scan: Scan, label_map: LabelMap, grid: Grid) -> None:
@@ -248,10 +280,10 @@ def _is_whole(folder: Path, scan: Scan, grid: Grid) -> bool:
 
 def _sweep(cache_dir: Path) -> None:
     """Remove what builds that were killed a day ago or longer have left."""
-    for folder in cache_dir.glob(f"{_UNFINISHED}*"):
+    for folder in list(cache_dir.glob(f"{_UNFINISHED}*")):
         try:
             if time.time() - folder.stat().st_mtime > _DAY:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
         except FileNotFoundError:
             continue  # another process sweeps too
 

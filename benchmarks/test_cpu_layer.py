@@ -1,0 +1,97 @@
+"""A 96-channel layer on the CPU, forward and backward: the op against the plain composition, interleaved.
+
+`pytest benchmarks/test_cpu_layer.py --benchmark-enable` prints, per input layout and dtype, the ratio of the medians
+summed over dilations 1, 2, 4, 8 and the bytes kept for the backward. Correctness is checked before anything is timed.
+"""
+
+import statistics
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.composition import composition, saved_bytes
+from dwc_kernels import ffg_conv3d
+from dwc_kernels.noise import normal
+
+SHAPE = (2, 96, 32, 32, 32)
+DILATIONS = (1, 2, 4, 8)
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
+ROUNDS = 5
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    return request.param
+
+
+@pytest.fixture(params=DILATIONS)
+def dilation(request):
+    return request.param
+
+
+@pytest.fixture
+def layer(layout):
+    """Input, parameters and output gradient of one layer, all requiring gradients."""
+    generator = torch.Generator().manual_seed(0)
+    channels = SHAPE[1]
+    x, g = (torch.randn(SHAPE, generator=generator).to(memory_format=LAYOUTS[layout]) for _ in range(2))
+    mu = torch.randn(channels, channels, 3, 3, 3, generator=generator) * 0.02
+    sigma = torch.rand(mu.shape, generator=generator) * 1e-2
+    return [t.requires_grad_() for t in (x, mu, sigma)], g
+
+
+def step(op, tensors, g, autocast, **options):
+    for t in tensors:
+        t.grad = None
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = op(*tensors, **options)
+    y.backward(g.to(y.dtype))
+
+
+def check(layer, dilation, autocast):
+    """On a corner of the volume, the op's gradients agree with those of the fp64 composition under the same noise."""
+    (x, *parameters), g = layer
+    corner = (slice(1), slice(None), *(slice(12),) * 3)
+    tensors = [x.detach()[corner].requires_grad_(), *parameters]
+    g = g[corner].contiguous()
+    eps = normal(g, 3)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    step(composition, exact, g.double(), False, eps=eps.double(), padding=dilation, dilation=dilation)
+    step(ffg_conv3d, tensors, g, autocast, seed=3, padding=dilation, dilation=dilation)
+    for t, e in zip(tensors, exact, strict=True):
+        error = ((t.grad - e.grad).norm() / e.grad.norm()).item()
+        assert error < (2e-2 if autocast else 1e-5), f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_forward_and_backward_against_composition(benchmark, layer, layout, dilation, autocast, results):
+    check(layer, dilation, autocast)
+    tensors, g = layer
+    options = {"padding": dilation, "dilation": dilation}
+    baseline = []
+
+    def run_composition():
+        start = time.perf_counter()
+        step(composition, tensors, g, False, **options)
+        baseline.append(time.perf_counter() - start)
+
+    benchmark.pedantic(
+        lambda: step(ffg_conv3d, tensors, g, autocast, **options),
+        setup=run_composition, rounds=ROUNDS, warmup_rounds=1,
+    )  # fmt: skip
+    assert len(baseline) == ROUNDS + 1
+    kept = [saved_bytes(partial(op, *tensors, **options), *tensors[1:]) for op in (ffg_conv3d, composition)]
+    median = statistics.median(baseline[1:])
+    benchmark.extra_info |= {"composition_median_s": median, "saved_bytes": kept}
+    results.append((layout, "bf16" if autocast else "fp32", dilation, benchmark.stats.stats.median, median, *kept))
+
+
+@pytest.fixture(params=["contiguous", "channels_last"])
+def noise_like(request):
+    return torch.empty(SHAPE).to(memory_format=LAYOUTS[request.param])
+
+
+def test_noise(benchmark, noise_like):
+    benchmark.pedantic(normal, (noise_like, 3), rounds=ROUNDS, warmup_rounds=1)

@@ -1,0 +1,16 @@
+"""Fixtures shared by all rooms."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill fresh memory with NaN, so that an element nobody wrote is seen."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(deterministic)

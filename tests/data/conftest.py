@@ -1,0 +1,45 @@
+"""Small volumes on disk, good and bad."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from dwc.data.conform import Grid
+
+
+@pytest.fixture
+def save(tmp_path):
+    """save(name, voxels, affine): write a NIfTI under tmp_path and return its path."""
+
+    def save(name: str, voxels: np.ndarray, affine: np.ndarray | None = None) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        affine = np.diag([2.0, 2, 2, 1]) if affine is None else affine
+        nib.save(nib.Nifti1Image(voxels, affine, dtype=voxels.dtype), path)
+        return path
+
+    return save
+
+
+@pytest.fixture
+def scan_pair(save):
+    """scan_pair(name, seed): an image and labels of it, conformed at 64^3 and 3 mm."""
+
+    def scan_pair(name: str, seed: int = 0) -> tuple[Path, Path]:
+        rng = np.random.default_rng(seed)
+        affine = Grid(64, 3.0).affine(np.zeros(3))
+        image = rng.integers(0, 256, (64, 64, 64), np.uint8)
+        labels = rng.choice(np.array([0, 2, 31, 1035, 251], np.int16), (64, 64, 64))
+        return save(f"{name}_T1w.nii.gz", image, affine), save(f"{name}_dseg.nii.gz", labels, affine)
+
+    return scan_pair
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    folder = Path(__file__).resolve().parents[3] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the folder with real scans is absent ({folder})")
+    return folder

@@ -1,0 +1,142 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dwc.data.manifest import Scan, _split_by_subject, read_manifest
+from dwc.errors import InputError
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """manifest(text, *files): write a manifest and empty files next to it."""
+
+    def manifest(text: str, *files: str) -> Path:
+        for name in files or ("a.nii.gz", "b.nii.gz", "c.nii.gz", "l.nii.gz"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        (tmp_path / "manifest.csv").write_text(text)
+        return tmp_path / "manifest.csv"
+
+    return manifest
+
+
+def test_all_columns_are_read_and_paths_are_relative_to_the_manifest(manifest, monkeypatch):
+    path = manifest("image,label,subject,site,split\na.nii.gz, l.nii.gz ,one,H,train\nb.nii.gz,,two,N,test\n\n")
+    monkeypatch.chdir("/")
+    folder = path.parent
+    assert read_manifest(path) == [
+        Scan(folder / "a.nii.gz", folder / "l.nii.gz", "one", "H", "train"),
+        Scan(folder / "b.nii.gz", None, "two", "N", "test"),
+    ]
+
+
+def test_absolute_paths_and_missing_columns_are_allowed(manifest, tmp_path):
+    manifest("", "data/sub-07/anat/x.nii.gz", "plain.nii.gz")
+    path = manifest(f"image\n{tmp_path}/data/sub-07/anat/x.nii.gz\nplain.nii.gz\n", "plain.nii.gz")
+    scans = read_manifest(path)
+    assert [scan.subject for scan in scans] == ["sub-07", "plain"]
+    assert {scan.site for scan in scans} == {tmp_path.name}
+    assert [scan.label for scan in scans] == [None, None]
+
+
+@given(
+    subjects=st.lists(st.sampled_from("abcdefghijklmnopqrst"), min_size=1, max_size=40),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 5),
+)
+def test_the_split_keeps_subjects_whole_and_leaves_no_part_empty(subjects, fraction, seed):
+    scans = [Scan(Path(str(i)), None, s, "H", "train") for i, s in enumerate(subjects)]
+    split = _split_by_subject(scans, seed, fraction)
+    parts = {part: {scan.subject for scan in split if scan.split == part} for part in ("train", "test")}
+    assert not parts["train"] & parts["test"]
+    assert [scan.image for scan in split] == [scan.image for scan in scans]
+    if len(set(subjects)) > 1:
+        assert parts["train"]
+        assert parts["test"]
+    else:
+        assert not parts["test"]
+    assert split == _split_by_subject(scans[::-1], seed, fraction)[::-1]
+
+
+def test_a_tenth_of_the_subjects_is_for_testing_and_the_seed_chooses_which():
+    scans = [Scan(Path(str(i)), None, f"s{i}", "H", "train") for i in range(50)]
+    tests = {
+        frozenset(s.subject for s in _split_by_subject(scans, seed, 0.1) if s.split == "test") for seed in range(3)
+    }
+    assert {len(part) for part in tests} == {5}
+    assert len(tests) == 3
+    assert all(scan.split == "train" for scan in _split_by_subject(scans, 0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("image,label\n", "no rows"),
+        ("image,label,age,sex\na.nii.gz,l.nii.gz,3,f\n", "unknown columns 'age', 'sex'"),
+        ("image,label,label\na.nii.gz,l.nii.gz,l.nii.gz\n", "each once"),
+        ("label\nl.nii.gz\n", "columns label"),
+        ("image,label\na.nii.gz,l.nii.gz\nzzz.nii.gz,l.nii.gz\n", "line 3: image .*zzz.nii.gz does not exist"),
+        ("image,label\na.nii.gz,zzz.nii.gz\n", "line 2: label .*zzz.nii.gz does not exist"),
+        ("image,label\n,l.nii.gz\n", "line 2: the image is empty"),
+        ("image,label\na.nii.gz,l.nii.gz\n./a.nii.gz,l.nii.gz\n", "line 3: image ./a.nii.gz is already on line 2"),
+        ("image,split\na.nii.gz,validation\n", "split is 'validation'"),
+        ("image,subject,split\na.nii.gz,x,train\nb.nii.gz,x,test\n", "subject x is in both train and test"),
+        ("image,label\na.nii.gz\n", "line 2: 1 cells, not 2"),
+        ('image,label\n"a.nii.gz,l.nii.gz\n', "not a CSV in UTF-8"),
+    ],
+)
+def test_a_bad_manifest_is_refused_in_one_line_that_names_it(manifest, text, message):
+    path = manifest(text)
+    with pytest.raises(InputError, match=message) as caught:
+        read_manifest(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_is_missing_or_no_text_is_refused(tmp_path):
+    with pytest.raises(InputError, match="No such file"):
+        read_manifest(tmp_path / "none.csv")
+    (tmp_path / "volume.nii.gz").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(InputError, match="not a CSV in UTF-8"):
+        read_manifest(tmp_path / "volume.nii.gz")
+    with pytest.raises(InputError, match="test fraction 1"):
+        read_manifest(tmp_path, test_fraction=1.0)
+
+
+def _touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_a_bids_folder_gives_images_with_the_labels_that_share_their_entities(tmp_path):
+    folder = _touch(
+        tmp_path / "study",
+        "sub-01/anat/sub-01_T1w.nii.gz",
+        "sub-01/anat/sub-01_desc-aseg_dseg.nii.gz",
+        "sub-01/anat/sub-01_desc-aparcaseg_dseg.nii.gz",
+        "sub-01/anat/sub-01_space-MNI_dseg.nii.gz",
+        "sub-02/ses-1/anat/sub-02_ses-1_desc-preproc_T1w.nii.gz",
+        "sub-02/ses-1/anat/sub-02_ses-1_dseg.nii.gz",
+        "sub-02/ses-2/anat/sub-02_ses-2_T1w.nii.gz",
+        "sub-02/func/sub-02_bold.nii.gz",
+    )
+    scans = read_manifest(folder)
+    assert [(scan.image.name, scan.label and scan.label.name, scan.subject, scan.site) for scan in scans] == [
+        ("sub-01_T1w.nii.gz", "sub-01_desc-aparcaseg_dseg.nii.gz", "sub-01", "study"),
+        ("sub-02_ses-1_desc-preproc_T1w.nii.gz", "sub-02_ses-1_dseg.nii.gz", "sub-02", "study"),
+        ("sub-02_ses-2_T1w.nii.gz", None, "sub-02", "study"),
+    ]
+    assert scans[1].split == scans[2].split != scans[0].split
+
+
+def test_a_bids_folder_with_ambiguous_labels_or_no_images_is_refused(tmp_path):
+    with pytest.raises(InputError, match="empty"):
+        read_manifest(tmp_path)
+    _touch(tmp_path, *(f"sub-1/anat/sub-1_{s}.nii.gz" for s in ("T1w", "dseg", "desc-aseg_dseg")))
+    with pytest.raises(InputError, match="several segmentations fit"):
+        read_manifest(tmp_path)

@@ -1,0 +1,306 @@
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dwc.consolidation import Consolidation, consolidate
+from dwc.errors import InputError
+from dwc.posterior import Posterior
+
+TENSORS = {"layers.0.weight": (4, 2, 3), "layers.0.bias": (4,)}
+HEADER = {"architecture": {"width": 4}, "label_map": {"sha256": "ab"}, "preprocessing": {"grid_size": 32}}
+
+
+def a_prior(seed: int = 0, scale: float = 0.1) -> Posterior:
+    generator = torch.Generator().manual_seed(seed)
+    mu = {name: torch.randn(shape, generator=generator) for name, shape in TENSORS.items()}
+    sigma = {name: scale * (0.5 + torch.rand(shape, generator=generator)) for name, shape in TENSORS.items()}
+    return Posterior(mu, sigma, {**HEADER, "n_volumes": 3}, name="prior")
+
+
+def a_site(prior: Posterior, seed: int, n_volumes: int = 1, shrink: float = 0.5, **changes) -> Posterior:
+    """A posterior trained from `prior`: shifted by about a prior sigma, its sigmas shrunk by up to `shrink`."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    mu, sigma = {}, {}
+    for name, sigma_0 in prior.sigma.items():
+        mu[name] = prior.mu[name] + sigma_0 * torch.randn(sigma_0.shape, generator=generator)
+        sigma[name] = sigma_0 * (1 - shrink * torch.rand(sigma_0.shape, generator=generator))
+    metadata = {**HEADER, "prior_sha256": prior.sha256, "n_volumes": n_volumes, **changes}
+    return Posterior(mu, sigma, metadata, name=f"site {seed}")
+
+
+def equation_17(prior: Posterior, sites: list[Posterior], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 17 as it stands in the paper, with sums over S and S-1, in fp64."""
+    mu_0, var_0 = prior.mu[name].double(), prior.sigma[name].double() ** 2
+    less_one = len(sites) - 1
+    precision = sum(1 / site.sigma[name].double() ** 2 for site in sites) - less_one / var_0
+    shift = sum(site.mu[name].double() / site.sigma[name].double() ** 2 for site in sites) - less_one * mu_0 / var_0
+    return shift / precision, (1 / precision).sqrt()
+
+
+def same(left: Posterior, right: Posterior) -> bool:
+    pairs = ((left.mu, right.mu), (left.sigma, right.sigma))
+    return all(torch.equal(a[name], b[name]) for a, b in pairs for name in a)
+
+
+seeds = st.integers(0, 2**20)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, n_sites=st.integers(1, 8), scale=st.sampled_from([1e-4, 1e-3, 1.0]))
+def test_it_is_equation_17_to_fp32(seed, n_sites, scale):
+    prior = a_prior(seed, scale)
+    sites = [a_site(prior, seed + s) for s in range(n_sites)]
+    result = consolidate(prior, sites)
+    for name in TENSORS:
+        mu, sigma = equation_17(prior, sites, name)
+        torch.testing.assert_close(result.mu[name], mu.float(), rtol=3e-7, atol=1e-7 * scale)
+        torch.testing.assert_close(result.sigma[name], sigma.float(), rtol=3e-7, atol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, scale=st.sampled_from([1e-6, 1e-3, 1.0, 100.0]))
+def test_one_site_gives_that_site_back(seed, scale):
+    prior = a_prior(seed, scale)
+    site = a_site(prior, seed)
+    result = consolidate(prior, [site])
+    for name in TENSORS:
+        torch.testing.assert_close(result.mu[name], site.mu[name], rtol=1.2e-7, atol=0)
+        torch.testing.assert_close(result.sigma[name], site.sigma[name], rtol=1.2e-7, atol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, order=st.permutations(range(5)))
+def test_any_order_of_sites_gives_the_same_bits_and_the_same_digest(seed, order):
+    prior = a_prior(seed, 1e-3)
+    sites = [a_site(prior, seed + s, n_volumes=s + 1) for s in range(5)]
+    assert consolidate(prior, [sites[s] for s in order]).sha256 == consolidate(prior, sites).sha256
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, shrink=st.sampled_from([0.0, 0.5, 0.999]))
+def test_adding_then_removing_a_site_returns_the_start(seed, shrink):
+    prior = a_prior(seed)
+    kept, gone = a_site(prior, seed), a_site(prior, seed + 1, shrink=shrink)
+    consolidation = Consolidation(prior)
+    consolidation.add(kept)
+    before = consolidation.posterior()
+    consolidation.add(gone)
+    consolidation.remove(gone)
+    assert consolidation.posterior().sha256 == before.sha256
+    assert {row.site for row in consolidation.report()} == {kept.name}
+
+
+def test_a_consolidated_posterior_takes_a_site_later_and_gives_one_back():
+    prior = a_prior()
+    sites = [a_site(prior, s, n_volumes=s + 1) for s in range(4)]
+    later = consolidate(prior, [consolidate(prior, sites[:3]), sites[3]])
+    assert later.metadata == consolidate(prior, sites).metadata
+    consolidation = Consolidation(prior)
+    consolidation.add(later)
+    consolidation.remove(sites[1])
+    without, expected = consolidation.posterior(), consolidate(prior, [sites[0], *sites[2:]])
+    assert without.metadata == expected.metadata
+    for name, sigma in expected.sigma.items():
+        torch.testing.assert_close(without.sigma[name], sigma, rtol=1e-5, atol=0)
+        assert ((without.mu[name] - expected.mu[name]).abs() < 1e-5 * (expected.mu[name].abs() + sigma)).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, n_sites=st.integers(1, 4))
+def test_in_linear_regression_with_diagonal_design_it_is_the_pooled_posterior(seed, n_sites):
+    """y = X w + noise, X^T X diagonal: every site's posterior is an exact FFG, and so is the pooled one."""
+    generator = torch.Generator().manual_seed(seed)
+    n_weights, noise = 6, 0.7
+    mu_0 = torch.randn(n_weights, generator=generator, dtype=torch.float64)
+    sigma_0 = 0.5 + torch.rand(n_weights, generator=generator, dtype=torch.float64)
+    prior = Posterior({"w": mu_0}, {"w": sigma_0}, HEADER, name="prior")
+    designs = [torch.diag(torch.randn(n_weights, generator=generator, dtype=torch.float64)) for _ in range(n_sites)]
+    targets = [torch.randn(n_weights, generator=generator, dtype=torch.float64) for _ in range(n_sites)]
+
+    def exact(design: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        start, width = prior.mu["w"].double(), prior.sigma["w"].double()
+        covariance = torch.linalg.inv(design.T @ design / noise**2 + torch.diag(width**-2))
+        return covariance @ (design.T @ target / noise**2 + start / width**2), covariance.diagonal().sqrt()
+
+    sites = []
+    for design, target in zip(designs, targets, strict=True):
+        mu, sigma = exact(design, target)
+        # fp32 rounding may lift a sigma that learned nothing an ulp above the prior's
+        sigma = torch.minimum(sigma.float(), prior.sigma["w"])
+        metadata = {**HEADER, "prior_sha256": prior.sha256}
+        sites.append(Posterior({"w": mu}, {"w": sigma}, metadata, name=f"site {len(sites)}"))
+    result = consolidate(prior, sites)
+    mu, sigma = exact(torch.cat(designs), torch.cat(targets))
+    torch.testing.assert_close(result.mu["w"].double(), mu, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.sigma["w"].double(), sigma, rtol=1e-5, atol=0)
+
+
+def test_two_sites_on_disjoint_halves_equal_one_site_on_both_in_a_conjugate_model():
+    """The mean of a Gaussian with known variance: each half's posterior and the whole's are exact."""
+    data, variance = torch.randn(40, dtype=torch.float64) + 2, 1.5
+    prior = Posterior({"w": torch.tensor([0.5])}, {"w": torch.tensor([2.0])}, HEADER)
+
+    def posterior(samples: torch.Tensor) -> Posterior:
+        precision = 1 / 4 + len(samples) / variance
+        mean = (0.5 / 4 + samples.sum() / variance) / precision
+        metadata = {**HEADER, "prior_sha256": prior.sha256, "n_volumes": len(samples)}
+        return Posterior({"w": mean[None]}, {"w": torch.tensor([precision**-0.5])}, metadata)
+
+    result, whole = consolidate(prior, [posterior(data[:15]), posterior(data[15:])]), posterior(data)
+    torch.testing.assert_close(result.mu, whole.mu, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.sigma, whole.sigma, rtol=1e-6, atol=0)
+    assert result.metadata["n_volumes"] == 40
+
+
+def test_where_sigma_stays_at_the_priors_shifts_add_up_and_the_report_says_so():
+    prior = a_prior()
+    sites = [a_site(prior, s, shrink=0.0) for s in range(3)]
+    consolidation = Consolidation(prior)
+    for site in sites:
+        consolidation.add(site)
+    result = consolidation.posterior()
+    for name, mu_0 in prior.mu.items():
+        assert torch.equal(result.sigma[name], prior.sigma[name])
+        torch.testing.assert_close(result.mu[name], mu_0 + sum(site.mu[name] - mu_0 for site in sites))
+    rows = consolidation.report()
+    assert len(rows) == len(sites) * len(TENSORS)
+    for row in rows:
+        assert row.weight == pytest.approx(1)
+        assert row.sigma_ratio == pytest.approx(1)
+        assert math.isnan(row.added_share)
+        assert 0.1 < row.shift < 3
+
+
+def test_where_sites_are_sure_they_are_averaged_and_their_shares_say_how():
+    prior = a_prior()
+    sure = {name: sigma / 1000 for name, sigma in prior.sigma.items()}
+    surer = {name: sigma / 2000 for name, sigma in prior.sigma.items()}
+    one, two = a_site(prior, 1), a_site(prior, 2)
+    one, two = Posterior(one.mu, sure, one.metadata, "one"), Posterior(two.mu, surer, two.metadata, "two")
+    consolidation = Consolidation(prior)
+    consolidation.add(one)
+    consolidation.add(two)
+    weights = {row.site: row for row in consolidation.report() if row.layer == "layers.0.weight"}
+    assert weights["one"].weight == pytest.approx(0.2, rel=1e-4)
+    assert weights["two"].weight == pytest.approx(0.8, rel=1e-4)
+    assert weights["two"].added_share == pytest.approx(0.8, rel=1e-4)
+    assert weights["two"].sigma_ratio == pytest.approx(1 / 2000)
+    expected = 0.2 * one.mu["layers.0.weight"] + 0.8 * two.mu["layers.0.weight"]
+    torch.testing.assert_close(consolidation.posterior().mu["layers.0.weight"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_stay_as_they_are_and_a_generator_is_read_one_site_at_a_time():
+    prior = a_prior()
+    sites = [a_site(prior, s) for s in range(3)]
+    digests = [posterior.sha256 for posterior in (prior, *sites)]
+    consolidation_of_list = consolidate(prior, sites)
+    consolidation_of_iterator = consolidate(prior, iter(sites))
+    assert consolidation_of_list.sha256 == consolidation_of_iterator.sha256
+    assert [posterior.sha256 for posterior in (prior, *sites)] == digests
+
+    def endless() -> Iterator[Posterior]:
+        yield sites[0]
+        yield a_site(a_prior(9), 1)
+        raise AssertionError("read on after a refused site")
+
+    with pytest.raises(InputError, match="was trained from prior"):
+        consolidate(prior, endless())
+
+
+def test_the_result_names_prior_sites_and_volumes_and_is_never_wider_than_the_prior():
+    prior = a_prior()
+    sites = [a_site(prior, s, n_volumes=10 * s) for s in range(1, 4)]
+    result = consolidate(prior, sites)
+    assert result.metadata["n_volumes"] == 60
+    assert result.metadata["prior_sha256"] == prior.sha256
+    assert {member["sha256"] for member in result.metadata["sites"]} == {site.sha256 for site in sites}
+    assert {key: result.metadata[key] for key in HEADER} == HEADER
+    assert all((result.sigma[name] <= prior.sigma[name]).all() for name in TENSORS)
+
+
+def _altered(change) -> Posterior:
+    site = a_site(a_prior(), 1)
+    change(site)
+    return site
+
+
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [
+        (a_site(a_prior(5), 1), "was trained from prior"),
+        (a_site(a_prior(), 1, prior_sha256=None), "was trained from prior None"),
+        (a_site(a_prior(), 1, architecture={"width": 8}), "architecture {'width': 8} differs"),
+        (a_site(a_prior(), 1, label_map={"sha256": "cd"}), "label map .* differs"),
+        (a_site(a_prior(), 1, preprocessing=None), "preprocessing None differs"),
+        (_altered(lambda s: s.mu["layers.0.bias"].fill_(torch.nan)), r"layers\.0\.bias\.mu holds non-finite"),
+        (_altered(lambda s: s.sigma["layers.0.bias"].fill_(torch.inf)), r"layers\.0\.bias\.sigma holds non-finite"),
+        (_altered(lambda s: s.sigma["layers.0.bias"].zero_()), r"layers\.0\.bias\.sigma has 4 non-positive"),
+        (_altered(lambda s: s.sigma["layers.0.bias"].mul_(9)), r"layers\.0\.bias\.sigma exceeds the prior's in 4 of 4"),
+        (_altered(lambda s: (s.mu.pop("layers.0.bias"), s.sigma.pop("layers.0.bias"))), "is not in both"),
+        (_altered(lambda s: s.sigma.clear()), "a MAP network has no standard deviations"),
+    ],
+)
+def test_what_does_not_belong_is_refused_by_name(site, words):
+    with pytest.raises(InputError, match=rf"^site 1: .*{words}"):
+        consolidate(a_prior(), [site])
+
+
+def test_sigma_above_the_priors_by_one_ulp_is_refused_and_at_it_is_not():
+    prior = a_prior()
+    site = a_site(prior, 1, shrink=0.0)
+    consolidate(prior, [site])
+    sigma = site.sigma["layers.0.bias"]
+    sigma[2] = torch.nextafter(sigma[2], torch.tensor(torch.inf))
+    with pytest.raises(InputError, match=r"layers\.0\.bias\.sigma exceeds the prior's in 1 of 4"):
+        consolidate(prior, [site])
+
+
+def test_a_site_counts_once_alone_or_inside_a_consolidated_one():
+    prior = a_prior()
+    one, two = a_site(prior, 1), a_site(prior, 2)
+    with pytest.raises(InputError, match="this site is in already"):
+        consolidate(prior, [one, two, one])
+    with pytest.raises(InputError, match="this site is in already"):
+        consolidate(prior, [consolidate(prior, [one, two]), two])
+
+
+def test_no_site_and_a_map_prior_are_refused():
+    prior = a_prior()
+    with pytest.raises(InputError, match="no posterior to consolidate"):
+        consolidate(prior, [])
+    with pytest.raises(InputError, match="a MAP network has no standard deviations"):
+        consolidate(Posterior(prior.mu, {}, HEADER), [])
+
+
+def test_a_removal_that_leaves_no_precision_names_tensor_site_and_count_and_changes_nothing():
+    prior = a_prior()
+    site = a_site(prior, 1)
+    wider = consolidate(prior, [site, a_site(prior, 2, shrink=0.0)])
+    wider.sigma["layers.0.bias"][:3] = prior.sigma["layers.0.bias"][:3]  # as if a file had been tampered with
+    site.sigma["layers.0.bias"][:3] /= 100
+    forged = Posterior(wider.mu, wider.sigma, {**wider.metadata, "sites": [{"sha256": site.sha256, "n_volumes": 1}]})
+    consolidation = Consolidation(prior)
+    consolidation.add(forged)
+    before = consolidation.posterior()
+    with pytest.raises(InputError, match=r"^site 1: layers\.0\.bias is left with precision <= 0 in 3 of 4 weights"):
+        consolidation.remove(site)
+    assert consolidation.posterior().sha256 == before.sha256
+    with pytest.raises(InputError, match="is not in and cannot be removed"):
+        consolidation.remove(a_site(prior, 7))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_removal_in_any_order_returns_the_one_left(order):
+    prior = a_prior(3, 1e-3)
+    sites = [a_site(prior, s) for s in range(3)]
+    consolidation = Consolidation(prior)
+    for site in sites:
+        consolidation.add(site)
+    for s in order[:2]:
+        consolidation.remove(sites[s])
+    assert same(consolidation.posterior(), consolidate(prior, [sites[order[2]]]))

@@ -1,0 +1,91 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from dwc.errors import InputError
+from dwc.meshnet import DILATIONS, MeshNet
+from dwc.posterior import Posterior
+from dwc_kernels import FFGConv3d
+
+
+def test_the_defaults_are_table_1():
+    network = MeshNet()
+    rows = [(layer.out_channels, layer.kernel_size, layer.padding, layer.dilation) for layer in network.layers]
+    expected = [(96, (3,) * 3, (dilation,) * 3, (dilation,) * 3) for dilation in (1, 1, 1, 2, 4, 8, 1)]
+    assert rows == [*expected, (50, (1,) * 3, (0,) * 3, (1,) * 3)]
+    assert all(isinstance(layer, FFGConv3d) for layer in network.layers)
+    torch.testing.assert_close(network.layers[3].weight_sigma, torch.full((96, 96, 3, 3, 3), 1e-3))
+    assert (network.layers[3].prior_weight_mu == 0).all()
+    assert (network.layers[3].prior_weight_sigma == 1).all()
+
+
+@pytest.mark.parametrize("bayesian", [False, True])
+def test_logits_are_one_per_class_on_the_images_grid(bayesian):
+    network = MeshNet(n_classes=5, width=3, dilations=(1, 4), in_channels=2, bayesian=bayesian)
+    assert network(torch.randn(2, 2, 5, 6, 7)).shape == (2, 5, 5, 6, 7)
+
+
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_plain_and_bayesian_networks_of_the_same_means_agree_without_noise(weight_norm):
+    plain = MeshNet(3, 4, (1, 2), bayesian=False, weight_norm=weight_norm)
+    bayesian = MeshNet(3, 4, (1, 2), weight_norm=weight_norm)
+    Posterior.from_model(plain).to_model(bayesian)
+    image = torch.randn(1, 1, 8, 8, 8)
+    torch.testing.assert_close(bayesian(image, sample=False), plain(image))
+    assert not torch.allclose(bayesian(image, sample=True), plain(image))
+    torch.testing.assert_close(bayesian.eval()(image), plain(image))
+
+
+def test_weight_normalization_is_torchs_on_the_means_and_can_be_left_out():
+    with_it, without = MeshNet(3, 4, (1,)), MeshNet(3, 4, (1,), weight_norm=False)
+    assert nn.utils.parametrize.is_parametrized(with_it.layers[0], "weight_mu")
+    assert not nn.utils.parametrize.is_parametrized(without.layers[0])
+
+
+def test_the_architecture_is_json_and_rebuilds_the_network():
+    network = MeshNet(n_classes=9, width=6, dilations=(1, 3), in_channels=2)
+    architecture = json.loads(json.dumps(network.architecture))
+    assert architecture == network.architecture
+    again = MeshNet.from_architecture(architecture, bayesian=True)
+    assert again.architecture == architecture
+    again.load_state_dict(network.state_dict())
+
+
+def test_the_kl_is_the_sum_of_torchs_own_over_all_weights():
+    torch.manual_seed(0)
+    network = MeshNet(3, 4, (1, 2))
+    normal, kl = torch.distributions.Normal, torch.distributions.kl_divergence
+    expected = sum(
+        kl(
+            normal(getattr(layer, f"{name}_mu").double(), getattr(layer, f"{name}_sigma").double()),
+            normal(getattr(layer, f"prior_{name}_mu").double(), getattr(layer, f"prior_{name}_sigma").double()),
+        ).sum()
+        for layer in network.layers
+        for name in ("weight", "bias")
+    )
+    torch.testing.assert_close(network.kl_loss().double(), expected, rtol=1e-5, atol=0)
+    with pytest.raises(TypeError, match="negative_log_prior"):
+        MeshNet(3, 4, (1,), bayesian=False).kl_loss()
+
+
+def test_activations_keep_their_scale_through_the_layers_at_the_start():
+    torch.manual_seed(0)
+    network = MeshNet(n_classes=50, width=32, dilations=DILATIONS).eval()
+    x = torch.randn(2, 1, 16, 16, 16)
+    with torch.no_grad():
+        for layer in network.layers[:-1]:
+            x = torch.relu(layer(x))
+            assert 0.2 < x.square().mean().sqrt() < 5
+        assert 0.2 < network.layers[-1](x).std() < 5
+
+
+def test_a_file_whose_tensors_do_not_fit_its_architecture_is_refused():
+    posterior = Posterior.from_model(MeshNet(3, 4, (1,)))
+    posterior.metadata["architecture"]["width"] = 5
+    with pytest.raises(InputError, match="has shape"):
+        MeshNet.from_posterior(posterior)
+    del posterior.metadata["architecture"]
+    with pytest.raises(InputError, match="holds no MeshNet"):
+        MeshNet.from_posterior(posterior)
