@@ -37,7 +37,7 @@ class Row:
     dram_bytes_per_flop: float
     floor: float  # flops over peak or bytes over bandwidth, whichever is more
     modelled: float
-    unfused: float  # the same model for two convolutions and the elementwise kernels between them
+    unfused: float  # two convolutions at peak, and the elementwise kernels between them at full bandwidth
 
 
 def layer_problem(layer: Layer, kind: str, dtype: str) -> Problem:
@@ -67,6 +67,22 @@ def visited_share(size: tuple[int, int, int], box: tuple[int, int, int], kernel:
     return share
 
 
+def summed_share(size: tuple[int, int, int], box: tuple[int, int, int], kernel: int, dilation: int) -> float:
+    """The same for grad_weight, whose programs sum over the boxes that one of their four taps connects to the volume."""
+    padding, taps = dilation * (kernel - 1) // 2, kernel**3
+    boxes = full = 0
+    for first in range(0, taps, 4):
+        group = [min(t, taps - 1) for t in range(first, first + 4)]
+        count = 1
+        for axis, (n, b) in enumerate(zip(size, box, strict=True)):
+            shifts = [t // kernel ** (2 - axis) % kernel * dilation - padding for t in group]
+            start = min(max(-max(shifts), 0), n - 1)
+            count *= math.ceil((max(min(n, n - min(shifts)), start + 1) - start) / b)
+        boxes += count
+        full += math.prod(math.ceil(n / b) for n, b in zip(size, box, strict=True))
+    return boxes / full
+
+
 def inside_share(size: tuple[int, int, int], kernel: int, dilation: int) -> float:
     """Share of (voxel, tap) products that meet no padding."""
     padding = dilation * (kernel - 1) // 2
@@ -75,12 +91,16 @@ def inside_share(size: tuple[int, int, int], kernel: int, dilation: int) -> floa
     )
 
 
+def second_dtype(dtype: str) -> str:
+    """What the variance product runs in: fp16 squares go to tf32."""
+    return "tf32" if dtype == "fp16" else dtype
+
+
 def loop_cycles(problem: Problem, tile: Tile, arch: str) -> float:
     """Cycles of the tensor cores for one iteration of the main loop."""
     chip = CHIPS[arch]
     rows, summed = (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels * tile.unroll)
-    second = "tf32" if problem.dtype == "fp16" else problem.dtype
-    return rows * tile.columns * summed * (1 / chip.macs[problem.dtype] + 1 / chip.macs[second])
+    return rows * tile.columns * summed * (1 / chip.macs[problem.dtype] + 1 / chip.macs[second_dtype(problem.dtype)])
 
 
 def issue_ratio(problem: Problem, compiled: Compiled) -> float:
@@ -93,8 +113,8 @@ def layer_row(layer: Layer, kind: str, arch: str, dtype: str) -> Row:
     problem, chip = layer_problem(layer, kind, dtype), CHIPS[arch]
     compiled = compiled_for(problem, arch)
     tile = compiled.tile
-    folded = problem.kernel == (1, 1, 1) or kind == "grad_weight"
-    visited = 1.0 if folded else visited_share(SIZE, tile.box, layer.kernel, layer.dilation)
+    share = summed_share if kind == "grad_weight" else visited_share
+    visited = share(SIZE, tile.box, problem.kernel[0], layer.dilation)
     voxels = SAMPLES * math.prod(SIZE)
     flops = 4 * layer.macs * voxels  # two products of two operations
     cycles = estimate(problem, tile, chip)
@@ -103,13 +123,12 @@ def layer_row(layer: Layer, kind: str, arch: str, dtype: str) -> Row:
     # In main-loop terms: tensor cores, L2, shared memory, and the instructions that were actually compiled.
     issue = cycles["tensor"] * issue_ratio(problem, compiled)
     bound = max(cycles["tensor"], cycles["l2"], cycles["shared"], issue)
-    modelled = (bound * visited + cycles["epilogue"]) / chip.clock
     dram = problem.itemsize * voxels * dram_elements(layer, kind)
-    macs = chip.macs[dtype] * chip.multiprocessors * chip.clock
-    floor = max(flops / 2 / macs, dram / chip.dram)
-    # One convolution of the unfused pair: half the products and columns, all of the rows' bytes.
-    shares = (cycles["tensor"] / 2, cycles["l2"] * (row_bytes + column_bytes / 2) / (row_bytes + column_bytes))
-    unfused = 2 * max(shares) / chip.clock + problem.itemsize * voxels * elementwise_elements(layer, kind) / chip.dram
+    modelled = max((bound * visited + cycles["epilogue"]) / chip.clock, dram / chip.dram)
+    peak = 2 * chip.multiprocessors * chip.clock / ((1 / chip.macs[dtype] + 1 / chip.macs[second_dtype(dtype)]) / 2)
+    floor = max(flops / peak, dram / chip.dram)
+    # The unfused pair is granted the peak of the tensor cores: only its extra traffic is held against it.
+    unfused = flops / peak + problem.itemsize * voxels * elementwise_elements(layer, kind) / chip.dram
     useful = layer.macs * inside_share(SIZE, layer.kernel, layer.dilation) * voxels / (visited * issued_macs(problem, tile))
     return Row(
         layer.name, kind, arch, dtype, visited, useful, (row_bytes + column_bytes) / steps_flops, dram / flops,
@@ -182,7 +201,7 @@ def print_facts(facts: list[tuple[Problem, Compiled]]) -> None:
         t = c.tile
         tile = f"{'x'.join(map(str, t.box))} {t.wide}+{t.tail} k{t.channels}x{t.unroll} s{t.stages}"
         shape = f"{problem.channels}->{problem.columns}, {math.prod(problem.kernel)}"
-        mix = ", ".join(f"{n} {k}" for k, n in c.loop.most_common())
+        mix = ", ".join(f"{n} {k}" for k, n in c.loop.items())
         flag = " serialized" if c.serialized else ""
         print(f"{c.arch:7}{c.dtype:6}{c.kind:12}{shape:17}{tile:24}{c.registers:5}{c.spills:6}{c.stack:6}{c.shared:8}"
               f"{c.resident_warps:6} {c.matrix_opcode:24}{issue_ratio(problem, c):13.2f}  {c.loop_instructions}: {mix}{flag}")  # fmt: skip

@@ -57,7 +57,7 @@ class Compiled:
     serialized: bool  # ptxas gave up overlapping matrix instructions
     local: int  # instructions on local memory, anywhere in the kernel
     calls: int  # of slow paths
-    loop: Counter = field(repr=False)  # classes of instructions in the main loop
+    loop: dict[str, int] = field(repr=False)  # instructions of the main loop by class
     loop_instructions: int
     matrix_opcode: str
     loads: int  # of boxes of voxels per iteration, by the copy engine
@@ -205,7 +205,7 @@ def _loop_facts(instructions: list[str], labels: dict[str, int], branch: str) ->
     matrix = Counter(re.split(r"[\s]", _opcode(t))[0] for t in span if _is(_opcode(t), MATRIX))
     everywhere = [_opcode(t) for t in instructions]
     return {
-        "loop": classes,
+        "loop": dict(classes.most_common()),
         "loop_instructions": len(span),
         "matrix_opcode": matrix.most_common(1)[0][0] if matrix else "",
         "loads": sum("UTMALDG.5D" in t for t in span),

@@ -12,6 +12,19 @@ __all__ = ["BACKENDS", "choose_backend", "why_not_triton"]
 BACKENDS = ("auto", "reference", "triton")
 
 
+@torch.compiler.assume_constant_result
+def _why_not_here(device_type: str, device_index: int | None) -> str | None:
+    """Why Triton cannot run on a device of this process; a constant for `torch.compile`."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device_type != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+        return None if interpreted and device_type == "cpu" else f"the input is on {device_type}, not on a GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device_index) < (8, 0):
+        return "the GPU is older than sm_80"
+    return None
+
+
 def why_not_triton(
     x: Tensor, weight: Tensor, stride: tuple[int, int, int] = (1, 1, 1), groups: int = 1
 ) -> str | None:
@@ -19,12 +32,9 @@ def why_not_triton(
 
     TRITON_INTERPRET=1 in the environment lets them run on the CPU, slowly, as a check.
     """
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        return f"the input is on {x.device}, not on a GPU"
-    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the GPU is older than sm_80"
+    reason = _why_not_here(x.device.type, x.device.index)
+    if reason:
+        return reason
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{x.dtype} has no tensor-core product"
     if tuple(stride) != (1, 1, 1):

@@ -120,7 +120,7 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     found = []
     for box, channels, unroll, warps in shapes:
         for wide, tail in SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS:
-            chunk = min(16, wide)
+            chunk = 8 if math.prod(problem.kernel) == 1 else 16  # a loop this short is merged with what follows it
             tile = Tile(box, channels, unroll, wide, tail, chunk, warps, 2)
             stages = [s for s in (4, 3, 2)[problem.kind == "grad_weight" :] if shared_bytes(problem, replace(tile, stages=s)) <= chip.shared]
             if stages and registers(problem, tile, chip) <= chip.holds:
