@@ -1,12 +1,14 @@
 """What the compiler says of the three kernels, for every layer of Table 1, on chips that need not be there.
 
-    python -m benchmarks.kernel_report [--arch sm_80 sm_90 sm_100 gfx942] [--dtype bf16 tf32 fp16] [--json F] [--dump DIR]
+    python -m benchmarks.kernel_report [--arch sm_80 sm_90 sm_100 gfx942] [--dtype bf16 tf32 fp16] [--layer conv2 ...]
+        [--json F] [--dump DIR]
 
 Facts (registers, spills, shared memory, instruction mix) come from ptxas and the disassembly. Times are *modelled*, never
 measured: peak rates of `tiles.CHIPS`, the tile's bytes, and the instructions of the compiled loop.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -172,24 +174,14 @@ def elementwise_elements(layer: Layer, kind: str) -> int:
     }[kind]
 
 
-def report(architectures: list[str], dtypes: list[str]) -> tuple[list[tuple[Problem, Compiled]], list[Row]]:
-    """Compile what the layers need and model each layer."""
-    rows = [
-        layer_row(layer, kind, arch, dtype)
-        for arch in architectures
-        for dtype in dtypes
-        for kind in KINDS
-        for layer in LAYERS
-    ]
-    problems = {
-        (layer_problem(layer, kind, dtype), arch)
-        for arch in architectures
-        for dtype in dtypes
-        for kind in KINDS
-        for layer in LAYERS
-    }
-    order = sorted(problems, key=lambda p: (p[1], p[0].dtype, KINDS.index(p[0].kind), -math.prod(p[0].kernel), p[0].columns))
-    return [(p, compiled_for(p, arch)) for p, arch in order], rows
+def report(
+    architectures: list[str], dtypes: list[str], layers: list[Layer]
+) -> tuple[list[tuple[Problem, Compiled]], list[Row]]:
+    """Compile what the layers need, each kernel once, and model each layer."""
+    wanted = list(itertools.product(architectures, dtypes, KINDS, layers))
+    problems = dict.fromkeys((layer_problem(layer, kind, dtype), arch) for arch, dtype, kind, layer in wanted)
+    facts = [(problem, compiled_for(problem, arch)) for problem, arch in problems]
+    return facts, [layer_row(layer, kind, arch, dtype) for arch, dtype, kind, layer in wanted]
 
 
 def print_facts(facts: list[tuple[Problem, Compiled]]) -> None:
@@ -237,10 +229,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_report", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=["sm_80", "sm_90", "sm_100"])
     parser.add_argument("--dtype", nargs="+", choices=("bf16", "tf32", "fp16", "ieee"), default=["bf16", "tf32"])
+    parser.add_argument("--layer", nargs="+", choices=[x.name for x in LAYERS], default=[x.name for x in LAYERS])
     parser.add_argument("--json", type=Path, metavar="F", help="write facts and model to this file")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write PTX, cubin and SASS into this folder")
     options = parser.parse_args(arguments)
-    facts, rows = report(options.arch, options.dtype)
+    facts, rows = report(options.arch, options.dtype, [layer for layer in LAYERS if layer.name in options.layer])
     print_facts(facts)
     print_model(rows)
     if options.dump:

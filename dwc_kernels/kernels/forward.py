@@ -18,6 +18,7 @@ from dwc_kernels.kernels.launch import (
     architecture,
     column_descriptors,
     descriptor,
+    device_name,
     device_of,
     fold_taps,
     fold_weight,
@@ -30,7 +31,7 @@ from dwc_kernels.kernels.launch import (
 )
 from dwc_kernels.kernels.noise import normal_tile
 from dwc_kernels.kernels.products import both_products, column_blocks, voxel_blocks
-from dwc_kernels.kernels.tiles import Tile, choose, programs
+from dwc_kernels.kernels.tiles import Tile, programs, tile_for
 from dwc_kernels.reference import output_layout
 
 __all__ = ["forward"]
@@ -163,7 +164,7 @@ def forward(
     how = precision(x)
     work = problem("forward", x, size, weight_mu.shape[1], n_filters, geometry.kernel)
     arch = architecture(x.device)
-    tile = tile or choose(work, arch)
+    tile = tile or tile_for(work, arch, device_name(x.device))
     a = voxels_last(x)
     columns = column_descriptors(weight_mu, weight_sigma, a, how, tile, arch)
     with device_of(x):

@@ -17,6 +17,7 @@ from dwc_kernels.kernels.launch import (
     architecture,
     column_descriptors,
     descriptor,
+    device_name,
     device_of,
     loop_constants,
     precision,
@@ -25,7 +26,7 @@ from dwc_kernels.kernels.launch import (
     voxels_last,
 )
 from dwc_kernels.kernels.products import both_products, column_blocks, voxel_blocks
-from dwc_kernels.kernels.tiles import Tile, choose, programs
+from dwc_kernels.kernels.tiles import Tile, programs, tile_for
 from dwc_kernels.reference import output_layout
 
 __all__ = ["grad_input"]
@@ -125,7 +126,7 @@ def grad_input(
     how = precision(x)
     work = problem("grad_input", x, x.shape[2:], n_filters, channels, geometry.kernel)
     arch = architecture(x.device)
-    tile = tile or choose(work, arch)
+    tile = tile or tile_for(work, arch, device_name(x.device))
     g, r = voxels_last(g), voxels_last(r)
     mirrored = (w.flip(2, 3, 4).transpose(0, 1) for w in (weight_mu, weight_sigma))
     columns = column_descriptors(*mirrored, g, how, tile, arch)

@@ -19,6 +19,7 @@ from dwc_kernels.kernels.launch import (
     Triple,
     architecture,
     descriptor,
+    device_name,
     device_of,
     fold_taps,
     fold_weight,
@@ -29,7 +30,7 @@ from dwc_kernels.kernels.launch import (
     voxels_last,
 )
 from dwc_kernels.kernels.products import column_blocks, operand, product, settled, voxel_blocks
-from dwc_kernels.kernels.tiles import CHIPS, STACKED_ROWS, Tile, choose, programs, splits
+from dwc_kernels.kernels.tiles import CHIPS, STACKED_ROWS, Tile, programs, splits, tile_for
 
 __all__ = ["grad_weight"]
 
@@ -183,7 +184,7 @@ def grad_weight(
     n_filters, channels, kernel = g.shape[1], x.shape[1], geometry.kernel
     how, arch = precision(x), architecture(x.device)
     work = problem("grad_weight", x, g.shape[2:], channels, n_filters, kernel)
-    tile = tile or choose(work, arch)
+    tile = tile or tile_for(work, arch, device_name(x.device))
     parts = splits(work, tile, CHIPS[arch])
     x, g, r = voxels_last(x), voxels_last(g), voxels_last(r)
     c_blocks = -(-channels // 32)

@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -55,6 +56,12 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
     return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
+
+
+@lru_cache(maxsize=64)
+def device_name(device: torch.device) -> str:
+    """The name under which tiles measured on the device are stored."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
 def device_of(x: Tensor):

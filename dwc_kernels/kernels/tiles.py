@@ -8,11 +8,31 @@ columns are idle and the last wave of programs is full. ``choose`` estimates eac
 and takes the least. The rates are peak rates of the chips, so the time is a lower bound; only the order matters here.
 """
 
+import json
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
-__all__ = ["CHIPS", "KINDS", "STACKED_ROWS", "Chip", "Problem", "Tile", "candidates", "choose", "estimate", "programs", "splits"]
+__all__ = [
+    "CHIPS",
+    "KINDS",
+    "STACKED_ROWS",
+    "Chip",
+    "Problem",
+    "Tile",
+    "candidates",
+    "choose",
+    "estimate",
+    "operand_bytes",
+    "programs",
+    "splits",
+    "tile_for",
+    "tuned",
+    "tuned_key",
+    "tuned_path",
+]
 
 KINDS = ("forward", "grad_input", "grad_weight")
 
@@ -230,3 +250,39 @@ def choose(problem: Problem, arch: str) -> Tile:
     """The candidate with the least estimate on ``arch``."""
     chip = CHIPS[arch]
     return min(candidates(problem, chip), key=lambda tile: estimate(problem, tile, chip)["total"])
+
+
+def tuned_path(device: str) -> Path:
+    """Where ``python -m dwc_kernels.tune`` stores what it measured on a device of this name."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "dwc_kernels" / f"{device.replace(' ', '_').replace('/', '_')}.json"
+
+
+def tuned_key(problem: Problem) -> str:
+    """What a measured tile is remembered under: everything but the number of samples and voxels."""
+    kernel = "x".join(map(str, problem.kernel))
+    return f"{problem.kind} {problem.dtype} {problem.channels}->{problem.columns} {kernel}"
+
+
+@lru_cache(maxsize=8)
+def tuned(device: str) -> dict[str, Tile]:
+    """The tiles measured on a device of this name; none where it was never tuned.
+
+    Raises
+    ------
+    ValueError
+        If the file is not what `dwc_kernels.tune` writes, naming it.
+    """
+    path = tuned_path(device)
+    if not path.exists():
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+        return {key: Tile(**{**tile, "box": tuple(tile["box"])}) for key, tile in stored.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} holds no tiles ({error}); delete it, or run python -m dwc_kernels.tune again") from error
+
+
+def tile_for(problem: Problem, arch: str, device: str) -> Tile:
+    """The tile that was measured best on the device, or else the model's choice for its architecture."""
+    return tuned(device).get(tuned_key(problem)) or choose(problem, arch)
