@@ -140,7 +140,9 @@ def errors(layer: Layer, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     }
 
 
-def measure(name: str, layers: tuple[Layer, ...], dtype: str, contender: str, ceiling: float, repeats: int) -> list[Timing]:
+def measure(
+    name: str, layers: tuple[Layer, ...], dtype: str, contender: str, ceiling: float, repeats: int
+) -> list[Timing]:
     """Forward, backward and both of one contender."""
     op, layout, compiled = CONTENDERS[contender]
     x, parameters = tensors(layers, DTYPES[dtype], SAMPLES)
@@ -167,7 +169,19 @@ def measure(name: str, layers: tuple[Layer, ...], dtype: str, contender: str, ce
         first, median, third = statistics.quantiles(time_calls(call, repeats), n=4)
         rate = flops * passes / median / 1e9
         timings.append(
-            Timing(torch.cuda.get_device_name(), name, dtype, contender, phase, median, first, third, peak, rate, rate / ceiling)
+            Timing(
+                torch.cuda.get_device_name(),
+                name,
+                dtype,
+                contender,
+                phase,
+                median,
+                first,
+                third,
+                peak,
+                rate,
+                rate / ceiling,
+            )
         )
     return timings
 
@@ -210,7 +224,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=50)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("benchmarks.gpu: no GPU here; python -m benchmarks.kernel_report shows what the compiler knows of the kernels")
+        print(
+            "benchmarks.gpu: no GPU here; python -m benchmarks.kernel_report shows what the compiler knows of the kernels"
+        )
         print_table(["bf16", "fp32"])
         return 0
     options.out.mkdir(parents=True, exist_ok=True)

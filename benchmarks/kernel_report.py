@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from benchmarks.kernel_report_compile import Compiled, compile_kernel
@@ -52,7 +52,7 @@ def layer_problem(layer: Layer, kind: str, dtype: str) -> Problem:
     return Problem(kind, dtype, SAMPLES, SIZE, channels, layer.filters, kernel)
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled_for(problem: Problem, arch: str) -> Compiled:
     """The compiled kernel with the tile that the model chooses; dilation and padding are arguments, so layers share it."""
     return compile_kernel(problem, choose(problem, arch), arch)
@@ -101,13 +101,21 @@ def second_dtype(dtype: str) -> str:
 def loop_cycles(problem: Problem, tile: Tile, arch: str) -> float:
     """Cycles of the tensor cores for one iteration of the main loop."""
     chip = CHIPS[arch]
-    rows, summed = (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels * tile.unroll)
+    rows, summed = (
+        (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels * tile.unroll)
+    )
     return rows * tile.columns * summed * (1 / chip.macs[problem.dtype] + 1 / chip.macs[second_dtype(problem.dtype)])
 
 
 def issue_ratio(problem: Problem, compiled: Compiled) -> float:
     """Issue cycles (instructions per warp x warps / 4 schedulers) over tensor-core cycles of the main loop."""
     return compiled.loop_instructions * compiled.tile.warps / 4 / loop_cycles(problem, compiled.tile, compiled.arch)
+
+
+def traffic_ratios(problem: Problem, tile: Tile, arch: str) -> tuple[float, float]:
+    """L2 and shared-memory cycles, by bytes over peak rates, over tensor-core cycles of the main loop."""
+    cycles = estimate(problem, tile, CHIPS[arch])
+    return cycles["l2"] / cycles["tensor"], cycles["shared"] / cycles["tensor"]
 
 
 def layer_row(layer: Layer, kind: str, arch: str, dtype: str) -> Row:
@@ -131,7 +139,9 @@ def layer_row(layer: Layer, kind: str, arch: str, dtype: str) -> Row:
     floor = max(flops / peak, dram / chip.dram)
     # The unfused pair is granted the peak of the tensor cores: only its extra traffic is held against it.
     unfused = flops / peak + problem.itemsize * voxels * elementwise_elements(layer, kind) / chip.dram
-    useful = layer.macs * inside_share(SIZE, layer.kernel, layer.dilation) * voxels / (visited * issued_macs(problem, tile))
+    useful = (
+        layer.macs * inside_share(SIZE, layer.kernel, layer.dilation) * voxels / (visited * issued_macs(problem, tile))
+    )
     return Row(
         layer.name, kind, arch, dtype, visited, useful, (row_bytes + column_bytes) / steps_flops, dram / flops,
         floor * 1e6, modelled * 1e6, unfused * 1e6,
@@ -140,7 +150,9 @@ def layer_row(layer: Layer, kind: str, arch: str, dtype: str) -> Row:
 
 def loop_macs(problem: Problem, tile: Tile) -> int:
     """Multiply-adds of one product in one iteration."""
-    rows, summed = (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels * tile.unroll)
+    rows, summed = (
+        (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels * tile.unroll)
+    )
     return rows * tile.columns * summed
 
 
@@ -186,17 +198,19 @@ def report(
 
 def print_facts(facts: list[tuple[Problem, Compiled]]) -> None:
     """One line per compiled kernel."""
-    print("Facts from the compiler (issue/tensor: instructions per warp x warps / 4 over tensor-core cycles, main loop)")
+    print("Facts from the compiler. Of the main loop, over its tensor-core cycles: issue, instructions per warp x warps / 4 of the\n"
+          "disassembly; L2 and smem, cycles that its bytes take at peak rates.")  # fmt: skip
     print(f"{'arch':7}{'dtype':6}{'kernel':12}{'sum->out, taps':17}{'tile':24}{'regs':>5}{'spill':>6}{'stack':>6}{'shared':>8}"
-          f"{'warps':>6} {'matrix':24}{'issue/tensor':>13}  main loop")  # fmt: skip
+          f"{'warps':>6} {'matrix':24}{'issue':>6}{'L2':>6}{'smem':>6}  main loop")  # fmt: skip
     for problem, c in facts:
         t = c.tile
         tile = f"{'x'.join(map(str, t.box))} {t.wide}+{t.tail} k{t.channels}x{t.unroll} s{t.stages}"
         shape = f"{problem.channels}->{problem.columns}, {math.prod(problem.kernel)}"
         mix = ", ".join(f"{n} {k}" for k, n in c.loop.items())
+        l2, shared = traffic_ratios(problem, t, c.arch)
         flag = " serialized" if c.serialized else ""
         print(f"{c.arch:7}{c.dtype:6}{c.kind:12}{shape:17}{tile:24}{c.registers:5}{c.spills:6}{c.stack:6}{c.shared:8}"
-              f"{c.resident_warps:6} {c.matrix_opcode:24}{issue_ratio(problem, c):13.2f}  {c.loop_instructions}: {mix}{flag}")  # fmt: skip
+              f"{c.resident_warps:6} {c.matrix_opcode:24}{issue_ratio(problem, c):6.2f}{l2:6.2f}{shared:6.2f}  {c.loop_instructions}: {mix}{flag}")  # fmt: skip
 
 
 def print_model(rows: list[Row]) -> None:
@@ -240,7 +254,9 @@ def main(arguments: list[str] | None = None) -> int:
         dump(facts, options.dump)
     if options.json:
         plain = [
-            asdict(problem) | {k: v for k, v in asdict(c).items() if k != "code"} | {"issue_ratio": issue_ratio(problem, c)}
+            asdict(problem)
+            | {k: v for k, v in asdict(c).items() if k != "code"}
+            | {"issue_ratio": issue_ratio(problem, c), "traffic_ratios": traffic_ratios(problem, c.tile, c.arch)}
             for problem, c in facts
         ]
         options.json.write_text(json.dumps({"facts": plain, "model": [asdict(r) for r in rows]}, indent=1))

@@ -118,7 +118,9 @@ def launch_signature(problem: Problem, tile: Tile, arch: str, bias: bool):
         else:
             signature[name] = types.get(name, "i32")
     multiples = [n for n, t in signature.items() if t.startswith("*")]
-    multiples += [n for n in ("F", "C") if signature.get(n) == "i32" and problem.columns % 16 == problem.channels % 16 == 0]
+    multiples += [
+        n for n in ("F", "C") if signature.get(n) == "i32" and problem.columns % 16 == problem.channels % 16 == 0
+    ]
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples}
     return signature, constants, attributes
 

@@ -114,12 +114,16 @@ def table(dtypes: list[str], samples: int = SAMPLES) -> list[tuple[str, str, dic
 
 def print_table(dtypes: list[str], samples: int = SAMPLES) -> None:
     """One line per layer: megabytes kept for the backward and at the peak of forward and backward."""
-    print(f"Megabytes of tensors beyond input and parameters, batch {samples} x {'x'.join(map(str, SIZE))} (counted, exact)")
+    print(
+        f"Megabytes of tensors beyond input and parameters, batch {samples} x {'x'.join(map(str, SIZE))} (counted, exact)"
+    )
     print(f"{'':22}{'kept for backward':>25}{'peak':>25}")
     print(f"{'dtype':6}{'layer':16}{'ours':>12}{'composition':>13}{'ours':>12}{'composition':>13}")
     for dtype, row, counts in table(dtypes, samples):
         numbers = [counts[n].kept for n in OPS] + [counts[n].peak for n in OPS]
-        print(f"{dtype:6}{row:16}" + "".join(f"{n / 1e6:{w}.1f}" for n, w in zip(numbers, (12, 13, 12, 13), strict=True)))
+        print(
+            f"{dtype:6}{row:16}" + "".join(f"{n / 1e6:{w}.1f}" for n, w in zip(numbers, (12, 13, 12, 13), strict=True))
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,9 +25,7 @@ def _why_not_here(device_type: str, device_index: int | None) -> str | None:
     return None
 
 
-def why_not_triton(
-    x: Tensor, weight: Tensor, stride: tuple[int, int, int] = (1, 1, 1), groups: int = 1
-) -> str | None:
+def why_not_triton(x: Tensor, weight: Tensor, stride: tuple[int, int, int] = (1, 1, 1), groups: int = 1) -> str | None:
     """Say why the Triton kernels cannot convolve x [N, C, D, H, W] with weight [F, C, kD, kH, kW]; None if they can.
 
     TRITON_INTERPRET=1 in the environment lets them run on the CPU, slowly, as a check.

@@ -72,7 +72,10 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, padding: int, *, n_tiles: i
         ranked = sorted(candidates(work, CHIPS[arch]), key=lambda t, w=work: estimate(w, t, CHIPS[arch])["total"])
         times = {tile: milliseconds(lambda c=call, t=tile: c(t), repeats) for tile in ranked[:n_tiles]}
         tile = min(times, key=times.get)
-        print(f"{tuned_key(work)}: {times[tile]:.3f} ms with {tile} (the model's choice: {times[ranked[0]]:.3f} ms)", flush=True)
+        print(
+            f"{tuned_key(work)}: {times[tile]:.3f} ms with {tile} (the model's choice: {times[ranked[0]]:.3f} ms)",
+            flush=True,
+        )
         best[tuned_key(work)] = asdict(tile)
     return best
 
@@ -97,7 +100,11 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     path = tuned_path(device_name(device))
     for dtype in options.dtype:
-        for channels, filters, k in ((1, options.width, 3), (options.width,) * 2 + (3,), (options.width, options.classes, 1)):
+        for channels, filters, k in (
+            (1, options.width, 3),
+            (options.width,) * 2 + (3,),
+            (options.width, options.classes, 1),
+        ):
             shape = (options.samples, channels, *(options.size,) * 3)
             x = torch.randn(shape, device=device, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last_3d)
             mu = torch.randn(filters, channels, k, k, k, device=device, dtype=DTYPES[dtype]) / (channels * k**3) ** 0.5

@@ -155,7 +155,9 @@ def forward(
     size = geometry.output_size(x.shape[2:])
     n_filters = weight_mu.shape[0]
     y, r = (
-        torch.empty((x.shape[0], n_filters, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        torch.empty(
+            (x.shape[0], n_filters, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
+        )
         for _ in range(2)
     )
     if folds(weight_mu):

@@ -22,7 +22,6 @@ from dwc_kernels.kernels.launch import (
     device_name,
     device_of,
     fold_taps,
-    fold_weight,
     folds,
     precision,
     problem,

@@ -90,7 +90,11 @@ def both_products(
 ):  # fmt: skip
     """The sums over taps and channels of a * mu and of a * b * sigma^2 for one tile, in one pass over a and b."""
     M: tl.constexpr = BD * BH * BW
-    kd, kh, kw = first_tap(d0, BD, D, pad_d, dil_d), first_tap(h0, BH, H, pad_h, dil_h), first_tap(w0, BW, W, pad_w, dil_w)
+    kd, kh, kw = (
+        first_tap(d0, BD, D, pad_d, dil_d),
+        first_tap(h0, BH, H, pad_h, dil_h),
+        first_tap(w0, BW, W, pad_w, dil_w),
+    )
     n_kd = tl.maximum(end_tap(d0, Da, pad_d, dil_d, KD) - kd, 0)
     n_kh = tl.maximum(end_tap(h0, Ha, pad_h, dil_h, KH) - kh, 0)
     n_kw = tl.maximum(end_tap(w0, Wa, pad_w, dil_w, KW) - kw, 0)
@@ -114,10 +118,14 @@ def both_products(
             a = operand(a, PRECISION)
             mean = settled(tl.dot(a, mu_desc.load([t, f0, c]).reshape(N0, BC).T, mean, PRECISION), ARCH)
             if N1 > 0:
-                mean_tail = settled(tl.dot(a, mu_tail_desc.load([t, f0 + N0, c]).reshape(N1, BC).T, mean_tail, PRECISION), ARCH)
+                mean_tail = settled(
+                    tl.dot(a, mu_tail_desc.load([t, f0 + N0, c]).reshape(N1, BC).T, mean_tail, PRECISION), ARCH
+                )
             var = settled(tl.dot(ab, var_desc.load([t, f0, c]).reshape(N0, BC).T, var, PRECISION), ARCH)
             if N1 > 0:
-                var_tail = settled(tl.dot(ab, var_tail_desc.load([t, f0 + N0, c]).reshape(N1, BC).T, var_tail, PRECISION), ARCH)
+                var_tail = settled(
+                    tl.dot(ab, var_tail_desc.load([t, f0 + N0, c]).reshape(N1, BC).T, var_tail, PRECISION), ARCH
+                )
         # On to the next step by carries: a division here would cost more than all other index arithmetic.
         if C_STEPS > 1:
             c0 += C_BLOCKS * BC

@@ -73,7 +73,9 @@ CHIPS = {
     ),
 }  # fmt: skip
 # The interpreter runs one program after the other, so it wants few and large ones.
-CHIPS["interpreter"] = replace(CHIPS["sm_90"], name="the interpreter", multiprocessors=1, macs=dict.fromkeys(CHIPS["sm_90"].macs, 2048))
+CHIPS["interpreter"] = replace(
+    CHIPS["sm_90"], name="the interpreter", multiprocessors=1, macs=dict.fromkeys(CHIPS["sm_90"].macs, 2048)
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,11 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
         for wide, tail in SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS:
             chunk = 8 if math.prod(problem.kernel) == 1 else 16  # a loop this short is merged with what follows it
             tile = Tile(box, channels, unroll, wide, tail, chunk, warps, 2)
-            stages = [s for s in (4, 3, 2)[problem.kind == "grad_weight" :] if shared_bytes(problem, replace(tile, stages=s)) <= chip.shared]
+            stages = [
+                s
+                for s in (4, 3, 2)[problem.kind == "grad_weight" :]
+                if shared_bytes(problem, replace(tile, stages=s)) <= chip.shared
+            ]
             if stages and registers(problem, tile, chip) <= chip.holds:
                 found.append(replace(tile, stages=stages[0]))
     return found
@@ -206,7 +212,9 @@ def splits(problem: Problem, tile: Tile, chip: Chip) -> int:
 
 def estimate(problem: Problem, tile: Tile, chip: Chip) -> dict[str, float]:
     """Cycles that the model sees, by what costs them, and their sum in ``total``; a lower bound, for comparing tiles."""
-    rows, summed = (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels * tile.unroll)
+    rows, summed = (
+        (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels * tile.unroll)
+    )
     macs = rows * tile.columns * summed
     second = "tf32" if problem.dtype == "fp16" else problem.dtype
     tensor = macs / chip.macs[problem.dtype] + macs / chip.macs[second]
@@ -280,7 +288,9 @@ def tuned(device: str) -> dict[str, Tile]:
         stored = json.loads(path.read_text())
         return {key: Tile(**{**tile, "box": tuple(tile["box"])}) for key, tile in stored.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} holds no tiles ({error}); delete it, or run python -m dwc_kernels.tune again") from error
+        raise ValueError(
+            f"{path} holds no tiles ({error}); delete it, or run python -m dwc_kernels.tune again"
+        ) from error
 
 
 def tile_for(problem: Problem, arch: str, device: str) -> Tile:

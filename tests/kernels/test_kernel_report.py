@@ -20,7 +20,17 @@ def report(tmp_path_factory):
     folder, facts = tmp_path_factory.mktemp("report"), {}
     for arch in ("sm_80", "sm_90", "sm_100"):
         dtypes = [d for a, d in CASES if a == arch]
-        command = [sys.executable, "-m", "benchmarks.kernel_report", "--arch", arch, "--dtype", *dtypes, "--layer", "conv2"]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.kernel_report",
+            "--arch",
+            arch,
+            "--dtype",
+            *dtypes,
+            "--layer",
+            "conv2",
+        ]
         path = folder / f"{arch}.json"
         done = subprocess.run(
             [*command, "--json", str(path), "--dump", str(folder / arch)],

@@ -118,7 +118,9 @@ def test_every_layout_gives_the_same(layout):
         other = F.pad(x.detach(), (1, 2, 0, 1))[..., :-1, 1:-2].requires_grad_()
     g = torch.randn(1, 5, 4, 5, 8)
     options = dict(seed=3, padding=1, backend="triton")
-    for a, b in zip(results(ffg_conv3d, [x, *rest], g, **options), results(ffg_conv3d, [other, *rest], g, **options), strict=True):
+    for a, b in zip(
+        results(ffg_conv3d, [x, *rest], g, **options), results(ffg_conv3d, [other, *rest], g, **options), strict=True
+    ):
         assert torch.equal(a, b)
     y = ffg_conv3d(other, *rest, **options)
     assert y.is_contiguous(memory_format=reference.output_layout(other))
@@ -170,7 +172,7 @@ FORWARD_TILES = [
 
 @pytest.mark.parametrize("width", [8, 7])
 def test_noise_is_the_reference_s_whatever_the_tile(width):
-    x, _, _, b_mu, b_sigma = (t.detach() for t in make(c=33, f=40, kernel=1, size=(3, 6, width), batch=2))
+    x, _, _, b_mu, b_sigma = (t.detach() for t in make(c=33, f=40, kernel=1, size=(1, 6, width), batch=2))
     zero = torch.zeros(40, 33, 1, 1, 1)  # mean 0 and standard deviation 1: y is the noise
     seed = torch.tensor(-(2**60) + 12345)
     noise = [
@@ -178,7 +180,7 @@ def test_noise_is_the_reference_s_whatever_the_tile(width):
         for tile in FORWARD_TILES
     ]
     assert all(torch.equal(n, noise[0]) for n in noise)
-    expected = normal(torch.empty(2, 40, 3, 6, width), int(seed))
+    expected = normal(torch.empty(2, 40, 1, 6, width), int(seed))
     torch.testing.assert_close(noise[0], expected, rtol=0, atol=2e-6)
 
 
@@ -199,8 +201,8 @@ def test_noise_of_elements_beyond_2_to_the_32_groups_is_the_reference_s():
 
 
 def test_every_tile_gives_the_same_to_rounding_and_one_tile_the_same_bits():
-    x, mu, sigma, b_mu, b_sigma = (t.detach() for t in make(c=33, f=40, size=(3, 4, 6)))
-    geometry = (ONE, ONE, ONE, 1)
+    x, mu, sigma, b_mu, b_sigma = (t.detach() for t in make(c=33, f=40, kernel=(1, 3, 2), size=(3, 4, 6)))
+    geometry = (ONE, (0, 1, 1), ONE, 1)
     seed = torch.tensor(5)
     y, r = reference.forward(x, mu, sigma, b_mu, b_sigma, *geometry, seed)
     g = torch.randn(y.shape)

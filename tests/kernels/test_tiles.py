@@ -69,7 +69,9 @@ def test_a_broken_file_of_tiles_is_named(tmp_path, monkeypatch, content):
         tiles.tile_for(LAYER, "sm_90", "gpu")
 
 
-@pytest.mark.parametrize(("module", "code", "words"), [("dwc_kernels.tune", 2, "no GPU"), ("benchmarks.gpu", 0, "no GPU")])
+@pytest.mark.parametrize(
+    ("module", "code", "words"), [("dwc_kernels.tune", 2, "no GPU"), ("benchmarks.gpu", 0, "no GPU")]
+)
 def test_commands_that_need_a_gpu_say_so_in_one_line(module, code, words):
     done = subprocess.run(
         [sys.executable, "-m", module],
