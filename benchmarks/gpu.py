@@ -1,7 +1,7 @@
 """Time the op on the GPU at hand against what PyTorch offers: ``python -m benchmarks.gpu [--out DIR]``.
 
-Correctness comes first: no time is printed for a layer whose output or gradients are off. Then forward, backward and both, per
-layer of Table 1 and for the whole network, for
+Correctness comes first: no time is printed for a layer whose output or gradients are off. Then forward, backward and
+both, per layer of Table 1 and for the whole network, for
 
     ours         the Triton kernels, channels_last_3d
     contiguous   two cuDNN convolutions and the elementwise composition, contiguous
@@ -9,8 +9,8 @@ layer of Table 1 and for the whole network, for
     compiled     the same under torch.compile
     mean         a single conv3d, the lower bound
 
-with medians and quartiles of CUDA events, peak memory, TFLOP/s and the share of the matrix-product rate that this GPU was
-measured to reach. On a machine without a GPU it says so, prints the memory table and exits with 0.
+with medians and quartiles of CUDA events, peak memory, TFLOP/s and the share of the matrix-product rate that this GPU
+was measured to reach. On a machine without a GPU it says so, prints the memory table and exits with 0.
 """
 
 import argparse
@@ -118,7 +118,7 @@ CONTENDERS = {
 
 
 def errors(layer: Layer, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-    """Relative errors of ours and of the composition in the same dtype, against the composition in fp64, on one sample."""
+    """Relative errors of ours and of the composition in the same dtype, against fp64, on one sample."""
     x, (parameters,) = tensors((layer,), dtype, 1)
     geometry = dict(padding=layer.padding, dilation=layer.dilation)
     eps = normal(torch.empty(1, layer.filters, *SIZE, device="cuda"), SEED)
@@ -224,9 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=50)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print(
-            "benchmarks.gpu: no GPU here; python -m benchmarks.kernel_report shows what the compiler knows of the kernels"
-        )
+        print("benchmarks.gpu: no GPU here; python -m benchmarks.kernel_report shows what the compiler says")
         print_table(["bf16", "fp32"])
         return 0
     options.out.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
     python -m benchmarks.kernel_report [--arch sm_80 sm_90 sm_100 gfx942] [--dtype bf16 tf32 fp16] [--layer conv2 ...]
         [--json F] [--dump DIR]
 
-Facts (registers, spills, shared memory, instruction mix) come from ptxas and the disassembly. Times are *modelled*, never
-measured: peak rates of `tiles.CHIPS`, the tile's bytes, and the instructions of the compiled loop.
+Facts (registers, spills, shared memory, instruction mix) come from ptxas and the disassembly. Times are *modelled*,
+never measured: peak rates of `tiles.CHIPS`, the tile's bytes, and the instructions of the compiled loop.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def layer_problem(layer: Layer, kind: str, dtype: str) -> Problem:
 
 @cache
 def compiled_for(problem: Problem, arch: str) -> Compiled:
-    """The compiled kernel with the tile that the model chooses; dilation and padding are arguments, so layers share it."""
+    """The kernel with the tile that the model chooses; dilation and padding are arguments, so layers share it."""
     return compile_kernel(problem, choose(problem, arch), arch)
 
 
@@ -70,7 +70,7 @@ def visited_share(size: tuple[int, int, int], box: tuple[int, int, int], kernel:
 
 
 def summed_share(size: tuple[int, int, int], box: tuple[int, int, int], kernel: int, dilation: int) -> float:
-    """The same for grad_weight, whose programs sum over the boxes that one of their four taps connects to the volume."""
+    """The same for grad_weight, whose programs visit the boxes that one of their four taps connects to the volume."""
     padding, taps = dilation * (kernel - 1) // 2, kernel**3
     boxes = full = 0
     for first in range(0, taps, 4):
@@ -174,7 +174,7 @@ def dram_elements(layer: Layer, kind: str) -> int:
 
 
 def elementwise_elements(layer: Layer, kind: str) -> int:
-    """Elements per voxel that the unfused form moves: x^2, sqrt, noise, scale and add forward; g * r and their like back.
+    """Elements per voxel that the unfused form moves through device memory.
 
     Convolutions read their input and write their output; each elementwise kernel reads and writes whole tensors.
     """
@@ -198,9 +198,10 @@ def report(
 
 def print_facts(facts: list[tuple[Problem, Compiled]]) -> None:
     """One line per compiled kernel."""
-    print("Facts from the compiler. Of the main loop, over its tensor-core cycles: issue, instructions per warp x warps / 4 of the\n"
-          "disassembly; L2 and smem, cycles that its bytes take at peak rates.")  # fmt: skip
-    print(f"{'arch':7}{'dtype':6}{'kernel':12}{'sum->out, taps':17}{'tile':24}{'regs':>5}{'spill':>6}{'stack':>6}{'shared':>8}"
+    print("Facts from the compiler. Of the main loop, over its tensor-core cycles: issue, instructions per warp\n"
+          "x warps / 4 of the disassembly; L2 and smem, the cycles that its bytes take at peak rates.")  # fmt: skip
+    print(f"{'arch':7}{'dtype':6}{'kernel':12}{'sum->out, taps':17}{'tile':24}"
+          f"{'regs':>5}{'spill':>6}{'stack':>6}{'shared':>8}"
           f"{'warps':>6} {'matrix':24}{'issue':>6}{'L2':>6}{'smem':>6}  main loop")  # fmt: skip
     for problem, c in facts:
         t = c.tile
@@ -210,7 +211,8 @@ def print_facts(facts: list[tuple[Problem, Compiled]]) -> None:
         l2, shared = traffic_ratios(problem, t, c.arch)
         flag = " serialized" if c.serialized else ""
         print(f"{c.arch:7}{c.dtype:6}{c.kind:12}{shape:17}{tile:24}{c.registers:5}{c.spills:6}{c.stack:6}{c.shared:8}"
-              f"{c.resident_warps:6} {c.matrix_opcode:24}{issue_ratio(problem, c):6.2f}{l2:6.2f}{shared:6.2f}  {c.loop_instructions}: {mix}{flag}")  # fmt: skip
+              f"{c.resident_warps:6} {c.matrix_opcode:24}{issue_ratio(problem, c):6.2f}{l2:6.2f}{shared:6.2f}  "
+              f"{c.loop_instructions}: {mix}{flag}")  # fmt: skip
 
 
 def print_model(rows: list[Row]) -> None:
@@ -221,8 +223,8 @@ def print_model(rows: list[Row]) -> None:
         c = CHIPS[arch]
         print(f"  {arch}: {c.name}, {c.multiprocessors} multiprocessors at {c.clock / 1e9:.2f} GHz, {c.l2:.0f} B/cycle "
               f"each from L2, {c.dram / 1e12:.2f} TB/s")  # fmt: skip
-    print(f"{'arch':7}{'dtype':6}{'kernel':12}{'layer':9}{'visited':>8}{'useful':>8}{'L2 B/flop':>11}{'DRAM B/flop':>12}"
-          f"{'floor':>8}{'modelled':>9}{'unfused':>9}")  # fmt: skip
+    print(f"{'arch':7}{'dtype':6}{'kernel':12}{'layer':9}{'visited':>8}{'useful':>8}{'L2 B/flop':>11}"
+          f"{'DRAM B/flop':>12}{'floor':>8}{'modelled':>9}{'unfused':>9}")  # fmt: skip
     for r in rows:
         print(f"{r.arch:7}{r.dtype:6}{r.kind:12}{r.layer:9}{r.visited:8.2f}{r.useful:8.2f}{r.l2_bytes_per_flop:11.4f}"
               f"{r.dram_bytes_per_flop:12.4f}{r.floor:8.1f}{r.modelled:9.1f}{r.unfused:9.1f}")  # fmt: skip

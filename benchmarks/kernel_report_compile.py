@@ -194,13 +194,15 @@ def _is(opcode: str, names: tuple[str, ...]) -> bool:
 
 
 def _loop_facts(instructions: list[str], labels: dict[str, int], branch: str) -> dict:
-    """The main loop (of all backward branches, the one around most matrix instructions; the shortest of those) by class."""
+    """The main loop by class of instruction: the shortest backward branch that spans the matrix instructions."""
     spans = []
     for end, text in enumerate(instructions):
         found = re.search(branch, text)
         if found and labels.get(found[1], end + 1) <= end:
             spans.append(instructions[labels[found[1]] : end + 1])
-    span = max(spans, key=lambda s: (sum(_is(_opcode(t), MATRIX) for t in s), -len(s)), default=[])
+    counts = [sum(_is(_opcode(t), MATRIX) for t in s) for s in spans]
+    # Waits jump out of line and back, around more than the loop; a peeled first iteration may be among it.
+    span = min((s for s, n in zip(spans, counts, strict=True) if 2 * n >= max(counts) > 0), key=len, default=[])
     classes = Counter()
     for text in span:
         classes[next((name for name, stems in CLASSES.items() if _is(_opcode(text), stems)), "integer, moves")] += 1

@@ -2,10 +2,10 @@
 
     python -m benchmarks.memory [--dtype bf16 fp32] [--samples 10]
 
-Fake tensors stand in for real ones, so every allocation that PyTorch's operators make is counted and none is made. The op's
-own operators allocate what their fake implementations say: y and r, which is what the Triton kernels allocate for voxels
-(beside them packed weights, of the size of the weights, and in the weight gradient the partial sums). Workspaces that
-libraries take within one operator, as cuDNN does, are in nobody's count.
+Fake tensors stand in for real ones, so every allocation that PyTorch's operators make is counted and none is made. The
+op's own operators allocate what their fake implementations say: y and r, which is what the Triton kernels allocate for
+voxels (beside them packed weights, of the size of the weights, and in the weight gradient the partial sums). Workspaces
+that libraries take within one operator, as cuDNN does, are in nobody's count.
 """
 
 import argparse
@@ -115,7 +115,8 @@ def table(dtypes: list[str], samples: int = SAMPLES) -> list[tuple[str, str, dic
 def print_table(dtypes: list[str], samples: int = SAMPLES) -> None:
     """One line per layer: megabytes kept for the backward and at the peak of forward and backward."""
     print(
-        f"Megabytes of tensors beyond input and parameters, batch {samples} x {'x'.join(map(str, SIZE))} (counted, exact)"
+        f"Megabytes of tensors beyond input and parameters, batch {samples} x {'x'.join(map(str, SIZE))} "
+        "(counted, exact)"
     )
     print(f"{'':22}{'kept for backward':>25}{'peak':>25}")
     print(f"{'dtype':6}{'layer':16}{'ours':>12}{'composition':>13}{'ours':>12}{'composition':>13}")

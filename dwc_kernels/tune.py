@@ -1,7 +1,8 @@
 """Measure tiles on the GPU at hand and keep the best: ``python -m dwc_kernels.tune``.
 
-For each layer it times the tiles that the model (``kernels.tiles``) ranks first and stores the fastest in a JSON file named
-after the device in the user's cache folder, which the launchers read from then on. Nothing is tuned behind anyone's back.
+For each layer it times the tiles that the model (``kernels.tiles``) ranks first and stores the fastest in a JSON file
+named after the device in the user's cache folder, which the launchers read from then on. Nothing is tuned behind
+anyone's back.
 """
 
 import argparse

@@ -1,5 +1,6 @@
-"""The Triton backend: forward, input gradient and weight gradient, one file each, behind the same functions as ``reference``,
-which is their definition. Importing this package imports Triton; ``backends.why_not_triton`` says beforehand whether it can run.
+"""The Triton backend: forward, input gradient and weight gradient, one file each, behind the same functions as
+``reference``, which is their definition. Importing this package imports Triton; ``backends.why_not_triton`` says
+beforehand whether it can run.
 """
 
 from dwc_kernels.backends import why_not_triton as why_not

@@ -3,8 +3,9 @@
     mean = conv(x, mu) + b_mu        var = conv(x^2, sigma^2) + b_sigma^2
     y    = mean + sqrt(var) * eps    r   = eps / (2 sqrt(var)), 0 where var = 0
 
-A program owns a box of BD x BH x BW output voxels (the rows of a matrix product) and N0 + N1 filters (its columns), sums
-over taps and channels (``products.both_products``) and finishes in registers: x^2, mean, var and eps are never in memory.
+A program owns a box of BD x BH x BW output voxels (the rows of a matrix product) and N0 + N1 filters (its columns),
+sums over taps and channels (``products.both_products``) and finishes in registers: x^2, mean, var and eps are never in
+memory.
 """
 
 import torch
@@ -95,8 +96,10 @@ def forward_kernel(
     seed,  # int64 scalar in memory, so that a CUDA graph can be replayed with another
     N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, C_BLOCKS: tl.constexpr, C_STEPS: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, ARCH: tl.constexpr,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    C_BLOCKS: tl.constexpr, C_STEPS: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     n_f = tl.cdiv(F, N0 + N1)
     n_w = tl.cdiv(W, BW)
@@ -143,7 +146,7 @@ def forward(
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample the convolution: y in the layout of x, and r in channels_last_3d, both [N, F, D', H', W'] in the dtype of x.
+    """Sample the convolution: y in the layout of x and r in channels_last_3d, [N, F, D', H', W'], in the dtype of x.
 
     Raises
     ------
@@ -173,7 +176,8 @@ def forward(
         forward_kernel[(programs(work, tile),)](
             descriptor(a, [1, *tile.box, tile.channels], arch), *columns, bias_mu, bias_sigma, y, r, seed,
             *a.shape, *size, n_filters, *geometry.padding, *geometry.dilation, *geometry.kernel,
-            *loop_constants(tile, weight_mu.shape[1]), CHUNK=tile.chunk, ALIGNED=size[2] % 4 == 0, PRECISION=how, ARCH=arch,
+            *loop_constants(tile, weight_mu.shape[1]), CHUNK=tile.chunk, ALIGNED=size[2] % 4 == 0,
+            PRECISION=how, ARCH=arch,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y.contiguous(memory_format=layout), r

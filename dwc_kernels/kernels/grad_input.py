@@ -2,8 +2,8 @@
 
     dx = convT(g, mu) + 2 x * convT(g * r, sigma^2)
 
-The adjoint of a convolution at stride 1 is the convolution with the mirrored filter and the rest of the padding, so this
-is the forward's loop (``products.both_products``) over filters in place of channels; g * r is formed in registers.
+The adjoint of a convolution at stride 1 is the convolution with the mirrored filter and the rest of the padding, so
+this is the forward's loop (``products.both_products``) over filters in place of channels; g * r is formed in registers.
 """
 
 import torch
@@ -69,7 +69,8 @@ def grad_input_kernel(
     x, dx,  # [N, D, H, W, C]
     N, Do, Ho, Wo, F, D, H, W, C, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, C_BLOCKS: tl.constexpr, C_STEPS: tl.constexpr,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    C_BLOCKS: tl.constexpr, C_STEPS: tl.constexpr,
     N0: tl.constexpr, N1: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     n_c = tl.cdiv(C, N0 + N1)

@@ -2,9 +2,9 @@
 
     dmu = corr(x, g)        dsigma = 2 sigma * corr(x^2, g * r)
 
-A program owns one block of 32 channels at four taps (the 128 rows of a matrix product) and N0 + N1 filters (its columns)
-and sums over its share of the voxels: one box of g and r serves four taps and both products. The shares' partial sums are
-added in a fixed order afterwards, without atomics, so that the same inputs give the same bits.
+A program owns one block of 32 channels at four taps (the 128 rows of a matrix product) and N0 + N1 filters (its
+columns) and sums over its share of the voxels: one box of g and r serves four taps and both products. The partial sums
+of the shares are added in a fixed order afterwards, without atomics, so that the same inputs give the same bits.
 """
 
 import math
@@ -38,8 +38,8 @@ __all__ = ["grad_weight"]
 def stack(b0, b1, b2, b3):
     """Four blocks [K, 32] as the rows of one [128, K], without leaving the registers.
 
-    Row bits 3 and 6 choose the block, for those are the row bits that a thread of a tensor-core operand holds itself; the
-    launcher undoes the order of rows on the result.
+    Row bits 3 and 6 choose the block, for those are the row bits that a thread of a tensor-core operand holds itself;
+    the launcher undoes the order of rows on the result.
     """
     K: tl.constexpr = b0.shape[0]
     s = tl.join(tl.join(b0, b2), tl.join(b1, b3))  # [K, 32, 2, 2]: block = 2 * third + fourth
@@ -72,7 +72,8 @@ def grad_weight_kernel(
     out_desc, out_tail_desc,  # [splits * 2 * programs, 128, F]: partial sums for mu, then for sigma^2
     N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w, splits,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, C_BLOCKS: tl.constexpr,
-    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, PRECISION: tl.constexpr, ARCH: tl.constexpr,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, PRECISION: tl.constexpr,
+    ARCH: tl.constexpr,
 ):  # fmt: skip
     BC: tl.constexpr = 32
     K: tl.constexpr = BD * BH * BW
@@ -191,11 +192,12 @@ def grad_weight(
     partial = torch.empty(
         (parts, 2, groups_of_taps, c_blocks, STACKED_ROWS, g.shape[-1]), dtype=torch.float32, device=x.device
     )
+    sums = partial.view(-1, *partial.shape[-2:])
     blocks = [[1, *tile.box, n] for n in (tile.wide, tile.tail)]
     with device_of(x):
         grad_weight_kernel[(programs(work, tile) * parts,)](
             descriptor(x, [1, *tile.box, 32], arch), *(descriptor(t, block, arch) for t in (g, r) for block in blocks),
-            *(descriptor(partial.view(-1, *partial.shape[-2:]), [1, STACKED_ROWS, n], arch) for n in (tile.wide, tile.tail)),
+            *(descriptor(sums, [1, STACKED_ROWS, n], arch) for n in (tile.wide, tile.tail)),
             *x.shape, *g.shape[1:], *geometry.padding, *geometry.dilation, parts,
             *kernel, c_blocks, *tile.box, tile.wide, tile.tail, PRECISION=how, ARCH=arch,
             num_warps=tile.warps, num_stages=tile.stages,

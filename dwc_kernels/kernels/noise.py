@@ -1,9 +1,9 @@
 """Standard normal noise inside a kernel: the device function whose PyTorch twin is ``dwc_kernels/noise.py``.
 
-Element ``i`` of the output, counted in logical NCDHW order, is lane ``i % 4`` of group ``i // 4``; Philox-4x32 with 7 rounds
-turns (seed, group) into four words, and two Box-Muller pairs turn the words into four normals. The rows of a tile are runs
-along W, so four rows share a group and one Philox block serves them all. Where W is no multiple of 4 the runs straddle two
-groups and both are computed: the noise of an element never depends on the tile it falls in.
+Element ``i`` of the output, counted in logical NCDHW order, is lane ``i % 4`` of group ``i // 4``; Philox-4x32 with 7
+rounds turns (seed, group) into four words, and two Box-Muller pairs turn the words into four normals. The rows of a
+tile are runs along W, so four rows share a group and one Philox block serves them all. Where W is no multiple of 4 the
+runs straddle two groups and both are computed: the noise of an element never depends on the tile it falls in.
 """
 
 import triton

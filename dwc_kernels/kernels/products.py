@@ -27,9 +27,9 @@ def product(x, z, PRECISION: tl.constexpr):
 
 @triton.jit
 def settled(acc, ARCH: tl.constexpr):
-    """acc itself, at no cost. On sm_90 a use of the accumulator after its product makes Triton wait for the product there,
-    and between two such waits ptxas lets the matrix instructions overlap; without it, ptxas serializes every single one
-    (warning C7515). Elsewhere there is nothing to settle.
+    """acc itself, at no cost. On sm_90 a use of the accumulator after its product makes Triton wait for the product
+    there, and between two such waits ptxas lets the matrix instructions overlap; without it, ptxas serializes every
+    single one (warning C7515). Elsewhere there is nothing to settle.
     """
     if ARCH == "sm_90":
         return acc.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)

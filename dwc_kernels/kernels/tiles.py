@@ -1,4 +1,4 @@
-"""Which tile a kernel uses: a small stated model, and what ``dwc_kernels.tune`` measured where it ran. Nothing compiles here.
+"""Which tile a kernel uses: by a small stated model, or as ``dwc_kernels.tune`` measured. Nothing is compiled here.
 
 A tile is good when its accumulators fit the registers, its pipeline fits shared memory, little arrives per product, few
 columns are idle and the last wave of programs is full. ``choose`` estimates each candidate's time as
@@ -58,11 +58,13 @@ class Chip:
 # L2: 5120 bytes per cycle is A100's stated figure (A100 whitepaper); the others are taken to be no better per chip.
 CHIPS = {
     "sm_80": Chip(
-        "A100 SXM 80GB", 108, 1.41e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 64}, 5120 / 108, 2.04e12, 163 << 10,
+        "A100 SXM 80GB", 108, 1.41e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 64},
+        5120 / 108, 2.04e12, 163 << 10,
         holds=115, rows_per_warp=16,
     ),
     "sm_90": Chip(
-        "H100 SXM", 132, 1.83e9, {"bf16": 2048, "fp16": 2048, "tf32": 1024, "ieee": 128}, 5120 / 132, 3.35e12, 227 << 10,
+        "H100 SXM", 132, 1.83e9, {"bf16": 2048, "fp16": 2048, "tf32": 1024, "ieee": 128},
+        5120 / 132, 3.35e12, 227 << 10,
         unroll=3,
     ),
     "sm_100": Chip(
@@ -80,7 +82,7 @@ CHIPS["interpreter"] = replace(
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel is asked for: ``channels`` are summed over, ``columns`` come out (grad_weight: rows and columns)."""
+    """What a kernel is asked for: ``channels`` are summed over, ``columns`` come out; in grad_weight both do."""
 
     kind: str
     dtype: str  # "bf16", "fp16", "tf32" or "ieee": of the operands
@@ -130,11 +132,13 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
         shapes = [(box, 32, 1, STACKED_ROWS // chip.rows_per_warp) for box in SUMMED_BOXES]
     else:
         blocks = {c: math.ceil(problem.channels / c) for c in (16, 32, 64)}
+        # With one tap the compiler merges the loop with what follows and needs registers for both: half the rows.
+        boxes, per_warp = (BOXES, chip.rows_per_warp) if math.prod(problem.kernel) > 1 else (BOXES[1:], 16)
         # g and r together leave no registers for an unrolled loop.
         unrolls = range(1, (chip.unroll if problem.kind == "forward" else 1) + 1)
         shapes = [
-            (box, c, unroll, max(1, min(8, math.prod(box) // chip.rows_per_warp)))
-            for box in BOXES
+            (box, c, unroll, max(1, min(8, math.prod(box) // per_warp)))
+            for box in boxes
             for c, n in blocks.items()
             for unroll in unrolls
             if n % unroll == 0 and c < 2 * problem.channels + 16
@@ -211,7 +215,7 @@ def splits(problem: Problem, tile: Tile, chip: Chip) -> int:
 
 
 def estimate(problem: Problem, tile: Tile, chip: Chip) -> dict[str, float]:
-    """Cycles that the model sees, by what costs them, and their sum in ``total``; a lower bound, for comparing tiles."""
+    """Cycles of the whole launch by what costs them, and the model's ``total``; for comparing tiles."""
     rows, summed = (
         (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels * tile.unroll)
     )
@@ -220,7 +224,8 @@ def estimate(problem: Problem, tile: Tile, chip: Chip) -> dict[str, float]:
     tensor = macs / chip.macs[problem.dtype] + macs / chip.macs[second]
     row_bytes, column_bytes = operand_bytes(problem, tile)
     l2 = (row_bytes + column_bytes) / chip.l2
-    # Instructions, fitted to the disassembly of the sm_90 kernels: a loop, its descriptor loads, its matrix instructions.
+    # Instructions, fitted to the disassembly of the sm_90 kernels: a loop, its descriptor loads, its matrix
+    # instructions.
     column_loads = 2 if tile.tail else 1
     if problem.kind == "grad_weight":
         loads, chains = 4 + 2 * column_loads, 2 * column_loads

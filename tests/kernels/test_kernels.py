@@ -62,7 +62,7 @@ def relative_error(out, exact):
 
 
 def assert_as_accurate_as_composition(tensors, **geometry):
-    """Output and gradients err at most twice as much as the composition in the same dtype, against fp64, and a rounding."""
+    """Against fp64, output and gradients err at most twice as much as the composition in the same dtype."""
     dtype = tensors[0].dtype
     with torch.no_grad():
         y = F.conv3d(tensors[0].double(), tensors[1].double(), **geometry)

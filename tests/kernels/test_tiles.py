@@ -69,14 +69,9 @@ def test_a_broken_file_of_tiles_is_named(tmp_path, monkeypatch, content):
         tiles.tile_for(LAYER, "sm_90", "gpu")
 
 
-@pytest.mark.parametrize(
-    ("module", "code", "words"), [("dwc_kernels.tune", 2, "no GPU"), ("benchmarks.gpu", 0, "no GPU")]
-)
-def test_commands_that_need_a_gpu_say_so_in_one_line(module, code, words):
-    done = subprocess.run(
-        [sys.executable, "-m", module],
-        env=os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+@pytest.mark.parametrize(("module", "code"), [("dwc_kernels.tune", 2), ("benchmarks.gpu", 0)])
+def test_commands_that_need_a_gpu_say_so_in_one_line(module, code):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", module], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
-    said = [line for line in (done.stdout + done.stderr).splitlines() if words in line]
-    assert len(said) == 1
+    assert (done.stdout + done.stderr).count("no GPU") == 1
