@@ -245,8 +245,7 @@ def estimate(problem: Problem, tile: Tile, chip: Chip) -> dict[str, float]:
         count = programs(problem, tile)
         per_element = 24 if problem.kind == "forward" else 6  # instructions, from the disassembly
         epilogue = rows * tile.columns * per_element / 128
-    together = resident(problem, tile, chip)
-    waves = math.ceil(count / (chip.multiprocessors * together)) * together
+    waves = math.ceil(count / chip.multiprocessors)  # programs that share a multiprocessor share its rates
     bound = max(tensor, l2, shared, issue) + issue / 4  # a quarter of the issue is taken not to overlap
     return {
         "tensor": waves * steps * tensor,
