@@ -29,7 +29,7 @@ setup(
         "matplotlib",
         "tensorboard",
         "tqdm",
-        "jsonargparse[signatures]>=4.40",
+        "jsonargparse[signatures]>=4.49",
     ],
     extras_require={
         "triton": triton,

@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
-_COLUMNS = ["layout", "dtype", "dilation", "op_s", "composition_s", "op_bytes", "composition_bytes"]
+from dwc_kernels import reference
+
+_COLUMNS = ["layout", "dtype", "dilation", "op_s", "composition_s", "noise_s", "op_bytes", "composition_bytes"]
 _results = pytest.StashKey[list]()
 
 
@@ -22,8 +24,9 @@ def pytest_terminal_summary(terminalreporter, config):
     table = pd.DataFrame(rows, columns=_COLUMNS)
     total = table.groupby(["layout", "dtype"])[_COLUMNS[3:]].sum()
     total["speedup"] = total.op_s.rdiv(total.composition_s)
+    total["noise_share"] = total.noise_s / total.op_s
     total["saved"] = total.op_bytes / total.composition_bytes
-    native = "yes" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+    native = "yes" if reference.multiplies_bf16() else "no"
     write = terminalreporter.write_line
     write("")
     machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

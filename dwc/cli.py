@@ -17,6 +17,9 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
     "train": "train a network: MAP, variational, a site's from a prior, fine-tuning",
     "consolidate": "consolidate the posteriors of several sites into one",
+    "predict": "segment scans with one network or an ensemble",
+    "evaluate": "score networks on the held-out scans of a manifest",
+    "demo": "run the whole cycle on simulated sites, minutes on two CPU cores",
 }
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 

@@ -31,7 +31,7 @@ def confusion_matrix(truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray,
     ValueError
         If the shapes differ or a class is outside 0..n_classes-1.
     """
-    truth, predicted = torch.as_tensor(truth), torch.as_tensor(predicted)
+    truth, predicted = _tensor(truth), _tensor(predicted)
     if truth.shape != predicted.shape:
         raise ValueError(f"truth has shape {tuple(truth.shape)}, the prediction {tuple(predicted.shape)}")
     for name, classes in (("true", truth), ("predicted", predicted)):
@@ -78,5 +78,10 @@ def volumes(labels: Tensor | np.ndarray, n_classes: int, voxel_volume: float) ->
     voxel_volume : float
         mm^3 of one voxel, |det| of the affine.
     """
-    counts = torch.bincount(torch.as_tensor(labels).flatten(), minlength=n_classes)
+    counts = torch.bincount(_tensor(labels).flatten(), minlength=n_classes)
     return counts.cpu().double() * voxel_volume
+
+
+def _tensor(labels: Tensor | np.ndarray) -> Tensor:
+    """Arrays as tensors of the same memory, or a copy where it may not be written, as a memory map's."""
+    return labels if isinstance(labels, Tensor) else torch.from_numpy(np.require(labels, requirements="W"))

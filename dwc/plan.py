@@ -21,6 +21,7 @@ from dwc.errors import InputError
 from dwc.files import write_whole
 from dwc.meshnet import DILATIONS, describe
 from dwc.posterior import Posterior
+from dwc.runtime import choose_device
 from dwc.settings import TrainSettings
 
 __all__ = ["Plan", "plan_run"]
@@ -110,7 +111,7 @@ def plan_run(settings: TrainSettings, *, resume: bool = False) -> Plan:
     """
     settings.check()
     _check_folder(settings.out, resume=resume)
-    device = _device(settings.device)
+    device = choose_device(settings.device)
     base = None if settings.base is None else Posterior.load(settings.base)
     settings = replace(_inherit(settings, base), device=device.type)
     label_map = LabelMap.load(settings.label_map)
@@ -145,12 +146,6 @@ def _check_folder(out: Path, *, resume: bool) -> None:
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{existing}: is not a writable folder; give another --out")
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no GPU here; give --device cpu")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def _inherit(settings: TrainSettings, base: Posterior | None) -> TrainSettings:

@@ -31,6 +31,7 @@ from dwc.objective import Objective, SigmaProjection, negative_log_prior
 from dwc.plan import Plan, binding, plan_run
 from dwc.plateau import Plateau
 from dwc.posterior import Posterior
+from dwc.runtime import seed_of
 from dwc.settings import TrainSettings
 from dwc.validation import draw_sub_volumes, validation_confusion
 from dwc_kernels import FFGConv3d
@@ -179,7 +180,7 @@ class _Run:
         factor = learning_rate_factor(settings.schedule, state.step, self.total_steps)
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor
-        torch.manual_seed(_seed_of(settings.seed, state.step))
+        torch.manual_seed(seed_of(settings.seed, state.step))
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         logits = self._logits(images.to(device, non_blocking=True))
@@ -274,7 +275,7 @@ class _Run:
 
 
 def _network(plan: Plan) -> MeshNet:
-    torch.manual_seed(_seed_of(plan.settings.seed))
+    torch.manual_seed(seed_of(plan.settings.seed))
     network = MeshNet.from_architecture(plan.header()["architecture"], bayesian=plan.settings.bayesian)
     if plan.base is not None:
         plan.base.to_model(network)
@@ -317,11 +318,6 @@ def drift(network: nn.Module) -> dict[str, dict[str, float]]:
         for name, layer in network.named_modules()
         if isinstance(layer, FFGConv3d)
     }
-
-
-def _seed_of(*entropy: int) -> int:
-    """A seed for PyTorch that differs between steps and seeds without pattern."""
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 class _Batches(Sampler[list[int]]):

@@ -16,18 +16,24 @@ from torch import Tensor
 
 from dwc_kernels.noise import normal
 
-__all__ = ["forward", "grad_input", "grad_weight", "output_layout"]
+__all__ = ["forward", "grad_input", "grad_weight", "multiplies_bf16", "output_layout"]
 
 Triple = tuple[int, int, int]
 
+# From how many products of input and output channels a tap's matrix product outruns PyTorch's own weight gradient.
+_WIDE = 64 * 64
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products; without, they are slower than fp32 ones."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
 
 def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of products: fp16 never holds a square, and bf16 is native only where the CPU multiplies it."""
-    if dtype == torch.float16:
-        return torch.float32
-    if dtype == torch.bfloat16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.float32
-    return dtype
+    """The dtype of products: fp16 never holds a square, and bf16 is kept only where it is fast."""
+    slow_bf16 = dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bf16()
+    return torch.float32 if dtype == torch.float16 or slow_bf16 else dtype
 
 
 def _native(x: Tensor) -> Tensor:
@@ -36,10 +42,9 @@ def _native(x: Tensor) -> Tensor:
 
 
 def output_layout(x: Tensor) -> torch.memory_format:
-    """The memory format that outputs share with the input: channels_last_3d only where x has it and it differs."""
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.contiguous_format
-    return torch.channels_last_3d
+    """The memory format that outputs share with the input; where it could be either (one channel), the native one."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
 
 
 def forward(
@@ -121,20 +126,20 @@ def grad_weight(
 ) -> tuple[Tensor, Tensor]:
     """dL/dmu = corr(x, g) and dL/dsigma = 2 sigma * corr(x^2, g * r), in the dtype of weight_sigma."""
     working = _working_dtype(x.dtype, x.device)
-    if x.device.type == "cpu" and stride == (1, 1, 1) and groups == 1:
-        dmu, dvar = _correlate_both(g, r, x, weight_sigma.shape, padding, dilation)
+    wide = x.shape[1] * g.shape[1] >= _WIDE
+    if x.device.type == "cpu" and stride == (1, 1, 1) and groups == 1 and wide:
+        dmu, dvar = _correlate_both(g, r, x, weight_sigma.shape, padding, dilation, working)
     else:
-        g, r, h = (t.to(working) for t in (g, r, x))
-        geometry = (weight_sigma.shape, stride, padding, dilation, groups)
-        dmu, dvar = (
-            torch.nn.grad.conv3d_weight(a, geometry[0], b, *geometry[1:]) for a, b in ((h, g), (h.square(), g * r))
-        )
+        g, r, h = (_native(t.to(working)) for t in (g, r, x))
+        shape, geometry = weight_sigma.shape, (stride, padding, dilation, groups)
+        dmu = torch.nn.grad.conv3d_weight(h, shape, g, *geometry)
+        dvar = torch.nn.grad.conv3d_weight(h.square(), shape, g * r, *geometry)
     dsigma = dvar.mul_(weight_sigma).mul_(2.0)
-    return dmu.to(weight_sigma.dtype), dsigma.to(weight_sigma.dtype)
+    return dmu.to(weight_sigma.dtype).contiguous(), dsigma.to(weight_sigma.dtype).contiguous()
 
 
 def _correlate_both(
-    g: Tensor, r: Tensor, x: Tensor, shape: torch.Size, padding: Triple, dilation: Triple
+    g: Tensor, r: Tensor, x: Tensor, shape: torch.Size, padding: Triple, dilation: Triple, working: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """corr(x, g) and corr(x^2, g * r) at stride 1 without groups, as batched matrix products over rows of voxels.
 
@@ -144,14 +149,13 @@ def _correlate_both(
     (n, n_filters, *out_size), (c, *size) = g.shape, x.shape[1:]
     kd, kh, kw = shape[2:]
     (pd, ph, pw), (dd, dh, dw) = padding, dilation
-    dtype = torch.promote_types(x.dtype, torch.float32)
     # Row v of the output meets row v + shift of the input: zeros behind a line also stand before the next one.
     tail = (kw - 1) * dw
     pitch = max(size[2] + pw, out_size[2] + tail - pw, out_size[2])
-    a = torch.zeros(2, size[0], size[1] * pitch + tail, c, dtype=dtype)
-    b = torch.zeros(2, out_size[0], out_size[1], pitch, n_filters, dtype=dtype)
+    a = torch.zeros(2, size[0], size[1] * pitch + tail, c, dtype=working)
+    b = torch.zeros(2, out_size[0], out_size[1], pitch, n_filters, dtype=working)
     a_lines = a[:, :, : size[1] * pitch].view(2, size[0], size[1], pitch, c)[..., pw : pw + size[2], :]
-    total = torch.zeros(kd, kh, kw, 2, c, n_filters, dtype=dtype)
+    total = torch.zeros(kd, kh, kw, 2, c, n_filters, dtype=torch.promote_types(working, torch.float32))
     for sample in range(n):
         a_lines[0] = x[sample].permute(1, 2, 3, 0)
         torch.square(a_lines[0], out=a_lines[1])
@@ -168,6 +172,10 @@ def _correlate_both(
                     lines = b[:, z, y0:y1].view(2, rows, n_filters)
                     for k in range(kw):
                         start = (y0 + dy) * pitch + k * dw
-                        total[i, j, k].baddbmm_(a[:, z + dz, start : start + rows].transpose(1, 2), lines)
+                        taps = a[:, z + dz, start : start + rows].transpose(1, 2)
+                        if working == total.dtype:
+                            total[i, j, k].baddbmm_(taps, lines)
+                        else:  # bf16 rounds each product once and never the sum
+                            total[i, j, k] += torch.bmm(taps, lines)
     both = total.permute(3, 5, 4, 0, 1, 2)
-    return both[0].contiguous(), both[1].contiguous()
+    return both[0], both[1]

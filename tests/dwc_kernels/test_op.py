@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.composition import composition, saved_bytes
-from dwc_kernels import ffg_conv3d
+from dwc_kernels import ffg_conv3d, reference
 from dwc_kernels.noise import normal
 
 NAMES = ("x", "weight_mu", "weight_sigma", "bias_mu", "bias_sigma")
@@ -75,6 +75,9 @@ def assert_as_accurate_as_composition(tensors, **geometry):
 GEOMETRIES = {
     "channels 1 -> 16": (dict(c=1, f=16), dict(padding=1)),
     "channels 21 -> 50": (dict(c=21, f=50), dict(padding=1)),
+    "channels 65 -> 66, dilation 2": (dict(c=65, f=66), dict(padding=2, dilation=2)),
+    "channels 64 -> 96, dilation beyond": (dict(c=64, f=96, size=(3, 4, 5)), dict(padding=11, dilation=11)),
+    "channels 96 -> 64, padding beyond": (dict(c=96, f=64, kernel=(3, 2, 3)), dict(padding=(4, 1, 3))),
     "channels 96 -> 3": (dict(c=96, f=3), dict(padding=1)),
     "1x1x1 kernel": (dict(c=16, f=50, kernel=1), {}),
     "5x5x5 kernel": (dict(kernel=5), dict(padding=2)),
@@ -112,6 +115,13 @@ def test_fp32_is_as_accurate_as_the_composition(case, layout):
 def test_other_dtypes_are_as_accurate_as_the_composition(case, dtype):
     arguments, geometry = GEOMETRIES[case]
     assert_as_accurate_as_composition(make(**arguments, dtype=dtype), **geometry)
+
+
+@pytest.mark.parametrize("case", ["channels 65 -> 66, dilation 2", "channels 96 -> 3", "stride 2"])
+def test_bf16_products_are_as_accurate_as_the_composition(case, monkeypatch):
+    monkeypatch.setattr(reference, "multiplies_bf16", lambda: True)
+    arguments, geometry = GEOMETRIES[case]
+    assert_as_accurate_as_composition(make(**arguments, dtype=torch.bfloat16), **geometry)
 
 
 def test_fp16_squares_neither_overflow_nor_vanish():

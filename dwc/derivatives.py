@@ -1,0 +1,178 @@
+"""What a predicted scan leaves on the disk: BIDS-like derivatives on the scan's own grid, whole or not at all.
+
+Names, formats and headers of result files are decided here, and so is whether they can be written, before any work.
+Predicting is `prediction`'s, pictures are `report.figures`' business.
+"""
+
+import csv
+import gzip
+import io
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from dwc.data.conform import Grid, to_native
+from dwc.data.labels import LabelMap
+from dwc.errors import InputError
+from dwc.files import write_whole
+from dwc.metrics import volumes
+from dwc.prediction import Prediction
+
+__all__ = ["Derivatives", "find_scan", "name_derivatives", "open_folder", "write_derivatives"]
+
+_EXTENSIONS = (".nii.gz", ".nii", ".mgz", ".mgh", ".img", ".hdr")
+_GEOMETRY = (
+    "pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
+    "sform_code", "srow_x", "srow_y", "srow_z",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """Files of one scan.
+
+    Attributes
+    ----------
+    labels : Path
+        `<stem>_dseg.nii.gz`, label ids of each class on the scan's grid.
+    table : Path
+        `<stem>_dseg.tsv`, index (label id) and name of each class.
+    entropy : Path
+        `<stem>_entropy.nii.gz`, float32, nats, on the scan's grid.
+    volumes : Path
+        `<stem>_volumes.tsv`, index, name and volume_mm3 of each class, counted on the scan's grid.
+    picture : Path
+        `<stem>_overlay.png`.
+    """
+
+    labels: Path
+    table: Path
+    entropy: Path
+    volumes: Path
+    picture: Path
+
+
+def find_scan(path: str | Path) -> Path:
+    """The scan of a path that may lack its extension.
+
+    Raises
+    ------
+    InputError
+        If there is no such file.
+    """
+    path = Path(path)
+    for candidate in (path, *(path.with_name(path.name + extension) for extension in _EXTENSIONS[:3])):
+        if candidate.is_file():
+            return candidate
+    what = "is a folder; give scans" if path.is_dir() else f"no such file, also not with {', '.join(_EXTENSIONS[:3])}"
+    raise InputError(f"{path}: {what}; check the path")
+
+
+def name_derivatives(scans: Sequence[Path], out: Path, *, overwrite: bool = False) -> list[Derivatives]:
+    """The files that each scan will leave in `out`: its name without extension and `_T1w`, and a suffix.
+
+    Raises
+    ------
+    InputError
+        If two scans would leave the same files, or a file is there already and is not to be overwritten.
+    """
+    stems = [_stem(scan) for scan in scans]
+    stem, count = Counter(stems).most_common(1)[0]
+    if count > 1:
+        names = ", ".join(str(scan) for scan, theirs in zip(scans, stems, strict=True) if theirs == stem)
+        raise InputError(f"{names}: would all be written as {out / stem}_dseg.nii.gz; give each its own --out")
+    suffixes = ("dseg.nii.gz", "dseg.tsv", "entropy.nii.gz", "volumes.tsv", "overlay.png")
+    derivatives = [Derivatives(*(out / f"{stem}_{suffix}" for suffix in suffixes)) for stem in stems]
+    for path in (path for files in derivatives for path in astuple(files)):
+        if path.exists() and not overwrite:
+            raise InputError(f"{path}: exists already; give another --out, or --overwrite true to replace it")
+    return derivatives
+
+
+def open_folder(out: Path) -> None:
+    """Make an output folder if need be and write a file in it, so that an hour of work is not lost at the save.
+
+    Raises
+    ------
+    InputError
+        If that is not possible.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"\0" * 4096)
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror or error}); give a writable folder with free space as --out"
+        ) from error
+
+
+def write_derivatives(
+    files: Derivatives, prediction: Prediction, scan: Path, *, label_map: LabelMap, grid: Grid
+) -> np.ndarray:
+    """Write a scan's labels, table, entropy and volumes; its picture is left to the caller.
+
+    Parameters
+    ----------
+    files : Derivatives
+        Where to.
+    prediction : Prediction
+        Of the conformed scan.
+    scan : path
+        The scan, whose grid and qform and sform the images get.
+    label_map, grid
+        Those of the networks.
+
+    Returns
+    -------
+    ndarray
+        mm^3 per class, [n_classes].
+
+    Raises
+    ------
+    InputError
+        If a file cannot be written.
+    """
+    classes = to_native(prediction.labels, scan, grid, order=0)
+    ids = label_map.to_ids(np.arange(label_map.n_classes))
+    kind = np.int16 if ids.max() <= np.iinfo(np.int16).max else np.int32
+    source = nib.load(scan)
+    voxel_volume = abs(np.linalg.det(source.affine[:3, :3]))
+    mm3 = volumes(classes, label_map.n_classes, voxel_volume).numpy()
+    write_whole(files.entropy, _nifti(to_native(prediction.entropy, scan, grid, order=1), source))
+    write_whole(files.labels, _nifti(ids.astype(kind)[classes], source))
+    write_whole(files.table, _tsv(("index", "name"), zip(ids, label_map.names, strict=True)))
+    rows = zip(ids, label_map.names, (f"{volume:.3f}" for volume in mm3), strict=True)
+    write_whole(files.volumes, _tsv(("index", "name", "volume_mm3"), rows))
+    return mm3
+
+
+def _stem(scan: Path) -> str:
+    extension = next((end for end in _EXTENSIONS if scan.name.endswith(end)), scan.suffix)
+    return scan.name.removesuffix(extension).removesuffix("_T1w")
+
+
+def _nifti(voxels: np.ndarray, source: nib.spatialimages.SpatialImage) -> bytes:
+    """A compressed NIfTI of voxels on the grid of `source`: its geometry bit for bit, no more of its header."""
+    kind = nib.Nifti2Image if isinstance(source.header, nib.Nifti2Header) else nib.Nifti1Image
+    image = kind(voxels, source.affine, dtype=voxels.dtype)
+    if isinstance(source.header, nib.Nifti1Header):  # the base of NIfTI-2's, too
+        for field in _GEOMETRY:
+            image.header[field] = source.header[field]
+    else:
+        image.set_qform(source.affine, code=1)
+        image.set_sform(source.affine, code=1)
+    return gzip.compress(image.to_bytes(), compresslevel=5, mtime=0)  # no date: the same result has the same bytes
+
+
+def _tsv(header: Sequence[str], rows) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue().encode()

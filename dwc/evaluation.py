@@ -1,0 +1,172 @@
+"""Scores of networks on labelled scans: predict whole volumes, count, and average over scans and sites.
+
+Volumes are scored on the networks' conformed grid, where they were trained, and against labels conformed the same way.
+The counting is `metrics`'; which scans a network has never seen is decided here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dwc.data.conform import Grid
+from dwc.data.labels import LabelMap
+from dwc.data.manifest import Scan, read_manifest
+from dwc.data.subvolumes import SubVolumes
+from dwc.errors import InputError
+from dwc.meshnet import MeshNet
+from dwc.metrics import confusion_matrix, dice, mean_dice
+from dwc.posterior import Posterior
+from dwc.prediction import predict_volume
+
+__all__ = ["Score", "per_class", "per_site", "per_volume", "scans_to_score", "score_volumes", "summary"]
+
+_MEANS = {"dice": False, "dice_with_background": True}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A scan and the voxels of its volume by true (row) and predicted (column) class, int64 [n_classes, n_classes]."""
+
+    scan: Scan
+    confusion: Tensor
+
+
+def scans_to_score(
+    manifest: Path,
+    posteriors: Sequence[Posterior],
+    *,
+    split: str = "test",
+    split_seed: int | None = None,
+    test_fraction: float | None = None,
+) -> list[Scan]:
+    """The scans of a part of a manifest's split, as the networks were trained on it.
+
+    A manifest with a split column decides itself. Without one, the split is made again with the seed and the test
+    fraction in the headers of the networks, unless they are given.
+
+    Parameters
+    ----------
+    manifest : path
+        As `read_manifest` reads it.
+    posteriors : sequence of Posterior
+        The networks to score.
+    split : {"test", "train", "all"}
+        Which part.
+    split_seed, test_fraction
+        In place of what the headers say. A consolidated network's header says nothing: 0 and 0.1 then.
+
+    Raises
+    ------
+    InputError
+        If the manifest is bad, the networks were trained on different splits of it, the part is empty, or a scan of
+        it has no label.
+    """
+    splits: list[tuple[str, list[Scan]]] = []
+    for posterior in [p for p in posteriors if p.metadata.get("training")] or posteriors[:1]:
+        training = posterior.metadata.get("training") or {}
+        seed = training.get("seed", 0) if split_seed is None else split_seed
+        fraction = training.get("test_fraction", 0.1) if test_fraction is None else test_fraction
+        scans = read_manifest(manifest, seed=seed, test_fraction=fraction)
+        splits.append((posterior.name, [scan for scan in scans if split in ("all", scan.split)]))
+    first, scans = splits[0]
+    for name, others in splits[1:]:
+        if {scan.image for scan in others} != {scan.image for scan in scans}:
+            raise InputError(
+                f"{manifest}: {name} was trained on another split of it than {first}; give the manifest a split column"
+            )
+    if not scans:
+        raise InputError(f"{manifest}: has no scan to {split} on; set split to {split} for some, or give --split all")
+    for scan in scans:
+        if scan.label is None:
+            raise InputError(f"{manifest}: {scan.image} has no label; scores need one, name it or leave the scan out")
+    return scans
+
+
+def score_volumes(
+    networks: Sequence[MeshNet],
+    data: SubVolumes,
+    *,
+    n_samples: int = 10,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    progress: bool = True,
+) -> list[Score]:
+    """Predict each volume of prepared scans and compare it with its labels; arguments as `predict_volume`'s."""
+    scores = []
+    for v, scan in enumerate(data.scans):
+        image, truth = data.volume(v)
+        prediction = predict_volume(
+            networks, image, n_samples=n_samples, seed=seed, device=device, precision=precision,
+            progress=f"{scan.subject} ({v + 1} of {data.n_volumes})" if progress else None,
+        )  # fmt: skip
+        scores.append(Score(scan, confusion_matrix(truth, prediction.labels, data.label_map.n_classes)))
+    return scores
+
+
+def per_class(scores: Sequence[Score], label_map: LabelMap, grid: Grid) -> pd.DataFrame:
+    """A row per volume and class: site, subject, image, class, name, dice, truth_mm3, predicted_mm3.
+
+    Dice is empty where the truth has no voxel of the class.
+    """
+    parts = []
+    for score in scores:
+        part = pd.DataFrame({"class": range(label_map.n_classes), "name": label_map.names})
+        part["dice"] = dice(score.confusion).numpy()
+        for column, axis in (("truth_mm3", 1), ("predicted_mm3", 0)):
+            part[column] = score.confusion.sum(dim=axis).numpy() * grid.voxel_size**3
+        for position, (column, value) in enumerate(_who(score.scan).items()):
+            part.insert(position, column, value)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def per_volume(scores: Sequence[Score]) -> pd.DataFrame:
+    """A row per volume: site, subject, image, n_classes (in its truth without background), dice, dice_with_background.
+
+    Both are means over the classes present in the truth, without and with class 0.
+    """
+    rows = []
+    for score in scores:
+        present = (score.confusion.sum(dim=1) > 0)[1:]
+        means = {name: mean_dice(score.confusion, with_background=flag) for name, flag in _MEANS.items()}
+        rows.append({**_who(score.scan), "n_classes": int(present.sum()), **means})
+    return pd.DataFrame(rows)
+
+
+def per_site(scores: Sequence[Score], label_map: LabelMap, grid: Grid) -> pd.DataFrame:
+    """A row per site and class: site, class, name, n_volumes (whose truth has the class), dice and its sd over them."""
+    groups = per_class(scores, label_map, grid).groupby(["site", "class", "name"], sort=True)["dice"]
+    return groups.agg(n_volumes="count", dice="mean", dice_sd="std").reset_index()
+
+
+def summary(scores: Sequence[Score]) -> dict[str, Any]:
+    """Means by site and over sites, as JSON.
+
+    ``sites`` holds for each site the number of volumes and the mean of their `per_volume` Dice, ``volume_weighted``
+    the mean over sites weighted by their numbers of volumes (each volume counts the same), ``site_mean`` the plain
+    mean over sites (each site counts the same). null where no volume has a class to score.
+    """
+    table = per_volume(scores)
+    names = list(_MEANS)
+    by_site = table.groupby("site", sort=True)[names].mean()
+    counts = table.groupby("site").size()
+    return {
+        "n_volumes": len(table),
+        "sites": {site: {"n_volumes": int(counts[site]), **_json(row)} for site, row in by_site.iterrows()},
+        "volume_weighted": _json(table[names].mean()),
+        "site_mean": _json(by_site.mean()),
+    }
+
+
+def _who(scan: Scan) -> dict[str, str]:
+    return {"site": scan.site, "subject": scan.subject, "image": scan.image.name}
+
+
+def _json(means: pd.Series) -> dict[str, float | None]:
+    return {name: None if pd.isna(value) else float(value) for name, value in means.items()}

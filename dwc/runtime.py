@@ -1,0 +1,26 @@
+"""Where a workflow computes, and what its random numbers follow from; not what it computes."""
+
+import numpy as np
+import torch
+
+from dwc.errors import InputError
+
+__all__ = ["choose_device", "seed_of"]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `auto` (a GPU where there is one), `cpu` or `cuda`.
+
+    Raises
+    ------
+    InputError
+        If a GPU is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no GPU here; give --device cpu")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def seed_of(*entropy: int) -> int:
+    """A 63-bit seed for PyTorch from numbers >= 0 (a seed, a step, ...), without pattern between neighbours."""
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)

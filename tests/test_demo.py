@@ -1,0 +1,66 @@
+"""`dwc demo` runs the whole cycle, goes on where it stopped, and never mixes two demos."""
+
+import pandas as pd
+import pytest
+import yaml
+
+from dwc.cli import main
+
+TINY = [
+    *("--width", "2", "--n_test", "1", "--n_samples", "1", "--grid_size", "32", "--voxel_size", "6.0"),
+    *("--n_train", '{"H": 2, "N": 1, "B": 1, "W": 1}'),
+    *(part for stage in ("map", "vi", "vcl", "finetune") for part in (f"--{stage}.steps", "2")),
+]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    assert main(["demo", "--out", str(out), *TINY]) == 0
+    return out
+
+
+def test_every_network_is_scored_at_every_site(demo):
+    table = pd.read_csv(demo / "table.csv", index_col="network")
+    assert list(table.columns) == ["H", "N", "B", "W", "Avg.", "A"]
+    assert len(table) == 12
+    assert table.notna().all(axis=None)
+    assert table.stack().between(0, 1).all()
+
+
+def test_it_leaves_picture_networks_and_settings(demo):
+    assert (demo / "segmentation.png").stat().st_size > 10_000
+    assert len(list((demo / "networks").glob("*/posterior.safetensors"))) == 10
+    assert yaml.safe_load((demo / "config.yaml").read_text())["map"]["steps"] == 2
+
+
+def test_called_again_it_goes_on_and_gives_the_same_table(demo):
+    table = (demo / "table.csv").read_bytes()
+    (demo / "table.csv").unlink()
+    last = demo / "networks" / "H_NBW_H"
+    for file in ("posterior.safetensors", "checkpoint.safetensors"):
+        (last / file).unlink()
+    kept = (demo / "networks" / "H_N" / "checkpoint.safetensors").stat().st_mtime_ns
+    assert main(["demo", "--out", str(demo), *TINY]) == 0
+    assert (demo / "table.csv").read_bytes() == table
+    assert (demo / "networks" / "H_N" / "checkpoint.safetensors").stat().st_mtime_ns == kept
+
+
+def test_another_demo_is_refused_in_the_same_folder(demo, capsys):
+    assert main(["demo", "--config", str(demo / "config.yaml"), "--out", str(demo), "--seed", "1"]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grid_size", "33"], "multiple of 32"),
+        (["--n_test", "0"], "positive"),
+        (["--n_train", '{"H": 1}'], "each of H, N, B and W"),
+        (["--map.steps", "many"], "steps"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_named(tmp_path, arguments, message, capsys):
+    assert main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,145 @@
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from dwc.data.conform import Grid
+from dwc.data.labels import LabelMap
+from dwc.data.manifest import Scan, read_manifest
+from dwc.data.subvolumes import prepare
+from dwc.errors import InputError
+from dwc.evaluation import Score, per_class, per_site, per_volume, scans_to_score, score_volumes, summary
+from dwc.metrics import confusion_matrix
+from dwc.posterior import Posterior
+from dwc.prediction import load_networks, predict_volume
+
+pytest_plugins = ["tests.tiny_runs"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GRID = Grid(32, 2.0)
+COARSE = LabelMap.load("coarse")
+
+
+def score(site: str, subject: str, right: int, wrong: int, klass: int = 1) -> Score:
+    """A truth of background and one class, of which `right` voxels are found and `wrong` are called class 2."""
+    confusion = torch.zeros(COARSE.n_classes, COARSE.n_classes, dtype=torch.int64)
+    confusion[0, 0], confusion[klass, klass], confusion[klass, 2] = 100, right, wrong
+    return Score(Scan(Path(f"{subject}_T1w.nii.gz"), Path("l"), subject, site, "test"), confusion)
+
+
+@pytest.fixture
+def scores() -> list[Score]:
+    """Dice 1 and 2/3 at H, 0 at N."""
+    return [score("H", "h1", 10, 0), score("H", "h2", 5, 5), score("N", "n1", 0, 10)]
+
+
+def test_each_volume_is_the_mean_over_the_classes_of_its_truth(scores):
+    table = per_volume(scores)
+    assert list(table.columns) == ["site", "subject", "image", "n_classes", "dice", "dice_with_background"]
+    assert table.dice.tolist() == pytest.approx([1, 2 / 3, 0])
+    assert table.dice_with_background.tolist() == pytest.approx([1, 5 / 6, 1 / 2])
+    assert table.n_classes.tolist() == [1, 1, 1]
+    assert table.image.tolist() == ["h1_T1w.nii.gz", "h2_T1w.nii.gz", "n1_T1w.nii.gz"]
+
+
+def test_each_class_has_its_dice_and_its_volumes_in_mm3(scores):
+    table = per_class(scores, COARSE, GRID)
+    assert len(table) == 3 * COARSE.n_classes
+    row = table[(table.subject == "h2") & (table["class"] == 1)].iloc[0]
+    assert (row["name"], row.truth_mm3, row.predicted_mm3) == (COARSE.names[1], 10 * 8.0, 5 * 8.0)
+    assert row.dice == pytest.approx(2 / 3)
+    absent = table[(table.subject == "h2") & (table["class"] == 2)].iloc[0]
+    assert math.isnan(absent.dice)
+    assert absent.predicted_mm3 == 5 * 8.0
+
+
+def test_sites_average_the_volumes_whose_truth_has_the_class(scores):
+    table = per_site([*scores, score("H", "h3", 3, 0, klass=3)], COARSE, GRID).set_index(["site", "class"])
+    assert table.loc[("H", 1), "n_volumes"] == 2
+    assert table.loc[("H", 1), "dice"] == pytest.approx(5 / 6)
+    assert table.loc[("H", 1), "dice_sd"] == pytest.approx(pd.Series([1, 2 / 3]).std())
+    assert table.loc[("H", 3), "n_volumes"] == 1
+    assert math.isnan(table.loc[("N", 3), "dice"])
+
+
+def test_the_summary_weighs_sites_by_their_volumes_and_alike(scores):
+    result = summary(scores)
+    assert result["n_volumes"] == 3
+    assert result["sites"]["H"] == {
+        "n_volumes": 2, "dice": pytest.approx(5 / 6), "dice_with_background": pytest.approx(11 / 12),
+    }  # fmt: skip
+    assert result["volume_weighted"]["dice"] == pytest.approx(5 / 9)
+    assert result["site_mean"]["dice"] == pytest.approx(5 / 12)
+
+
+def test_a_site_with_nothing_to_score_is_null_rather_than_zero():
+    assert summary([score("H", "h", 0, 0)])["sites"]["H"]["dice"] is None
+    assert summary([score("H", "h", 0, 0)])["volume_weighted"]["dice_with_background"] == 1
+
+
+def test_whole_volumes_are_scored_against_their_conformed_labels(networks, site, tmp_path):
+    ensemble = load_networks([networks["finetune"].name])
+    scans = read_manifest(site / "manifest.csv")
+    data = prepare(scans, ensemble.label_map, ensemble.grid, tmp_path, progress=False)
+    results = score_volumes(ensemble.networks, data, n_samples=2, seed=3, progress=False)
+    assert [result.scan for result in results] == scans
+    image, truth = data.volume(2)
+    predicted = predict_volume(ensemble.networks, image, n_samples=2, seed=3).labels
+    assert torch.equal(results[2].confusion, confusion_matrix(truth, predicted, 9))
+    assert results[2].confusion.sum() == 32**3
+
+
+def manifest(folder: Path, split: bool = False) -> Path:
+    """Twenty subjects with empty files; without a split column but where asked for."""
+    lines = ["image,label,subject" + ",split" * split]
+    for n in range(20):
+        for kind in ("T1w", "dseg"):
+            (folder / f"{n}_{kind}.nii.gz").touch()
+        lines.append(f"{n}_T1w.nii.gz,{n}_dseg.nii.gz,{n}" + (",test" if n < 3 else ",train") * split)
+    (folder / "manifest.csv").write_text("\n".join(lines))
+    return folder / "manifest.csv"
+
+
+def trained(seed: int, fraction: float = 0.2, name: str = "net") -> Posterior:
+    return Posterior({}, {}, {"training": {"seed": seed, "test_fraction": fraction}}, name)
+
+
+CONSOLIDATED = Posterior({}, {}, {"sites": []}, "consolidated")
+
+
+def subjects(scans) -> set[str]:
+    return {scan.subject for scan in scans}
+
+
+def test_without_a_split_column_the_scans_are_those_that_the_network_was_not_trained_on(tmp_path):
+    data = manifest(tmp_path)
+    held_out = {s.subject for s in read_manifest(data, seed=4, test_fraction=0.2) if s.split == "test"}
+    assert len(held_out) == 4
+    assert subjects(scans_to_score(data, [trained(4)])) == held_out
+    assert subjects(scans_to_score(data, [trained(5)])) != held_out
+    assert subjects(scans_to_score(data, [CONSOLIDATED, trained(4), CONSOLIDATED])) == held_out
+    assert subjects(scans_to_score(data, [CONSOLIDATED], split_seed=4, test_fraction=0.2)) == held_out
+    assert not subjects(scans_to_score(data, [trained(4)], split="train")) & held_out
+    assert len(scans_to_score(data, [trained(4), trained(5)], split="all")) == 20
+
+
+def test_a_split_column_decides_whatever_the_seeds(tmp_path):
+    scans = scans_to_score(manifest(tmp_path, split=True), [trained(4), trained(5), CONSOLIDATED])
+    assert subjects(scans) == {"0", "1", "2"}
+
+
+def test_networks_trained_on_different_splits_are_refused_naming_both(tmp_path):
+    with pytest.raises(InputError, match="b was trained on another split of it than a; give the manifest a split"):
+        scans_to_score(manifest(tmp_path), [trained(4, name="a"), CONSOLIDATED, trained(5, name="b")])
+
+
+def test_nothing_to_score_and_a_missing_label_are_refused(tmp_path):
+    data = manifest(tmp_path, split=True)
+    data.write_text(data.read_text().replace(",test", ",train"))
+    with pytest.raises(InputError, match=r"has no scan to test on; .*--split all"):
+        scans_to_score(data, [CONSOLIDATED])
+    data.write_text(data.read_text().replace("1_dseg.nii.gz", "", 1))
+    with pytest.raises(InputError, match=r"1_T1w\.nii\.gz has no label; scores need one"):
+        scans_to_score(data, [CONSOLIDATED], split="all")
