@@ -56,7 +56,7 @@ class Compiled:
     shared: int  # bytes
     serialized: bool  # ptxas gave up overlapping matrix instructions
     local: int  # instructions on local memory, anywhere in the kernel
-    calls: int  # of slow paths
+    calls: int  # of slow paths; the traps that guard tensor memory are none
     loop: dict[str, int] = field(repr=False)  # instructions of the main loop by class
     loop_instructions: int
     matrix_opcode: str
@@ -214,5 +214,5 @@ def _loop_facts(instructions: list[str], labels: dict[str, int], branch: str) ->
         "matrix_opcode": matrix.most_common(1)[0][0] if matrix else "",
         "loads": sum("UTMALDG.5D" in t for t in span),
         "local": sum(_is(o, CLASSES["local"]) for o in everywhere),
-        "calls": sum(o.startswith(("CALL", "s_swappc")) for o in everywhere),
+        "calls": sum(bool(re.search(r"CALL.*__internal(?!.*guardrail)|s_swappc", t)) for t in instructions),
     }

@@ -9,36 +9,28 @@ import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 CASES = [("sm_80", "bf16"), ("sm_90", "bf16"), ("sm_90", "tf32"), ("sm_100", "bf16"), ("sm_100", "tf32")]
 KINDS = ("forward", "grad_input", "grad_weight")
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """All facts, keyed by (arch, dtype, kind), as `python -m benchmarks.kernel_report --json` writes them."""
-    folder, facts = tmp_path_factory.mktemp("report"), {}
-    for arch in ("sm_80", "sm_90", "sm_100"):
-        dtypes = [d for a, d in CASES if a == arch]
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.kernel_report",
-            "--arch",
-            arch,
-            "--dtype",
-            *dtypes,
-            "--layer",
-            "conv2",
-        ]
-        path = folder / f"{arch}.json"
-        done = subprocess.run(
-            [*command, "--json", str(path), "--dump", str(folder / arch)],
-            env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert "Modelled, not measured" in done.stdout
-        facts |= {(f["arch"], f["dtype"], f["kind"]): f for f in json.loads(path.read_text())["facts"]}
+@pytest.fixture(scope="session")
+def report(tmp_path_factory, worker_id):
+    """All facts, keyed by (arch, dtype, kind), as the command's JSON has them; compiled once."""
+    shared = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    folder, facts = shared / "kernel_report", {}
+    with FileLock(shared / "kernel_report.lock"):
+        for arch in ("sm_80", "sm_90", "sm_100"):
+            path = folder / f"{arch}.json"
+            if not path.exists():
+                command = [sys.executable, "-m", "benchmarks.kernel_report", "--layer", "conv2", "--arch", arch]
+                command += ["--dtype", *(d for a, d in CASES if a == arch), "--dump", folder / arch, "--json", path]
+                environment = os.environ | {"TRITON_INTERPRET": "0"}
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stderr
+                assert "Modelled, not measured" in done.stdout
+            facts |= {(f["arch"], f["dtype"], f["kind"]): f for f in json.loads(path.read_text())["facts"]}
     facts["folder"] = folder
     return facts
 
