@@ -25,12 +25,12 @@ from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan
 from dwc.errors import InputError
 
-__all__ = ["SIDE", "SubVolumes", "join_volume", "prepare", "split_volume"]
+__all__ = ["SIDE", "SubVolumes", "join_volume", "moments", "prepare", "split_volume", "z_score"]
 
 SIDE = 32  # voxels along each edge of a sub-volume
-_CACHE_FORMAT = 1  # raise it when the same inputs give other files
+_CACHE_FORMAT = 2  # raise it when the same inputs give other files
 _UNFINISHED = ".unfinished-"
-_STATISTICS = "statistics.json"
+_MOMENTS = "moments.json"
 _DIGESTS = ".digests.json"  # absolute path -> size, date in ns, SHA-256
 _DAY = 24 * 3600  # s
 _SETTLED = 2_000_000_000  # ns; a file as young as this may still change within one tick of its date
@@ -58,12 +58,22 @@ def join_volume(cubes: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     return cubes.reshape(d, h, w, side, side, side).transpose(0, 3, 1, 4, 2, 5).reshape(shape)
 
 
+def moments(image: np.ndarray) -> tuple[np.float32, np.float32]:
+    """Mean and standard deviation over all voxels of an image, summed in float64."""
+    return np.float32(image.mean(dtype=np.float64)), np.float32(image.std(dtype=np.float64))
+
+
+def z_score(voxels: np.ndarray, mean: np.float32, sd: np.float32) -> np.ndarray:
+    """(voxels - mean) / sd, computed in float32: what a network takes in, with the `moments` of the whole volume."""
+    return (voxels.astype(np.float32) - np.float32(mean)) / np.float32(sd)
+
+
 class SubVolumes(torch.utils.data.Dataset):
     """The 32^3 sub-volumes of prepared scans, scan by scan; made by `prepare`.
 
-    Item i is `(image, label)`: image float32 [1, 32, 32, 32], z-scored with the mean and standard deviation over all
-    voxels of its volume, and label int64 [32, 32, 32], the classes. Only the pages asked for are read from disk, so the
-    memory in use does not grow with the number of volumes.
+    Item i is `(image, label)`: image float32 [1, 32, 32, 32], `z_score` of its voxels with the `moments` of its volume,
+    and label int64 [32, 32, 32], the classes. Only the pages asked for are read from disk, so the memory in use does
+    not grow with the number of volumes.
 
     Attributes
     ----------
@@ -78,9 +88,15 @@ class SubVolumes(torch.utils.data.Dataset):
     def __init__(self, scans: Sequence[Scan], folders: Sequence[Path], label_map: LabelMap, grid: Grid):
         self.scans, self.label_map, self.grid = list(scans), label_map, grid
         self._folders = list(folders)
-        self._statistics = [_read_statistics(folder) for folder in self._folders]
+        self._moments = [_read_moments(folder) for folder in self._folders]
         self.n_volumes = len(self.scans)
         self.sub_volumes_per_volume = (grid.size // SIDE) ** 3
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hex, of what the items are made of: bytes and order of the scans, label map and grid, not names."""
+        keys = [folder.name for folder in self._folders]
+        return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
 
     def __len__(self) -> int:
         return self.n_volumes * self.sub_volumes_per_volume
@@ -101,9 +117,8 @@ class SubVolumes(torch.utils.data.Dataset):
         return image, join_volume(self._cubes(v, "label"), self.grid.shape)
 
     def z_score(self, v: int, voxels: np.ndarray) -> np.ndarray:
-        """Voxels of volume v, (voxel - mean) / sd with the mean and sd over all its voxels, float32."""
-        mean, sd = self._statistics[v]
-        return (voxels.astype(np.float32) - np.float32(mean)) / np.float32(sd)
+        """`z_score` of voxels of volume v with the moments of all its voxels."""
+        return z_score(voxels, *self._moments[v])
 
     def _cubes(self, v: int, name: str) -> np.ndarray:
         if name == "label" and self.scans[v].label is None:
@@ -241,15 +256,15 @@ def _build(folder: Path, scan: Scan, label_map: LabelMap, grid: Grid) -> None:
     arrays = {"image": image}
     if scan.label is not None:
         arrays["label"] = conform_labels(scan.label, grid, label_map, scan.image)
-    statistics = {"mean": float(image.mean(dtype=np.float64)), "sd": float(image.std(dtype=np.float64))}
+    mean, sd = (float(moment) for moment in moments(image))
     unfinished = folder.with_name(f"{_UNFINISHED}{uuid.uuid4().hex}")
     unfinished.mkdir()
     try:
         for name, array in arrays.items():
             with _synced(unfinished / f"{name}.npy") as file:
                 np.save(file, split_volume(array), allow_pickle=False)
-        with _synced(unfinished / _STATISTICS) as file:
-            file.write(json.dumps(statistics).encode())
+        with _synced(unfinished / _MOMENTS) as file:
+            file.write(json.dumps({"mean": mean, "sd": sd}).encode())
         if folder.exists() and not _is_whole(folder, scan, grid):
             shutil.rmtree(folder)  # damaged from outside
         os.rename(unfinished, folder)
@@ -272,7 +287,7 @@ def _is_whole(folder: Path, scan: Scan, grid: Grid) -> bool:
     names = ["image.npy"] if scan.label is None else ["image.npy", "label.npy"]
     try:
         sizes = {np.load(folder / name, mmap_mode="r", allow_pickle=False).size for name in names}
-        _read_statistics(folder)
+        _read_moments(folder)
     except (OSError, ValueError, KeyError):  # missing, cut short
         return False
     return sizes == {grid.size**3}
@@ -288,9 +303,9 @@ def _sweep(cache_dir: Path) -> None:
             continue  # another process sweeps too
 
 
-def _read_statistics(folder: Path) -> tuple[float, float]:
-    statistics = json.loads((folder / _STATISTICS).read_text())
-    return statistics["mean"], statistics["sd"]
+def _read_moments(folder: Path) -> tuple[float, float]:
+    values = json.loads((folder / _MOMENTS).read_text())
+    return values["mean"], values["sd"]
 
 
 @lru_cache(maxsize=128)  # each open map holds a file descriptor

@@ -19,7 +19,7 @@ from dwc.data import subvolumes
 from dwc.data.conform import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan
-from dwc.data.subvolumes import join_volume, prepare, split_volume
+from dwc.data.subvolumes import join_volume, moments, prepare, split_volume, z_score
 from dwc.errors import InputError
 
 FIFTY = LabelMap.load("fifty")
@@ -78,10 +78,32 @@ def test_items_are_z_scored_cubes_with_their_classes(scans, tmp_path):
         data[24]
 
 
-def test_a_volume_of_z_scores_has_mean_zero_and_variance_one(scans, tmp_path):
+def test_a_volume_of_z_scores_has_mean_zero_and_variance_one():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 64), np.uint8)
+    mean, sd = moments(image)
+    z = z_score(image, mean, sd)
+    assert mean.dtype == sd.dtype == z.dtype == np.float32
+    np.testing.assert_allclose([z.mean(dtype=np.float64), z.std(dtype=np.float64)], [0, 1], atol=1e-6)
+
+
+def test_items_are_exactly_the_z_scores_of_the_volume(scans, tmp_path):
     data = _prepare(scans, tmp_path / "cache")
-    z = data.z_score(0, data.volume(0)[0]).astype(np.float64)
-    np.testing.assert_allclose([z.mean(), z.std()], [0, 1], atol=1e-6)
+    image, _ = data.volume(2)
+    np.testing.assert_array_equal(data[16][0][0], z_score(image[:32, :32, :32], *moments(image)))
+
+
+def test_the_digest_follows_content_order_label_map_and_grid_and_not_names(scans, tmp_path):
+    data = _prepare(scans, tmp_path / "cache")
+    renamed = [replace(scan, image=scan.image.rename(tmp_path / f"{i}.nii.gz")) for i, scan in enumerate(scans)]
+    assert _prepare(renamed, tmp_path / "elsewhere").digest == data.digest
+    others = [
+        _prepare(renamed[::-1], tmp_path / "cache"),
+        _prepare(renamed[:2], tmp_path / "cache"),
+        _prepare([*renamed[:2], replace(renamed[2], label=scans[0].label)], tmp_path / "cache"),
+        _prepare(renamed, tmp_path / "cache", label_map=LabelMap.load("coarse")),
+        _prepare(renamed, tmp_path / "cache", grid=Grid(32, 6.0)),
+    ]
+    assert len({data.digest, *(other.digest for other in others)}) == 6
 
 
 def test_a_data_loader_reads_in_worker_processes(scans, tmp_path):
@@ -184,7 +206,7 @@ def test_a_killed_build_leaves_nothing_that_looks_whole(scans, tmp_path):
     assert _files(tmp_path / "cache") == _files(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "statistics"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "moments"])
 def test_a_damaged_entry_is_built_again(scans, tmp_path, damage):
     _prepare(scans[:1], tmp_path / "cache")
     whole = _files(tmp_path / "cache")
@@ -194,7 +216,7 @@ def test_a_damaged_entry_is_built_again(scans, tmp_path, damage):
     elif damage == "missing":
         (entry / "label.npy").unlink()
     else:
-        (entry / "statistics.json").write_text("{")
+        (entry / "moments.json").write_text("{")
     _prepare(scans[:1], tmp_path / "cache")
     assert _files(tmp_path / "cache") == whole
 
