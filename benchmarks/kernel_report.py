@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import sys
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -249,6 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="F", help="write facts and model to this file")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write PTX, cubin and SASS into this folder")
     options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it")
     facts, rows = report(options.arch, options.dtype, [layer for layer in LAYERS if layer.name in options.layer])
     print_facts(facts)
     print_model(rows)
