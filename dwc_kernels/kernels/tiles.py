@@ -128,7 +128,12 @@ STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 
 def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """The tiles that fit the chip's registers and shared memory."""
-    if problem.kind == "grad_weight":
+    columns = SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS
+    if chip.macs[problem.dtype] < 512:  # not tensor cores: operands sit in registers, so many warps on a small tile
+        boxes = SUMMED_BOXES[-1:] if problem.kind == "grad_weight" else BOXES[2:3]
+        shapes = [(box, 32 if problem.kind == "grad_weight" else 16, 1, 8) for box in boxes]
+        columns = ((32, 0), (16, 0))
+    elif problem.kind == "grad_weight":
         shapes = [(box, 32, 1, STACKED_ROWS // chip.rows_per_warp) for box in SUMMED_BOXES]
     else:
         blocks = {c: math.ceil(problem.channels / c) for c in (16, 32, 64)}
@@ -145,7 +150,7 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
         ]
     found = []
     for box, channels, unroll, warps in shapes:
-        for wide, tail in SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS:
+        for wide, tail in columns:
             chunk = 8 if math.prod(problem.kernel) == 1 else 16  # a loop this short is merged with what follows it
             tile = Tile(box, channels, unroll, wide, tail, chunk, warps, 2)
             stages = [
