@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint benchmark clean
+.PHONY: setup demo test lint benchmark clean
 
 setup: .venv/ready
 
@@ -18,9 +18,6 @@ demo: setup
 # A test per core, one thread each: several multi-threaded tests on one core only wait for each other.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
-
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check

@@ -6,7 +6,7 @@ Each step calls the workflow that a command calls; nothing here trains, consolid
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from dwc.data.conform import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import read_manifest
 from dwc.data.simulation import write_site
-from dwc.data.subvolumes import SubVolumes, prepare
+from dwc.data.subvolumes import SIDE, SubVolumes, prepare
 from dwc.errors import InputError
 from dwc.evaluation import score_volumes, summary
 from dwc.files import write_whole
@@ -33,7 +33,7 @@ from dwc.training import train
 __all__ = ["DemoSettings", "Stage", "run"]
 
 ORIGIN, SITES, UNSEEN = "H", ("N", "B", "W"), "A"
-_PICTURE = "segmentation.png"
+_PICTURE, _WEIGHTS = "segmentation.png", "consolidation.csv"
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Stage:
         constant or one_cycle.
     """
 
-    steps: int
-    lr: float
+    steps: int = 500
+    lr: float = 1e-2
     rho_lr: float | None = None
     schedule: Literal["constant", "one_cycle"] = "one_cycle"
 
@@ -66,20 +66,30 @@ class DemoSettings:
     ----------
     out
         Folder for data, networks, table and picture. Called again, the demo goes on where it stopped.
-    grid_size, voxel_size
-        Of the simulated scans; mm.
+    grid_size
+        Voxels along each edge of the simulated scans.
+    voxel_size
+        Millimetres.
     label_map
         coarse: eight tissues, which minutes on a CPU can teach; fifty classes they cannot.
-    width, dilations
-        Of MeshNet: filters per layer, and one dilation per 3x3x3 layer.
+    width
+        Filters of each layer of MeshNet.
+    dilations
+        One per 3x3x3 layer.
     batch_size
         Sub-volumes per step.
     n_train
         Training scans per site, in about the paper's proportions.
     n_test
         Held-out scans per site, and of the unseen site A.
-    map, vi, vcl, finetune
-        How the networks of each mode are trained.
+    map
+        How the MAP networks are trained.
+    vi
+        How the variational network of H is trained.
+    vcl
+        How the sites' networks are trained, from that of H.
+    finetune
+        How the consolidated network is trained on H.
     n_samples
         Monte Carlo samples per prediction.
     seed
@@ -99,7 +109,7 @@ class DemoSettings:
     vi: Stage = Stage(steps=150, lr=3e-3, rho_lr=3e-2)
     vcl: Stage = Stage(steps=150, lr=3e-3, rho_lr=3e-2)
     finetune: Stage = Stage(steps=60, lr=1e-3, rho_lr=1e-2)
-    n_samples: int = 5
+    n_samples: int = 3
     seed: int = 0
 
     def check(self) -> None:
@@ -115,8 +125,24 @@ class DemoSettings:
         for name, value in (*self.n_train.items(), ("n_test", self.n_test), ("n_samples", self.n_samples)):
             if value < 1:
                 raise InputError(f"{name} {value}: give a positive number")
-        if self.grid_size % 32 or self.grid_size < 32:
-            raise InputError(f"--grid_size {self.grid_size}: give a multiple of 32 voxels")
+        if self.grid_size % SIDE or self.grid_size < SIDE:
+            raise InputError(f"--grid_size {self.grid_size}: give a multiple of {SIDE} voxels")
+        LabelMap.load(self.label_map)
+        for mode in ("map", "vi", "vcl", "finetune"):
+            if (steps := getattr(self, mode).steps) < 1:
+                raise InputError(f"--{mode}.steps {steps}: give a positive number")
+            self.training(mode, data=self.out, out=self.out, prior=self.out).check()
+
+    def training(self, mode: str, *, prior: Path | None = None, **paths: Path) -> TrainSettings:
+        """The trainer's settings of a mode, as one epoch: a demo's network is validated once, at its end."""
+        stage: Stage = getattr(self, mode)
+        return TrainSettings(
+            mode=mode, **paths, prior=prior if mode in ("vcl", "finetune") else None,
+            lr=stage.lr, rho_lr=stage.rho_lr, schedule=stage.schedule, epochs=1, steps_per_epoch=stage.steps,
+            label_map=self.label_map, grid_size=self.grid_size, voxel_size=self.voxel_size,
+            width=self.width, dilations=self.dilations, batch_size=self.batch_size,
+            seed=self.seed, cache_dir=self.out / "cache",
+        )  # fmt: skip
 
 
 def run(settings: DemoSettings) -> None:
@@ -127,8 +153,9 @@ def run(settings: DemoSettings) -> None:
     InputError
         If a setting is wrong or the folder cannot be written or holds another demo.
     """
+    settings = replace(settings, out=settings.out.absolute())
     settings.check()
-    out = settings.out.absolute()
+    out = settings.out
     _keep_config(settings, out)
     manifests = {site: _site(settings, out, site) for site in (ORIGIN, *SITES, UNSEEN)}
     networks = dict(_train_all(settings, out, manifests))
@@ -142,7 +169,7 @@ def run(settings: DemoSettings) -> None:
 def _report(settings: DemoSettings, table: pd.DataFrame, out: Path) -> str:
     """The table for people, and where every file lies."""
     files = {"settings": "config.yaml", "scans": "sites", "networks": "networks", "table": "table.csv"}
-    files["picture"] = _PICTURE
+    files |= {"weights": _WEIGHTS, "picture": _PICTURE}
     tissues = LabelMap.load(settings.label_map).n_classes - 1
     return "\n".join(
         (
@@ -184,17 +211,9 @@ def _train_all(settings: DemoSettings, out: Path, manifests: dict[str, Path]) ->
 
     def trained(name: str, mode: str, site: str, **start: Path) -> Posterior:
         print(f"training {name}", flush=True)
-        stage: Stage = getattr(settings, mode)
-        return train(
-            TrainSettings(
-                mode=mode, data=manifests[site], out=_folder(out, name), **start,
-                lr=stage.lr, rho_lr=stage.rho_lr, schedule=stage.schedule, epochs=1, steps_per_epoch=stage.steps,
-                label_map=settings.label_map, grid_size=settings.grid_size, voxel_size=settings.voxel_size,
-                width=settings.width, dilations=settings.dilations, batch_size=settings.batch_size,
-                seed=settings.seed, cache_dir=out / "cache",
-            ),
-            resume=_folder(out, name).exists(),
-        )  # fmt: skip
+        folder = _folder(out, name)
+        run_settings = settings.training(mode, data=manifests[site], out=folder, **start)
+        return train(run_settings, resume=folder.exists())
 
     maps = {site: trained(f"MAP {site}", "map", site) for site in (ORIGIN, *SITES)}
     yield "untrained", [_untrained(maps[ORIGIN], settings.seed)]
@@ -212,8 +231,18 @@ def _train_all(settings: DemoSettings, out: Path, manifests: dict[str, Path]) ->
     consolidated = consolidation.posterior(name)
     _folder(out, name).mkdir(exist_ok=True)
     consolidated.save(_file(out, name))
+    weights = pd.DataFrame(asdict(row) for row in consolidation.report())
+    weights["site"] = [Path(site).parent.name for site in weights["site"]]
+    write_whole(out / _WEIGHTS, weights.to_csv(index=False, float_format="%.4f").encode())
+    print(f"weight of each site's means, median over layers: {_medians(weights)}")
+    print("  (1/3 each would average the sites, 1 each adds their shifts up)", flush=True)
     yield f"{name} (consolidated)", [consolidated]
     yield f"{name}->{ORIGIN} (DWC)", [trained(f"{name}->{ORIGIN}", "finetune", ORIGIN, prior=_file(out, name))]
+
+
+def _medians(weights: pd.DataFrame) -> str:
+    """Site and weight, in words."""
+    return ", ".join(f"{site} {weight:.2f}" for site, weight in weights.groupby("site")["weight"].median().items())
 
 
 def _folder(out: Path, name: str) -> Path:

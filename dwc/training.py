@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from dwc.checkpoint import read_log, restore, save_checkpoint, write_log
 from dwc.data.subvolumes import SIDE, SubVolumes, prepare
-from dwc.errors import InputError
+from dwc.errors import InputError, Interrupted
+from dwc.files import open_folder
 from dwc.meshnet import MeshNet
 from dwc.metrics import mean_dice
 from dwc.objective import Objective, SigmaProjection, negative_log_prior
-from dwc.plan import Plan, binding, plan_run
+from dwc.plan import Plan, plan_run
 from dwc.plateau import Plateau
 from dwc.posterior import Posterior
 from dwc.runtime import seed_of
@@ -36,15 +37,7 @@ from dwc.settings import TrainSettings
 from dwc.validation import draw_sub_volumes, validation_confusion
 from dwc_kernels import FFGConv3d
 
-__all__ = ["Interrupted", "TrainSettings", "train"]
-
-
-class Interrupted(Exception):
-    """A signal ended the run after a whole step; its checkpoint is on disk and the message says how to resume."""
-
-    def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
+__all__ = ["TrainSettings", "train"]
 
 
 def train(settings: TrainSettings, *, resume: bool = False) -> Posterior:
@@ -52,8 +45,9 @@ def train(settings: TrainSettings, *, resume: bool = False) -> Posterior:
 
     Each line of log.jsonl is an epoch: ``loss`` and ``nll`` (nats per voxel, means over the epoch's steps), ``penalty``
     (nats; the KL, or -log p(w)), ``dice`` (held-out sub-volumes, network at its means, mean over the classes present
-    in the truth without class 0) and ``dice_with_background``, ``plateau_step`` (null while the loss falls), and per
-    Bayesian layer the medians of sigma/sigma_0 (``sigma_ratio``) and |mu - mu_0|/sigma_0 (``shift``).
+    in the truth without class 0) and ``dice_with_background``, ``plateau_step`` (null while the loss falls, and
+    under one_cycle, whose falling learning rate flattens any loss), and per Bayesian layer the medians of sigma/sigma_0
+    (``sigma_ratio``) and |mu - mu_0|/sigma_0 (``shift``).
 
     Parameters
     ----------
@@ -76,10 +70,12 @@ def train(settings: TrainSettings, *, resume: bool = False) -> Posterior:
         After SIGINT or SIGTERM, with a whole checkpoint on disk.
     """
     plan = plan_run(settings, resume=resume)
-    plan.open_folder()
+    open_folder(settings.out)
     data, held_out = (
         prepare(scans, plan.label_map, plan.grid, plan.cache_dir) for scans in (plan.train_scans, plan.test_scans)
     )
+    plan = plan.with_data(data.digest, held_out.digest)
+    plan.write_config()  # from here on the folder is a run's: bad data has been refused by now
     devices = [plan.device] if plan.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
         return _Run(plan, data, held_out).finish()
@@ -112,7 +108,7 @@ class _Run:
         self.optimizer, self.learning_rates = _adam(self.network, settings)
         self.project = SigmaProjection(self.network)
         self.project()
-        self.state = _State(Plateau(settings.plateau_window), binding=binding(plan))
+        self.state = _State(Plateau(settings.plateau_window), binding=plan.binding())
         self.log: list[dict[str, Any]] = []
         if plan.checkpoint is not None:
             tensors, state = plan.checkpoint
@@ -151,6 +147,10 @@ class _Run:
         closed = self.state.step == self.state.epoch * self.steps_per_epoch
         return self.state.epoch >= self.settings.epochs or (plateau and closed)
 
+    def _plateau_step(self) -> int | None:
+        """Where the plateau began; a falling learning rate flattens any loss, which proves nothing."""
+        return self.state.plateau.began_at if self.settings.schedule == "constant" else None
+
     def _epoch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """The rest of the open epoch: steps, validation, log line, checkpoint."""
         state, began = self.state, time.monotonic()
@@ -165,7 +165,7 @@ class _Run:
             "nll": state.nll_sum / self.steps_per_epoch,
             "penalty": self._penalty().item(),
             **scores,
-            "plateau_step": state.plateau.began_at,
+            "plateau_step": self._plateau_step(),
             "layers": drift(self.network),
             "seconds": round(time.monotonic() - began, 3),
         }
@@ -260,7 +260,7 @@ class _Run:
             **self.settings.binding(),
             "n_sub_volumes": self.objective.n_sub_volumes,
             "steps": state.step,
-            "plateau_step": state.plateau.began_at,
+            "plateau_step": self._plateau_step(),
             "init_sha256": None if plan.has_learned_prior else base_sha256,
             "torch_version": torch.__version__,
         }
@@ -289,7 +289,7 @@ def _adam(network: nn.Module, settings: TrainSettings) -> tuple[torch.optim.Adam
     parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in network.named_parameters():
         parts[name.endswith("_rho")].append(parameter)
-    rates = {False: settings.lr, True: settings.rho_lr or settings.lr}
+    rates = {False: settings.lr, True: settings.lr if settings.rho_lr is None else settings.rho_lr}
     groups = [{"params": parameters, "lr": rates[is_rho]} for is_rho, parameters in parts.items() if parameters]
     return torch.optim.Adam(groups), [group["lr"] for group in groups]
 

@@ -3,6 +3,8 @@
 It always samples; a deterministic convolution with the means is `torch.nn.functional.conv3d` itself.
 """
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,8 @@ from dwc_kernels.backends import choose_backend
 
 __all__ = ["ffg_conv3d", "gaussian_kl"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CAST = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
+_DTYPES = (*_CAST, torch.float64)
 
 
 def ffg_conv3d(
@@ -34,7 +37,7 @@ def ffg_conv3d(
 
     Per output element, y = mean + sqrt(var) * eps with mean = conv3d(x, weight_mu, bias_mu),
     var = conv3d(x^2, weight_sigma^2) + bias_sigma^2 and eps ~ N(0, 1) (McClure et al. 2018, Eqs. 12-15). No floor is
-    added to var: sigma = 0 gives conv3d exactly, and the derivative of sqrt(var) is defined as 0 where var = 0.
+    added to var: sigma = 0 gives the mean itself, and the derivative of sqrt(var) is defined as 0 where var = 0.
 
     Parameters
     ----------
@@ -59,19 +62,24 @@ def ffg_conv3d(
     Returns
     -------
     Tensor
-        [N, F, D', H', W'] (or unbatched) in the input's dtype. Differentiable once in every floating-point argument.
+        [N, F, D', H', W'] (or unbatched) in the input's dtype. Differentiable in every floating-point argument, once
+        and in reverse mode: a second derivative raises RuntimeError, forward-mode tangents do not pass.
 
     Raises
     ------
     ValueError
         Shapes, dtypes, devices or options that do not fit together, or a backend that cannot run.
     """
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
+    device = input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         input, weight_mu, weight_sigma, bias_mu, bias_sigma = (
-            None if t is None else t.to(dtype) for t in (input, weight_mu, weight_sigma, bias_mu, bias_sigma)
+            t if t is None or t.dtype not in _CAST else t.to(dtype)
+            for t in (input, weight_mu, weight_sigma, bias_mu, bias_sigma)
         )
-    stride, dilation = _triple(stride), _triple(dilation)
+    stride, dilation = _integers("stride", stride), _integers("dilation", dilation)
+    if not isinstance(padding, str):
+        padding = _integers("padding", padding)
     _check(input, weight_mu, weight_sigma, bias_mu, bias_sigma, stride, padding, dilation, groups)
     batched = input if input.dim() == 5 else input.unsqueeze(0)
     batched, padding = _resolve_padding(batched, weight_mu.shape[2:], stride, padding, dilation)
@@ -102,8 +110,11 @@ def gaussian_kl(mu: Tensor, sigma: Tensor, prior_mu: Tensor, prior_sigma: Tensor
     Returns
     -------
     Tensor
-        Scalar, differentiable in all four.
+        Scalar of at least fp32, differentiable in all four.
     """
+    mu, sigma, prior_mu, prior_sigma = (
+        v.to(torch.promote_types(v.dtype, torch.float32)) for v in (mu, sigma, prior_mu, prior_sigma)
+    )
     shift = (mu - prior_mu) / prior_sigma
     t = (sigma - prior_sigma) / prior_sigma
     # v - 1 - ln v in fp32: near the prior log1p keeps the digits that cancel, far below it only the ratio has them.
@@ -113,14 +124,25 @@ def gaussian_kl(mu: Tensor, sigma: Tensor, prior_mu: Tensor, prior_sigma: Tensor
 
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
-    """The seed as an int64 scalar on the input's device, where a captured graph can redraw or replace it."""
+    """The seed as an int64 scalar on the input's device, so that no backend has to wait for the host to draw it."""
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, int):
-        return torch.full((), seed, dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor):
+        try:
+            return torch.full((), operator.index(seed), dtype=torch.int64, device=device)
+        except (TypeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"seed must be a 64-bit integer, got {seed!r}") from error
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(f"seed must be an int64 scalar, got {seed.dtype} of shape {tuple(seed.shape)}")
     return seed.reshape(()).to(device)
+
+
+def _integers(name: str, value) -> tuple[int, int, int]:
+    """An int, or three of them, as a triple."""
+    triple = _triple(value)
+    if len(triple) != 3 or not all(isinstance(v, int | torch.SymInt) for v in triple):
+        raise ValueError(f"{name} must be an int or three of them, got {value!r}")
+    return tuple(triple)
 
 
 def _resolve_padding(x: Tensor, kernel, stride, padding, dilation) -> tuple[Tensor, tuple[int, int, int]]:
@@ -128,7 +150,7 @@ def _resolve_padding(x: Tensor, kernel, stride, padding, dilation) -> tuple[Tens
     if padding == "valid":
         return x, (0, 0, 0)
     if padding != "same":
-        return x, _triple(padding)
+        return x, padding
     total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if any(t % 2 for t in total):
         x = F.pad(x, [side for t in reversed(total) for side in (0, t % 2)])
@@ -161,7 +183,7 @@ def _check(x, weight_mu, weight_sigma, bias_mu, bias_sigma, stride, padding, dil
             raise ValueError(f"padding must be an int, a triple, 'same' or 'valid', got {padding!r}")
         if padding == "same" and stride != (1, 1, 1):
             raise ValueError(f"padding='same' needs stride 1, got {stride}")
-    elif min(_triple(padding)) < 0:
+    elif min(padding) < 0:
         raise ValueError(f"padding must not be negative, got {padding}")
     for name, t in (
         ("weight_mu", weight_mu),

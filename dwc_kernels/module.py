@@ -186,16 +186,34 @@ class FFGConv3d(nn.Module):
             if any(value is not None for value in given.values()):
                 raise ValueError("give a layer or its parts, not both")
             given = {name: getattr(posterior, name) for name in given}
-        for name, value in given.items():
-            prior = getattr(self, f"prior_{name}")
-            if value is None or prior is None:
-                continue
-            value = torch.as_tensor(value).detach()
-            if posterior is not None and value.shape != prior.shape:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, the prior {tuple(prior.shape)}")
-            if not bool(value.isfinite().all()) or (name.endswith("sigma") and not bool((value > 0).all())):
-                raise ValueError(f"the prior's {name} must be finite{' and positive' * name.endswith('sigma')}")
-            prior.copy_(value.to(prior).expand_as(prior))
+            if posterior._names != self._names:
+                raise ValueError("one of the two layers has a bias and the other has none")
+        checked = {
+            name: self._checked_prior(name, value, exact=posterior is not None)
+            for name, value in given.items()
+            if value is not None and getattr(self, f"prior_{name}") is not None
+        }
+        for name, value in checked.items():  # all of them or none
+            getattr(self, f"prior_{name}").copy_(value)
+
+    def _checked_prior(self, name: str, value: Tensor | float, *, exact: bool) -> Tensor:
+        """A prior's value in the shape and dtype of its buffer."""
+        prior = getattr(self, f"prior_{name}")
+        value = torch.as_tensor(value).detach()
+        fits = (
+            value.shape == prior.shape
+            if exact
+            else value.dim() <= prior.dim()
+            and all(
+                theirs in (1, ours) for theirs, ours in zip(reversed(value.shape), reversed(prior.shape), strict=False)
+            )
+        )
+        if not fits:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, the prior {tuple(prior.shape)}")
+        value = value.to(prior.dtype)
+        if not value.is_meta and not (value.isfinite().all() and (name.endswith("mu") or (value > 0).all())):
+            raise ValueError(f"the prior's {name} must be finite{' and positive' * name.endswith('sigma')}")
+        return value.expand_as(prior)
 
     @classmethod
     def from_conv3d(cls, conv: nn.Conv3d, **kwargs) -> "FFGConv3d":
@@ -204,8 +222,8 @@ class FFGConv3d(nn.Module):
         Parameters
         ----------
         conv : nn.Conv3d
-            Its weights become the means; a `torch.nn.utils.parametrizations.weight_norm` on them goes over to
-            ``weight_mu``.
+            Its effective weights become the means; a `torch.nn.utils.parametrizations.weight_norm` on them goes over
+            to ``weight_mu``, and what is frozen stays frozen.
         **kwargs
             prior_mu, prior_sigma, sigma_init, backend.
 
@@ -213,7 +231,13 @@ class FFGConv3d(nn.Module):
         -------
         FFGConv3d
             On the device, in the dtype and in the mode (training or eval) of ``conv``.
+
+        Raises
+        ------
+        ValueError
+            If the weight or the bias has another parametrization, which the means could not keep.
         """
+        norm = _weight_norm(conv)
         layer = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             conv.groups, conv.bias is not None, conv.padding_mode, conv.weight.device, conv.weight.dtype, **kwargs,
@@ -221,8 +245,15 @@ class FFGConv3d(nn.Module):
         _assign(layer, "weight_mu", conv.weight)
         if conv.bias is not None:
             _assign(layer, "bias_mu", conv.bias)
-        if parametrize.is_parametrized(conv, "weight"):
-            parametrizations.weight_norm(layer, "weight_mu")
+            layer.bias_mu.requires_grad_(conv.bias.requires_grad)
+        if norm is None:
+            layer.weight_mu.requires_grad_(conv.weight.requires_grad)
+        else:
+            parametrizations.weight_norm(layer, "weight_mu", dim=norm.dim if norm.dim >= 0 else None)
+            pairs = (parametrized.parametrizations for parametrized in (conv, layer))
+            theirs, ours = (next(iter(pair.values())).parameters() for pair in pairs)
+            for source, target in zip(theirs, ours, strict=True):
+                target.requires_grad_(source.requires_grad)
         return layer.train(conv.training)
 
     def extra_repr(self) -> str:
@@ -250,6 +281,16 @@ def _assign(module: nn.Module, name: str, value: Tensor) -> None:
             getattr(module, name).copy_(value)
 
 
+def _weight_norm(conv: nn.Conv3d) -> nn.Module | None:
+    """The weight normalization of a convolution, if it has one."""
+    if not parametrize.is_parametrized(conv):
+        return None
+    found = [(name, list(chain)) for name, chain in conv.parametrizations.items()]
+    if [name for name, _ in found] != ["weight"] or [type(p).__name__ for p in found[0][1]] != ["_WeightNorm"]:
+        raise ValueError(f"{conv} has parametrizations other than weight_norm on its weight; remove them first")
+    return found[0][1][0]
+
+
 def convert(model: nn.Module, **kwargs) -> nn.Module:
     """Replace every `torch.nn.Conv3d` of a network by an `FFGConv3d` with its trained means, in place.
 
@@ -265,8 +306,15 @@ def convert(model: nn.Module, **kwargs) -> nn.Module:
     nn.Module
         ``model`` itself, or the new layer where ``model`` is a Conv3d.
     """
-    if isinstance(model, nn.Conv3d):
-        return FFGConv3d.from_conv3d(model, **kwargs)
-    for name, child in model.named_children():
-        setattr(model, name, convert(child, **kwargs))
-    return model
+    layers: dict[int, nn.Module] = {}  # a Conv3d that stands in several places stays one layer
+
+    def converted(module: nn.Module) -> nn.Module:
+        if id(module) not in layers:
+            is_conv = isinstance(module, nn.Conv3d)
+            layers[id(module)] = FFGConv3d.from_conv3d(module, **kwargs) if is_conv else module
+            for name, child in () if is_conv else tuple(module._modules.items()):
+                if child is not None:
+                    module._modules[name] = converted(child)
+        return layers[id(module)]
+
+    return converted(model)

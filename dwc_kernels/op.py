@@ -1,8 +1,8 @@
 """The op as torch.library operators, so that torch.compile, autograd and fake tensors see through it.
 
-`dwc::ffg_conv3d` samples and returns (y, r); `dwc::ffg_conv3d_grad_input` and `dwc::ffg_conv3d_grad_weight` are the two
-halves of its backward, derived by hand (see `reference`) from x and r alone. Each forwards to the backend it is told;
-choosing one, checking arguments and casting under autocast are the work of `functional`.
+`dwc::ffg_conv3d` samples and returns (y, r); `dwc::ffg_conv3d_grad_input`, `..._grad_weight` and `..._grad_bias` are
+its backward, derived by hand (see `reference`) from x and r alone, and have no derivative themselves. Each forwards to the
+backend it is told; choosing one, checking arguments and casting under autocast are the work of `functional`.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,11 @@ from dwc_kernels import reference
 from dwc_kernels.reference import output_layout
 
 __all__ = ["ffg_conv3d"]
+
+
+def _as_given(x: Tensor) -> torch.autocast:
+    """Autocast has cast the arguments already; inside, it would cast what the backend computes in fp32 on purpose."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _implementation(backend: str):
@@ -42,7 +47,8 @@ def ffg_conv3d(
 ) -> tuple[Tensor, Tensor]:
     """Return the sample y and r = eps / (2 sqrt(var)), both [N, F, D', H', W']."""
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    return _implementation(backend).forward(x, weight_mu, weight_sigma, bias_mu, bias_sigma, *geometry, seed)
+    with _as_given(x):
+        return _implementation(backend).forward(x, weight_mu, weight_sigma, bias_mu, bias_sigma, *geometry, seed)
 
 
 @custom_op("dwc::ffg_conv3d_grad_input", mutates_args=())
@@ -60,7 +66,8 @@ def ffg_conv3d_grad_input(
 ) -> Tensor:
     """Return dL/dx, [N, C, D, H, W]."""
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    return _implementation(backend).grad_input(g, r, x, weight_mu, weight_sigma, *geometry)
+    with _as_given(x):
+        return _implementation(backend).grad_input(g, r, x, weight_mu, weight_sigma, *geometry)
 
 
 @custom_op("dwc::ffg_conv3d_grad_weight", mutates_args=())
@@ -77,7 +84,22 @@ def ffg_conv3d_grad_weight(
 ) -> tuple[Tensor, Tensor]:
     """Return dL/dmu and dL/dsigma, both of the weights' shape."""
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    return _implementation(backend).grad_weight(g, r, x, weight_sigma, *geometry)
+    with _as_given(x):
+        return _implementation(backend).grad_weight(g, r, x, weight_sigma, *geometry)
+
+
+@custom_op("dwc::ffg_conv3d_grad_bias", mutates_args=())
+def ffg_conv3d_grad_bias(g: Tensor, r: Tensor, bias_sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dL/db_mu = sum g and dL/db_sigma = 2 b_sigma * sum g * r, both [F]; one backend for all."""
+    voxels, wide = (0, 2, 3, 4), torch.promote_types(g.dtype, torch.float32)
+    db_mu = g.sum(voxels, dtype=wide)
+    db_var = (g.to(wide) * r).sum(voxels)
+    return db_mu.to(bias_sigma.dtype), (2 * bias_sigma * db_var).to(bias_sigma.dtype)
+
+
+@ffg_conv3d_grad_bias.register_fake
+def _(g, r, bias_sigma):
+    return torch.empty_like(bias_sigma), torch.empty_like(bias_sigma)
 
 
 @ffg_conv3d.register_fake
@@ -106,11 +128,10 @@ def _(g, r, x, weight_sigma, stride, padding, dilation, groups, backend):
 
 
 def _save(ctx, inputs, output):
-    x, weight_mu, weight_sigma, bias_mu, bias_sigma, *ctx.geometry, _, ctx.backend = inputs
+    x, weight_mu, weight_sigma, _, bias_sigma, *ctx.geometry, _, ctx.backend = inputs
     _, r = output
     ctx.mark_non_differentiable(r)
     ctx.save_for_backward(x, r, weight_mu, weight_sigma, bias_sigma)
-    ctx.has_bias = bias_mu is not None
 
 
 def _backward(ctx, g, _):
@@ -120,10 +141,8 @@ def _backward(ctx, g, _):
         dx = ffg_conv3d_grad_input(g, r, x, weight_mu, weight_sigma, *ctx.geometry, ctx.backend)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         dmu, dsigma = ffg_conv3d_grad_weight(g, r, x, weight_sigma, *ctx.geometry, ctx.backend)
-    if ctx.has_bias:
-        voxels = (0, 2, 3, 4)
-        db_mu = g.sum(voxels)
-        db_sigma = 2 * bias_sigma * (g * r).sum(voxels)
+    if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+        db_mu, db_sigma = ffg_conv3d_grad_bias(g, r, bias_sigma)
     return dx, dmu, dsigma, db_mu, db_sigma, None, None, None, None, None, None
 
 

@@ -28,6 +28,13 @@ def test_every_network_is_scored_at_every_site(demo):
     assert table.stack().between(0, 1).all()
 
 
+def test_the_weight_of_each_site_in_each_layer_is_kept(demo):
+    weights = pd.read_csv(demo / "consolidation.csv")
+    assert set(weights["site"]) == {"H_N", "H_B", "H_W"}
+    assert len(weights) == 3 * 2 * 5  # sites, weight and bias, layers
+    assert weights["sigma_ratio"].between(0, 1).all()
+
+
 def test_it_leaves_picture_networks_and_settings(demo):
     assert (demo / "segmentation.png").stat().st_size > 10_000
     assert len(list((demo / "networks").glob("*/posterior.safetensors"))) == 10
@@ -58,6 +65,9 @@ def test_another_demo_is_refused_in_the_same_folder(demo, capsys):
         (["--n_test", "0"], "positive"),
         (["--n_train", '{"H": 1}'], "each of H, N, B and W"),
         (["--map.steps", "many"], "steps"),
+        (["--vcl.steps", "0"], "--vcl.steps 0"),
+        (["--finetune.lr", "-1"], "-1"),
+        (["--label_map", "nope"], "nope"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_named(tmp_path, arguments, message, capsys):

@@ -26,6 +26,7 @@ __all__ = ["Grid", "conform_image", "conform_labels", "load_image", "load_labels
 _LIA = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # columns: voxel axes to the left, inferior, anterior
 _FORMATS = (nib.Nifti1Pair, nib.MGHImage)  # Nifti1Pair is the base of NIfTI-1 and NIfTI-2
 _AFFINE_TOLERANCE = 1e-3  # mm, in any entry of an affine
+_MOST_UNLISTED = 0.25  # of the labelled voxels
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,11 @@ def conform_labels(
 ) -> np.ndarray:
     """The classes of a label volume on the grid, uint8 [size, size, size], by nearest neighbour; class 0 outside.
 
+    Ids that the label map does not list become class 0, as long as they fill no more than a quarter of the voxels that
+    are not 0. More says that the labels are of another kind: an image, or a segmentation whose cortex has other ids,
+    as in FreeSurfer's aseg (3 and 42, two fifths of a brain). Where such ids are background on purpose, list them
+    in the label map as class 0.
+
     Parameters
     ----------
     path : path
@@ -136,10 +142,12 @@ def conform_labels(
     Raises
     ------
     InputError
-        As `load_labels`.
+        As `load_labels`; or no voxel has an id of a class other than 0, or too many have unlisted ids.
     """
     labels = load_labels(path, image)
-    classes = label_map.apply(np.asanyarray(labels.dataobj))
+    ids = np.asanyarray(labels.dataobj)
+    classes = label_map.apply(ids)
+    _check_ids(path, ids, classes, label_map)
     if _is_on(grid, labels):
         return classes
     return _resample(classes, labels.affine, grid.shape, grid.affine(_centre(labels)), order=0)
@@ -229,6 +237,22 @@ def _check_same_grid(path: Path, labels, image_path: Path) -> None:
     else:
         return
     raise InputError(f"{path}: off the grid of {image_path}, {what}; resample the labels onto the image (nearest)")
+
+
+def _check_ids(path, ids: np.ndarray, classes: np.ndarray, label_map: LabelMap) -> None:
+    if not classes.any():
+        raise InputError(
+            f"{path}: holds none of the ids of label map {label_map.name!r}; give --label_map or aparc+aseg ids"
+        )
+    unlisted = ids[(classes == 0) & ~np.isin(ids, (0, *label_map.ids))]
+    part = unlisted.size / np.count_nonzero(ids)
+    if part > _MOST_UNLISTED:
+        found, counts = np.unique(unlisted, return_counts=True)
+        common = ", ".join(map(str, found[np.argsort(counts)[:-4:-1]]))
+        raise InputError(
+            f"{path}: {part:.0%} of the labelled voxels have ids that label map {label_map.name!r} does not list "
+            f"({common}); give FreeSurfer aparc+aseg ids, or a --label_map that lists them (class 0: background)"
+        )
 
 
 def _is_on(grid: Grid, image) -> bool:

@@ -16,7 +16,9 @@ import numpy as np
 
 from dwc.errors import InputError
 
-__all__ = ["LabelMap", "read_table"]
+__all__ = ["SHIPPED", "LabelMap", "read_table"]
+
+SHIPPED = ("fifty", "coarse")  # label maps that are loaded by name
 
 _COLUMNS = ("index", "class", "name")
 _SIDES = ("Left-", "Right-", "ctx-lh-", "ctx-rh-")

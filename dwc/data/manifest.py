@@ -4,17 +4,16 @@ A manifest is a CSV or a BIDS-derivatives folder. This room finds the files and 
 """
 
 import csv
+import hashlib
 import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from dwc.errors import InputError
 
-__all__ = ["Scan", "read_manifest"]
+__all__ = ["Scan", "has_split_column", "read_manifest"]
 
 _COLUMNS = ("image", "label", "subject", "site", "split")
 _SPLITS = ("train", "test")
@@ -42,18 +41,29 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
         BIDS-derivatives folder, in which `sub-*/[ses-*/]anat/*_T1w.nii.gz` are the images and the `*_dseg.nii.gz` that
         agree with them in every entity but `desc` the labels (`desc-aparcaseg` where there are several). An empty
         label is a scan for prediction only. A missing subject is read from `sub-...` in the path of the image, or else
-        is the image's name. A missing site is the name of the manifest's folder.
+        is the image's name, which then must not stand in two folders. A missing site is the name of the manifest's
+        folder.
     seed : int
         Fixes the split. Not used where there is a split column.
     test_fraction : float
-        Part of the subjects to test on: at least one, and never all, where there are two subjects or more. 0: none. A
-        subject is in one part of the split with all its scans; the same name at two sites is the same subject.
+        Part of the subjects to test on, on average; 0: none. A subject is in one part of the split with all its scans;
+        the same name at two sites is the same subject.
+
+    Notes
+    -----
+    Without a split column, seed and name give each subject a number in 0..1 (SHA-256), and those below `test_fraction`
+    are for testing. No part stays empty: where all are below it, the subject of the largest number is for training
+    (a single subject always is); where none is, that of the smallest is for testing.
+
+    So a subject's part follows from its own name, and scans added later move nobody from training to testing, but for
+    one who was for training only because all were below `test_fraction`.
 
     Raises
     ------
     InputError
         The manifest is missing, unreadable, empty, or has unknown columns; a file it names is missing; an image is
-        listed twice; a subject is in both parts of the split; a split is neither train nor test.
+        listed twice; a subject is in both parts of the split; a split is neither train nor test; two images in
+        different folders have the same name and no subject.
     """
     path = Path(path)
     if not 0 <= test_fraction < 1:
@@ -75,10 +85,16 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
     return scans
 
 
+def has_split_column(path: str | os.PathLike) -> bool:
+    """Whether a manifest fixes the split itself, rather than leaving it to the seed."""
+    return not Path(path).is_dir() and "split" in _read_csv(Path(path))[0]
+
+
 def _from_csv(path: Path) -> tuple[list[Scan], bool]:
     header, rows = _read_csv(path)
     scans: list[Scan] = []
     line_of: dict[Path, int] = {}
+    namesake: dict[str, Path] = {}
     for line, row in rows:
         where = f"{path}, line {line}"
         if not row["image"]:
@@ -93,11 +109,18 @@ def _from_csv(path: Path) -> tuple[list[Scan], bool]:
             raise InputError(f"{where}: image {row['image']} is already on line {first}; list each image once")
         if "split" in header and row["split"] not in _SPLITS:
             raise InputError(f"{where}: split is {row['split']!r}; write train or test, or leave the column out")
+        subject = row.get("subject") or _bids_subject(Path(row["image"]))
+        if not subject:
+            subject = image.name.split(".")[0]
+            other = namesake.setdefault(subject, image)
+            if other.parent.resolve() != image.parent.resolve():
+                raise InputError(f"{where}: {image} and {other} would both be subject {subject}, after their file "
+                                 f"names; add a subject column")  # fmt: skip
         scans.append(
             Scan(
                 image=image,
                 label=path.parent / row["label"] if row.get("label") else None,
-                subject=row.get("subject") or _subject(Path(row["image"])),
+                subject=subject,
                 site=row.get("site") or path.resolve().parent.name,
                 split=row.get("split", "train"),
             )
@@ -142,7 +165,7 @@ def _from_bids(path: Path) -> list[Scan]:
     )
     site = path.resolve().name
     return [
-        Scan(image, _choose(image, labels.get(_acquisition(image), [])), _subject(image), site, "train")
+        Scan(image, _choose(image, labels.get(_acquisition(image), [])), _bids_subject(image), site, "train")
         for image in sorted(images)
     ]
 
@@ -163,20 +186,26 @@ def _choose(image: Path, labels: list[Path]) -> Path | None:
     return labels[0] if labels else None
 
 
-def _subject(image: Path) -> str:
+def _bids_subject(image: Path) -> str | None:
     for part in reversed(image.parts):
         if part.startswith("sub-"):
             return part.split("_")[0].split(".")[0]
-    return image.name.split(".")[0]
+    return None
 
 
 def _split_by_subject(scans: list[Scan], seed: int, test_fraction: float) -> list[Scan]:
-    subjects = sorted({scan.subject for scan in scans})
-    n_test = 0
-    if test_fraction and len(subjects) > 1:
-        n_test = min(max(1, round(test_fraction * len(subjects))), len(subjects) - 1)
-    test = set(np.random.default_rng(seed).permutation(subjects)[:n_test].tolist())
+    subjects = sorted({scan.subject for scan in scans}, key=lambda subject: _number(subject, seed))
+    n_test = sum(_number(subject, seed) < test_fraction for subject in subjects)
+    if test_fraction:
+        n_test = min(max(1, n_test), len(subjects) - 1)
+    test = set(subjects[:n_test])
     return [replace(scan, split="test" if scan.subject in test else "train") for scan in scans]
+
+
+def _number(subject: str, seed: int) -> float:
+    """A number in 0..1 that is the subject's own, as good as drawn at random."""
+    digest = hashlib.sha256(f"{seed} {subject}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _group(items, key, value=lambda item: item) -> dict:

@@ -8,7 +8,6 @@ import csv
 import gzip
 import io
 import os
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +24,7 @@ from dwc.data.conform import Grid, load_labels
 from dwc.data.labels import LabelMap, read_table
 from dwc.data.phantom import phantom
 from dwc.errors import InputError
+from dwc.files import write_whole
 
 __all__ = ["Site", "load_sites", "simulate", "write_site"]
 
@@ -167,22 +167,22 @@ def write_site(
         heads = _anatomies(site, n_train, n_test, grid, Path(anatomies))
     label_map = LabelMap.load("fifty")
     affine = grid.affine(np.zeros(3))
-    rows = []
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for number, (subject, split, codes) in enumerate(heads):
-            image, codes = simulate(codes, site, voxel_size=grid.voxel_size, seed=_seed(seed, site, number, 0))
-            ids = label_map.to_ids(np.where(codes < _N_CLASSES, codes, 0))
-            names = [f"{site.name}-{number:03d}_{suffix}.nii.gz" for suffix in ("T1w", "dseg")]
-            for name, voxels in zip(names, (image, ids.astype(np.int16)), strict=True):
-                volume = nib.Nifti1Image(voxels, affine).to_bytes()
-                _write_whole(out_dir / name, gzip.compress(volume, compresslevel=4, mtime=0))
-            rows.append((*names, subject, site.name, split))
-        table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([("image", "label", "subject", "site", "split"), *rows])
-        _write_whole(out_dir / "manifest.csv", table.getvalue().encode())
     except OSError as error:
-        raise InputError(f"{out_dir}: cannot write ({error.strerror}); free space or choose another folder") from error
+        raise InputError(f"{out_dir}: cannot write ({error.strerror}); choose another folder") from error
+    rows = []
+    for number, (subject, split, codes) in enumerate(heads):
+        image, codes = simulate(codes, site, voxel_size=grid.voxel_size, seed=_seed(seed, site, number, 0))
+        ids = label_map.to_ids(np.where(codes < _N_CLASSES, codes, 0))
+        names = [f"{site.name}-{number:03d}_{suffix}.nii.gz" for suffix in ("T1w", "dseg")]
+        for name, voxels in zip(names, (image, ids.astype(np.int16)), strict=True):
+            volume = nib.Nifti1Image(voxels, affine).to_bytes()
+            write_whole(out_dir / name, gzip.compress(volume, compresslevel=4, mtime=0))
+        rows.append((*names, subject, site.name, split))
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([("image", "label", "subject", "site", "split"), *rows])
+    write_whole(out_dir / "manifest.csv", table.getvalue().encode())
     return out_dir / "manifest.csv"
 
 
@@ -237,19 +237,6 @@ def _load_anatomy(path: Path, grid: Grid) -> np.ndarray:
     affine = grid.affine((image.affine @ [*middle, 1])[:3])
     codes = nib.Nifti1Image(codes.astype(np.uint8), image.affine)
     return np.asanyarray(resample_from_to(codes, (grid.shape, affine), order=0).dataobj)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """The file appears with all its bytes or not at all."""
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 @lru_cache(maxsize=1)

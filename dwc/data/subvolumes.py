@@ -5,6 +5,7 @@ twice and nothing stale is read. Samplers, batches and augmentation are the trai
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from dwc.data.conform import Grid, conform_image, conform_labels
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan
 from dwc.errors import InputError
+from dwc.files import write_whole
 
 __all__ = ["SIDE", "SubVolumes", "join_volume", "moments", "prepare", "split_volume", "z_score"]
 
@@ -168,7 +169,7 @@ def prepare(
         known = dict(digests)
         folders = _map(lambda scan: _prepare(scan, label_map, grid, cache_dir, digests), scans, workers, progress)
         if digests != known:
-            _write_digests(cache_dir, digests)
+            write_whole(cache_dir / _DIGESTS, json.dumps(digests).encode())
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
@@ -240,16 +241,6 @@ def _read_digests(cache_dir: Path) -> dict[str, list]:
         return {}  # only a memory: it is made again
 
 
-def _write_digests(cache_dir: Path, digests: dict[str, list]) -> None:
-    unfinished = cache_dir / f"{_UNFINISHED}{uuid.uuid4().hex}"
-    try:
-        with _synced(unfinished) as file:
-            file.write(json.dumps(digests).encode())
-        os.replace(unfinished, cache_dir / _DIGESTS)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _build(folder: Path, scan: Scan, label_map: LabelMap, grid: Grid) -> None:
     """Write the folder under a temporary name and rename it when all of it is on the disk."""
     image = conform_image(scan.image, grid)
@@ -261,10 +252,8 @@ def _build(folder: Path, scan: Scan, label_map: LabelMap, grid: Grid) -> None:
     unfinished.mkdir()
     try:
         for name, array in arrays.items():
-            with _synced(unfinished / f"{name}.npy") as file:
-                np.save(file, split_volume(array), allow_pickle=False)
-        with _synced(unfinished / _MOMENTS) as file:
-            file.write(json.dumps({"mean": mean, "sd": sd}).encode())
+            _write(unfinished / f"{name}.npy", _npy(split_volume(array)))
+        _write(unfinished / _MOMENTS, json.dumps({"mean": mean, "sd": sd}).encode())
         if folder.exists() and not _is_whole(folder, scan, grid):
             shutil.rmtree(folder)  # damaged from outside
         os.rename(unfinished, folder)
@@ -275,10 +264,17 @@ def _build(folder: Path, scan: Scan, label_map: LabelMap, grid: Grid) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-@contextmanager
-def _synced(path: Path):
+def _npy(array: np.ndarray) -> memoryview:
+    """The bytes of a .npy file: `np.save` to a disk that fills up counts bytes where `write` gives the reason."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getbuffer()
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """Write a file of a folder that is not yet finished."""
     with open(path, "wb") as file:
-        yield file
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -295,7 +291,7 @@ def _is_whole(folder: Path, scan: Scan, grid: Grid) -> bool:
 
 def _sweep(cache_dir: Path) -> None:
     """Remove what builds that were killed a day ago or longer have left."""
-    for folder in list(cache_dir.glob(f"{_UNFINISHED}*")):
+    for folder in [*cache_dir.glob(f"{_UNFINISHED}*"), *cache_dir.glob(f".{_DIGESTS}.*")]:
         try:
             if time.time() - folder.stat().st_mtime > _DAY:
                 shutil.rmtree(folder) if folder.is_dir() else folder.unlink()

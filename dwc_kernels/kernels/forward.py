@@ -80,7 +80,11 @@ def finish(
         offset = ((dd * H + dh) * W + dw)[:, None] * F + f[None, :]
         mask = ((d0 + dd < D) & (h0 + dh < H) & (w0 + dw < W))[:, None] & (f < F)[None, :]
         tl.store(y + base + offset, (mean + var * scaled).to(y.dtype.element_ty), mask=mask)
-        tl.store(r + base + offset, (0.5 * scaled).to(r.dtype.element_ty), mask=mask)
+        # In fp16, r saturates where 1 / std leaves its range (std < 8e-6).
+        half = 0.5 * scaled
+        if r.dtype.element_ty == tl.float16:
+            half = tl.minimum(tl.maximum(half, -65504.0), 65504.0)
+        tl.store(r + base + offset, half.to(r.dtype.element_ty), mask=mask)
 
 
 SIZES = ["N", "Di", "Hi", "Wi", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w"]

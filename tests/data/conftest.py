@@ -31,7 +31,7 @@ def scan_pair(save):
         rng = np.random.default_rng(seed)
         affine = Grid(64, 3.0).affine(np.zeros(3))
         image = rng.integers(0, 256, (64, 64, 64), np.uint8)
-        labels = rng.choice(np.array([0, 2, 31, 1035, 251], np.int16), (64, 64, 64))
+        labels = rng.choice(np.array([0, 2, 2, 31, 1035, 251], np.int16), (64, 64, 64))
         return save(f"{name}_T1w.nii.gz", image, affine), save(f"{name}_dseg.nii.gz", labels, affine)
 
     return scan_pair

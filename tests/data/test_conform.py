@@ -36,8 +36,9 @@ def test_a_conformed_volume_passes_byte_for_byte(save, grid):
     voxels = RNG.integers(0, 200, grid.shape, np.uint8)
     path = save("x.nii.gz", voxels, grid.affine(np.array([5.0, -7, 11])))
     np.testing.assert_array_equal(conform_image(path, grid), voxels)
-    ids = save("l.nii.gz", voxels.astype(np.int16), grid.affine(np.array([5.0, -7, 11])))
-    np.testing.assert_array_equal(conform_labels(ids, grid, FIFTY, path), FIFTY.apply(voxels))
+    ids = RNG.choice(np.array(FIFTY.ids, np.int16), grid.shape)
+    labels = save("l.nii.gz", ids, grid.affine(np.array([5.0, -7, 11])))
+    np.testing.assert_array_equal(conform_labels(labels, grid, FIFTY, path), FIFTY.apply(ids))
     np.testing.assert_array_equal(to_native(voxels, path, grid, order=0), voxels)
 
 
@@ -199,6 +200,26 @@ def test_labels_off_the_images_grid_are_refused_naming_both(save):
         assert str(image) in str(caught.value)
 
 
+@pytest.mark.parametrize("ids", [[0], [3, 42], [0, 30, 5000]])
+def test_labels_without_any_listed_id_are_refused(save, ids):
+    path = save("l.nii.gz", RNG.choice(np.array(ids, np.int16), (8, 8, 8)))
+    with pytest.raises(InputError, match=r"l\.nii\.gz: holds none of the ids of label map 'coarse'; give --label_map"):
+        conform_labels(path, Grid(32), LabelMap.load("coarse"))
+
+
+def test_labels_of_which_more_than_a_quarter_has_unlisted_ids_are_refused(save, tmp_path):
+    ids = np.zeros((10, 10, 10), np.int16)
+    ids[:4] = 2
+    ids[0, :10, :10] = 42
+    conform_labels(save("quarter.nii.gz", ids), Grid(32), FIFTY)
+    ids[1, 0, 0] = 3
+    path = save("more.nii.gz", ids)
+    with pytest.raises(InputError, match=r"more\.nii\.gz: 25% .* label map 'fifty' does not list \(42, 3\)"):
+        conform_labels(path, Grid(32), FIFTY)
+    (tmp_path / "mine.tsv").write_text("index\tclass\tname\n2\t1\twhite\n3\t0\tcortex\n42\t0\tcortex\n")
+    conform_labels(path, Grid(32), LabelMap.load(tmp_path / "mine.tsv"))
+
+
 def test_an_image_of_which_the_grid_keeps_only_air_is_refused(save):
     voxels = np.zeros((40, 40, 40), np.int16)
     voxels[0, 0, 0] = 5
@@ -254,6 +275,18 @@ def test_intensities_of_a_real_scan_are_clipped_as_niimath_clips_them(oblique_sc
     inside = np.s_[1:-1, 1:-1, 1:-1]
     difference = np.abs(np.asanyarray(ours.dataobj).astype(int) - np.asanyarray(theirs.dataobj))[inside]
     assert np.mean(difference > 1) < 1e-5
+
+
+def test_a_real_scan_and_an_aseg_are_no_labels(shared_data, save):
+    real = nib.load(shared_data / "real" / "S1_aparc+aseg.nii.gz")
+    ids = np.asanyarray(real.dataobj).astype(np.int16)
+    ids[ids >= 1000] = np.where(ids[ids >= 1000] < 2000, 3, 42)
+    for path, grid in (
+        (shared_data / "real" / "S1_T1w.nii.gz", Grid(32, 8.0)),
+        (save("aseg.nii.gz", ids), Grid(32, 8.0)),
+    ):
+        with pytest.raises(InputError, match=f"{path.name}: .* does not list"):
+            conform_labels(path, grid, FIFTY)
 
 
 def test_the_real_scan_is_conformed_already_and_its_labels_fit(shared_data):

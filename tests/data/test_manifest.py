@@ -52,22 +52,38 @@ def test_the_split_keeps_subjects_whole_and_leaves_no_part_empty(subjects, fract
     parts = {part: {scan.subject for scan in split if scan.split == part} for part in ("train", "test")}
     assert not parts["train"] & parts["test"]
     assert [scan.image for scan in split] == [scan.image for scan in scans]
-    if len(set(subjects)) > 1:
-        assert parts["train"]
-        assert parts["test"]
-    else:
-        assert not parts["test"]
+    assert parts["train"]
+    assert bool(parts["test"]) == (len(set(subjects)) > 1)
     assert split == _split_by_subject(scans[::-1], seed, fraction)[::-1]
 
 
-def test_a_tenth_of_the_subjects_is_for_testing_and_the_seed_chooses_which():
-    scans = [Scan(Path(str(i)), None, f"s{i}", "H", "train") for i in range(50)]
-    tests = {
-        frozenset(s.subject for s in _split_by_subject(scans, seed, 0.1) if s.split == "test") for seed in range(3)
-    }
-    assert {len(part) for part in tests} == {5}
-    assert len(tests) == 3
-    assert all(scan.split == "train" for scan in _split_by_subject(scans, 0, 0.0))
+def _scans(n: int) -> list[Scan]:
+    return [Scan(Path(str(i)), None, f"s{i}", "H", "train") for i in range(n)]
+
+
+def _tested(scans: list[Scan], seed: int, fraction: float) -> set[str]:
+    return {scan.subject for scan in _split_by_subject(scans, seed, fraction) if scan.split == "test"}
+
+
+def test_a_tenth_of_the_subjects_is_for_testing_on_average_and_the_seed_chooses_which():
+    tests = [frozenset(_tested(_scans(1000), seed, 0.1)) for seed in range(5)]
+    assert len(set(tests)) == 5
+    assert all(60 < len(part) < 140 for part in tests)  # 100 +- 4 sd
+    assert not _tested(_scans(1000), 0, 0.0)
+
+
+@given(fewer=st.integers(2, 60), more=st.integers(0, 60), seed=st.integers(0, 50))
+def test_subjects_added_later_move_nobody_from_training_to_testing(fewer, more, seed):
+    before, after = _tested(_scans(fewer), seed, 0.1), _tested(_scans(fewer + more), seed, 0.1)
+    trained = {f"s{i}" for i in range(fewer)} - before
+    if trained == {"s0"} or trained == {"s1"}:  # both are below a tenth: one of them had to stand in
+        return
+    assert not trained & after
+    assert len(before - after) <= 1  # who stood in while nobody was below a tenth
+
+
+def test_a_subject_keeps_its_place_in_every_later_version():
+    assert _tested(_scans(30), 0, 0.1) == {"s15", "s23"}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +120,17 @@ def test_a_manifest_that_is_missing_or_no_text_is_refused(tmp_path):
         read_manifest(tmp_path / "volume.nii.gz")
     with pytest.raises(InputError, match="test fraction 1"):
         read_manifest(tmp_path, test_fraction=1.0)
+
+
+@pytest.mark.parametrize("subject", ["", ",subject"])
+def test_images_of_one_name_in_two_folders_need_a_subject(manifest, subject):
+    files = ("s0/mri/T1.nii.gz", "s1/mri/T1.nii.gz")
+    rows = "".join(f"{name}{',' if subject else ''}\n" for name in files)
+    path = manifest(f"image{subject}\n{rows}", *files)
+    with pytest.raises(InputError, match=r"line 3: .*s1/mri/T1\.nii\.gz and .*s0/mri/T1\.nii\.gz .*subject T1"):
+        read_manifest(path)
+    manifest("image,subject\ns0/mri/T1.nii.gz,s0\ns1/mri/T1.nii.gz,s1\n", *files)
+    assert [scan.subject for scan in read_manifest(path)] == ["s0", "s1"]
 
 
 def _touch(folder: Path, *names: str) -> Path:

@@ -1,5 +1,6 @@
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -240,9 +241,13 @@ def test_remains_of_builds_killed_long_ago_are_removed_and_young_ones_kept(scans
     for folder in (old, young):
         folder.mkdir(parents=True)
         (folder / "image.npy").touch()
-    os.utime(old, (time.time() - 200_000,) * 2)
+    digests = tmp_path / "cache" / "..digests.json.x.part"
+    digests.touch()
+    for path in (old, digests):
+        os.utime(path, (time.time() - 200_000,) * 2)
     _prepare(scans[:1], tmp_path / "cache")
     assert not old.exists()
+    assert not digests.exists()
     assert young.exists()
 
 
@@ -254,6 +259,17 @@ def test_a_full_disk_is_bad_input_and_leaves_nothing(scans, tmp_path, monkeypatc
     with pytest.raises(InputError, match="No space left on device") as caught:
         _prepare(scans, tmp_path / "cache", workers=2)
     assert str(tmp_path / "cache") in str(caught.value)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_write_cut_short_is_told_by_its_reason_and_not_in_bytes(scans, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # an array takes 262144 bytes
+    try:
+        with pytest.raises(InputError, match=r"cannot write the cache \(File too large\); free space"):
+            _prepare(scans[:1], tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "cache").iterdir())
 
 

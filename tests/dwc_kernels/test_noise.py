@@ -64,14 +64,18 @@ def test_noise_does_not_depend_on_how_much_is_drawn():
     assert torch.equal(few, many[:1001])
 
 
-def test_noise_does_not_depend_on_the_number_of_threads():
-    like, threads = torch.empty(2, 16, 16, 16, 16), torch.get_num_threads()
-    expected = normal(like, 5)
-    torch.set_num_threads(1)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_noise_does_not_depend_on_the_number_of_threads(layout):
+    like = torch.empty(2, 16, 32, 32, 32).to(memory_format=layout)  # several steps, each of which threads share
+    threads, drawn = torch.get_num_threads(), []
     try:
-        assert torch.equal(normal(like, 5), expected)
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            drawn.append(normal(like, 5))
     finally:
         torch.set_num_threads(threads)
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
 
 
 def test_noise_is_standard_normal():
