@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.modules.utils import _triple
 
 from dwc_kernels import op
+from dwc_kernels.backends import choose_backend
 
 __all__ = ["ffg_conv3d", "gaussian_kl"]
 
@@ -54,8 +55,9 @@ def ffg_conv3d(
     seed : int64 scalar Tensor or int, optional
         eps of output element i, its index in logical NCDHW order, is a pure function of (seed, i). None draws a seed
         from PyTorch's default generator of the input's device, so `torch.manual_seed` governs.
-    backend : {"auto", "reference"}
-        "auto" takes the fastest that can run here.
+    backend : {"auto", "reference", "triton"}
+        "auto" takes the Triton kernels for CUDA tensors they can take (see `backends.why_not_triton`), else the
+        reference.
 
     Returns
     -------
@@ -89,7 +91,7 @@ def ffg_conv3d(
         )
     y, _ = op.ffg_conv3d(
         batched, weight_mu, weight_sigma, bias_mu, bias_sigma, stride, padding, dilation, groups,
-        _seed_tensor(seed, input.device), _choose_backend(backend),
+        _seed_tensor(seed, input.device), choose_backend(backend, batched, weight_mu, stride, groups),
     )  # fmt: skip
     return y if input.dim() == 5 else y.squeeze(0)
 
@@ -133,13 +135,6 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(f"seed must be an int64 scalar, got {seed.dtype} of shape {tuple(seed.shape)}")
     return seed.reshape(()).to(device)
-
-
-def _choose_backend(backend: str) -> str:
-    """The backend that runs; a forced one that cannot is an error that says why."""
-    if backend in ("auto", "reference"):
-        return "reference"
-    raise ValueError(f"backend must be 'auto' or 'reference', got {backend!r}")
 
 
 def _integers(name: str, value) -> tuple[int, int, int]:

@@ -1,5 +1,10 @@
 """Fixtures shared by all rooms."""
 
+import os
+
+# Triton decides at its first import whether kernels are compiled or interpreted, and several libraries import it.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 

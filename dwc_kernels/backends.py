@@ -1,0 +1,68 @@
+"""Which backend runs a convolution, by a check that says why; nothing heavy is imported to answer."""
+
+import importlib.util
+import math
+import os
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKENDS", "choose_backend", "why_not_triton"]
+
+BACKENDS = ("auto", "reference", "triton")
+
+
+@torch.compiler.assume_constant_result
+def _why_not_here(device_type: str, device_index: int | None) -> str | None:
+    """Why Triton cannot run on a device of this process; a constant for `torch.compile`."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device_type != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+        return None if interpreted and device_type == "cpu" else f"the input is on {device_type}, not on a GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device_index) < (8, 0):
+        return "the GPU is older than sm_80"
+    return None
+
+
+def why_not_triton(x: Tensor, weight: Tensor, stride: tuple[int, int, int] = (1, 1, 1), groups: int = 1) -> str | None:
+    """Say why the Triton kernels cannot convolve x [N, C, D, H, W] with weight [F, C, kD, kH, kW]; None if they can.
+
+    TRITON_INTERPRET=1 in the environment lets them run on the CPU, slowly, as a check.
+    """
+    reason = _why_not_here(x.device.type, x.device.index)
+    if reason:
+        return reason
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{x.dtype} has no tensor-core product"
+    if tuple(stride) != (1, 1, 1):
+        return f"stride {tuple(stride)} is not 1"
+    if groups != 1:
+        return f"groups={groups} is not 1"
+    if max(weight.shape[2:]) > 7:
+        return f"a kernel of {tuple(weight.shape[2:])} is larger than 7"
+    if x.numel() == 0:
+        return "the input is empty"
+    if 8 * math.prod(x.shape[3:]) * max(x.shape[1], weight.shape[0]) >= 2**31:
+        return f"8 planes of {tuple(x.shape[3:])} voxels pass 2^31 elements, the reach of an offset within a tile"
+    return None
+
+
+def choose_backend(
+    backend: str, x: Tensor, weight: Tensor, stride: tuple[int, int, int] = (1, 1, 1), groups: int = 1
+) -> str:
+    """The backend that runs: "auto" is Triton for CUDA tensors it can take, else the reference.
+
+    Raises
+    ------
+    ValueError
+        For an unknown backend, and for "triton" where it cannot run, saying why.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "reference" or (backend == "auto" and not x.is_cuda):
+        return "reference"
+    reason = why_not_triton(x, weight, stride, groups)
+    if backend == "triton" and reason:
+        raise ValueError(f"backend='triton' cannot run: {reason}; use backend='auto' or 'reference'")
+    return "reference" if reason else "triton"

@@ -1,0 +1,187 @@
+"""The forward of ``ffg_conv3d``: mean and variance products, bias and noise in one pass over the input.
+
+    mean = conv(x, mu) + b_mu        var = conv(x^2, sigma^2) + b_sigma^2
+    y    = mean + sqrt(var) * eps    r   = eps / (2 sqrt(var)), 0 where var = 0
+
+A program owns a box of BD x BH x BW output voxels (the rows of a matrix product) and N0 + N1 filters (its columns),
+sums over taps and channels (``products.both_products``) and finishes in registers: x^2, mean, var and eps are never in
+memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dwc_kernels.kernels.launch import (
+    Geometry,
+    Triple,
+    architecture,
+    column_descriptors,
+    descriptor,
+    device_name,
+    device_of,
+    fold_taps,
+    fold_weight,
+    folds,
+    loop_constants,
+    precision,
+    problem,
+    require,
+    voxels_last,
+)
+from dwc_kernels.kernels.noise import normal_tile
+from dwc_kernels.kernels.products import both_products, column_blocks, voxel_blocks
+from dwc_kernels.kernels.tiles import Tile, programs, tile_for
+from dwc_kernels.reference import output_layout
+
+__all__ = ["forward"]
+
+
+@triton.jit
+def finish(
+    mean, var, bias_mu, bias_sigma, y, r, seed, sample, f0, d0, h0, w0, F, D, H, W,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Bias, noise and stores of N filters from f0 on, CHUNK at a time to stay within the registers."""
+    M: tl.constexpr = BD * BH * BW
+    if N > CHUNK:
+        HALF: tl.constexpr = N // 2
+        mean_low, mean_high = tl.split(mean.reshape(M, 2, HALF).permute(0, 2, 1))
+        var_low, var_high = tl.split(var.reshape(M, 2, HALF).permute(0, 2, 1))
+        finish(
+            mean_low, var_low, bias_mu, bias_sigma, y, r, seed, sample, f0, d0, h0, w0, F, D, H, W,
+            BD, BH, BW, HALF, CHUNK, ALIGNED,
+        )  # fmt: skip
+        finish(
+            mean_high, var_high, bias_mu, bias_sigma, y, r, seed, sample, f0 + HALF, d0, h0, w0, F, D, H, W,
+            BD, BH, BW, HALF, CHUNK, ALIGNED,
+        )  # fmt: skip
+    else:
+        f = f0 + tl.arange(0, N)
+        if bias_mu is not None:
+            mean += tl.load(bias_mu + f, mask=f < F, other=0.0).to(tl.float32)
+            b_sigma = tl.load(bias_sigma + f, mask=f < F, other=0.0).to(tl.float32)
+            var += b_sigma * b_sigma
+        volume = D.to(tl.int64) * H * W
+        run = tl.arange(0, M // 4)  # rows come in runs of four along W
+        rw = run % (BW // 4) * 4
+        rh = run // (BW // 4) % BH
+        rd = run // (BW // 4 * BH)
+        voxel = ((d0 + rd) * H + h0 + rh).to(tl.int64) * W + w0 + rw
+        eps = normal_tile(seed, (sample.to(tl.int64) * F + f)[None, :] * volume + voxel[:, None], M, N, ALIGNED)
+        # A subnormal variance counts as zero: the reciprocal square root would flush it to infinity.
+        scaled = tl.where(var >= 1.1754944e-38, tl.rsqrt(var), 0.0) * eps
+        row = tl.arange(0, M)
+        dw = row % BW
+        dh = row // BW % BH
+        dd = row // (BW * BH)
+        base = (((sample * D + d0).to(tl.int64) * H + h0) * W + w0) * F
+        offset = ((dd * H + dh) * W + dw)[:, None] * F + f[None, :]
+        mask = ((d0 + dd < D) & (h0 + dh < H) & (w0 + dw < W))[:, None] & (f < F)[None, :]
+        tl.store(y + base + offset, (mean + var * scaled).to(y.dtype.element_ty), mask=mask)
+        # In fp16, r saturates where 1 / std leaves its range (std < 8e-6).
+        half = 0.5 * scaled
+        if r.dtype.element_ty == tl.float16:
+            half = tl.minimum(tl.maximum(half, -65504.0), 65504.0)
+        tl.store(r + base + offset, half.to(r.dtype.element_ty), mask=mask)
+
+
+SIZES = ["N", "Di", "Hi", "Wi", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w"]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    x_desc,  # [N, Di, Hi, Wi, C]; like the next four a descriptor, or a pointer where `voxel_blocks` says
+    mu_desc, mu_tail_desc,  # [taps, F, C], blocks of N0 and of N1 filters
+    var_desc, var_tail_desc,  # [taps, F, C]: sigma^2
+    bias_mu, bias_sigma,  # [F] or None
+    y, r,  # [N, D, H, W, F]
+    seed,  # int64 scalar in memory, so that a CUDA graph can be replayed with another
+    N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    C_BLOCKS: tl.constexpr, C_STEPS: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    n_f = tl.cdiv(F, N0 + N1)
+    n_w = tl.cdiv(W, BW)
+    n_h = tl.cdiv(H, BH)
+    n_d = tl.cdiv(D, BD)
+    pid = tl.program_id(0)
+    f0 = pid % n_f * (N0 + N1)
+    w0 = pid // n_f % n_w * BW
+    h0 = pid // (n_f * n_w) % n_h * BH
+    d0 = pid // (n_f * n_w * n_h) % n_d * BD
+    sample = pid // (n_f * n_w * n_h * n_d)
+    TAPS: tl.constexpr = KD * KH * KW
+    mean, mean_tail, var, var_tail = both_products(
+        voxel_blocks(x_desc, N, Di, Hi, Wi, C, BD, BH, BW, BC, ARCH), None,
+        column_blocks(mu_desc, TAPS, F, C, N0, BC, ARCH), column_blocks(mu_tail_desc, TAPS, F, C, N1, BC, ARCH),
+        column_blocks(var_desc, TAPS, F, C, N0, BC, ARCH), column_blocks(var_tail_desc, TAPS, F, C, N1, BC, ARCH),
+        sample, d0, h0, w0, f0,
+        Di, Hi, Wi, D, H, W, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+        KD, KH, KW, BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1, PRECISION, ARCH,
+    )  # fmt: skip
+    key = tl.load(seed)
+    if N1 > 0:
+        finish(
+            mean_tail, var_tail, bias_mu, bias_sigma, y, r, key, sample, f0 + N0, d0, h0, w0, F, D, H, W,
+            BD, BH, BW, N1, CHUNK, ALIGNED,
+        )  # fmt: skip
+    finish(
+        mean, var, bias_mu, bias_sigma, y, r, key, sample, f0, d0, h0, w0, F, D, H, W,
+        BD, BH, BW, N0, CHUNK, ALIGNED,
+    )  # fmt: skip
+
+
+def forward(
+    x: Tensor,  # [N, C, D, H, W]
+    weight_mu: Tensor,  # [F, C, kD, kH, kW]
+    weight_sigma: Tensor,
+    bias_mu: Tensor | None,  # [F]
+    bias_sigma: Tensor | None,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+    seed: Tensor,  # int64 scalar
+    *,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample the convolution: y in the layout of x and r in channels_last_3d, [N, F, D', H', W'], in the dtype of x.
+
+    Raises
+    ------
+    ValueError
+        If the kernels cannot run on these arguments, saying why.
+    """
+    require(x, weight_mu, stride, groups)
+    layout, geometry = output_layout(x), Geometry(tuple(weight_mu.shape[2:]), padding, dilation)
+    size = geometry.output_size(x.shape[2:])
+    n_filters = weight_mu.shape[0]
+    y, r = (
+        torch.empty(
+            (x.shape[0], n_filters, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
+        )
+        for _ in range(2)
+    )
+    if folds(weight_mu):
+        x, geometry = fold_taps(x, geometry), Geometry.POINT
+        weight_mu, weight_sigma = fold_weight(weight_mu), fold_weight(weight_sigma)
+    how = precision(x)
+    work = problem("forward", x, size, weight_mu.shape[1], n_filters, geometry.kernel)
+    arch = architecture(x.device)
+    tile = tile or tile_for(work, arch, device_name(x.device))
+    a = voxels_last(x)
+    columns = column_descriptors(weight_mu, weight_sigma, a, how, tile, arch)
+    with device_of(x):
+        forward_kernel[(programs(work, tile),)](
+            descriptor(a, [1, *tile.box, tile.channels], arch), *columns, bias_mu, bias_sigma, y, r, seed,
+            *a.shape, *size, n_filters, *geometry.padding, *geometry.dilation, *geometry.kernel,
+            *loop_constants(tile, weight_mu.shape[1]), CHUNK=tile.chunk, ALIGNED=size[2] % 4 == 0,
+            PRECISION=how, ARCH=arch,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return y.contiguous(memory_format=layout), r

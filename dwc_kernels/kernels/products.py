@@ -1,0 +1,144 @@
+"""Device functions that the three kernels share: operands of the tensor cores, and the loop over taps and channels."""
+
+import triton
+import triton.language as tl
+
+__all__ = ["both_products", "column_blocks", "operand", "product", "settled", "voxel_blocks"]
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """x as the tensor cores take it: tf32 is rounded here, for they would truncate."""
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
+def product(x, z, PRECISION: tl.constexpr):
+    """x * z as an operand: in bf16 for bf16, in fp32 for anything else, so that a square never meets fp16's range."""
+    if x.dtype == tl.bfloat16:
+        return x * z
+    else:
+        return operand(x.to(tl.float32) * z.to(tl.float32), PRECISION)
+
+
+@triton.jit
+def settled(acc, ARCH: tl.constexpr):
+    """acc itself, at no cost. On sm_90 a use of the accumulator after its product makes Triton wait for the product
+    there, and between two such waits ptxas lets the matrix instructions overlap; without it, ptxas serializes every
+    single one (warning C7515). Elsewhere there is nothing to settle.
+    """
+    if ARCH == "sm_90":
+        return acc.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
+    else:
+        return acc
+
+
+@triton.jit
+def voxel_blocks(
+    t, N, D, H, W, C, BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, ARCH: tl.constexpr
+):
+    """A descriptor of t [N, D, H, W, C] for boxes of voxels: the launcher's own, or on chips without a copy engine for
+    tensors one made here of a pointer, so that the compiler sees its strides and can vectorize the loads."""
+    if ARCH == "sm_80" or ARCH == "gfx942":
+        WC = W * tl.multiple_of(C, 128 // t.dtype.element_ty.primitive_bitwidth)
+        HWC = H.to(tl.int64) * WC
+        return tl.make_tensor_descriptor(t, [N, D, H, W, C], [D * HWC, HWC, WC, C, 1], [1, BD, BH, BW, BC])
+    else:
+        return t
+
+
+@triton.jit
+def column_blocks(t, taps, F, C, N: tl.constexpr, BC: tl.constexpr, ARCH: tl.constexpr):
+    """A descriptor of t [taps, F, C] for blocks of N columns, in the same way; blocks of none need none."""
+    if (ARCH == "sm_80" or ARCH == "gfx942") and N * BC > 0:
+        FC = F * tl.multiple_of(C, 128 // t.dtype.element_ty.primitive_bitwidth)
+        return tl.make_tensor_descriptor(t, [taps, F, C], [FC, C, 1], [1, N, BC])
+    else:
+        return t
+
+
+@triton.jit
+def first_tap(origin, extent: tl.constexpr, size, pad, dilation):
+    """The first tap that reaches the volume from any row of the box: ceil((pad - last row) / dilation), at least 0."""
+    last = tl.minimum(origin + extent, size) - 1
+    return (tl.maximum(pad - last, 0) + dilation - 1) // dilation
+
+
+@triton.jit
+def end_tap(origin, size_a, pad, dilation, K: tl.constexpr):
+    """One past the last such tap: ceil((size_a + pad - first row) / dilation), at most K."""
+    return tl.minimum((tl.maximum(size_a + pad - origin, 0) + dilation - 1) // dilation, K)
+
+
+@triton.jit
+def both_products(
+    a_desc,  # [N, Da, Ha, Wa, C]: the mean's operand
+    b_desc,  # None or like a: the variance's operand is a * b, or a^2
+    mu_desc, mu_tail_desc,  # [taps, F, C], blocks of N0 and of N1 columns
+    var_desc, var_tail_desc,  # [taps, F, C]: sigma^2
+    sample, d0, h0, w0, f0,  # the tile: a box of rows at a corner, and columns from f0 on
+    Da, Ha, Wa, D, H, W, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    C_BLOCKS: tl.constexpr,  # blocks of BC channels per iteration
+    C_STEPS: tl.constexpr,  # iterations per tap
+    N0: tl.constexpr, N1: tl.constexpr, PRECISION: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """The sums over taps and channels of a * mu and of a * b * sigma^2 for one tile, in one pass over a and b."""
+    M: tl.constexpr = BD * BH * BW
+    kd, kh, kw = (
+        first_tap(d0, BD, D, pad_d, dil_d),
+        first_tap(h0, BH, H, pad_h, dil_h),
+        first_tap(w0, BW, W, pad_w, dil_w),
+    )
+    n_kd = tl.maximum(end_tap(d0, Da, pad_d, dil_d, KD) - kd, 0)
+    n_kh = tl.maximum(end_tap(h0, Ha, pad_h, dil_h, KH) - kh, 0)
+    n_kw = tl.maximum(end_tap(w0, Wa, pad_w, dil_w, KW) - kw, 0)
+    d, h, w = d0 - pad_d + kd * dil_d, h0 - pad_h + kh * dil_h, w0 - pad_w + kw * dil_w
+    tap = (kd * KH + kh) * KW + kw
+
+    mean = tl.zeros([M, N0], tl.float32)
+    var = tl.zeros([M, N0], tl.float32)
+    mean_tail = tl.zeros([M, N1 if N1 > 0 else 1], tl.float32)
+    var_tail = tl.zeros([M, N1 if N1 > 0 else 1], tl.float32)
+    i, j, c0 = 0, 0, 0  # tap (i, j) along H and W, and the channel
+    for _ in tl.range(n_kd * n_kh * n_kw * C_STEPS, disallow_acc_multi_buffer=True):
+        t = tap + i * KW + j
+        for block in tl.static_range(C_BLOCKS):
+            c = c0 + block * BC
+            a = a_desc.load([sample, d, h + i * dil_h, w + j * dil_w, c]).reshape(M, BC)
+            if b_desc is None:
+                ab = product(a, a, PRECISION)
+            else:
+                ab = product(a, b_desc.load([sample, d, h + i * dil_h, w + j * dil_w, c]).reshape(M, BC), PRECISION)
+            a = operand(a, PRECISION)
+            mean = settled(tl.dot(a, mu_desc.load([t, f0, c]).reshape(N0, BC).T, mean, PRECISION), ARCH)
+            if N1 > 0:
+                mean_tail = settled(
+                    tl.dot(a, mu_tail_desc.load([t, f0 + N0, c]).reshape(N1, BC).T, mean_tail, PRECISION), ARCH
+                )
+            var = settled(tl.dot(ab, var_desc.load([t, f0, c]).reshape(N0, BC).T, var, PRECISION), ARCH)
+            if N1 > 0:
+                var_tail = settled(
+                    tl.dot(ab, var_tail_desc.load([t, f0 + N0, c]).reshape(N1, BC).T, var_tail, PRECISION), ARCH
+                )
+        # On to the next step by carries: a division here would cost more than all other index arithmetic.
+        if C_STEPS > 1:
+            c0 += C_BLOCKS * BC
+            carry = c0 == C_STEPS * C_BLOCKS * BC
+            c0 = tl.where(carry, 0, c0)
+            j += carry.to(tl.int32)
+        else:
+            j += 1
+        carry = j == n_kw
+        j = tl.where(carry, 0, j)
+        i += carry.to(tl.int32)
+        carry = i == n_kh
+        i = tl.where(carry, 0, i)
+        d += tl.where(carry, dil_d, 0)
+        tap += tl.where(carry, KH * KW, 0)
+    return mean, mean_tail, var, var_tail

@@ -1,0 +1,295 @@
+"""The three kernels, interpreted, through their real launchers, against the fp64 definition and the reference.
+
+The interpreter multiplies bf16 wrongly, so bf16 is left to the compiler's proof; the fp16 and fp32 paths run here.
+"""
+
+import math
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from dwc_kernels import ffg_conv3d, kernels, reference
+from dwc_kernels.backends import choose_backend, why_not_triton
+from dwc_kernels.kernels import launch
+from dwc_kernels.kernels.noise import four_normals
+from dwc_kernels.kernels.tiles import CHIPS, KINDS, Problem, Tile, candidates
+from dwc_kernels.noise import _four_normals, normal
+
+NAMES = ("y", "x", "weight_mu", "weight_sigma", "bias_mu", "bias_sigma")
+ONE = (1, 1, 1)
+NOISE = 5e-7  # how far sine and cosine of an fp32 angle may differ between two good implementations
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # 1 / sqrt(0), not taken
+
+
+def make(c=3, f=5, kernel=3, size=(4, 5, 6), batch=1, bias=True, dtype=torch.float32):
+    """Arguments of the op, ReLU-like input with a background of zeros."""
+    gen = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=gen, dtype=torch.float64)
+
+    kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
+    x = randn(batch, c, *size).relu()
+    x[..., : size[-1] // 3] = 0
+    tensors = [x, randn(f, c, *kernel), randn(f, c, *kernel).abs() * 0.1 + 1e-3]
+    if bias:
+        tensors += [randn(f), randn(f).abs() * 0.1 + 1e-3]
+    return [t.to(dtype).requires_grad_() for t in tensors]
+
+
+def results(op, tensors, g, **options):
+    """Output and gradients."""
+    y = op(*tensors, **options)
+    return [y.detach(), *torch.autograd.grad(y, tensors, g.to(y.dtype))]
+
+
+def definition(x, weight_mu, weight_sigma, bias_mu=None, bias_sigma=None, *, eps, **geometry):
+    """The composition, with the derivative of sqrt(var) defined as 0 where var = 0."""
+    mean = F.conv3d(x, weight_mu, bias_mu, **geometry)
+    var = F.conv3d(x.square(), weight_sigma.square(), None if bias_sigma is None else bias_sigma.square(), **geometry)
+    return mean + torch.where(var > 0, var, 1.0).sqrt() * (var > 0) * eps
+
+
+def relative_error(out, exact):
+    return ((out.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def assert_as_accurate_as_composition(tensors, **geometry):
+    """Against fp64, output and gradients err at most twice as much as the composition in the same dtype."""
+    dtype = tensors[0].dtype
+    with torch.no_grad():
+        y = F.conv3d(tensors[0].double(), tensors[1].double(), **geometry)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).double()
+    eps = normal(y, 7)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    exact = results(definition, doubles, g, eps=eps.double(), **geometry)
+    ours = results(ffg_conv3d, tensors, g, seed=7, backend="triton", **geometry)
+    composed = []
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        x = tensors[0].detach().contiguous(memory_format=layout).requires_grad_()
+        composed.append(results(definition, [x, *tensors[1:]], g, eps=eps.to(dtype), **geometry))
+    for name, e, o, *both in zip(NAMES, exact, ours, *composed, strict=False):
+        assert o.isfinite().all(), name
+        allowed = 2 * max(relative_error(c, e) for c in both) + torch.finfo(dtype).eps + NOISE
+        assert relative_error(o, e) <= allowed, (name, allowed, relative_error(o, e))
+
+
+GEOMETRIES = {
+    "channels 1 -> 16": (dict(c=1, f=16), dict(padding=1)),
+    "channels 3 -> 21": (dict(c=3, f=21), dict(padding=1)),
+    "channels 21 -> 3": (dict(c=21, f=3), dict(padding=1)),
+    "channels 96 -> 96": (dict(c=96, f=96, size=(2, 4, 4)), dict(padding=1)),
+    "channels 96 -> 50, 1x1x1": (dict(c=96, f=50, kernel=1), {}),
+    "kernel 5": (dict(kernel=5), dict(padding=2)),
+    "kernel 7": (dict(c=5, kernel=(1, 7, 2), size=(2, 8, 4)), dict(padding=(0, 3, 1))),
+    "lopsided kernel": (dict(c=8, kernel=(1, 2, 3)), dict(padding=(0, 1, 2), dilation=(1, 2, 1))),
+    "6x7x9": (dict(c=5, size=(6, 7, 9)), dict(padding=1)),
+    "one voxel": (dict(c=6, size=(1, 1, 1)), dict(padding=1)),
+    "33x5x2": (dict(c=6, size=(33, 5, 2)), dict(padding=2, dilation=2)),
+    "dilation 8": (dict(c=6), dict(padding=8, dilation=8)),
+    "dilation beyond the volume": (dict(c=6, size=(3, 4, 5)), dict(padding=11, dilation=11)),
+    "no padding": (dict(c=6), {}),
+    "padding beyond the kernel": (dict(c=6, size=(3, 2, 4)), dict(padding=4)),
+    "no bias, batch 3": (dict(c=6, bias=False, batch=3), dict(padding=1)),
+}
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", GEOMETRIES)
+def test_fp32_is_as_accurate_as_the_composition(case):
+    arguments, geometry = GEOMETRIES[case]
+    assert_as_accurate_as_composition(make(**arguments), **geometry)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("layout", ["channels_last", "sliced"])
+def test_every_layout_gives_the_same(layout):
+    x, *rest = make(c=8, size=(4, 5, 8))
+    if layout == "channels_last":
+        other = x.detach().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    else:
+        other = F.pad(x.detach(), (1, 2, 0, 1))[..., :-1, 1:-2].requires_grad_()
+    g = torch.randn(1, 5, 4, 5, 8)
+    options = dict(seed=3, padding=1, backend="triton")
+    for a, b in zip(
+        results(ffg_conv3d, [x, *rest], g, **options), results(ffg_conv3d, [other, *rest], g, **options), strict=True
+    ):
+        assert torch.equal(a, b)
+    y = ffg_conv3d(other, *rest, **options)
+    assert y.is_contiguous(memory_format=reference.output_layout(other))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", ["channels 3 -> 21", "dilation 8"])
+def test_fp16_is_as_accurate_as_the_composition(case):
+    arguments, geometry = GEOMETRIES[case]
+    assert_as_accurate_as_composition(make(**arguments, dtype=torch.float16), **geometry)
+
+
+def test_fp16_squares_neither_overflow_nor_vanish():
+    x, mu, sigma = make(c=8, bias=False)
+    x, sigma = (x.detach() * 300).half(), torch.full_like(sigma, 1e-4).half()  # x^2 > 65504, sigma^2 < 2^-24
+    tensors = [t.requires_grad_() for t in (x, mu.detach().half() * 0, sigma)]
+    eps = normal(torch.empty(1, 5, 4, 5, 6), 7)
+    g = torch.ones(eps.shape)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    exact = results(definition, doubles, g.double(), eps=eps.double(), padding=1)
+    for o, e in zip(results(ffg_conv3d, tensors, g, seed=7, padding=1, backend="triton"), exact, strict=True):
+        assert relative_error(o, e) < 2e-3
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_all_zero_input_has_zero_gradient_not_nan():
+    x, mu, sigma = make(c=8, bias=False)
+    x = torch.zeros_like(x).requires_grad_()
+    y, dx, dmu, dsigma = results(ffg_conv3d, [x, mu, sigma], torch.ones(1, 5, 4, 5, 6), padding=1, backend="triton")
+    assert not y.any()
+    assert not dmu.any()
+    assert not dsigma.any()
+    assert dx.isfinite().all()
+
+
+def test_zero_sigma_is_conv3d():
+    x, mu, sigma, b_mu, b_sigma = make(c=8)
+    y = ffg_conv3d(x, mu, 0 * sigma, b_mu, 0 * b_sigma, padding=1, backend="triton")
+    torch.testing.assert_close(y, F.conv3d(x, mu, b_mu, padding=1), rtol=1e-5, atol=1e-5)
+
+
+# Tiles with other boxes, channel blocks, columns and chunks than the model's choice.
+FORWARD_TILES = [
+    Tile((4, 8, 8), 16, 1, 32, 16, 16, 8, 3),
+    Tile((1, 4, 4), 32, 1, 16, 0, 16, 1, 2),
+    Tile((2, 4, 8), 16, 3, 64, 0, 8, 2, 2),
+]
+
+
+@pytest.mark.parametrize("width", [8, 7])
+def test_noise_is_the_reference_s_whatever_the_tile(width):
+    x, _, _, b_mu, b_sigma = (t.detach() for t in make(c=33, f=40, kernel=1, size=(1, 6, width), batch=2))
+    zero = torch.zeros(40, 33, 1, 1, 1)  # mean 0 and standard deviation 1: y is the noise
+    seed = torch.tensor(-(2**60) + 12345)
+    noise = [
+        kernels.forward(x, zero, zero, 0 * b_mu, 1 + 0 * b_sigma, ONE, (0,) * 3, ONE, 1, seed, tile=tile)[0]
+        for tile in FORWARD_TILES
+    ]
+    assert all(torch.equal(n, noise[0]) for n in noise)
+    expected = normal(torch.empty(2, 40, 1, 6, width), int(seed))
+    torch.testing.assert_close(noise[0], expected, rtol=0, atol=2e-6)
+
+
+@triton.jit
+def draw(out, group, seed):
+    lane = tl.arange(0, 1)
+    z = four_normals(seed, group + lane)
+    for i in tl.static_range(4):
+        tl.store(out + i + lane, z[i])
+
+
+def test_noise_of_elements_beyond_2_to_the_32_groups_is_the_reference_s():
+    group, seed, out = 2**40 + 12345, 2**62 + 77, torch.empty(4)
+    draw[(1,)](out, group, seed)
+    expected = torch.empty(4, 1)
+    _four_normals(torch.tensor([group]), seed, expected)
+    torch.testing.assert_close(out, expected[:, 0], rtol=0, atol=2e-6)
+
+
+def test_every_tile_gives_the_same_to_rounding_and_one_tile_the_same_bits():
+    x, mu, sigma, b_mu, b_sigma = (t.detach() for t in make(c=33, f=40, kernel=(1, 3, 2), size=(3, 4, 6)))
+    geometry = (ONE, (0, 1, 1), ONE, 1)
+    seed = torch.tensor(5)
+    y, r = reference.forward(x, mu, sigma, b_mu, b_sigma, *geometry, seed)
+    g = torch.randn(y.shape)
+    dx = reference.grad_input(g, r, x, mu, sigma, *geometry)
+    for tile in FORWARD_TILES[1:]:
+        out = kernels.forward(x, mu, sigma, b_mu, b_sigma, *geometry, seed, tile=tile)
+        again = kernels.forward(x, mu, sigma, b_mu, b_sigma, *geometry, seed, tile=tile)
+        assert all(torch.equal(a, b) for a, b in zip(out, again, strict=True))
+        torch.testing.assert_close(out[0], y, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out[1], r, rtol=1e-4, atol=1e-4)
+        ours = kernels.grad_input(g, r, x, mu, sigma, *geometry, tile=tile)
+        torch.testing.assert_close(ours, dx, rtol=1e-4, atol=1e-3)
+    gradients = reference.grad_weight(g, r, x, sigma, *geometry)
+    for tile in (Tile((1, 4, 8), 32, 1, 32, 16, 16, 4, 2), Tile((1, 2, 8), 32, 1, 64, 0, 16, 4, 2)):
+        ours = kernels.grad_weight(g, r, x, sigma, *geometry, tile=tile)
+        again = kernels.grad_weight(g, r, x, sigma, *geometry, tile=tile)
+        for a, b, e in zip(ours, again, gradients, strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-3)
+
+
+def test_weight_sums_split_over_programs_add_up(monkeypatch):
+    module = sys.modules["dwc_kernels.kernels.grad_weight"]
+    x, _, sigma = (t.detach() for t in make(c=5, f=6, kernel=(1, 3, 1), size=(5, 6, 9), batch=2, bias=False))
+    g, r = torch.randn(2, 6, 5, 6, 9), torch.randn(2, 6, 5, 6, 9)
+    geometry = (ONE, (0, 1, 0), ONE, 1)
+    monkeypatch.setattr(module, "splits", lambda *_: 3)
+    ours = kernels.grad_weight(g, r, x, sigma, *geometry)
+    for o, e in zip(ours, reference.grad_weight(g, r, x, sigma, *geometry), strict=True):
+        torch.testing.assert_close(o, e, rtol=1e-4, atol=1e-4)
+
+
+def test_tf32_rounds_to_nearest_instead_of_truncating():
+    x = make(c=8, f=16, kernel=1, size=(4, 4, 8), bias=False)
+    w = x[1].detach()
+    packed = launch.pack(w, torch.float32, "tf32", 8)[0, :, :8]
+    exact = w[..., 0, 0, 0]
+    assert ((packed - exact).abs() <= exact.abs() * 2.0**-11).all()
+    assert not (packed.view(torch.int32) & 0x1FFF).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(dtype=torch.float64), "float64"),
+        (dict(stride=(2, 1, 1)), "stride"),
+        (dict(groups=2), "groups"),
+        (dict(kernel=9), "larger than 7"),
+        (dict(size=(2, 20000, 20000)), "2\\^31"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_said(change, reason):
+    options = dict(dtype=torch.float32, stride=ONE, groups=1, kernel=3, size=(4, 4, 4)) | change
+    x = torch.empty(1, 4, *options["size"], dtype=options["dtype"], device="meta")
+    weight = torch.empty(4, 4, *(options["kernel"],) * 3, device="meta")
+
+    class OnCpu:  # a tensor's description, without its memory
+        device = torch.device("cpu")
+        dtype, shape, is_cuda = x.dtype, x.shape, False
+        numel = staticmethod(x.numel)
+
+    said = why_not_triton(OnCpu, weight, options["stride"], options["groups"])
+    assert re.search(reason, said)
+    with pytest.raises(ValueError, match=reason):
+        choose_backend("triton", OnCpu, weight, options["stride"], options["groups"])
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    x, weight = torch.zeros(1, 4, 4, 4, 4), torch.zeros(4, 4, 3, 3, 3)
+    assert "not on a GPU" in why_not_triton(x, weight)
+    assert choose_backend("auto", x, weight) == "reference"
+
+
+def test_compile_sees_through_to_the_kernels():
+    tensors = make(c=8, kernel=1, size=(2, 4, 4))
+    compiled = torch.compile(
+        lambda *t: ffg_conv3d(*t, seed=3, backend="triton").relu(), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(*tensors), ffg_conv3d(*tensors, seed=3, backend="triton").relu())
+
+
+def test_a_tile_s_rows_cover_odd_volumes():
+    """Every candidate tile of the model is a power of two in each extent, as Triton's ranges need."""
+    for kind in KINDS:
+        problem = Problem(kind, "bf16", 2, (5, 7, 9), 21, 50, (3, 3, 3))
+        for tile in candidates(problem, CHIPS["sm_90"]):
+            for n in (*tile.box, tile.channels, tile.wide, tile.warps):
+                assert n & (n - 1) == 0
+            assert replace(tile, stages=2).rows == math.prod(tile.box)

@@ -1,0 +1,77 @@
+"""How a tile is chosen: by the model, or by what was measured on the device. No kernel runs here."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks.shapes import LAYERS, SAMPLES, SIZE
+from dwc_kernels import tune
+from dwc_kernels.kernels import tiles
+from dwc_kernels.kernels.tiles import CHIPS, KINDS, Problem, Tile, candidates, choose, estimate
+
+LAYER = Problem("forward", "bf16", SAMPLES, SIZE, 96, 96, (3, 3, 3))
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "tf32", "ieee"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_has_a_tile_that_fits(kind, dtype, arch):
+    for layer in LAYERS:
+        problem = Problem(kind, dtype, SAMPLES, SIZE, layer.channels, layer.filters, (layer.kernel,) * 3)
+        tile = choose(problem, arch)
+        assert tiles.shared_bytes(problem, tile) <= CHIPS[arch].shared
+        assert tiles.registers(problem, tile, CHIPS[arch]) <= CHIPS[arch].holds
+        for n in (*tile.box, tile.channels, tile.wide, tile.warps):
+            assert n & (n - 1) == 0  # Triton's ranges are powers of two
+
+
+def test_96_filters_get_96_columns_and_a_full_tile():
+    tile = choose(LAYER, "sm_90")
+    assert (tile.wide, tile.tail) == (64, 32)
+    assert math.prod(tile.box) == 256
+
+
+def test_a_small_problem_gets_smaller_tiles_to_fill_the_chip():
+    small = Problem("forward", "bf16", 1, (16, 16, 16), 96, 96, (3, 3, 3))
+    assert tiles.programs(small, choose(small, "sm_90")) > tiles.programs(small, choose(LAYER, "sm_90"))
+
+
+def test_the_choice_is_the_least_estimate():
+    chip = CHIPS["sm_90"]
+    least = min(estimate(LAYER, t, chip)["total"] for t in candidates(LAYER, chip))
+    assert estimate(LAYER, choose(LAYER, "sm_90"), chip)["total"] == least
+
+
+def test_a_measured_tile_is_used_and_other_layers_keep_the_model_s(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured = Tile((2, 4, 8), 32, 1, 64, 0, 16, 4, 2)
+    tune.store(tiles.tuned_path("Some GPU/80GB"), {tiles.tuned_key(LAYER): asdict(measured)})
+    tune.store(tiles.tuned_path("Some GPU/80GB"), {"another": asdict(measured)})
+    tiles.tuned.cache_clear()
+    assert tiles.tile_for(LAYER, "sm_90", "Some GPU/80GB") == measured
+    assert set(json.loads(tiles.tuned_path("Some GPU/80GB").read_text())) == {tiles.tuned_key(LAYER), "another"}
+    assert tiles.tile_for(LAYER, "sm_90", "another GPU") == choose(LAYER, "sm_90")
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', '{"a": {"box": [1, 2, 3]}}', "[]"])
+def test_a_broken_file_of_tiles_is_named(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tiles.tuned_path("gpu")
+    path.parent.mkdir()
+    path.write_text(content)
+    tiles.tuned.cache_clear()
+    with pytest.raises(ValueError, match=r"gpu\.json"):
+        tiles.tile_for(LAYER, "sm_90", "gpu")
+
+
+@pytest.mark.parametrize(("module", "code"), [("dwc_kernels.tune", 2), ("benchmarks.gpu", 0)])
+def test_commands_that_need_a_gpu_say_so_in_one_line(module, code):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", module], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert (done.stdout + done.stderr).count("no GPU") == 1
