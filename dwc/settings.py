@@ -66,9 +66,10 @@ class TrainSettings:
     validation_sub_volumes
         Held-out sub-volumes scored after each epoch, at most; drawn once by the seed.
     test_fraction
-        Part of the subjects held out, where the manifest has no split column.
+        Part of the subjects held out, where the manifest has no split column; as for --prior or --init then.
     seed
-        Fixes the split, the initial weights, the order of the data and the noise.
+        Fixes the initial weights, the order of the data, the noise and, where the manifest has no split column, the
+        split; it must be that of --prior or --init then.
     workers
         Processes that load data; the result does not depend on them.
     cache_dir

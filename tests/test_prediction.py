@@ -176,6 +176,12 @@ def changed(posterior: Posterior, path: Path, **metadata) -> str:
     return str(path)
 
 
+def test_networks_of_one_label_map_predict_together_whatever_its_file_was_called(networks, tmp_path):
+    theirs = {**networks["a"].metadata["label_map"], "name": "ours"}
+    renamed = changed(networks["a"], tmp_path / "renamed.safetensors", label_map=theirs)
+    assert len(load_networks([networks["map"].name, renamed]).networks) == 2
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [

@@ -191,7 +191,7 @@ def test_a_bad_manifest_ends_evaluate_before_any_work(network, site, tmp_path, c
         (["predict", "--network", "N.pt", "SCAN", "--out", "OUT"], "--network N.pt: does not end in .safetensors"),
         (["predict", "--network", "none.safetensors", "SCAN", "--out", "OUT"], "none.safetensors: no such file"),
         (["predict", "--network", "CUT", "SCAN", "--out", "OUT"], "cut.safetensors: truncated or not a safetensors"),
-        (["predict", "--network", "CHECKPOINT", "SCAN", "--out", "OUT"], "checkpoint.safetensors: "),
+        (["predict", "--network", "CHECKPOINT", "SCAN", "--out", "OUT"], "checkpoint.safetensors: is a checkpoint"),
         (["predict", "--network", "NETWORK", "NETWORK", "SCAN", "--out", "OUT"], "is the same network as"),
         (["predict", "--network", "NETWORK", "SCAN", "SCAN", "--out", "OUT"], "would all be written as"),
         (["predict", "--network", "NETWORK", "SCAN", "--out", "SCAN"], "T1w.nii.gz: cannot be written"),
