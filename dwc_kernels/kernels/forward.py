@@ -105,6 +105,7 @@ def forward_kernel(
     N0: tl.constexpr, N1: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
+    """One program: a box of BD x BH x BW voxels of one sample and N0 + N1 filters, from descriptors to y and r."""
     n_f = tl.cdiv(F, N0 + N1)
     n_w = tl.cdiv(W, BW)
     n_h = tl.cdiv(H, BH)

@@ -73,6 +73,7 @@ def grad_input_kernel(
     C_BLOCKS: tl.constexpr, C_STEPS: tl.constexpr,
     N0: tl.constexpr, N1: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
+    """One program: a box of BD x BH x BW voxels of dx of one sample and N0 + N1 channels."""
     n_c = tl.cdiv(C, N0 + N1)
     n_w = tl.cdiv(W, BW)
     n_h = tl.cdiv(H, BH)

@@ -75,6 +75,7 @@ def grad_weight_kernel(
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, PRECISION: tl.constexpr,
     ARCH: tl.constexpr,
 ):  # fmt: skip
+    """One program: 32 channels at four taps against N0 + N1 filters, summed over its share of the voxels."""
     BC: tl.constexpr = 32
     K: tl.constexpr = BD * BH * BW
     TAPS: tl.constexpr = KD * KH * KW
