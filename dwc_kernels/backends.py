@@ -12,7 +12,6 @@ __all__ = ["BACKENDS", "choose_backend", "why_not_triton"]
 BACKENDS = ("auto", "reference", "triton")
 
 
-@torch.compiler.assume_constant_result
 def _why_not_here(device_type: str, device_index: int | None) -> str | None:
     """Why Triton cannot run on a device of this process; a constant for `torch.compile`."""
     if importlib.util.find_spec("triton") is None:
@@ -23,6 +22,10 @@ def _why_not_here(device_type: str, device_index: int | None) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device_index) < (8, 0):
         return "the GPU is older than sm_80"
     return None
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the compiler, two seconds for every user.
+_why_not_here._dynamo_marked_constant = True
 
 
 def why_not_triton(x: Tensor, weight: Tensor, stride: tuple[int, int, int] = (1, 1, 1), groups: int = 1) -> str | None:
