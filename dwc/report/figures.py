@@ -184,7 +184,8 @@ def _draw(
     margin = 0.4 if sides else 0.0
     width = _PANEL * len(columns) + margin
     per_line = int(width / 2.0)
-    legend = 0.1 + 0.3 * -(-len(names[1:]) // per_line) if names and len(names) <= _LEGEND_AT_MOST else 0.0
+    lines = -(-len(names[1:]) // per_line) if names and len(names) <= _LEGEND_AT_MOST else 0
+    legend = 0.3 * lines
     top = 0.3 + 0.22 * max(caption.count("\n") for caption in columns) + 0.35 * bool(title)
     height = _PANEL * sum(heights) + top + legend
     figure = Figure(figsize=(width, height), facecolor="black")
@@ -211,7 +212,7 @@ def _draw(
     if legend:
         colours = class_colours(len(names))
         patches = [Patch(color=colours[k], label=names[k]) for k in range(1, len(names))]
-        figure.legend(handles=patches, loc="lower center", ncols=min(len(patches), per_line), fontsize=11,
+        figure.legend(handles=patches, loc="lower center", ncols=-(-len(patches) // lines), fontsize=11,
                       labelcolor="white", frameon=False)  # fmt: skip
     return save(figure, path)
 
@@ -268,7 +269,7 @@ def _box(image: np.ndarray) -> tuple[slice, ...]:
     box = []
     for axis, size in enumerate(image.shape):
         profile = head.sum(axis=tuple({0, 1, 2} - {axis}))
-        filled = np.flatnonzero(profile >= 0.02 * profile.max())  # more than some noise
+        filled = np.flatnonzero(profile >= 0.05 * profile.max())  # more than some noise
         margin = size // 32
         box.append(slice(max(filled[0] - margin, 0), min(filled[-1] + 1 + margin, size)))
     return tuple(box)

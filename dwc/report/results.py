@@ -71,7 +71,7 @@ class Results:
         return [name for name in names if name in self.table.index]
 
     def by_seed(self, column: str) -> pd.DataFrame:
-        """Mean Dice of each row (columns) over the volumes of a column's sites, for each seed (rows) of a pooled study."""
+        """Mean Dice of each row (columns) over the volumes of a column's sites under each seed (rows), pooled."""
         part = self.volumes[self.volumes["site"].isin(self.groups[column])]
         return part.groupby(["seed", "row"])["dice"].mean().unstack()
 
