@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["dwc", "dwc.*", "dwc_kernels", "dwc_kernels.*"]),
-    package_data={"dwc.data": ["*.tsv"]},
+    package_data={"dwc.data": ["*.tsv"], "dwc.experiment": ["presets/*.yaml"]},
     install_requires=[
         "torch>=2.6",
         "numpy",

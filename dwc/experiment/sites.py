@@ -7,6 +7,7 @@ import csv
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dwc.data.conform import Grid
@@ -90,7 +91,7 @@ def held_out_scans(settings: StudySettings, site: str, manifest: Path) -> list[S
 
 def held_out_volumes(settings: StudySettings, site: str, manifest: Path) -> SubVolumes:
     """The prepared volumes of `held_out_scans`, each under the study's name of the site."""
-    return _prepare(settings, held_out_scans(settings, site, manifest))
+    return _prepare(settings, [replace(scan, site=site) for scan in held_out_scans(settings, site, manifest)])
 
 
 def prepare_all(settings: StudySettings, manifests: dict[str, Path]) -> None:
