@@ -14,12 +14,13 @@ from dwc.data.subvolumes import SIDE
 from dwc.errors import InputError
 from dwc.settings import TrainSettings
 
-__all__ = ["ORIGIN", "PRESETS", "SITES", "UNSEEN", "ManySites", "Stage", "StudySettings", "preset_file"]
+__all__ = ["ORIGIN", "PRESETS", "SITES", "STUDIES", "UNSEEN", "ManySites", "Stage", "StudySettings", "preset_file"]
 
 ORIGIN, SITES, UNSEEN = "H", ("N", "B", "W"), "A"
 TRAINING_SITES = (ORIGIN, *SITES)
 ALL_SITES = (*TRAINING_SITES, UNSEEN)
-PRESETS = ("smoke", "cpu", "paper")
+PRESETS = ("smoke", "small", "cpu", "paper")
+STUDIES = ("paper", "many-sites", "rounds", "leave-one-out", "tempering")
 _STAGES = ("map", "vi", "vcl", "finetune")
 
 
