@@ -245,4 +245,5 @@ def preset_file(name: str) -> Path:
 
 def _check_sites(name: str, values: dict[str, Any], sites: tuple[str, ...]) -> None:
     if values.keys() != set(sites):
-        raise InputError(f"--{name} {', '.join(values)}: give one for each of {', '.join(sites)}, no more")
+        *others, last = sites
+        raise InputError(f"--{name} {', '.join(values)}: give one for each of {', '.join(others)} and {last}, no other")
