@@ -210,7 +210,7 @@ def test_the_grid_reaches_from_the_geometric_mean_to_above_equation_17_and_holds
     grid = temper_grid(n_sites)
     assert list(grid) == sorted(set(grid))
     assert {1.0, 1 / n_sites, 2.0} <= set(grid)
-    assert grid[0] <= min(1 / n_sites, 0.25)
+    assert 1 / (4 * n_sites * 2**0.5) < grid[0] <= 1 / (4 * n_sites)
     assert max(b / a for a, b in itertools.pairwise(grid)) <= 2**0.5 * (1 + 1e-12)
 
 

@@ -94,7 +94,7 @@ def tempering(table: pd.DataFrame, n_sites: int, path: Path) -> Path:
     for panel in (left, right):
         panel.set_xscale("log", base=2)
         panel.axvline(marks["chosen"], color="grey", linewidth=5, alpha=0.25, label="chosen")
-        panel.set_xticks([1 / n_sites, 0.25, 0.5, 1, 2], ["1/S", "1/4", "1/2", "1", "2"])
+        panel.set_xticks([1 / (4 * n_sites), 1 / n_sites, 0.5, 1, 2], ["1/4S", "1/S", "1/2", "1", "2"])
         panel.minorticks_off()
         panel.set_xlabel("λ")
     left.legend(fontsize=8)
