@@ -30,12 +30,12 @@ _STYLE = {
     "dwc": ("#0072b2", "o"),
     "pooled": ("#000000", "s"),
 }
-_FEWEST = 100  # voxels in a bin; a rate of fewer is left out
+FEWEST = 100  # voxels in a bin; a rate of fewer is left out
 
 
 def printed(row: str) -> str:
-    """A row's name with proper arrows."""
-    return row.replace("->", " → ")
+    """A row's name, or a difference of two, with proper arrows and minus."""
+    return row.replace("->", " → ").replace(" - ", " \N{MINUS SIGN} ")
 
 
 def table_plot(
@@ -178,7 +178,7 @@ def calibration_plot(
             part = calibration[(calibration["row"] == row) & calibration["site"].isin(sites)]
             error = expected_calibration_error(part)
             bins = part.groupby(["kind", "bin"])[["n", "correct", "sum"]].sum()
-            bins = bins[bins["n"] >= _FEWEST]
+            bins = bins[bins["n"] >= FEWEST]
             line = dict(color=colour, marker=marker, markersize=6, linewidth=1.5)
             for axis, what in ((reliability, "confidence"), (errors, "entropy")):
                 if what in bins.index:

@@ -63,6 +63,11 @@ class Results:
         place = columns.index(AVERAGE)
         return {AVERAGE: columns[:place]} | {site: [site] for site in columns[place + 1 :]}
 
+    @property
+    def unseen(self) -> str:
+        """The column of the site that took no part in training; the last one of the table."""
+        return list(self.groups)[-1]
+
     def of_kind(self, *kinds: str) -> list[str]:
         """The names of the rows of these kinds that have been scored, in the order of the kinds."""
         if self.rows is None or self.table is None:
