@@ -261,6 +261,12 @@ def test_the_choice_is_the_most_likely_of_the_grid_and_the_same_every_time(setti
     assert lines[1].endswith("the prior")
 
 
+def test_a_choice_at_the_end_of_the_grid_is_said_to_be_one():
+    scores = [TemperScore(temper, -1 + temper / 10, None) for temper in (0.0, 0.5, 1.0, 2.0)]
+    assert "chosen at the end of the grid" in table(scores, 2.0)
+    assert "chosen at the end of the grid" not in table(scores, 1.0)
+
+
 def test_sites_that_learned_what_the_origin_forgot_are_trusted_and_sites_that_unlearned_it_are_not(settings, networks):
     """The prior's means are moved away from the origin's own; one site moves them back, the other on."""
     data, prior = held_out(settings), networks["vi"]
