@@ -104,7 +104,7 @@ def _vcl_is_faster(results: Results) -> Finding:
     known = speedups.dropna()
     sentences = [f"Own steps of MAP over own steps of VCL{over}: {_times(speedups)}."]
     if targets.notna().any():
-        sentences.append(f"To 95 % of the MAP network's final validation Dice: {_times(targets)}.")
+        sentences.append(f"To a Dice a little under the MAP network's last one: {_times(targets)}.")
     if len(known) < len(speedups):
         lacking = ", ".join(speedups.index[speedups.isna()])
         sentences.append(f"On {lacking} the logs show no plateau of one of the two.")

@@ -182,8 +182,9 @@ def _speed(results: Results) -> _Section:
         for row in table[list(named)].to_dict("records")
     ]
     notes = [
-        "Optimizer steps of a site's own training until the loss stays where it ends, and until the validation Dice "
-        "reaches 95 % of the MAP network's last one; the steps of the networks that VCL starts from are not among them."
+        "Optimizer steps of a site's own training to its plateau (of the training loss under a constant learning rate, "
+        "of the validation Dice under a falling one), and to a Dice a little under the MAP network's last one. The "
+        "steps of the networks that VCL starts from are not among them."
     ]
     logs = {site: _logs(results, site) for site in table["site"].unique()} if not results.seeds else {}
     logs = {site: pair for site, pair in logs.items() if pair is not None}
@@ -241,9 +242,9 @@ def _calibration(results: Results) -> _Section:
     header = ["sites", "network", "calibration error, %", "errors found (AUC), %"]
     over = f" Mean (standard deviation) over {len(results.seeds)} seeds; the curves add up their voxels."
     notes = [
-        "Expected calibration error: mean distance of confidence from accuracy over all voxels of the volumes, most of "
-        "them air, the easiest. Errors found: how often a wrong voxel has more entropy than a right one (50: no better "
-        f"than chance).{over if results.seeds else ''} Bins of fewer than {plots.FEWEST} voxels are not drawn.",
+        "Expected calibration error: mean distance of confidence from accuracy over all voxels, the background's too. "
+        "Errors found: how often a wrong voxel has more entropy than a right one (50: no better than chance)."
+        f"{over if results.seeds else ''} Bins of fewer than {plots.FEWEST} voxels are not drawn.",
         *_absent(results),
     ]
     draw = lambda path: plots.calibration_plot(counts, kinds, _titled(results), path)  # noqa: E731

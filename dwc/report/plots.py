@@ -202,12 +202,12 @@ def calibration_plot(
 def training_plot(
     pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], plateaus: pd.DataFrame, path: str | Path
 ) -> Path:
-    """Write a PNG with a panel per site: training loss of its MAP and of its VCL network, and where each is flat.
+    """Write a PNG with a column per site: training loss and validation Dice of its MAP and of its VCL network.
 
     Parameters
     ----------
     pairs : mapping of str to (DataFrame, DataFrame)
-        The lines of log.jsonl (step, nll) of the MAP and of the VCL network, by the name of the site.
+        The lines of log.jsonl (step, nll, dice) of the MAP and of the VCL network, by the name of the site.
     plateaus : DataFrame
         site, map_plateau_step, vcl_plateau_step.
     path : path
@@ -218,27 +218,31 @@ def training_plot(
     InputError
         If it cannot be written.
     """
-    figure, axes = _figure(1, len(pairs), (1 + 3.6 * len(pairs), 3.8), sharey=True)
+    figure, axes = _figure(2, len(pairs), (1 + 3.6 * len(pairs), 6), sharex="col", sharey="row")
     began = plateaus.set_index("site")
-    for axis, (site, logs) in zip(axes[0], pairs.items(), strict=True):
+    for (loss, dice), (site, logs) in zip(axes.T, pairs.items(), strict=True):
         for kind, name, log in zip(("map", "vcl"), ("MAP", "VCL from H"), logs, strict=True):
             colour, marker = _STYLE[kind]
-            axis.plot(log["step"], log["nll"], color=colour, label=name, linewidth=2, marker=marker, markersize=3)
+            line = dict(color=colour, label=name, linewidth=2, marker=marker, markersize=3)
+            loss.plot(log["step"], log["nll"], **line)
+            dice.plot(log["step"], 100 * log["dice"].astype(float), **line)
             step = began[f"{kind}_plateau_step"].get(site)
-            if step is not None and not pd.isna(step):
+            for axis in (loss, dice) if step is not None and not pd.isna(step) else ():
                 axis.axvline(step, color=colour, linestyle=":", linewidth=2, label=f"{name}: plateau from here")
-        axis.set_title(site, fontsize=13, fontweight="bold")
-        axis.set_xlabel("optimizer steps", fontsize=12)
-    axes[0, 0].set_yscale("log")
-    axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes[0, 0].yaxis.set_major_formatter("{x:g}")
-    axes[0, 0].yaxis.set_minor_formatter(NullFormatter())
-    axes[0, 0].set_ylabel("training loss, nats per voxel", fontsize=12)
+        loss.set_title(site, fontsize=13, fontweight="bold")
+        dice.set_xlabel("optimizer steps", fontsize=12)
+    first = axes[0, 0]
+    first.set_yscale("log")
+    first.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    first.yaxis.set_major_formatter("{x:g}")
+    first.yaxis.set_minor_formatter(NullFormatter())
+    first.set_ylabel("training loss, nats per voxel", fontsize=12)
+    axes[1, 0].set_ylabel("validation Dice, %", fontsize=12)
     _legend(figure, axes)
     return save(figure, path)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **shared: bool) -> tuple[Figure, np.ndarray]:
+def _figure(rows: int, columns: int, size: tuple[float, float], **shared: bool | str) -> tuple[Figure, np.ndarray]:
     """A figure without a display, and its panels [rows, columns] in the room's plain style."""
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
