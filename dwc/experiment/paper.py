@@ -52,7 +52,11 @@ def _rows() -> tuple[Row, ...]:
 
 ROWS = _rows()
 _DWC, _POOLED = (next(row for row in ROWS if row.kind == kind) for kind in ("dwc", "pooled"))
-COMPARISONS = tuple((_DWC.name, row.name) for row in ROWS if row.kind in ("ensemble", "chain"))
+_CHAINS = tuple(row.name for row in ROWS if row.kind == "chain")
+COMPARISONS = (
+    *((_DWC.name, row.name) for row in ROWS if row.kind in ("ensemble", "chain")),
+    _CHAINS[::-1],  # whether their order matters
+)
 CALIBRATED = ("pooled", "ensemble", "dwc")  # kinds
 
 
