@@ -90,8 +90,9 @@ def table_plot(
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[0, 0].set_yticks(range(n_rows), [printed(row) for row in table.index])
     axes[0, 0].set_ylim(n_rows - 0.5, -0.5)
-    bars = "" if table_sd is None else ", bars: standard deviation over seeds"
-    figure.supxlabel(f"Dice in % (symbols: means, ticks: held-out volumes{bars}; dotted: DWC)", fontsize=12)
+    bars = "" if table_sd is None else "; bars: standard deviation over seeds"
+    dotted = "; dotted: DWC" if "dwc" in map(kinds.get, table.index) else ""
+    figure.supxlabel(f"Dice in % (symbols: means; ticks: held-out volumes{bars}{dotted})", fontsize=12)
     return save(figure, path)
 
 
