@@ -81,10 +81,10 @@ def test_the_steps_behind_each_row_are_told(smoke):
     assert all((smoke / file).is_file() for files in rows["networks"] for file in files.split(";"))
 
 
-def test_dwc_is_compared_with_the_ensemble_and_both_chains(smoke):
+def test_dwc_is_compared_with_the_ensemble_and_both_chains_and_they_with_each_other(smoke):
     tests = pd.read_csv(smoke / "tests.csv")
     pairs = {f"{DWC} - {row}" for row in ("Ensemble", "H->N->B->W", "H->W->B->N")}
-    assert set(tests["comparison"]) == pairs == {f"{a} - {b}" for a, b in COMPARISONS}
+    assert {f"{a} - {b}" for a, b in COMPARISONS} == set(tests["comparison"]) == pairs | {"H->W->B->N - H->N->B->W"}
     assert set(tests["columns"]) == {"H, N, B, W", "A"}
 
 
@@ -119,6 +119,7 @@ def test_only_one_row_trains_and_scores_what_it_needs(tmp_path, capsys):
     assert command(out, "--map.steps", "2", "--map.epochs", "1", "--only", "h map") == 0
     assert len(list((out / "networks").iterdir())) == 1
     assert pd.read_csv(out / "table.csv")["row"].tolist() == ["H MAP"]
+    assert not (out / "plateaus.csv").exists()
     assert (out / "report.html").is_file()
     assert "1 of 1 networks, 2 steps" in capsys.readouterr().out
 
