@@ -6,6 +6,7 @@ person can mend become one line on stderr and exit code 2; a signal's exit code 
 
 import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
     "evaluate": "score networks on the held-out scans of a manifest",
     "demo": "run the whole cycle on simulated sites, minutes on two CPU cores",
 }
+_SHARED = ("train", "predict")  # those that torchrun may start many processes of
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -52,23 +54,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise InputError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
+        if _many_processes() and name not in _SHARED:
+            raise InputError(f"dwc {name} is one process; start it without torchrun")
         importlib.import_module(f"dwc.commands.{name}").main(rest)
     except InputError as error:
-        print(f"dwc: {error}", file=sys.stderr)
-        return 2
+        return _end(f"{error}", 2)
     except Interrupted as stop:
-        print(f"dwc: {stop}", file=sys.stderr)
-        return 128 + stop.signal_number
+        return _end(f"{stop}", 128 + stop.signal_number)
     except OSError as error:
         if error.errno not in _FULL_OR_READ_ONLY:
             raise
         where = error.filename or "the output"
-        print(f"dwc: {where}: {error.strerror}; free space or choose another folder", file=sys.stderr)
-        return 2
+        return _end(f"{where}: {error.strerror}; free space or choose another folder", 2)
     except KeyboardInterrupt:
-        print("dwc: interrupted", file=sys.stderr)
-        return 130
+        return _end("interrupted", 130)
     return 0
+
+
+def _many_processes() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def _end(line: str, code: int) -> int:
+    """Say why, in one line, and return the exit code."""
+    if _many_processes():
+        from dwc.distributed import say_once  # here, so that one process says it without PyTorch
+
+        say_once(f"dwc: {line}")
+    else:
+        print(f"dwc: {line}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
