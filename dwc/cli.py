@@ -6,11 +6,10 @@ person can mend become one line on stderr and exit code 2; a signal's exit code 
 
 import errno
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
-from dwc import __version__
+from dwc import __version__, launcher
 from dwc.errors import InputError, Interrupted
 
 __all__ = ["COMMANDS", "main"]
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise InputError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
-        if _many_processes() and name not in _SHARED:
+        if launcher.processes() > 1 and name not in _SHARED:
             raise InputError(f"dwc {name} is one process; start it without torchrun")
         importlib.import_module(f"dwc.commands.{name}").main(rest)
     except InputError as error:
@@ -71,13 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _many_processes() -> bool:
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
 def _end(line: str, code: int) -> int:
     """Say why, in one line, and return the exit code."""
-    if _many_processes():
+    if launcher.processes() > 1:
         from dwc.distributed import say_once  # here, so that one process says it without PyTorch
 
         say_once(f"dwc: {line}")

@@ -7,7 +7,6 @@ the number of ranks. The first rank writes and speaks for all. What is shared ou
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -19,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dwc import launcher
 from dwc.errors import InputError
 
 __all__ = [
-    "barrier", "gather", "is_main", "local_rank", "local_world_size", "mean", "merge", "rank", "ranks", "replicate",
-    "say_once", "share", "world_size",
+    "barrier", "gather", "is_main", "mean", "merge", "rank", "ranks", "replicate", "say_once", "share", "world_size",
 ]  # fmt: skip
 
 _T = TypeVar("_T")
@@ -48,11 +47,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def local_rank() -> int:
-    """This process among those of its machine, from 0: which GPU it takes."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 @contextlib.contextmanager
 def ranks() -> Iterator[None]:
     """Join the other processes of this `torchrun` for as long as the context lasts; alone, do nothing.
@@ -64,34 +58,23 @@ def ranks() -> Iterator[None]:
     InputError
         If another rank has ended before its work was done. That rank tells why: see `say_once`.
     """
-    if _launched() == 1 or dist.is_initialized():
+    if launcher.processes() == 1 or dist.is_initialized():
         yield
         return
-    on_gpus = torch.cuda.is_available() and local_rank() < torch.cuda.device_count()
-    if on_gpus:
-        torch.cuda.set_device(local_rank())
+    has_gpu = torch.cuda.is_available() and launcher.local_rank() < torch.cuda.device_count()
+    if has_gpu:
+        torch.cuda.set_device(launcher.local_rank())
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=_PATIENCE)
         yield
         barrier()  # what the first rank writes last is there before any rank returns
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))):
             raise
         raise InputError(
-            "another process of this run has ended before its work was done; go on from the last checkpoint with "
-            "--resume"
+            "another process of this run has ended before its work was done; start it again, a training with --resume"
         ) from error
     dist.destroy_process_group()  # after an error there is nobody left to agree on it with
-
-
-def local_world_size() -> int:
-    """Number of processes of this machine that share its cores."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def _launched() -> int:
-    """Number of processes that were started together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def share(items: Sequence[_T]) -> Sequence[_T]:
@@ -148,7 +131,7 @@ def replicate(network: nn.Module) -> nn.Module:
     return replica
 
 
-def _mean_in_order(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _mean_in_order(state: None, bucket) -> torch.futures.Future[Tensor]:  # a dist.GradBucket, not in every build
     """Add a bucket's gradients up in the order of the ranks.
 
     An all-reduce of three ranks or more adds in an order that depends on an element's place in its bucket, and buckets
@@ -169,12 +152,13 @@ def _mean_in_order(state: None, bucket: dist.GradBucket) -> torch.futures.Future
 def say_once(line: str) -> None:
     """Print a line on stderr, from whichever rank has something to say first: an error's cause, not its echoes."""
     store = None
-    if _launched() > 1:
+    if launcher.processes() > 1:
         with contextlib.suppress(RuntimeError):  # from the store: better said twice than not at all
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=_A_MOMENT)))
             if store.add("dwc/speakers", 1) > 1:
                 store.wait(["dwc/said"], _A_MOMENT)  # the launcher ends all ranks when one has ended
                 return
-    print(line, file=sys.stderr, flush=True)
+    # The first rank may be drawing its progress bar: others begin a line of their own.
+    print(f"\n{line}" if launcher.rank() else line, file=sys.stderr, flush=True)
     if store is not None:
         store.set("dwc/said", "")

@@ -178,6 +178,7 @@ class _Run:
         factor = learning_rate_factor(settings.schedule, state.step, self.total_steps)
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor
+        # The first rank's seed is that of a run in one process: seed_of counts no zeros at the end.
         torch.manual_seed(seed_of(settings.seed, state.step, distributed.rank()))
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)

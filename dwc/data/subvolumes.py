@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dwc import distributed
+from dwc import distributed, launcher
 from dwc.data.conform import Grid, conform_image, conform_labels
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan
@@ -164,7 +164,7 @@ def prepare(
         raise InputError(f"grid size {grid.size} does not split into sub-volumes of {SIDE}; take a multiple of {SIDE}")
     cache_dir = Path(cache_dir)
     if workers is None:
-        workers = min(8, (os.cpu_count() or 1) // distributed.local_world_size())
+        workers = min(8, (os.cpu_count() or 1) // launcher.local_processes())
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         _sweep(cache_dir)
