@@ -1,4 +1,4 @@
-"""Many processes on one machine, started as a user starts them; a start costs seconds, so each proves several things."""
+"""Many processes on one machine, started as a user starts them; a start costs seconds, so each proves much."""
 
 import json
 import os
