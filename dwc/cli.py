@@ -19,6 +19,7 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
     "consolidate": "consolidate the posteriors of several sites into one",
     "predict": "segment scans with one network or an ensemble",
     "evaluate": "score networks on the held-out scans of a manifest",
+    "experiment": "run the paper's study: every row of its table, its figures, one report",
     "demo": "run the whole cycle on simulated sites, minutes on two CPU cores",
 }
 _SHARED = ("train", "predict")  # those that torchrun may start many processes of
