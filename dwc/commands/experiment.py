@@ -20,12 +20,7 @@ def main(arguments: Sequence[str]) -> None:
     Interrupted
         If a signal ended a training.
     """
-    from dwc.experiment.study import (
-        PRESETS,
-        STUDIES,
-        StudySettings,
-        preset_file,
-    )  # here, so that other commands start fast
+    from dwc.experiment.study import PRESETS, STUDIES, StudySettings, preset_file  # here: other commands start fast
 
     parser = new_parser("experiment", "Run the paper's study: its networks, its Table 2, its figures, in one report.")
     parser.add_argument("--study", type=Literal[STUDIES], default="paper", help="the paper's, or one beyond it")
@@ -34,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long; write nothing")
     parser.add_argument("--pool", type=Path, nargs="*", default=[], metavar="OUT", help="folders of other seeds")
     parser.add_class_arguments(StudySettings)
-    arguments = list(arguments)
+    arguments = [part for given in arguments for part in (given.split("=", 1) if given[:9] == "--preset=" else [given])]
     if "--preset" in arguments[:-1]:  # a config file before all other flags, which override it
         at = arguments.index("--preset")
         arguments = ["--config", str(preset_file(arguments[at + 1])), *arguments]

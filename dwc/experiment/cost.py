@@ -1,12 +1,12 @@
 """What a study will cost before it is run: what there is to train and to score, and about how long that takes here.
 
-Times come from a few steps on noise, taken now, with the network and the batch of the study. They are estimates for
-the machine as it is now; nothing in a study depends on them.
+Times come from a few steps on noise, taken now, with the network of the study. They are estimates for the machine as it
+is now; nothing in a study depends on them.
 """
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from dwc.runtime import choose_device
 
 __all__ = ["Forecast", "forecast"]
 
-_PATIENCE = 2.0  # s for the steps that are measured
+_PATIENCE = 5.0  # s for the steps that are measured
 _AT_MOST = 3  # of them, after one that warms up
 
 
@@ -133,17 +133,16 @@ def _measure(settings: StudySettings, bayesian: bool, device: torch.device) -> t
         return _seconds(step, device) * settings.batch_size / batch, _seconds(predict, device) / batch
 
 
-def _seconds(work, device: torch.device) -> float:
-    """Median time of a call, the first one left out where there is time for more."""
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    """The shortest of a few calls: the first warms up, and others may be held up by what else runs."""
     taken: list[float] = []
-    while len(taken) <= _AT_MOST and (not taken or sum(taken) < _PATIENCE):
+    while len(taken) <= _AT_MOST and sum(taken) < _PATIENCE:
         began = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - began)
-    later = sorted(taken[1:] or taken)
-    return later[len(later) // 2]
+    return min(taken)
 
 
 def _span(seconds: float) -> str:

@@ -13,7 +13,7 @@ from dwc.errors import InputError
 from dwc.experiment.cost import forecast
 from dwc.experiment.networks import Network, Networks, average, consolidated, finetuned, map_network, variational, vcl
 from dwc.experiment.scoring import Kind, Row, Scores, write_table
-from dwc.experiment.sites import POOLED, held_out_volumes, known_manifests, make_manifests, prepare_all
+from dwc.experiment.sites import POOLED, check_manifests, held_out_volumes, known_manifests, make_manifests, prepare_all
 from dwc.experiment.statistics import dice_table, paired_tests, plateau_step, plateau_table
 from dwc.experiment.study import ALL_SITES, ORIGIN, SITES, TRAINING_SITES, UNSEEN, StudySettings
 from dwc.files import open_folder, write_whole
@@ -52,7 +52,11 @@ def _rows() -> tuple[Row, ...]:
 
 ROWS = _rows()
 _DWC, _POOLED = (next(row for row in ROWS if row.kind == kind) for kind in ("dwc", "pooled"))
-COMPARISONS = tuple((_DWC.name, row.name) for row in ROWS if row.kind in ("ensemble", "chain"))
+_CHAINS = tuple(row.name for row in ROWS if row.kind == "chain")
+COMPARISONS = (
+    *((_DWC.name, row.name) for row in ROWS if row.kind in ("ensemble", "chain")),
+    _CHAINS[::-1],  # whether their order matters
+)
 CALIBRATED = ("pooled", "ensemble", "dwc")  # kinds
 
 
@@ -97,6 +101,7 @@ def run(settings: StudySettings, *, only: Sequence[str] = (), dry_run: bool = Fa
     settings.check()
     rows = choose_rows(only)
     _check_folder(settings)
+    check_manifests(settings)
     if dry_run:
         pooled = settings.out / "sites" / POOLED / "manifest.csv"
         print(forecast(settings, {**known_manifests(settings), POOLED: pooled}, rows).lines(each=True))
@@ -129,7 +134,8 @@ def keep_config(settings: StudySettings) -> None:
 
 def _check_folder(settings: StudySettings) -> None:
     path, values = settings.out / "config.yaml", settings.to_json()
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else values
+    simulated = settings.out / "sites" / ORIGIN
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() and simulated.exists() else values
     for name in _SCANS:
         if before.get(name) != values[name]:
             raise InputError(

@@ -21,6 +21,7 @@ from dwc.files import open_folder, write_whole
 
 __all__ = [
     "POOLED",
+    "check_manifests",
     "held_out_scans",
     "held_out_volumes",
     "known_manifests",
@@ -94,20 +95,30 @@ def held_out_volumes(settings: StudySettings, site: str, manifest: Path) -> SubV
     return _prepare(settings, [replace(scan, site=site) for scan in held_out_scans(settings, site, manifest)])
 
 
+def check_manifests(settings: StudySettings) -> None:
+    """Check the manifests that are given, before anything is written: readable, with labels, scans in each part.
+
+    Raises
+    ------
+    InputError
+        Naming the manifest.
+    """
+    for site, manifest in (settings.manifests or {}).items():
+        if site != UNSEEN and not any(scan.split == "train" for scan in scans_of(settings, manifest)):
+            raise InputError(f"{manifest}: has no scan to train on; set split to train for some")
+        held_out_scans(settings, site, manifest)
+
+
 def prepare_all(settings: StudySettings, manifests: dict[str, Path]) -> None:
     """Conform every scan of the study, so that a bad one is found before the first network trains.
 
     Raises
     ------
     InputError
-        If a scan is bad, a site lacks scans, or the cache cannot be written.
+        If a scan is bad or the cache cannot be written.
     """
-    for site, manifest in manifests.items():
-        scans = scans_of(settings, manifest)
-        if site != UNSEEN and not any(scan.split == "train" for scan in scans):
-            raise InputError(f"{manifest}: has no scan to train on; set split to train for some")
-        held_out_scans(settings, site, manifest)
-        _prepare(settings, scans)
+    for manifest in manifests.values():
+        _prepare(settings, scans_of(settings, manifest))
 
 
 def _prepare(settings: StudySettings, scans: Sequence[Scan]) -> SubVolumes:

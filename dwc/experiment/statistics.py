@@ -15,7 +15,7 @@ from dwc.metrics import paired_test
 __all__ = ["COLUMNS", "MARGIN", "dice_table", "paired_tests", "plateau_step", "plateau_table", "target_step"]
 
 COLUMNS = (*TRAINING_SITES, "Avg.", UNSEEN)
-MARGIN = 0.05  # of a log's last value: nearer than that is on the plateau
+MARGIN = 0.05  # of a log's last Dice: nearer than that is on the plateau
 _VOLUME = ["site", "subject", "image"]
 
 
@@ -65,11 +65,11 @@ def paired_tests(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.
 
 
 def plateau_step(log: Sequence[Mapping[str, Any]], schedule: str) -> int | None:
-    """The step at which a network's training loss began to stay where it ends.
+    """The step from which on a network stayed where it ended.
 
-    Under a constant learning rate it is the trainer's plateau (`dwc.plateau`). Under one_cycle, whose falling learning
-    rate lowers the loss to the end, it is the first logged step from which on the training loss of every epoch (nats
-    per voxel, without the penalty) lies within `MARGIN` of the last epoch's, relative to it.
+    Under a constant learning rate it is the trainer's plateau of the training loss (`dwc.plateau`). Under one_cycle,
+    whose falling learning rate lowers the loss to the end, it is the first logged step from which on the held-out Dice
+    of every epoch lies within `MARGIN` of the last epoch's, relative to it. MAP and variational networks alike.
 
     Parameters
     ----------
@@ -84,14 +84,12 @@ def plateau_step(log: Sequence[Mapping[str, Any]], schedule: str) -> int | None:
         Optimizer steps; None where the log does not show it: the constant schedule's loss still fell, or only the last
         epoch is within the margin.
     """
-    if not log:
-        return None
-    if schedule == "constant":
-        return log[-1]["plateau_step"]
-    last = log[-1]["nll"]
+    if not log or schedule == "constant":
+        return log[-1]["plateau_step"] if log else None
+    last = log[-1]["dice"] or 0
     reached = None
     for line in reversed(log):
-        if abs(line["nll"] - last) > MARGIN * last:
+        if abs((line["dice"] or 0) - last) > MARGIN * last:
             break
         reached = line["step"]
     return None if reached == log[-1]["step"] else reached

@@ -8,7 +8,7 @@ best, and whether the origin can find it by itself. Each trains what it needs th
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +27,18 @@ from dwc.experiment.paper import keep_config
 from dwc.experiment.scoring import write_table
 from dwc.experiment.sites import held_out_scans, held_out_volumes, make_manifests
 from dwc.experiment.statistics import COLUMNS, dice_table
-from dwc.experiment.study import ALL_SITES, ORIGIN, SITES, UNSEEN, StudySettings
+from dwc.experiment.study import ALL_SITES, ORIGIN, SITES, TRAINING_SITES, UNSEEN, StudySettings
 from dwc.files import open_folder
 from dwc.meshnet import MeshNet
+from dwc.metrics import paired_test
 from dwc.posterior import Posterior
 from dwc.report import studies as pictures
 from dwc.runtime import choose_device
 from dwc.tempering import choose_temper
 
 __all__ = ["leave_one_out", "many_sites", "rounds", "run", "tempering"]
+
+_Result = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]  # table, volumes, tests
 
 
 def run(name: str, settings: StudySettings) -> pd.DataFrame:
@@ -51,8 +54,8 @@ def run(name: str, settings: StudySettings) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        What ``OUT/<name>/table.csv`` holds; Dice 0..1, means over volumes. ``volumes.csv`` beside it has a line per row
-        and held-out volume.
+        What ``OUT/<name>/table.csv`` holds; Dice 0..1, means over volumes. Beside it ``volumes.csv`` has a line per row
+        and held-out volume, and ``tests.csv`` paired t-tests across volumes of the comparisons that the study is about.
 
     Raises
     ------
@@ -71,15 +74,16 @@ def run(name: str, settings: StudySettings) -> pd.DataFrame:
     keep_config(settings)
     folder = settings.out / name
     open_folder(folder)
-    table, volumes = _STUDIES[name](settings, folder)
+    table, volumes, tests = _STUDIES[name](settings, folder)
     write_table(folder / "volumes.csv", volumes)
+    write_table(folder / "tests.csv", tests)
     write_table(folder / "table.csv", table)
     print(_for_people(table))
-    print(f"\n{folder}: table.csv, volumes.csv and a picture")
+    print(f"\n{folder}: table.csv, tests.csv, volumes.csv and a picture")
     return table
 
 
-def rounds(settings: StudySettings, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def rounds(settings: StudySettings, folder: Path) -> _Result:
     """The cycle several times over the same sites; every round's consolidated network is also fine-tuned and scored.
 
     Columns of the table: round, network, those of Dice, weight (with which a site's means entered) and sigma_ratio
@@ -99,10 +103,10 @@ def rounds(settings: StudySettings, folder: Path) -> tuple[pd.DataFrame, pd.Data
         prior = joint
     table, volumes = _joined(rows, volumes)
     pictures.rounds(table, folder / "rounds.png")
-    return table, volumes
+    return table, volumes, _tests(volumes, [(row["row"], "0") for row in rows[1:]])
 
 
-def leave_one_out(settings: StudySettings, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def leave_one_out(settings: StudySettings, folder: Path) -> _Result:
     """Every site taken out of the consolidated posterior in turn; what is lost is what it brought.
 
     Columns of the table: network, those of Dice, seconds of CPU that taking out took (and those of training, for the
@@ -129,11 +133,12 @@ def leave_one_out(settings: StudySettings, folder: Path) -> tuple[pd.DataFrame, 
         rows.append({"row": row, "seconds": seconds})
         began = time.process_time()
     table, volumes = _joined(rows, volumes)
-    pictures.leave_one_out(table, everything, folder / "leave-one-out.png")
-    return table, volumes
+    tests = _tests(volumes, [(everything, row["row"]) for row in rows if row["row"] != everything])
+    pictures.leave_one_out(tests, folder / "leave-one-out.png")
+    return table, volumes, tests
 
 
-def tempering(settings: StudySettings, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tempering(settings: StudySettings, folder: Path) -> _Result:
     """Every lambda of the grid, chosen on half of the origin's held-out scans and scored on the other volumes.
 
     Columns of the table: lambda (0 is the prior), log_likelihood (nats per voxel) and validation_dice on the scans that
@@ -157,10 +162,11 @@ def tempering(settings: StudySettings, folder: Path) -> tuple[pd.DataFrame, pd.D
         )  # fmt: skip
     table, volumes = _joined(rows, volumes)
     pictures.tempering(table, len(SITES), folder / "tempering.png")
-    return table, volumes
+    best = f"lambda {chosen:.4g}"
+    return table, volumes, _tests(volumes, [(best, "lambda 0"), (best, "lambda 1"), ("lambda 1", "lambda 0")])
 
 
-def many_sites(settings: StudySettings, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def many_sites(settings: StudySettings, folder: Path) -> _Result:
     """More and more simulated sites, each a mixture of N, B and W, each trained once from the origin's network.
 
     Columns of the table: sites (S), rule (how lambda is set: 1, 1/S, chosen on the origin), lambda, Dice on H (the
@@ -202,10 +208,10 @@ def many_sites(settings: StudySettings, folder: Path) -> tuple[pd.DataFrame, pd.
     dice = volumes.pivot_table(index="row", columns="column", values="dice")[list(held_out)]
     table = pd.DataFrame(rows).join(dice, on="row").drop(columns="row")
     pictures.many_sites(table, folder / "many-sites.png")
-    return table, volumes
+    return table, volumes, _tests(volumes, [(row["row"], "0") for row in rows[1:]])
 
 
-_STUDIES: dict[str, Callable[[StudySettings, Path], tuple[pd.DataFrame, pd.DataFrame]]] = {
+_STUDIES: dict[str, Callable[[StudySettings, Path], _Result]] = {
     "many-sites": many_sites,
     "rounds": rounds,
     "leave-one-out": leave_one_out,
@@ -300,6 +306,20 @@ def _joined(rows: list[dict], volumes: list[pd.DataFrame]) -> tuple[pd.DataFrame
     joined = pd.concat(volumes, ignore_index=True)
     dice = dice_table(joined.assign(site=joined["column"]))
     return pd.DataFrame(rows).join(dice, on="row"), joined
+
+
+def _tests(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+    """Paired t-tests of row a against row b across the volumes of each column, and of all training sites (Avg.)."""
+    dice = volumes.pivot(index=["column", "site", "subject", "image"], columns="row", values="dice")
+    of_column = dice.index.get_level_values("column")
+    groups = {column: of_column == column for column in volumes["column"].unique()}
+    if set(TRAINING_SITES) <= groups.keys():
+        groups["Avg."] = of_column.isin(TRAINING_SITES)
+    return pd.DataFrame(
+        {"row": a, "against": b, "column": column, **asdict(paired_test(dice[a][group], dice[b][group]))}
+        for a, b in pairs
+        for column, group in groups.items()
+    )
 
 
 def _for_people(table: pd.DataFrame) -> str:

@@ -42,6 +42,8 @@ class Stage:
         Parts that the steps are divided into; each ends with validation, a log line and a checkpoint.
     stop_at_plateau
         End with the first epoch after the loss began to oscillate around a stable value (constant schedule).
+    plateau_window
+        Steps over which that is judged, a multiple of 20.
     """
 
     steps: int = 500
@@ -50,6 +52,7 @@ class Stage:
     schedule: Literal["constant", "one_cycle"] = "one_cycle"
     epochs: int = 1
     stop_at_plateau: bool = False
+    plateau_window: int = 400
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,7 @@ class StudySettings:
         return TrainSettings(
             mode=mode, **paths, cache_dir=self.cache_dir, lr=stage.lr, rho_lr=stage.rho_lr, schedule=stage.schedule,
             epochs=stage.epochs, steps_per_epoch=stage.steps // stage.epochs, stop_at_plateau=stage.stop_at_plateau,
+            plateau_window=stage.plateau_window,
             label_map=self.label_map, grid_size=self.grid_size, voxel_size=self.voxel_size, width=self.width,
             dilations=self.dilations, batch_size=self.batch_size, test_fraction=self.test_fraction,
             validation_sub_volumes=self.validation_sub_volumes, seed=self.seed, workers=self.workers,

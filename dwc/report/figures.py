@@ -265,12 +265,12 @@ def _busiest(volume: np.ndarray) -> dict[str, int]:
 
 def _box(image: np.ndarray) -> tuple[slice, ...]:
     """The part of the volume that the head fills, and a margin."""
-    head = image >= 0.1 * image.max()
+    head = image >= 0.2 * image.max()
     box = []
     for axis, size in enumerate(image.shape):
         profile = head.sum(axis=tuple({0, 1, 2} - {axis}))
-        filled = np.flatnonzero(profile >= 0.05 * profile.max())  # more than some noise
-        margin = size // 32
+        filled = np.flatnonzero(profile >= 0.03 * profile.max())  # more than some noise
+        margin = size // 24
         box.append(slice(max(filled[0] - margin, 0), min(filled[-1] + 1 + margin, size)))
     return tuple(box)
 

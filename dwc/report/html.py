@@ -5,7 +5,7 @@ something. The page asks for nothing from elsewhere: no script, no address, no f
 """
 
 import base64
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +25,12 @@ __all__ = ["SITES_PICTURE", "write_report"]
 
 SITES_PICTURE = "sites.png"  # in figures/, drawn by whoever has the volumes
 _DASH = "\N{EN DASH}"
+_CHARTS = {
+    "table": plots.table_plot,
+    "classes": plots.class_plot,
+    "calibration": plots.calibration_plot,
+    "training": plots.training_plot,
+}
 _SPEED = {
     "seed": "seed", "site": "site", "map_steps": "MAP: steps", "vcl_steps": "VCL: steps",
     "map_plateau_step": "MAP: to the plateau", "vcl_plateau_step": "VCL: to the plateau", "plateau_speedup": "times",
@@ -87,7 +93,7 @@ def write_report(out: str | Path) -> Path:
         ),
         sections=[part(results) for part in (_dice, _tests, _speed, _slices, _classes, _calibration)]
         + list(_beyond(results)),
-        config=yaml.safe_dump(results.config, sort_keys=False, allow_unicode=True),
+        config=yaml.safe_dump(results.config, sort_keys=False, allow_unicode=True) if results.config else "",
     )
     path = results.out / "report.html"
     write_whole(path, page.encode())
@@ -144,9 +150,8 @@ def _dice(results: Results) -> _Section:
     header = ["network", *table.columns, *(name for name, _ in efforts)]
     picture = None
     if rows is not None and results.volumes is not None:
-        picture = _drawn(results, "table.png", lambda path: plots.table_plot(
-            results.table, rows["kind"].to_dict(), results.volumes, results.groups, path, table_sd=sd,
-        ))  # fmt: skip
+        kinds = rows["kind"].to_dict()
+        picture = _drawn(results, "table", results.table, kinds, results.volumes, results.groups, table_sd=sd)
     return _Section(title, notes, _Table(header, body, marked, best), picture)
 
 
@@ -190,7 +195,7 @@ def _speed(results: Results) -> _Section:
     logs = {site: pair for site, pair in logs.items() if pair is not None}
     picture = None
     if logs:
-        picture = _drawn(results, "training.png", lambda path: plots.training_plot(logs, table, path))
+        picture = _drawn(results, "training", logs, table)
     elif results.seeds:
         notes.append("The training curves are in the reports of the seeds.")
     return _Section(title, notes, _Table(list(named.values()), body), picture)
@@ -222,8 +227,7 @@ def _classes(results: Results) -> _Section:
     if results.classes is None or not kinds:
         return _Section(title, ["None of pooled MAP, ensemble and DWC has been scored."])
     notes = ["Classes from the largest to the smallest; bars: standard deviation over volumes.", *_absent(results)]
-    draw = lambda path: plots.class_plot(results.classes, kinds, _titled(results), path)  # noqa: E731
-    return _Section(title, notes, picture=_drawn(results, "classes.png", draw))
+    return _Section(title, notes, picture=_drawn(results, "classes", results.classes, kinds, _titled(results)))
 
 
 def _calibration(results: Results) -> _Section:
@@ -247,8 +251,8 @@ def _calibration(results: Results) -> _Section:
         f"{over if results.seeds else ''} Bins of fewer than {plots.FEWEST} voxels are not drawn.",
         *_absent(results),
     ]
-    draw = lambda path: plots.calibration_plot(counts, kinds, _titled(results), path)  # noqa: E731
-    return _Section(title, notes, _Table(header, body, words=(1,)), _drawn(results, "calibration.png", draw))
+    picture = _drawn(results, "calibration", counts, kinds, _titled(results))
+    return _Section(title, notes, _Table(header, body, words=(1,)), picture)
 
 
 def _beyond(results: Results) -> Iterable[_Section]:
@@ -281,10 +285,10 @@ def _titled(results: Results) -> dict[str, list[str]]:
     }
 
 
-def _drawn(results: Results, name: str, draw: Callable[[Path], Any]) -> str:
-    """A picture's data address, drawn into figures/."""
-    path = results.out / "figures" / name
-    draw(path)
+def _drawn(results: Results, name: str, *shown: Any, **options: Any) -> str:
+    """A chart's data address, drawn into figures/."""
+    path = results.out / "figures" / f"{name}.png"
+    _CHARTS[name](*shown, path, **options)
     return _inlined(path)
 
 

@@ -19,7 +19,7 @@ from dwc.report.figures import save
 __all__ = ["calibration_plot", "class_plot", "printed", "table_plot", "training_plot"]
 
 # Colour, from the palette of Okabe and Ito, and marker by kind of row.
-_STYLE = {
+STYLE = {
     "map": ("#8c8c8c", "s"),
     "vi": ("#8c8c8c", "o"),
     "vcl": ("#56b4e9", "o"),
@@ -74,7 +74,7 @@ def table_plot(
     for axis, column in zip(axes[0], table, strict=True):
         dice = volumes[volumes["site"].isin(groups.get(column, [column]))]
         for y, (row, mean) in enumerate(table[column].items()):
-            colour, marker = _STYLE[kinds[row]]
+            colour, marker = STYLE[kinds[row]]
             if kinds[row] == "dwc":
                 axis.axhspan(y - 0.5, y + 0.5, color=colour, alpha=0.1, linewidth=0)
                 axis.axvline(100 * mean, color=colour, linestyle=":", linewidth=1.2, zorder=1)
@@ -90,8 +90,9 @@ def table_plot(
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[0, 0].set_yticks(range(n_rows), [printed(row) for row in table.index])
     axes[0, 0].set_ylim(n_rows - 0.5, -0.5)
-    bars = "" if table_sd is None else ", bars: standard deviation over seeds"
-    figure.supxlabel(f"Dice in % (symbols: means, ticks: held-out volumes{bars}; dotted: DWC)", fontsize=12)
+    bars = "" if table_sd is None else "; bars: standard deviation over seeds"
+    dotted = "; dotted: DWC" if "dwc" in map(kinds.get, table.index) else ""
+    figure.supxlabel(f"Dice in % (symbols: means; ticks: held-out volumes{bars}{dotted})", fontsize=12)
     return save(figure, path)
 
 
@@ -128,7 +129,7 @@ def class_plot(
         part = classes[classes["site"].isin(sites)].groupby(["row", "name"])["dice"]
         mean, sd = 100 * part.mean(), 100 * part.std()
         for k, (row, kind) in enumerate(kinds.items()):
-            colour, marker = _STYLE[kind]
+            colour, marker = STYLE[kind]
             y = np.arange(len(names)) + 0.24 * (k - (len(kinds) - 1) / 2)
             if row in mean.index:
                 axis.errorbar(
@@ -174,7 +175,7 @@ def calibration_plot(
     for (reliability, errors), (title, sites) in zip(axes, groups.items(), strict=True):
         reliability.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, zorder=1)
         for row, kind in kinds.items():
-            colour, marker = _STYLE[kind]
+            colour, marker = STYLE[kind]
             part = calibration[(calibration["row"] == row) & calibration["site"].isin(sites)]
             error = expected_calibration_error(part)
             bins = part.groupby(["kind", "bin"])[["n", "correct", "sum"]].sum()
@@ -222,7 +223,7 @@ def training_plot(
     began = plateaus.set_index("site")
     for (loss, dice), (site, logs) in zip(axes.T, pairs.items(), strict=True):
         for kind, name, log in zip(("map", "vcl"), ("MAP", "VCL from H"), logs, strict=True):
-            colour, marker = _STYLE[kind]
+            colour, marker = STYLE[kind]
             line = dict(color=colour, label=name, linewidth=2, marker=marker, markersize=3)
             loss.plot(log["step"], log["nll"], **line)
             dice.plot(log["step"], 100 * log["dice"].astype(float), **line)
@@ -231,6 +232,7 @@ def training_plot(
                 axis.axvline(step, color=colour, linestyle=":", linewidth=2, label=f"{name}: plateau from here")
         loss.set_title(site, fontsize=13, fontweight="bold")
         dice.set_xlabel("optimizer steps", fontsize=12)
+        dice.set_xlim(left=0)
     first = axes[0, 0]
     first.set_yscale("log")
     first.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))

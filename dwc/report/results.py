@@ -6,6 +6,7 @@ here, and whoever draws it says so.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,16 @@ __all__ = ["AVERAGE", "INTEREST", "Results", "read_results"]
 
 AVERAGE = "Avg."
 INTEREST = ("pooled", "ensemble", "dwc")  # kinds of rows that are drawn and compared closely
-_TABLES = ("rows", "volumes", "classes", "calibration", "table", "table_sd", "tests", "plateaus")
+_TABLES = {  # and the columns without which they say nothing
+    "rows": ("row", "kind", "networks", "steps", "total_steps"),
+    "volumes": ("row", "site", "subject", "image", "dice"),
+    "classes": ("row", "site", "class", "name", "dice", "truth_mm3"),
+    "calibration": ("row", "site", "kind", "bin", "n", "correct", "sum"),
+    "table": ("row", AVERAGE),
+    "table_sd": ("row", AVERAGE),
+    "tests": ("comparison", "columns", "n", "mean_difference", "ci_low", "ci_high", "t", "p", "effect_size"),
+    "plateaus": ("site", "map_plateau_step", "vcl_plateau_step", "plateau_speedup"),
+}
 
 
 @dataclass(frozen=True)
@@ -106,17 +116,19 @@ def read_results(out: str | Path) -> Results:
         settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{config}: is not YAML; run the study again") from error
-    tables = {name: _read(out / f"{name}.csv") for name in _TABLES}
+    tables = {name: _read(out / f"{name}.csv", columns) for name, columns in _TABLES.items()}
     for name in ("table", "table_sd"):
         tables[name] = None if tables[name] is None else tables[name].set_index("row")
-    return Results(out, **tables, config=settings or {})
+    return Results(out, **tables, config=settings if isinstance(settings, dict) else {})
 
 
-def _read(path: Path) -> pd.DataFrame | None:
+def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
     if not path.is_file():
         return None
     try:
         table = pd.read_csv(path, dtype={"subject": str, "site": str}, keep_default_na=False, na_values=[""])
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is not a table ({str(error).splitlines()[0]}); run the study again") from error
+    if missing := [name for name in columns if name not in table]:
+        raise InputError(f"{path}: has no column {', '.join(missing)}; run the study again")
     return table if len(table) else None

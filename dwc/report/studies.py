@@ -61,20 +61,23 @@ def rounds(table: pd.DataFrame, path: Path) -> Path:
     return _written(figure, path)
 
 
-def leave_one_out(table: pd.DataFrame, everything: str, path: Path) -> Path:
-    """What each site brings to each column: Dice of all sites less Dice without it, in points."""
+def leave_one_out(tests: pd.DataFrame, path: Path) -> Path:
+    """What each site brings to each column: Dice of all sites less Dice without it, in points, with 95 % intervals."""
     figure, (panel,) = _figure(1, width=7)
-    of_all = table[table["row"] == everything].iloc[0]
-    without = table[table["row"].str.startswith("without ")].reset_index(drop=True)
-    width = 0.8 / len(without)
-    for k, row in without.iterrows():
-        brought = [100 * (of_all[column] - row[column]) for column in _COLUMNS]
-        places = [place + (k - (len(without) - 1) / 2) * width for place in range(len(_COLUMNS))]
-        panel.bar(places, brought, width, label=row["row"].replace("without ", "site "), color=f"C{k + 1}")
+    tests = tests[tests["against"].str.startswith("without ")]
+    sites = tests["against"].unique()
+    width = 0.8 / len(sites)
+    for k, site in enumerate(sites):
+        brought = 100 * tests[tests["against"] == site].set_index("column").loc[list(_COLUMNS)]
+        places = [place + (k - (len(sites) - 1) / 2) * width for place in range(len(_COLUMNS))]
+        mean = brought["mean_difference"]
+        reach = [mean - brought["ci_low"], brought["ci_high"] - mean]
+        label, colour = site.replace("without ", "site "), f"C{k + 1}"
+        panel.bar(places, mean, width, label=label, color=colour, yerr=reach, error_kw={"linewidth": 0.8, "capsize": 2})
     panel.axhline(0, color="black", linewidth=0.8)
     panel.set_xticks(range(len(_COLUMNS)), _COLUMNS)
     panel.set_xlabel("held-out scans of")
-    _titled(panel, "what each site brought: Dice with it less Dice without it", "points of Dice")
+    _titled(panel, "what each site brought: Dice with it less Dice without it", "points of Dice, 95 % interval")
     panel.legend(fontsize=8)
     return _written(figure, path)
 

@@ -88,12 +88,24 @@ def test_leaving_one_out_scores_the_network_that_the_others_alone_would_give(run
     monkeypatch.setattr(studies, "_score", lambda _, posterior, __, row: scored.setdefault(row, posterior))
     monkeypatch.setattr(studies.pictures, "leave_one_out", lambda *_: None)
     monkeypatch.setattr(studies, "_joined", lambda *_: (None, None))
+    monkeypatch.setattr(studies, "_tests", lambda *_: None)
     studies.leave_one_out(tiny, tiny.out)
     networks = Networks(tiny, known_manifests(tiny))
     origin = variational("H")
     prior = Posterior.load(networks.file(origin))
     others = [Posterior.load(networks.file(vcl(origin, site))) for site in ("N", "W")]
     assert scored["without B"].sha256 == consolidate(prior, others).sha256
+
+
+def test_what_a_site_brought_is_tested_volume_by_volume(run, tiny):
+    table, raw = run("leave-one-out").set_index("row"), volumes(tiny, "leave-one-out")
+    tests = pd.read_csv(tiny.out / "leave-one-out" / "tests.csv").set_index(["against", "column"])
+    assert set(tests["row"]) == {"all of N, B, W"}
+    for against in ("none (H)", "without N", "without B", "without W"):
+        for column in DICE:
+            brought = table.loc["all of N, B, W", column] - table.loc[against, column]
+            assert tests.loc[(against, column), "mean_difference"] == pytest.approx(brought, abs=1e-6)
+    assert tests.loc[("without N", "Avg."), "n"] == raw[raw["column"] != "A"]["image"].nunique() == 5
 
 
 def test_lambda_is_chosen_on_scans_that_are_not_scored(run, tiny):
