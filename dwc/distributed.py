@@ -121,7 +121,8 @@ def mean(values: Sequence[float]) -> list[float]:
 def replicate(network: nn.Module) -> nn.Module:
     """The network whose backward leaves the mean of the ranks' gradients in `network`'s parameters.
 
-    Buffers, such as priors, are the same everywhere from the start and are not sent again with each step.
+    Hold on to it: gradients are exchanged for as long as it lives. Buffers, such as priors, are the same everywhere
+    from the start and are not sent again with each step.
     """
     if world_size() == 1:
         return network
@@ -138,15 +139,15 @@ def _mean_in_order(state: None, bucket) -> torch.futures.Future[Tensor]:  # a di
     are laid out anew after the first step: a resumed run would end in other bits than one that was never stopped.
     """
     gradient = bucket.buffer()
-    parts = [torch.empty_like(gradient) for _ in range(world_size())]
+    parts = gradient.new_empty(world_size() * len(gradient))
 
     def add_up(_: torch.futures.Future) -> Tensor:
-        gradient.copy_(parts[0])
-        for part in parts[1:]:
-            gradient.add_(part)
-        return gradient.div_(len(parts))
+        first, *others = parts.view(world_size(), -1)
+        for part in others:
+            first += part
+        return gradient.copy_(first).div_(world_size())
 
-    return dist.all_gather(parts, gradient, async_op=True).get_future().then(add_up)
+    return dist.all_gather_into_tensor(parts, gradient, async_op=True).get_future().then(add_up)
 
 
 def say_once(line: str) -> None:
