@@ -32,7 +32,7 @@ def torchrun(*words, n: int = 2) -> tuple[int, str, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
     process = subprocess.run(
-        [*start, *map(str, words)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*start, *map(str, words)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     return process.returncode, process.stdout, process.stderr
 
