@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from dwc import __version__
+from dwc import __version__, launcher
 from dwc.errors import InputError, Interrupted
 
 __all__ = ["COMMANDS", "main"]
@@ -22,6 +22,7 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
     "experiment": "run the paper's study: every row of its table, its figures, one report",
     "demo": "run the whole cycle on simulated sites, minutes on two CPU cores",
 }
+_SHARED = ("train", "predict")  # those that torchrun may start many processes of
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -53,23 +54,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise InputError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
+        if launcher.processes() > 1 and name not in _SHARED:
+            raise InputError(f"dwc {name} is one process; start it without torchrun")
         importlib.import_module(f"dwc.commands.{name}").main(rest)
     except InputError as error:
-        print(f"dwc: {error}", file=sys.stderr)
-        return 2
+        return _end(f"{error}", 2)
     except Interrupted as stop:
-        print(f"dwc: {stop}", file=sys.stderr)
-        return 128 + stop.signal_number
+        return _end(f"{stop}", 128 + stop.signal_number)
     except OSError as error:
         if error.errno not in _FULL_OR_READ_ONLY:
             raise
         where = error.filename or "the output"
-        print(f"dwc: {where}: {error.strerror}; free space or choose another folder", file=sys.stderr)
-        return 2
+        return _end(f"{where}: {error.strerror}; free space or choose another folder", 2)
     except KeyboardInterrupt:
-        print("dwc: interrupted", file=sys.stderr)
-        return 130
+        return _end("interrupted", 130)
     return 0
+
+
+def _end(line: str, code: int) -> int:
+    """Say why, in one line, and return the exit code."""
+    if launcher.processes() > 1:
+        from dwc.distributed import say_once  # here, so that one process says it without PyTorch
+
+        say_once(f"dwc: {line}")
+    else:
+        print(f"dwc: {line}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

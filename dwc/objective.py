@@ -38,7 +38,7 @@ class Objective:
         """N V: the loss times this is in nats over the whole training set."""
         return float(self.n_sub_volumes * self.voxels_per_sub_volume)
 
-    def __call__(self, logits: Tensor, labels: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, labels: Tensor, penalty: Tensor, *, share: float = 1.0) -> tuple[Tensor, Tensor]:
         """Loss and mean negative log-likelihood, each in nats per voxel.
 
         Parameters
@@ -49,11 +49,14 @@ class Objective:
             [M, D, H, W], int64 classes.
         penalty : Tensor
             In nats over the whole network: the KL (Eq. 5), or `negative_log_prior`.
+        share : float
+            Where a batch is split over ranks: the part of it that lies here, times the number of ranks. The ranks'
+            mean of each result, and of its gradient, is that of the whole batch then, with the penalty in it once.
 
         Returns
         -------
         tuple of Tensor
-            (nll + penalty / (N V), nll), fp32 scalars.
+            (nll + penalty / (N V), nll), fp32 scalars; nll times its share.
 
         Raises
         ------
@@ -63,7 +66,7 @@ class Objective:
         if (voxels := labels.shape[1:].numel()) != self.voxels_per_sub_volume:
             raise ValueError(f"labels have {voxels} voxels per sub-volume, not {self.voxels_per_sub_volume}")
         # reduction="none" then a mean: the reduction inside sums with atomics on GPUs, in an order of their own.
-        nll = cross_entropy(logits.float(), labels, reduction="none").mean()
+        nll = cross_entropy(logits.float(), labels, reduction="none").mean() * share
         return nll + penalty / self.scale, nll
 
 

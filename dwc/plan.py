@@ -17,6 +17,7 @@ from dwc.data.conform import Grid
 from dwc.data.labels import SHIPPED, LabelMap
 from dwc.data.manifest import Scan, has_split_column, read_manifest
 from dwc.data.subvolumes import SIDE, SubVolumes
+from dwc.distributed import world_size
 from dwc.errors import InputError
 from dwc.files import write_whole
 from dwc.meshnet import DILATIONS, checked_architecture, describe
@@ -118,6 +119,11 @@ def plan_run(settings: TrainSettings, *, resume: bool = False) -> Plan:
     grid = Grid(settings.grid_size, settings.voxel_size)
     if grid.size % SIDE:
         raise InputError(f"--grid_size {grid.size}: give a multiple of {SIDE}, the edge of a sub-volume")
+    if settings.batch_size < world_size():
+        raise InputError(
+            f"--batch_size {settings.batch_size}: is fewer than the {world_size()} processes; give each a sub-volume, "
+            f"or start fewer"
+        )
     scans = read_manifest(settings.data, seed=settings.seed, test_fraction=settings.test_fraction)
     for scan in scans:
         if scan.label is None:

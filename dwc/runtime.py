@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from dwc import launcher
 from dwc.errors import InputError
 
 __all__ = ["choose_device", "seed_of"]
@@ -14,13 +15,21 @@ def choose_device(name: str) -> torch.device:
     Raises
     ------
     InputError
-        If a GPU is asked for and there is none.
+        If a GPU is asked for and there is none, or fewer than processes on this machine.
     """
-    if name == "cuda" and not torch.cuda.is_available():
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cuda" and not n_gpus:
         raise InputError("--device cuda: PyTorch finds no GPU here; give --device cpu")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if name == "cpu" or not n_gpus:
+        return torch.device("cpu")
+    if launcher.local_rank() >= n_gpus:
+        raise InputError(f"--device {name}: more processes than GPUs here; give --nproc-per-node={n_gpus}")
+    return torch.device("cuda")
 
 
 def seed_of(*entropy: int) -> int:
-    """A 63-bit seed for PyTorch from numbers >= 0 (a seed, a step, ...), without pattern between neighbours."""
+    """A 63-bit seed for PyTorch from numbers >= 0 (a seed, a step, ...), without pattern between neighbours.
+
+    Zeros at the end do not count: seed_of(3, 5) is seed_of(3, 5, 0).
+    """
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)

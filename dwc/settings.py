@@ -16,7 +16,10 @@ __all__ = ["TrainSettings"]
 _PATHS = ("data", "prior", "init", "out", "cache_dir")
 _POSITIVE = ("grid_size", "voxel_size", "width", "lr", "rho_lr", "batch_size", "epochs", "steps_per_epoch")
 # May change between a run and its resumption: where things lie and run, and for how long.
-_FREE = ("data", "prior", "init", "out", "label_map", "cache_dir", "workers", "epochs", "stop_at_plateau")
+_FREE = (
+    "data", "prior", "init", "out", "label_map", "cache_dir", "workers", "epochs", "stop_at_plateau",
+    "activation_checkpointing",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class TrainSettings:
     schedule
         constant, or one_cycle: up over the first three tenths of the steps, then down to zero, by cosines.
     batch_size
-        Sub-volumes of 32x32x32 voxels per step.
+        Sub-volumes of 32x32x32 voxels per step, over all processes.
     epochs
         Epochs at most; each ends with validation, a log line and a checkpoint.
     steps_per_epoch
@@ -71,13 +74,16 @@ class TrainSettings:
         Fixes the initial weights, the order of the data, the noise and, where the manifest has no split column, the
         split; it must be that of --prior or --init then.
     workers
-        Processes that load data; the result does not depend on them.
+        Processes that load data, for each that trains; the result does not depend on them.
     cache_dir
         Folder for the conformed sub-volumes; may be shared between runs. By default OUT/cache.
     device
         auto (a GPU where there is one), cpu or cuda.
     precision
         fp32, or bf16 for autocast.
+    activation_checkpointing
+        Compute the hidden layers a second time in the backward, with the same noise, instead of keeping all that it
+        needs: 0.61 of a step's memory at its peak, one forward more, the same result.
     """
 
     mode: Literal["map", "vi", "vcl", "finetune"] = "map"
@@ -105,6 +111,7 @@ class TrainSettings:
     cache_dir: Path | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name in _PATHS:

@@ -3,7 +3,8 @@
 `train` prepares the data, takes the steps and keeps the run folder: config.yaml, log.jsonl, tensorboard/,
 checkpoint.safetensors and, at the end, posterior.safetensors. Every step is a function of (seed, step) and the weights
 before it, so that a run that was killed continues bit for bit. What is minimised is `objective`'s business, what a
-person can set `settings`'s, and `plan` has checked it all before the first step.
+person can set `settings`'s, and `plan` has checked it all before the first step. Where `distributed` has several
+ranks, each takes its share of every batch with noise of its own, and the first writes for all.
 """
 
 import math
@@ -19,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from dwc.checkpoint import read_log, restore, save_checkpoint, write_log
+from dwc import distributed
+from dwc.checkpoint import read_log, restore, save_checkpoint
 from dwc.data.subvolumes import SIDE, SubVolumes, prepare
 from dwc.errors import InputError, Interrupted
 from dwc.files import open_folder
+from dwc.journal import Journal
 from dwc.meshnet import MeshNet
 from dwc.metrics import mean_dice
 from dwc.objective import Objective, SigmaProjection, negative_log_prior
@@ -55,7 +56,7 @@ def train(settings: TrainSettings, *, resume: bool = False) -> Posterior:
         What to train, on what, and where to.
     resume : bool
         Go on from the run folder's checkpoint, bit for bit as if it had never stopped (on the same machine with the
-        same number of threads); from the start if it has none.
+        same number of processes and threads); from the start if it has none.
 
     Returns
     -------
@@ -69,16 +70,19 @@ def train(settings: TrainSettings, *, resume: bool = False) -> Posterior:
     Interrupted
         After SIGINT or SIGTERM, with a whole checkpoint on disk.
     """
-    plan = plan_run(settings, resume=resume)
-    open_folder(settings.out)
-    data, held_out = (
-        prepare(scans, plan.label_map, plan.grid, plan.cache_dir) for scans in (plan.train_scans, plan.test_scans)
-    )
-    bound_to = bind(plan, data, held_out)
-    plan.write_config()  # only now, when no bad input is left, is the folder a run's
-    devices = [plan.device] if plan.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-        return _Run(plan, data, held_out, bound_to).finish()
+    with distributed.ranks():
+        plan = plan_run(settings, resume=resume)
+        distributed.barrier()  # before any rank writes where another still looks
+        open_folder(settings.out)
+        data, held_out = (
+            prepare(scans, plan.label_map, plan.grid, plan.cache_dir) for scans in (plan.train_scans, plan.test_scans)
+        )
+        bound_to = bind(plan, data, held_out)
+        if distributed.is_main():
+            plan.write_config()  # only now, when no bad input is left, is the folder a run's
+        devices = [plan.device] if plan.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+            return _Run(plan, data, held_out, bound_to).finish()
 
 
 @dataclass
@@ -109,12 +113,14 @@ class _Run:
         self.project = SigmaProjection(self.network)
         self.project()
         self.state = _State(Plateau(settings.plateau_window), binding=bound_to)
-        self.log: list[dict[str, Any]] = []
+        log: list[dict[str, Any]] = []
         if plan.checkpoint is not None:
             tensors, state = plan.checkpoint
             restore(tensors, self.network, self.optimizer)
             self.state = _State(**{**state, "plateau": Plateau(**state["plateau"])})
-            self.log = read_log(self.out / "log.jsonl", self.state.step)
+            log = read_log(self.out / "log.jsonl", self.state.step)
+        self.replica = distributed.replicate(self.network)
+        self.journal = Journal(self.out, log, title=settings.mode, step=self.state.step, total_steps=self.total_steps)
 
     def finish(self) -> Posterior:
         """Take the remaining steps and write the posterior."""
@@ -126,19 +132,13 @@ class _Run:
             worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=self.plan.device.type == "cuda",
         )
-        with (
-            _caught_signals() as caught,
-            SummaryWriter(self.out / "tensorboard", purge_step=state.step + 1) as board,
-            tqdm(
-                total=self.total_steps, initial=state.step, desc=settings.mode, unit="step", dynamic_ncols=True
-            ) as bar,
-        ):
-            self.caught, self.board, self.bar = caught, board, bar
+        with _caught_signals() as self.caught, self.journal:
             batches = iter(loader)
             while not self._done():
                 self._epoch(batches)
         posterior = self._posterior()
-        posterior.save(self.out / "posterior.safetensors")
+        if distributed.is_main():
+            posterior.save(self.out / "posterior.safetensors")
         return posterior
 
     def _done(self) -> bool:
@@ -169,9 +169,7 @@ class _Run:
             "layers": drift(self.network),
             "seconds": round(time.monotonic() - began, 3),
         }
-        self._show(row)
-        self.log.append(row)
-        write_log(self.out / "log.jsonl", self.log)  # before the checkpoint: a line too many is cut when resuming
+        self.journal.epoch(row)  # before the checkpoint: a line too many is cut when resuming
         state.epoch, state.loss_sum, state.nll_sum = state.epoch + 1, 0.0, 0.0
         self._save()
 
@@ -180,29 +178,28 @@ class _Run:
         factor = learning_rate_factor(settings.schedule, state.step, self.total_steps)
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor
-        torch.manual_seed(seed_of(settings.seed, state.step))
+        # The first rank's seed is that of a run in one process: seed_of counts no zeros at the end.
+        torch.manual_seed(seed_of(settings.seed, state.step, distributed.rank()))
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self._logits(images.to(device, non_blocking=True))
-        loss, nll = self.objective(logits, labels.to(device, non_blocking=True), self._penalty())
+        logits = self._logits(self.replica, images.to(device, non_blocking=True))
+        share = len(images) * distributed.world_size() / settings.batch_size
+        loss, nll = self.objective(logits, labels.to(device, non_blocking=True), self._penalty(), share=share)
         loss.backward()
         self.optimizer.step()
         self.project()
-        loss, nll = loss.item(), nll.item()
+        loss, nll = distributed.mean((loss.item(), nll.item()))
         if not math.isfinite(loss):
             raise InputError(f"{self.out}: the loss is {loss} at step {state.step + 1}; train again with a lower --lr")
         state.step += 1
         state.loss_sum += loss
         state.nll_sum += nll
         state.plateau.update(loss)
-        for name, value in (("loss", loss), ("nll", nll), ("learning_rate", settings.lr * factor)):
-            self.board.add_scalar(f"train/{name}", value, state.step)
-        self.bar.set_postfix(loss=f"{loss:.4f}", dice=self._last_dice(), refresh=False)
-        self.bar.update()
+        self.journal.step(state.step, loss=loss, nll=nll, learning_rate=settings.lr * factor)
 
-    def _logits(self, images: Tensor, sample: bool | None = None) -> Tensor:
+    def _logits(self, network: nn.Module, images: Tensor, sample: bool | None = None) -> Tensor:
         with torch.autocast(self.plan.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            return self.network(images, sample=sample)
+            return network(images, sample=sample)
 
     def _penalty(self) -> Tensor:
         """In nats: the KL from the prior (Eq. 5), or -log p(w) (Eq. 2)."""
@@ -212,46 +209,34 @@ class _Run:
         """Dice on the held-out sub-volumes, averaged over the classes present in the truth."""
         self.network.eval()
         confusion = validation_confusion(
-            lambda images: self._logits(images, sample=False),
+            lambda images: self._logits(self.network, images, sample=False),
             self.held_out,
-            self.validation_draw,
+            distributed.share(self.validation_draw),
             n_classes=self.plan.label_map.n_classes,
             batch_size=self.settings.batch_size,
             device=self.plan.device,
             keep_going=lambda: self.caught.number is None,
         )
         self._stop_if_asked()
+        confusion = sum(map(torch.tensor, distributed.gather(confusion.tolist())))
         return {
             "dice": mean_dice(confusion, with_background=False),
             "dice_with_background": mean_dice(confusion, with_background=True),
         }
 
-    def _show(self, row: dict[str, Any]) -> None:
-        for name in ("dice", "dice_with_background"):
-            if row[name] is not None:
-                self.board.add_scalar(f"validation/{name}", row[name], row["step"])
-        self.board.add_scalar("train/penalty", row["penalty"], row["step"])
-        for layer, measures in row["layers"].items():
-            for name, value in measures.items():
-                self.board.add_scalar(f"{name}/{layer}", value, row["step"])
-        self.board.flush()
-
-    def _last_dice(self) -> str:
-        dice = self.log[-1]["dice"] if self.log else None
-        return "-" if dice is None else f"{dice:.3f}"
-
     def _stop_if_asked(self) -> None:
-        if self.caught.number is not None:
+        """All ranks after the same step, whichever was asked."""
+        if number := max(distributed.gather(self.caught.number or 0)):
             self._save()
-            name = signal.Signals(self.caught.number).name
             raise Interrupted(
-                self.caught.number,
-                f"stopped by {name} after step {self.state.step} of {self.total_steps}; "
+                number,
+                f"stopped by {signal.Signals(number).name} after step {self.state.step} of {self.total_steps}; "
                 f"resume with: dwc train --config {self.out / 'config.yaml'} --resume",
             )
 
     def _save(self) -> None:
-        save_checkpoint(self.out / "checkpoint.safetensors", self.network, self.optimizer, asdict(self.state))
+        if distributed.is_main():
+            save_checkpoint(self.out / "checkpoint.safetensors", self.network, self.optimizer, asdict(self.state))
 
     def _posterior(self) -> Posterior:
         base, plan, state = self.plan.base, self.plan, self.state
@@ -276,7 +261,11 @@ class _Run:
 
 def _network(plan: Plan) -> MeshNet:
     torch.manual_seed(seed_of(plan.settings.seed))
-    network = MeshNet.from_architecture(plan.header()["architecture"], bayesian=plan.settings.bayesian)
+    network = MeshNet.from_architecture(
+        plan.header()["architecture"],
+        bayesian=plan.settings.bayesian,
+        activation_checkpointing=plan.settings.activation_checkpointing,
+    )
     if plan.base is not None:
         plan.base.to_model(network)
     if plan.has_learned_prior:
@@ -324,7 +313,7 @@ class _Batches(Sampler[list[int]]):
     """Batches of indices for the steps `first` to `last`: pass after pass over the data, each in its own order.
 
     Batch k is the k-th stretch of one endless sequence of passes, whatever step the run begins with; a batch may
-    straddle two passes, so that every batch is full.
+    straddle two passes, so that every batch is full. Each rank gets its share of every batch.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, first: int, last: int) -> None:
@@ -342,7 +331,7 @@ class _Batches(Sampler[list[int]]):
                 if passed != current:
                     order, current = np.random.default_rng([self.seed, 1, passed]).permutation(self.n), passed
                 batch.append(int(order[place]))
-            yield batch
+            yield distributed.share(batch)
 
 
 @dataclass
@@ -371,6 +360,6 @@ def _caught_signals() -> Iterator[_Caught]:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; a worker goes on until the trainer ends it."""
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; a worker goes on until the trainer ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

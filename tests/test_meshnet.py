@@ -3,7 +3,9 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.memory import Ledger
 from dwc.errors import InputError
 from dwc.meshnet import DILATIONS, MeshNet
 from dwc.posterior import Posterior
@@ -121,3 +123,30 @@ def test_an_architecture_that_lacks_a_part_is_refused_by_name(key):
     del posterior.metadata["architecture"][key]
     with pytest.raises(InputError, match=f"posterior: its architecture's '{key}' is missing"):
         MeshNet.from_posterior(posterior)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activation_checkpointing_replays_the_noise_to_the_bit(dtype):
+    gradients = {}
+    for again in (False, True):
+        torch.manual_seed(0)
+        network = MeshNet(3, 4, (1, 2, 1), activation_checkpointing=again)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = network(torch.randn(2, 1, 8, 8, 8))
+        logits.float().square().mean().backward()
+        gradients[again] = [parameter.grad for parameter in network.parameters()] + [torch.rand(3)]
+    assert all(torch.equal(*pair) for pair in zip(gradients[False], gradients[True], strict=True))
+
+
+def test_activation_checkpointing_halves_what_is_kept_for_the_backward():
+    kept, peak = {}, {}
+    for again in (False, True):
+        with FakeTensorMode():
+            network, image = MeshNet(activation_checkpointing=again), torch.empty(10, 1, 32, 32, 32)
+            with Ledger() as ledger:
+                logits = network(image)
+                kept[again] = ledger.now - logits.untyped_storage().nbytes()
+                logits.square().mean().backward()
+                peak[again] = ledger.peak
+    assert kept[True] < 0.55 * kept[False]
+    assert peak[True] < 0.65 * peak[False]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dwc import training
+from dwc import checkpoint, journal, training
 from dwc.data.labels import LabelMap
 from dwc.errors import InputError, Interrupted
 from dwc.files import load_tensors
@@ -159,9 +159,7 @@ def test_a_kill_between_any_two_writes_is_mended_by_resuming(settings, tmp_path,
             raise Killed
         return originals[written](*arguments)
 
-    import dwc.checkpoint
-
-    room = dwc.checkpoint if written == "save_tensors" else training
+    room = {"write_log": journal, "save_checkpoint": training, "save_tensors": checkpoint}[written]
     originals = {written: getattr(room, written)}
     with monkeypatch.context() as patch:
         patch.setattr(room, written, die)

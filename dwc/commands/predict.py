@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from jsonargparse import Namespace
 from tqdm import tqdm
 
 from dwc.commands.arguments import new_parser, parse
@@ -14,6 +15,8 @@ __all__ = ["add_prediction_arguments", "check_prediction_arguments", "main"]
 
 def main(arguments: Sequence[str]) -> None:
     """Segment scans, one at a time; arguments, networks and the readability of each scan are checked before the first.
+
+    Ranks share the scans.
 
     Raises
     ------
@@ -36,7 +39,15 @@ def main(arguments: Sequence[str]) -> None:
     if not scans:
         raise InputError("no scan: give one or more NIfTI files after the networks")
 
-    from dwc.data.conform import conform_image, load_image  # after the arguments, so that help is quick
+    from dwc import distributed  # after the arguments, so that help is quick
+
+    with distributed.ranks():
+        _predict(networks, scans, values)
+
+
+def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace) -> None:
+    from dwc import distributed
+    from dwc.data.conform import conform_image, load_image
     from dwc.derivatives import find_scan, name_derivatives, write_derivatives
     from dwc.files import open_folder
     from dwc.prediction import load_networks, predict_volume
@@ -47,14 +58,16 @@ def main(arguments: Sequence[str]) -> None:
     ensemble = load_networks(networks, values.label_map)
     scans = [find_scan(scan) for scan in scans]
     derivatives = name_derivatives(scans, values.out, overwrite=values.overwrite)
-    for scan in tqdm(scans, desc="checking scans", unit="scan", disable=None):
+    scans, derivatives = distributed.share(scans), distributed.share(derivatives)
+    for scan in tqdm(scans, desc="checking scans", unit="scan", disable=None if distributed.is_main() else True):
         load_image(scan)
+    distributed.barrier()  # before any rank writes where another still looks
     open_folder(values.out)
     for scan, files in zip(scans, derivatives, strict=True):
         image = conform_image(scan, ensemble.grid)
         prediction = predict_volume(
             ensemble.networks, image, n_samples=values.n_samples, seed=values.seed, device=device,
-            precision=values.precision, progress=scan.name,
+            precision=values.precision, progress=scan.name if distributed.is_main() else None,
         )  # fmt: skip
         mm3 = write_derivatives(files, prediction, scan, label_map=ensemble.label_map, grid=ensemble.grid)
         if values.picture:

@@ -1,6 +1,7 @@
 """`dwc train`, also `python -m dwc.train`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from dwc.commands.arguments import new_parser, parse
 from dwc.settings import TrainSettings
@@ -26,10 +27,16 @@ def main(arguments: Sequence[str]) -> None:
     settings = TrainSettings(**values)
     settings.check()  # before PyTorch is imported
 
+    from dwc import distributed
     from dwc.training import train
 
-    posterior = train(settings, resume=resume)
-    training = posterior.metadata["training"]
+    with distributed.ranks():
+        posterior = train(settings, resume=resume)
+        if distributed.is_main():
+            print(_line(posterior.name, posterior.metadata["training"]))
+
+
+def _line(name: str, training: dict[str, Any]) -> str:
     plateau = training["plateau_step"]
     began = "no plateau seen" if plateau is None else f"plateau from step {plateau}"
-    print(f"{posterior.name}  (steps {training['steps']}, {began})")
+    return f"{name}  (steps {training['steps']}, {began})"

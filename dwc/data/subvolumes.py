@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dwc import distributed, launcher
 from dwc.data.conform import Grid, conform_image, conform_labels
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan
@@ -136,7 +137,7 @@ def prepare(
     workers: int | None = None,
     progress: bool = True,
 ) -> SubVolumes:
-    """Conform scans and cut them into sub-volumes, or find that already done in the cache.
+    """Conform scans and cut them into sub-volumes, or find that already done in the cache; ranks share the work.
 
     Parameters
     ----------
@@ -148,7 +149,8 @@ def prepare(
         Folder of the cache, made if need be. It holds 2 bytes per voxel and scan. Any number of processes may share it.
         Entries are named by the content of the scans; a scan is hashed again when its size or date has changed.
     workers : int
-        Threads that read and resample (both leave Python's lock); 0 counts as 1. None: one per core, up to 8. The
+        Threads that read and resample (both leave Python's lock); 0 counts as 1. None: one per core of this process's
+        share of the machine, up to 8. The
         result does not depend on it. Each holds one scan in memory, 0.3 GB at 256^3.
     progress : bool
         Show a progress bar while scans are prepared.
@@ -161,14 +163,19 @@ def prepare(
     if grid.size % SIDE:
         raise InputError(f"grid size {grid.size} does not split into sub-volumes of {SIDE}; take a multiple of {SIDE}")
     cache_dir = Path(cache_dir)
-    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    if workers is None:
+        workers = min(8, (os.cpu_count() or 1) // launcher.local_processes())
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         _sweep(cache_dir)
         digests = _read_digests(cache_dir)
         known = dict(digests)
-        folders = _map(lambda scan: _prepare(scan, label_map, grid, cache_dir, digests), scans, workers, progress)
-        if digests != known:
+        folders = _map(
+            lambda scan: _prepare(scan, label_map, grid, cache_dir, digests),
+            distributed.share(scans), workers, progress and distributed.is_main(),
+        )  # fmt: skip
+        folders, digests = _together(folders, digests, known)
+        if digests != known and distributed.is_main():
             write_whole(cache_dir / _DIGESTS, json.dumps(digests).encode())
     except OSError as error:
         reason = error.strerror or error
@@ -191,6 +198,18 @@ def digest_of_scans(scans: Sequence[Scan], cache_dir: str | os.PathLike) -> str:
     known = _read_digests(Path(cache_dir))
     parts = [(_digest(scan.image, known), scan.label and _digest(scan.label, known), scan.split) for scan in scans]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _together(folders: list[Path], digests: dict[str, list], known: dict[str, list]) -> tuple[list[Path], dict]:
+    """All ranks' folders, in the order of the scans, and digests."""
+    new = {path: entry for path, entry in digests.items() if known.get(path) != entry}
+    parts = distributed.gather({"folders": list(map(str, folders)), "digests": new})
+    for part in parts:
+        digests = digests | part["digests"]
+    folders = [Path(folder) for folder in distributed.merge([part["folders"] for part in parts])]
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise InputError(f"{missing[0]}: is not seen by all processes; give a --cache_dir that their machines share")
+    return folders, digests
 
 
 def _map(function, scans: Sequence[Scan], workers: int, progress: bool) -> list[Path]:

@@ -1,0 +1,91 @@
+"""Seconds per training step in one process and in several that share each batch, on this machine.
+
+    python -m benchmarks.scaling [--processes 1 2] [--device cpu] [--width 16] [--batch_size 4]
+
+Times `torchrun -m dwc.train` as it is used, by its own log: loading, forward, backward, exchange of gradients, Adam; no
+validation. The global batch stays the same (strong scaling), each process has one CPU thread, the kinds of run take
+turns, and the median over their epochs counts, each kind's first epoch left out. "Apart" are as many processes at once
+that train alone on their part of the batch and exchange nothing: what the machine's memory and its other users leave.
+The difference between the two is what the exchange costs.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from dwc.data.conform import Grid
+from dwc.data.simulation import write_site
+
+__all__ = ["main", "table"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=4, help="a multiple of each number of processes")
+    parser.add_argument("--steps", type=int, default=4, help="in an epoch")
+    parser.add_argument("--epochs", type=int, default=3, help="of a run, the first left out")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each kind")
+    values = parser.parse_args(arguments)
+    kinds = [(n, together) for n in values.processes for together in (True, False) if together or n > 1]
+    seconds = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = write_site(folder, "H", 2, 0, grid=Grid(64, 4.0))
+        for repeat in range(values.repeats):
+            for n, together in kinds:
+                seconds[n, together] += _run(manifest, Path(folder) / f"{repeat}-{n}-{together}", n, together, values)
+    print(table({kind: statistics.median(times) for kind, times in seconds.items()}, values.batch_size))
+    print(
+        f"median of {len(seconds[kinds[0]])} epochs of {values.steps} steps; MeshNet of Table 1, width {values.width}, "
+        f"vi, {values.device}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+    )
+
+
+def table(seconds: dict[tuple[int, bool], float], batch_size: int) -> str:
+    """A line per number of processes and kind of run; efficiency is that of n processes over one, divided by n."""
+    alone = seconds[min(seconds)[0], True] * min(seconds)[0]
+    lines = [f"{'processes':<12}{'s/step':>9}{'sub-volumes/s':>15}{'speedup':>9}{'efficiency':>12}"]
+    for (n, together), step in sorted(seconds.items(), key=lambda item: (item[0][0], not item[0][1])):
+        name = f"{n}{'' if together else ' apart'}"
+        lines.append(f"{name:<12}{step:>9.3f}{batch_size / step:>15.2f}{alone / step:>9.2f}{alone / step / n:>12.2f}")
+    return "\n".join(lines)
+
+
+def _run(manifest: Path, out: Path, n: int, together: bool, values: argparse.Namespace) -> list[float]:
+    """Seconds per step of each epoch but the first; of the slowest process."""
+    flags = {
+        "mode": "vi", "data": manifest, "cache_dir": manifest.parent / "cache", "label_map": "coarse", "grid_size": 64,
+        "voxel_size": 4.0, "width": values.width, "epochs": values.epochs, "steps_per_epoch": values.steps,
+        "validation_sub_volumes": 0, "device": values.device,
+        "batch_size": values.batch_size if together else values.batch_size // n,
+    }  # fmt: skip
+    words = ["dwc.train", *(str(word) for key, value in flags.items() for word in (f"--{key}", value))]
+    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m"] if together else []
+    outs = [out] if together else [out.with_name(f"{out.name}-{i}") for i in range(n)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", *launch, *words, "--out", str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for folder in outs
+    ]  # fmt: skip
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        sys.exit(f"a run has failed; see it with: {' '.join(['python -m', *launch, *words, '--out', str(outs[0])])}")
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in outs]
+    return [max(row["seconds"] for row in rows) / values.steps for rows in zip(*logs, strict=True)][1:]
+
+
+if __name__ == "__main__":
+    main()
