@@ -19,21 +19,32 @@ from dwc.data.manifest import Scan, has_split_column, read_manifest
 from dwc.data.subvolumes import SubVolumes
 from dwc.errors import InputError
 from dwc.meshnet import MeshNet
-from dwc.metrics import confusion_matrix, dice, mean_dice
+from dwc.metrics import CalibrationCounts, confusion_matrix, dice, mean_dice
 from dwc.posterior import Posterior
 from dwc.prediction import predict_volume
 
-__all__ = ["Score", "per_class", "per_site", "per_volume", "scans_to_score", "score_volumes", "summary"]
+__all__ = ["Score", "calibration", "per_class", "per_site", "per_volume", "scans_to_score", "score_volumes", "summary"]
 
 _MEANS = {"dice": False, "dice_with_background": True}
 
 
 @dataclass(frozen=True)
 class Score:
-    """A scan and the voxels of its volume by true (row) and predicted (column) class, int64 [n_classes, n_classes]."""
+    """What is kept of a predicted volume.
+
+    Attributes
+    ----------
+    scan : Scan
+        The scan.
+    confusion : Tensor
+        Its voxels by true (row) and predicted (column) class, int64 [n_classes, n_classes].
+    calibration : DataFrame
+        Its voxels by confidence and entropy, as `CalibrationCounts.frame` has them.
+    """
 
     scan: Scan
     confusion: Tensor
+    calibration: pd.DataFrame
 
 
 def scans_to_score(
@@ -112,7 +123,10 @@ def score_volumes(
             networks, image, n_samples=n_samples, seed=seed, device=device, precision=precision,
             progress=f"{scan.subject} ({v + 1} of {data.n_volumes})" if progress else None,
         )  # fmt: skip
-        scores.append(Score(scan, confusion_matrix(truth, prediction.labels, data.label_map.n_classes)))
+        counts = CalibrationCounts(data.label_map.n_classes)
+        counts.add(prediction.confidence, prediction.entropy, prediction.labels == truth)
+        confusion = confusion_matrix(truth, prediction.labels, data.label_map.n_classes)
+        scores.append(Score(scan, confusion, counts.frame()))
     return scores
 
 
@@ -150,6 +164,13 @@ def per_site(scores: Sequence[Score], label_map: LabelMap, grid: Grid) -> pd.Dat
     """A row per site and class: site, class, name, n_volumes (whose truth has the class), dice and its sd over them."""
     groups = per_class(scores, label_map, grid).groupby(["site", "class", "name"], sort=True)["dice"]
     return groups.agg(n_volumes="count", dice="mean", dice_sd="std").reset_index()
+
+
+def calibration(scores: Sequence[Score]) -> pd.DataFrame:
+    """The voxels of each site by confidence and entropy: site, and the columns of `CalibrationCounts.frame`."""
+    parts = pd.concat((score.calibration.assign(site=score.scan.site) for score in scores), ignore_index=True)
+    bins = ["site", "kind", "bin", "low", "high"]
+    return parts.groupby(bins, sort=True)[["n", "correct", "sum"]].sum().reset_index()
 
 
 def summary(scores: Sequence[Score]) -> dict[str, Any]:

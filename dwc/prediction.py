@@ -40,10 +40,13 @@ class Prediction:
     entropy : ndarray
         float32 [size, size, size], entropy of the predictive distribution in nats: 0 where it is certain, ln n_classes
         where every class is as likely.
+    confidence : ndarray
+        float32 [size, size, size], the probability of the chosen class, 1 / n_classes to 1.
     """
 
     labels: np.ndarray
     entropy: np.ndarray
+    confidence: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ def predict_volume(
     networks = [network.to(device) for network in networks]
     cubes = split_volume(image)
     mean, sd = moments(image)
-    labels, entropy = np.empty(cubes.shape, np.uint8), np.empty(cubes.shape, np.float32)
+    labels = np.empty(cubes.shape, np.uint8)
+    entropy, confidence = (np.empty(cubes.shape, np.float32) for _ in range(2))
     with (
         torch.inference_mode(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -162,7 +166,8 @@ def predict_volume(
             probability /= len(networks)
             labels[i] = probability.argmax(dim=0).to(torch.uint8).cpu()
             entropy[i] = torch.special.entr(probability).sum(dim=0).clamp_min_(0).cpu()
-    return Prediction(join_volume(labels, image.shape), join_volume(entropy, image.shape))
+            confidence[i] = probability.amax(dim=0).clamp_max_(1).cpu()
+    return Prediction(*(join_volume(part, image.shape) for part in (labels, entropy, confidence)))
 
 
 def _probability(network: MeshNet, x: Tensor, n_samples: int, entropy: tuple[int, ...]) -> Tensor:

@@ -10,27 +10,7 @@ from hypothesis import strategies as st
 from dwc.consolidation import Consolidation, consolidate
 from dwc.errors import InputError
 from dwc.posterior import Posterior
-
-TENSORS = {"layers.0.weight": (4, 2, 3), "layers.0.bias": (4,)}
-HEADER = {"architecture": {"width": 4}, "label_map": {"sha256": "ab"}, "preprocessing": {"grid_size": 32}}
-
-
-def a_prior(seed: int = 0, scale: float = 0.1) -> Posterior:
-    generator = torch.Generator().manual_seed(seed)
-    mu = {name: torch.randn(shape, generator=generator) for name, shape in TENSORS.items()}
-    sigma = {name: scale * (0.5 + torch.rand(shape, generator=generator)) for name, shape in TENSORS.items()}
-    return Posterior(mu, sigma, {**HEADER, "n_volumes": 3}, name="prior")
-
-
-def a_site(prior: Posterior, seed: int, n_volumes: int = 1, shrink: float = 0.5, **changes) -> Posterior:
-    """A posterior trained from `prior`: shifted by about a prior sigma, its sigmas shrunk by up to `shrink`."""
-    generator = torch.Generator().manual_seed(1000 + seed)
-    mu, sigma = {}, {}
-    for name, sigma_0 in prior.sigma.items():
-        mu[name] = prior.mu[name] + sigma_0 * torch.randn(sigma_0.shape, generator=generator)
-        sigma[name] = sigma_0 * (1 - shrink * torch.rand(sigma_0.shape, generator=generator))
-    metadata = {**HEADER, "prior_sha256": prior.sha256, "n_volumes": n_volumes, **changes}
-    return Posterior(mu, sigma, metadata, name=f"site {seed}")
+from tests.made_posteriors import HEADER, TENSORS, a_prior, a_site
 
 
 def equation_17(prior: Posterior, sites: list[Posterior], name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -310,3 +290,27 @@ def test_removal_in_any_order_returns_the_one_left(order):
     for s in order[:2]:
         consolidation.remove(sites[s])
     assert same(consolidation.posterior(), consolidate(prior, [sites[order[2]]]))
+
+
+@pytest.mark.parametrize("sites", [3, ["ab"], [{"sha256": "ab"}], [{"sha256": "ab", "n_volumes": "many"}], {"a": 1}])
+def test_a_header_whose_list_of_sites_cannot_be_read_is_refused_by_name(sites):
+    with pytest.raises(InputError, match=r"^site 1: its header's list of sites cannot be read"):
+        consolidate(a_prior(), [a_site(a_prior(), 1, sites=sites)])
+
+
+def test_a_header_with_a_power_that_cannot_be_is_refused_by_name():
+    site = a_site(a_prior(), 1, sites=[{"sha256": "ab", "n_volumes": 1, "temper": -1}])
+    with pytest.raises(InputError, match=r"^site 1: its header gives a site power -1"):
+        consolidate(a_prior(), [site])
+
+
+def test_a_file_of_which_a_site_was_removed_is_weighed_no_more():
+    prior = a_prior()
+    one, two, three = (a_site(prior, s) for s in range(1, 4))
+    merged = consolidate(prior, [one, two])
+    consolidation = Consolidation(prior)
+    consolidation.add(merged)
+    consolidation.add(three)
+    assert {row.site for row in consolidation.report()} == {merged.name, three.name}
+    consolidation.remove(one)
+    assert {row.site for row in consolidation.report()} == {three.name}

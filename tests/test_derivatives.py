@@ -30,9 +30,9 @@ def scan_of(path: Path, kind=nib.Nifti1Image, shape=(40, 30, 25), affine=OBLIQUE
 
 
 def thresholded(scan: Path, klass: int = 4) -> Prediction:
-    """The block as a class, with an entropy of 1 in it."""
+    """The block as a class, with an entropy and a confidence of 1 in it."""
     block = conform_image(scan, GRID) > 127
-    return Prediction(np.where(block, klass, 0).astype(np.uint8), block.astype(np.float32))
+    return Prediction(np.where(block, klass, 0).astype(np.uint8), *[block.astype(np.float32)] * 2)
 
 
 def written(scan: Path, out: Path):

@@ -1,6 +1,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,8 +11,8 @@ from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan, read_manifest
 from dwc.data.subvolumes import prepare
 from dwc.errors import InputError
-from dwc.evaluation import Score, per_class, per_site, per_volume, scans_to_score, score_volumes, summary
-from dwc.metrics import confusion_matrix
+from dwc.evaluation import Score, calibration, per_class, per_site, per_volume, scans_to_score, score_volumes, summary
+from dwc.metrics import CalibrationCounts, confusion_matrix
 from dwc.posterior import Posterior
 from dwc.prediction import load_networks, predict_volume
 
@@ -26,7 +27,9 @@ def score(site: str, subject: str, right: int, wrong: int, klass: int = 1) -> Sc
     """A truth of background and one class, of which `right` voxels are found and `wrong` are called class 2."""
     confusion = torch.zeros(COARSE.n_classes, COARSE.n_classes, dtype=torch.int64)
     confusion[0, 0], confusion[klass, klass], confusion[klass, 2] = 100, right, wrong
-    return Score(Scan(Path(f"{subject}_T1w.nii.gz"), Path("l"), subject, site, "test"), confusion)
+    counts = CalibrationCounts(COARSE.n_classes)
+    counts.add(np.full(right + wrong, 0.9), np.full(right + wrong, 0.5), np.arange(right + wrong) < right)
+    return Score(Scan(Path(f"{subject}_T1w.nii.gz"), Path("l"), subject, site, "test"), confusion, counts.frame())
 
 
 @pytest.fixture
@@ -86,9 +89,22 @@ def test_whole_volumes_are_scored_against_their_conformed_labels(networks, site,
     results = score_volumes(ensemble.networks, data, n_samples=2, seed=3, progress=False)
     assert [result.scan for result in results] == scans
     image, truth = data.volume(2)
-    predicted = predict_volume(ensemble.networks, image, n_samples=2, seed=3).labels
-    assert torch.equal(results[2].confusion, confusion_matrix(truth, predicted, 9))
+    predicted = predict_volume(ensemble.networks, image, n_samples=2, seed=3)
+    assert torch.equal(results[2].confusion, confusion_matrix(truth, predicted.labels, 9))
     assert results[2].confusion.sum() == 32**3
+    counts = results[2].calibration.groupby("kind")[["n", "correct", "sum"]].sum()
+    assert counts["n"].tolist() == [32**3] * 2
+    assert counts["correct"].tolist() == [results[2].confusion.diagonal().sum()] * 2
+    expected = [predicted.confidence.sum(dtype=float), predicted.entropy.sum(dtype=float)]
+    assert counts["sum"].tolist() == pytest.approx(expected)
+
+
+def test_the_calibration_of_a_site_adds_up_that_of_its_volumes(scores):
+    table = calibration(scores)
+    assert list(table.columns) == ["site", "kind", "bin", "low", "high", "n", "correct", "sum"]
+    row = table[(table.site == "H") & (table.kind == "confidence") & (table.n > 0)]
+    assert row[["low", "high", "n", "correct", "sum"]].to_numpy().tolist() == [pytest.approx([0.9, 0.95, 20, 15, 18])]
+    assert table[table.site == "N"].groupby("kind").correct.sum().tolist() == [0, 0]
 
 
 def manifest(folder: Path, split: bool = False) -> Path:

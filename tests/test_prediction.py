@@ -58,6 +58,15 @@ def test_a_map_network_gives_its_most_probable_class_and_the_entropy_in_nats():
     assert 0 <= prediction.entropy.min() < prediction.entropy.max() <= math.log(3) + 1e-6
 
 
+def test_the_confidence_is_the_probability_of_the_chosen_class():
+    nets, volume = [network(seed=0), network(seed=1)], image()
+    mean = sum(probabilities(net, volume) for net in nets) / 2
+    confidence = predict_volume(nets, volume).confidence
+    assert confidence.dtype == np.float32
+    np.testing.assert_allclose(confidence, join_volume(mean.max(axis=1), volume.shape), atol=1e-5)
+    assert 1 / 3 <= confidence.min() < confidence.max() <= 1
+
+
 def test_volumes_are_z_scored_as_in_training(tmp_path):
     voxels = np.random.default_rng(1).integers(0, 200, (64, 64, 64), np.uint8)
     nibabel.save(nibabel.Nifti1Image(voxels, Grid(64, 3.0).affine(np.zeros(3))), tmp_path / "a.nii.gz")

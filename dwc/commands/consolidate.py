@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from dwc.commands.arguments import new_parser, parse
 from dwc.consolidation import Consolidation, LayerWeight
+from dwc.errors import InputError
 from dwc.files import check_suffix
 from dwc.posterior import Posterior
 
@@ -20,20 +22,76 @@ def main(arguments: Sequence[str]) -> None:
         If an argument or a file is wrong.
     """
     parser = new_parser("consolidate", "Consolidate the posteriors of several sites, trained from one prior (Eq. 17).")
-    parser.add_argument("sites", type=Path, nargs="+", help="posterior.safetensors of each site")
+    parser.add_argument("sites", type=Path, nargs="+", help="posterior.safetensors of each site, or consolidated ones")
     parser.add_argument("--prior", type=Path, required=True, help="the posterior that every site started from")
     parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
+    parser.add_argument(
+        "--without", type=Path, nargs="+", default=[], help="sites to take out again, of those in consolidated files"
+    )
+    parser.add_argument(
+        "--temper", type=float | Literal["auto"], default=1.0,
+        help="lambda > 0 in prior^(1 - S lambda) prod_s q_s^lambda: 1 is Eq. 17, 1/S the geometric mean of S sites; "
+        "auto: the most likely on the origin's held-out scans, see --data",
+    )  # fmt: skip
+    parser.add_argument("--data", type=Path | None, default=None, help="for --temper auto: the origin's manifest")
+    parser.add_argument(
+        "--validation_sub_volumes", type=int, default=256, help="for --temper auto: held-out sub-volumes, at most"
+    )
+    parser.add_argument("--label_map", type=str | None, default=None, help="for --temper auto: TSV, if one of its own")
+    parser.add_argument("--cache_dir", type=Path | None, default=None, help="of conformed scans; default beside --out")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="for --temper auto")
     values = parse(parser, arguments)
     out = check_suffix(values.out)
-    consolidation = Consolidation(Posterior.load(values.prior))
+    choose = _chooser(values) if values.temper == "auto" else None
+    if choose is None and values.data is not None:
+        raise InputError(f"--data {values.data}: serves --temper auto alone; leave it out or give --temper auto")
+    consolidation = Consolidation(Posterior.load(values.prior)).tempered(1.0 if choose else values.temper)
     for path in values.sites:
         consolidation.add(Posterior.load(path))
+    for path in values.without:
+        consolidation.remove(Posterior.load(path))
+    if choose:
+        consolidation = consolidation.tempered(choose(consolidation))
     posterior = consolidation.posterior(str(out))
     posterior.save(out)
     print(table(consolidation.report()))
     print(
-        f"{out}  ({len(values.sites)} sites, {posterior.metadata['n_volumes']} volumes, sha256 {posterior.sha256[:12]})"
+        f"{out}  ({consolidation.n_sites} sites, {posterior.metadata['n_volumes']} volumes, "
+        f"lambda {consolidation.temper:g}, sha256 {posterior.sha256[:12]})"
     )
+
+
+def _chooser(values):
+    """The function that chooses lambda, all that it needs checked before the first site is read."""
+    from dwc import tempering  # after the arguments, so that help is quick
+    from dwc.data.manifest import has_split_column
+    from dwc.data.subvolumes import prepare
+    from dwc.evaluation import scans_to_score
+    from dwc.prediction import load_networks
+    from dwc.runtime import choose_device
+
+    if values.data is None:
+        raise InputError("--temper auto: needs the origin's scans to choose on; give --data manifest.csv, or a number")
+    if values.validation_sub_volumes < 1:
+        raise InputError(f"--validation_sub_volumes {values.validation_sub_volumes}: give 1 or more")
+    device = choose_device(values.device)
+    origin = load_networks([values.prior], values.label_map)
+    prior = origin.posteriors[0]
+    if not prior.metadata.get("training") and not has_split_column(values.data):
+        raise InputError(
+            f"{values.data}: has no split column, and {prior.name} does not tell which scans were held out; add one"
+        )
+    scans = scans_to_score(values.data, [prior])
+
+    def choose(consolidation: Consolidation) -> float:
+        data = prepare(scans, origin.label_map, origin.grid, values.cache_dir or values.out.parent / "cache")
+        chosen, scores = tempering.choose_temper(
+            consolidation, data, at_most=values.validation_sub_volumes, device=device
+        )
+        print(tempering.table(scores, chosen))
+        return chosen
+
+    return choose
 
 
 def table(rows: Iterable[LayerWeight]) -> str:

@@ -26,7 +26,7 @@ from dwc.data.manifest import Scan
 from dwc.errors import InputError
 from dwc.files import write_whole
 
-__all__ = ["SIDE", "SubVolumes", "join_volume", "moments", "prepare", "split_volume", "z_score"]
+__all__ = ["SIDE", "SubVolumes", "digest_of_scans", "join_volume", "moments", "prepare", "split_volume", "z_score"]
 
 SIDE = 32  # voxels along each edge of a sub-volume
 _CACHE_FORMAT = 2  # raise it when the same inputs give other files
@@ -176,6 +176,21 @@ def prepare(
             f"{cache_dir}: cannot write the cache ({reason}); free space or choose another folder"
         ) from error
     return SubVolumes(scans, folders, label_map, grid)
+
+
+def digest_of_scans(scans: Sequence[Scan], cache_dir: str | os.PathLike) -> str:
+    """SHA-256, hex, of the bytes of scans and labels and of the split, in their order; not of names.
+
+    Files that `prepare` has read with this cache are not read again as long as they keep size and date.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read.
+    """
+    known = _read_digests(Path(cache_dir))
+    parts = [(_digest(scan.image, known), scan.label and _digest(scan.label, known), scan.split) for scan in scans]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _map(function, scans: Sequence[Scan], workers: int, progress: bool) -> list[Path]:

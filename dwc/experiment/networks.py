@@ -1,0 +1,241 @@
+"""The networks of a study as a graph: each is trained once, from the networks it starts from, and never again.
+
+A network's run folder is named by what it is called and by a hash of all that it depends on: settings, scans and the
+networks before it. So another setting trains anew only what it changes, and a study that was killed goes on where it
+stopped, in the middle of a network if need be. Which networks a study needs is decided elsewhere; how one trains is
+`dwc.training`'s business, how several become one `dwc.consolidation`'s.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+
+from dwc.consolidation import Consolidation
+from dwc.data.labels import LabelMap
+from dwc.data.subvolumes import digest_of_scans
+from dwc.errors import Interrupted
+from dwc.experiment.sites import scans_of
+from dwc.experiment.study import Stage, StudySettings
+from dwc.files import canonical_json, open_folder, write_whole
+from dwc.posterior import Posterior
+from dwc.training import train
+
+__all__ = ["Network", "Networks", "average", "consolidated", "finetuned", "map_network", "variational", "vcl"]
+
+_FORMAT = 1  # raise it when the same settings and data give other networks
+_NO_CONTENT = ("data", "out", "prior", "init", "cache_dir", "label_map", "workers", "device")
+_COMBINED = ("consolidated", "average")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of a study: what it is called, and what it is made from.
+
+    Make one with `map_network`, `variational`, `vcl`, `finetuned`, `consolidated` or `average`.
+
+    Attributes
+    ----------
+    name : str
+        As the paper writes it, such as H->N.
+    mode : str
+        How it is trained, a mode of `dwc train`; or how its parents are combined.
+    site : str or None
+        Whose scans it is trained on; None for combined networks.
+    parents : tuple of Network
+        The network it starts from, if any; of a combined network the prior and the sites' networks.
+    """
+
+    name: str
+    mode: Literal["map", "vi", "vcl", "finetune", "consolidated", "average"]
+    site: str | None = None
+    parents: tuple["Network", ...] = ()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it takes steps, rather than being computed from its parents."""
+        return self.mode not in _COMBINED
+
+
+def map_network(site: str) -> Network:
+    """A plain network of a site."""
+    return Network(f"{site} MAP", "map", site)
+
+
+def variational(site: str) -> Network:
+    """The first variational network, its means starting from the site's MAP network."""
+    return Network(site, "vi", site, (map_network(site),))
+
+
+def vcl(prior: Network, site: str) -> Network:
+    """A variational network of a site, starting from its prior and kept close to it."""
+    return Network(f"{prior.name}->{site}", "vcl", site, (prior,))
+
+
+def consolidated(prior: Network, sites: Sequence[Network]) -> Network:
+    """The networks that sites trained from one prior, consolidated (Eq. 17)."""
+    return Network(_joint_name(prior, sites), "consolidated", None, (prior, *sites))
+
+
+def average(prior: Network, sites: Sequence[Network]) -> Network:
+    """The plain mean of the means that sites trained from one prior; without standard deviations, as a MAP network."""
+    return Network(f"{_joint_name(prior, sites)} average", "average", None, (prior, *sites))
+
+
+def finetuned(prior: Network, site: str) -> Network:
+    """A consolidated network trained on the origin, the likelihood weighing one example volume."""
+    return Network(f"{prior.name}->{site}", "finetune", site, (prior,))
+
+
+def _joint_name(prior: Network, sites: Sequence[Network]) -> str:
+    return f"{prior.name}->{'+'.join(network.site for network in sites)}"
+
+
+class Networks:
+    """The networks of a study's folder, trained when they are asked for.
+
+    Parameters
+    ----------
+    settings : StudySettings
+        How each kind is trained, and where to.
+    manifests : mapping of str to Path
+        Scans by the name of the site; any sites.
+    """
+
+    def __init__(self, settings: StudySettings, manifests: Mapping[str, Path]) -> None:
+        self.settings = settings
+        self.manifests = dict(manifests)
+        self._keys: dict[Network, str] = {}
+        self._digests: dict[str, str] = {}
+
+    def get(self, network: Network) -> Posterior:
+        """The network's posterior; trained now, after its parents, unless it lies there already.
+
+        Raises
+        ------
+        InputError
+            If training refuses its input or the disk is full.
+        Interrupted
+            After a signal; called again, the study goes on.
+        """
+        for needed in self.needed([network]):
+            if not self.is_done(needed):
+                self._make(needed)
+        return Posterior.load(self.file(network))
+
+    def needed(self, networks: Iterable[Network]) -> list[Network]:
+        """The networks and all that they start from, each once, parents first."""
+        order: dict[Network, None] = {}
+
+        def visit(network: Network) -> None:
+            if network not in order:
+                for parent in network.parents:
+                    visit(parent)
+                order[network] = None
+
+        for network in networks:
+            visit(network)
+        return list(order)
+
+    def key(self, network: Network) -> str:
+        """SHA-256, hex, of all that the network's weights depend on."""
+        if network not in self._keys:
+            content: dict[str, Any] = {"format": _FORMAT, "mode": network.mode}
+            content["parents"] = [self.key(parent) for parent in network.parents]
+            if network.is_trained:
+                settings = self.settings.training(network.mode).to_json()
+                content["settings"] = {name: value for name, value in settings.items() if name not in _NO_CONTENT}
+                content["label_map"] = self._label_map.sha256
+                content["scans"] = self._digest(network.site)
+            self._keys[network] = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+        return self._keys[network]
+
+    def folder(self, network: Network) -> Path:
+        """Its run folder: its name without spaces and arrows, and the beginning of its key."""
+        readable = re.sub(r"\W+", "_", network.name.replace("+", ""))
+        return self.settings.out / "networks" / f"{readable}-{self.key(network)[:12]}"
+
+    def file(self, network: Network) -> Path:
+        """Its posterior file."""
+        return self.folder(network) / "posterior.safetensors"
+
+    def is_done(self, network: Network) -> bool:
+        """Whether its posterior file lies there; files appear whole."""
+        return self.file(network).exists()
+
+    def log(self, network: Network) -> list[dict[str, Any]]:
+        """The lines of its training log so far, one per epoch; none for combined networks."""
+        path = self.folder(network) / "log.jsonl"
+        if not network.is_trained or not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def steps(self, network: Network) -> int:
+        """Optimizer steps it took itself."""
+        return log[-1]["step"] if (log := self.log(network)) else 0
+
+    def total_steps(self, networks: Iterable[Network]) -> int:
+        """Optimizer steps behind networks in all: their own and those of all that they start from, each once."""
+        return sum(self.steps(network) for network in self.needed(networks))
+
+    def seconds(self, network: Network) -> float:
+        """Time its own training took."""
+        return sum(row["seconds"] for row in self.log(network))
+
+    def stage(self, network: Network) -> Stage:
+        """How it is trained."""
+        return getattr(self.settings, network.mode)
+
+    def _make(self, network: Network) -> None:
+        print(f"{'training' if network.is_trained else 'computing'} {network.name}", flush=True)
+        folder = self.folder(network)
+        if not network.is_trained:
+            self._combine(network, folder)
+            return
+        start = {"init" if network.mode == "vi" else "prior": self.file(parent) for parent in network.parents}
+        settings = self.settings.training(network.mode, data=self.manifests[network.site], out=folder, **start)
+        try:
+            train(settings, resume=folder.exists())
+        except Interrupted as stop:
+            done = f"{network.name} stopped after {self.steps(network)} logged steps"
+            raise Interrupted(stop.signal_number, f"{done}; the same command goes on with the study") from None
+
+    def _combine(self, network: Network, folder: Path) -> None:
+        prior, *sites = network.parents
+        open_folder(folder)
+        if network.mode == "average":
+            _average([Posterior.load(self.file(site)) for site in sites]).save(self.file(network))
+            return
+        consolidation = Consolidation(Posterior.load(self.file(prior)))
+        for site in sites:
+            consolidation.add(Posterior.load(self.file(site)))
+        weights = pd.DataFrame(asdict(row) for row in consolidation.report())
+        names = {str(self.file(site)): site.name for site in sites}
+        weights["site"] = weights["site"].map(names)
+        write_whole(folder / "weights.csv", weights.to_csv(index=False, float_format="%.4f").encode())
+        consolidation.posterior(network.name).save(self.file(network))
+
+    def _digest(self, site: str) -> str:
+        if site not in self._digests:
+            scans = scans_of(self.settings, self.manifests[site])
+            self._digests[site] = digest_of_scans(scans, self.settings.cache_dir)
+        return self._digests[site]
+
+    @cached_property
+    def _label_map(self) -> LabelMap:
+        return LabelMap.load(self.settings.label_map)
+
+
+def _average(posteriors: Sequence[Posterior]) -> Posterior:
+    """The mean of the means, in fp64, of networks trained alike."""
+    first = posteriors[0]
+    mu = {name: torch.stack([p.mu[name].double() for p in posteriors]).mean(dim=0) for name in first.mu}
+    inherited = {key: first.metadata[key] for key in ("architecture", "label_map", "preprocessing")}
+    return Posterior(mu, {}, {**inherited, "n_volumes": sum(p.metadata["n_volumes"] for p in posteriors)})

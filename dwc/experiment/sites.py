@@ -1,0 +1,135 @@
+"""A study's scans: manifests that are given, or sites simulated once, and all training sites pooled into one.
+
+Every scan is read and conformed here, before the first network trains. The room trains and scores nothing.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dwc.data.conform import Grid
+from dwc.data.labels import LabelMap
+from dwc.data.manifest import Scan, read_manifest
+from dwc.data.simulation import write_site
+from dwc.data.subvolumes import SubVolumes, prepare
+from dwc.errors import InputError
+from dwc.experiment.study import ALL_SITES, TRAINING_SITES, UNSEEN, StudySettings
+from dwc.files import open_folder, write_whole
+
+__all__ = [
+    "POOLED",
+    "held_out_scans",
+    "held_out_volumes",
+    "known_manifests",
+    "make_manifests",
+    "prepare_all",
+    "scans_of",
+]
+
+POOLED = "".join(TRAINING_SITES)  # the name of all training sites together
+
+
+def known_manifests(settings: StudySettings) -> dict[str, Path]:
+    """The manifests of the study's five sites: the given ones, or where the simulated ones are or will be."""
+    if settings.manifests is not None:
+        return dict(settings.manifests)
+    return {site: settings.out / "sites" / site / "manifest.csv" for site in ALL_SITES}
+
+
+def make_manifests(settings: StudySettings) -> dict[str, Path]:
+    """The manifests of all sites, and of the training sites pooled (`POOLED`); simulates what is not there yet.
+
+    Raises
+    ------
+    InputError
+        If a manifest or a scan is bad, anatomies are too few, or the folder cannot be written.
+    """
+    manifests = known_manifests(settings)
+    grid = Grid(settings.grid_size, settings.voxel_size)
+    for site, manifest in manifests.items():
+        if settings.manifests is None and not manifest.exists():
+            print(f"simulating site {site}", flush=True)
+            write_site(
+                manifest.parent, site, settings.n_train.get(site, 0), settings.n_test[site], grid=grid,
+                seed=settings.seed, anatomies=settings.anatomies,
+            )  # fmt: skip
+    manifests[POOLED] = _pool(settings, manifests)
+    return manifests
+
+
+def scans_of(settings: StudySettings, manifest: Path) -> list[Scan]:
+    """A manifest's scans, split as the networks' training splits them.
+
+    Raises
+    ------
+    InputError
+        If the manifest is bad or a scan has no label.
+    """
+    scans = read_manifest(manifest, seed=settings.seed, test_fraction=settings.test_fraction)
+    for scan in scans:
+        if scan.label is None:
+            raise InputError(f"{manifest}: {scan.image} has no label; a study needs one for each scan")
+    return scans
+
+
+def held_out_scans(settings: StudySettings, site: str, manifest: Path) -> list[Scan]:
+    """The scans of a site that no network trains on: its test part, or all of the unseen site.
+
+    Raises
+    ------
+    InputError
+        As `scans_of`, and if there are none.
+    """
+    scans = [scan for scan in scans_of(settings, manifest) if site == UNSEEN or scan.split == "test"]
+    if not scans:
+        raise InputError(f"{manifest}: has no scan to test on; set split to test for some")
+    return scans
+
+
+def held_out_volumes(settings: StudySettings, site: str, manifest: Path) -> SubVolumes:
+    """The prepared volumes of `held_out_scans`, each under the study's name of the site."""
+    return _prepare(settings, held_out_scans(settings, site, manifest))
+
+
+def prepare_all(settings: StudySettings, manifests: dict[str, Path]) -> None:
+    """Conform every scan of the study, so that a bad one is found before the first network trains.
+
+    Raises
+    ------
+    InputError
+        If a scan is bad, a site lacks scans, or the cache cannot be written.
+    """
+    for site, manifest in manifests.items():
+        scans = scans_of(settings, manifest)
+        if site != UNSEEN and not any(scan.split == "train" for scan in scans):
+            raise InputError(f"{manifest}: has no scan to train on; set split to train for some")
+        held_out_scans(settings, site, manifest)
+        _prepare(settings, scans)
+
+
+def _prepare(settings: StudySettings, scans: Sequence[Scan]) -> SubVolumes:
+    grid = Grid(settings.grid_size, settings.voxel_size)
+    return prepare(scans, LabelMap.load(settings.label_map), grid, settings.cache_dir, progress=False)
+
+
+def _pool(settings: StudySettings, manifests: dict[str, Path]) -> Path:
+    """The manifest of all training sites' scans, each in its site's part of the split.
+
+    A subject is named by its site too: the same name at two sites of a study means two people.
+    """
+    folder = settings.out / "sites" / POOLED
+    open_folder(folder)
+    rows = [("image", "label", "subject", "site", "split")]
+    for site in TRAINING_SITES:
+        for scan in scans_of(settings, manifests[site]):
+            files = (os.path.relpath(file, folder) for file in (scan.image, scan.label))
+            rows.append((*files, f"{site}-{scan.subject}", site, scan.split))
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(rows)
+    content = table.getvalue().encode()
+    path = folder / "manifest.csv"
+    if not path.exists() or path.read_bytes() != content:
+        write_whole(path, content)
+    return path

@@ -1,0 +1,215 @@
+"""What a person can set about a study: sites, networks' size, how each kind is trained; and the presets that ship.
+
+The settings are plain values, written to the study's config.yaml. The room checks them and turns them into the
+trainer's settings; which networks there are, and what is compared, is decided in `paper` and `studies`.
+"""
+
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from dwc.data.labels import LabelMap
+from dwc.data.subvolumes import SIDE
+from dwc.errors import InputError
+from dwc.settings import TrainSettings
+
+__all__ = ["ORIGIN", "PRESETS", "SITES", "UNSEEN", "Stage", "StudySettings", "preset_file"]
+
+ORIGIN, SITES, UNSEEN = "H", ("N", "B", "W"), "A"
+TRAINING_SITES = (ORIGIN, *SITES)
+ALL_SITES = (*TRAINING_SITES, UNSEEN)
+PRESETS = ("smoke", "cpu", "paper")
+_STAGES = ("map", "vi", "vcl", "finetune")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one kind of network is trained.
+
+    Parameters
+    ----------
+    steps
+        Optimizer steps, at most.
+    lr
+        Highest learning rate of the means.
+    rho_lr
+        Highest learning rate of rho; by default lr. It is what lets sigma leave its prior's value within few steps.
+    schedule
+        constant or one_cycle.
+    epochs
+        Parts that the steps are divided into; each ends with validation, a log line and a checkpoint.
+    stop_at_plateau
+        End with the first epoch after the loss began to oscillate around a stable value (constant schedule).
+    """
+
+    steps: int = 500
+    lr: float = 1e-2
+    rho_lr: float | None = None
+    schedule: Literal["constant", "one_cycle"] = "one_cycle"
+    epochs: int = 1
+    stop_at_plateau: bool = False
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Settings of a study; its folder keeps them as config.yaml.
+
+    Parameters
+    ----------
+    out
+        Folder for scans, networks, scores, tables and report. Called again, the study goes on where it stopped, and
+        trains anew only what other settings change.
+    manifests
+        Manifest CSV or BIDS-derivatives folder of each of H, N, B, W and A. By default the sites are simulated.
+    anatomies
+        Folder of label volumes to simulate from. By default the procedural head.
+    n_train
+        Simulated training scans of each of H, N, B and W.
+    n_test
+        Simulated held-out scans of each of H, N, B, W and the unseen A.
+    test_fraction
+        Part of the subjects held out, where a manifest has no split column. All of A is held out.
+    label_map
+        fifty, coarse, or a TSV of FreeSurfer ids and classes.
+    grid_size
+        Voxels along each edge of the volumes.
+    voxel_size
+        Millimetres.
+    width
+        Filters of each layer of MeshNet.
+    dilations
+        One per 3x3x3 layer.
+    batch_size
+        Sub-volumes per step.
+    map
+        How the MAP networks are trained.
+    vi
+        How the variational network of H is trained.
+    vcl
+        How the sites' networks are trained, each from its prior.
+    finetune
+        How the consolidated network is trained on H.
+    validation_sub_volumes
+        Held-out sub-volumes scored after each epoch, at most.
+    n_samples
+        Monte Carlo samples per prediction.
+    seed
+        Of anatomy, scans, split, networks and noise.
+    workers
+        Processes that load data.
+    device
+        auto (a GPU where there is one), cpu or cuda.
+    precision
+        fp32, or bf16 for autocast.
+    """
+
+    out: Path = Path("experiment")
+    manifests: dict[str, Path] | None = None
+    anatomies: Path | None = None
+    n_train: dict[str, int] = field(default_factory=lambda: {"H": 14, "N": 17, "B": 3, "W": 2})
+    n_test: dict[str, int] = field(default_factory=lambda: {"H": 5, "N": 6, "B": 1, "W": 1, "A": 5})
+    test_fraction: float = 0.1
+    label_map: str = "coarse"
+    grid_size: int = 64
+    voxel_size: float = 3.0
+    width: int = 16
+    dilations: tuple[int, ...] = (1, 2, 4, 8)
+    batch_size: int = 4
+    map: Stage = Stage(steps=600, lr=1e-2)
+    vi: Stage = Stage(steps=300, lr=3e-3, rho_lr=3e-2)
+    vcl: Stage = Stage(steps=300, lr=3e-3, rho_lr=3e-2)
+    finetune: Stage = Stage(steps=100, lr=1e-3, rho_lr=1e-2)
+    validation_sub_volumes: int = 32
+    n_samples: int = 10
+    seed: int = 0
+    workers: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out).expanduser().absolute())
+        object.__setattr__(self, "dilations", tuple(self.dilations))
+        if self.anatomies is not None:
+            object.__setattr__(self, "anatomies", Path(self.anatomies).expanduser().absolute())
+        if self.manifests is not None:
+            paths = {site: Path(path).expanduser().absolute() for site, path in self.manifests.items()}
+            object.__setattr__(self, "manifests", paths)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Folder of the conformed sub-volumes, shared by all networks."""
+        return self.out / "cache"
+
+    def check(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises
+        ------
+        InputError
+            Naming the setting, its value and the remedy.
+        """
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"--out {self.out}: is a file; give a folder")
+        _check_sites("n_train", self.n_train, TRAINING_SITES)
+        _check_sites("n_test", self.n_test, ALL_SITES)
+        if self.manifests is not None:
+            _check_sites("manifests", self.manifests, ALL_SITES)
+            if self.anatomies is not None:
+                raise InputError(f"--anatomies {self.anatomies}: manifests are given too; leave one of the two out")
+        counts = {f"n_{part}.{site}": n for part in ("train", "test") for site, n in getattr(self, f"n_{part}").items()}
+        for name, value in (*counts.items(), ("n_samples", self.n_samples)):
+            if value < 1:
+                raise InputError(f"--{name} {value}: give a positive number")
+        if self.anatomies is not None and not self.anatomies.is_dir():
+            raise InputError(f"--anatomies {self.anatomies}: no such folder; give one of label volumes (*.nii.gz)")
+        if self.grid_size % SIDE or self.grid_size < SIDE:
+            raise InputError(f"--grid_size {self.grid_size}: give a multiple of {SIDE} voxels")
+        LabelMap.load(self.label_map)
+        for mode in _STAGES:
+            stage: Stage = getattr(self, mode)
+            if min(stage.steps, stage.epochs) < 1:
+                raise InputError(f"--{mode}.steps {stage.steps}, epochs {stage.epochs}: give positive numbers")
+            if stage.steps % stage.epochs:
+                raise InputError(f"--{mode}.epochs {stage.epochs}: does not divide its {stage.steps} steps evenly")
+            start = {"prior": self.out} if mode in ("vcl", "finetune") else {}
+            self.training(mode, data=self.out, out=self.out, **start).check()
+
+    def training(self, mode: str, **paths: Path) -> TrainSettings:
+        """The trainer's settings of a mode; `paths` are data, out, and prior or init."""
+        stage: Stage = getattr(self, mode)
+        return TrainSettings(
+            mode=mode, **paths, cache_dir=self.cache_dir, lr=stage.lr, rho_lr=stage.rho_lr, schedule=stage.schedule,
+            epochs=stage.epochs, steps_per_epoch=stage.steps // stage.epochs, stop_at_plateau=stage.stop_at_plateau,
+            label_map=self.label_map, grid_size=self.grid_size, voxel_size=self.voxel_size, width=self.width,
+            dilations=self.dilations, batch_size=self.batch_size, test_fraction=self.test_fraction,
+            validation_sub_volumes=self.validation_sub_volumes, seed=self.seed, workers=self.workers,
+            device=self.device, precision=self.precision,
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain values, without the folder: a config file that gives the same study elsewhere."""
+        values = {name: value for name, value in asdict(self).items() if name != "out"}
+        values["dilations"] = list(self.dilations)
+        values["anatomies"] = None if self.anatomies is None else str(self.anatomies)
+        if self.manifests is not None:
+            values["manifests"] = {site: str(path) for site, path in self.manifests.items()}
+        return values
+
+
+def preset_file(name: str) -> Path:
+    """The YAML file of a preset that ships with dwc.
+
+    Raises
+    ------
+    InputError
+        If there is none of this name.
+    """
+    if name not in PRESETS:
+        raise InputError(f"--preset {name}: no such preset; choose one of {', '.join(PRESETS)}")
+    return Path(str(files(__package__) / "presets" / f"{name}.yaml"))
+
+
+def _check_sites(name: str, values: dict[str, Any], sites: tuple[str, ...]) -> None:
+    if values.keys() != set(sites):
+        raise InputError(f"--{name} {', '.join(values)}: give one for each of {', '.join(sites)}, no more")
