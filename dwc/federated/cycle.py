@@ -163,7 +163,7 @@ class Cycle:
     def _publish(self, number: int, waiting: list[dict[str, Any]]) -> bool:
         """Consolidate what counts in a round into the next prior (Eq. 17; S = the posteriors received)."""
         rows = [row for row in self.state["posteriors"] if row["counted_in"] == number] + waiting
-        consolidation = Consolidation(self._prior(number))
+        consolidation = Consolidation(self._prior(number)).tempered(self.project["temper"])
         for row in sorted(rows, key=lambda row: (row["round"], row["site"])):
             trained_from = None if row["round"] == number else self._prior(row["round"])
             consolidation.add(Posterior.load(self.folder / row["file"]), prior=trained_from)

@@ -45,6 +45,8 @@ class Project:
         Who runs the server, as an e-mail address.
     certificate_years
         For how long the kits are valid.
+    temper
+        lambda of the consolidation, see `dwc consolidate --help`.
     answer_timeout_s
         How long one exchange waits for a site: a posterior over the slowest link, no training.
     training
@@ -61,6 +63,7 @@ class Project:
     port: int = 8002
     organizer: str = "organizer@dwc.org"
     certificate_years: float = 10.0
+    temper: float = 1.0
     answer_timeout_s: float = 600.0
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -88,7 +91,7 @@ class Project:
             raise InputError(f"port {self.port}: give 1 to 65535")
         if "@" not in self.organizer:
             raise InputError(f"organizer {self.organizer!r}: give an e-mail address")
-        for name in ("rounds", "certificate_years", "answer_timeout_s"):
+        for name in ("rounds", "certificate_years", "temper", "answer_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} {getattr(self, name)}: give a positive number")
         if not 0 <= self.grace_hours < math.inf:
