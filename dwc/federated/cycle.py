@@ -19,7 +19,7 @@ from dwc.federated.wire import ANSWER, check, digest
 from dwc.files import open_folder, write_whole
 from dwc.posterior import Posterior
 
-__all__ = ["Cycle", "read_state"]
+__all__ = ["Cycle", "describe", "read_state"]
 
 _VERSION = 1
 
@@ -40,8 +40,24 @@ def read_state(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: is no JSON ({error}); restore it from a backup") from error
     if state.get("version") != _VERSION:
-        raise InputError(f"{path}: version {state.get('version')!r}, this dwc reads {_VERSION}; use the dwc it began with")
+        raise InputError(f"{path}: version {state.get('version')!r}, not {_VERSION}; use the dwc that it began with")
     return state
+
+
+def describe(state: Mapping[str, Any]) -> str:
+    """The books for people: the round, and a line per site."""
+    project, number = state["project"], len(state["priors"])
+    open_round = f"round {number} of {project['rounds']} is open, from" if number <= project["rounds"] else "result is"
+    lines = [f"{project['name']}: {open_round} q{number - 1}.safetensors ({state['priors'][-1][:12]})"]
+    if state["quorum_since"]:
+        lines.append(f"quorum since {state['quorum_since']}, grace {project['grace_hours']:g} h")
+    width = max(map(len, state["sites"]))
+    for site, row in state["sites"].items():
+        entered = [str(row["round"]) for row in state["posteriors"] if row["site"] == site]
+        heard = f"{row['state']} (round {row['round']}), heard {row['heard']}" if row["heard"] else row["state"]
+        lines.append(f"  {site:<{width}}  {heard}; posteriors in: {', '.join(entered) or 'none'}")
+    lines += [f"refused: {row['reason']}" for row in state["refused"]]
+    return "\n".join(lines)
 
 
 class Cycle:
@@ -204,7 +220,7 @@ class Cycle:
         trained_from = posterior.metadata.get("prior_sha256")
         opened = self.state["priors"][: self.project["rounds"]]
         if trained_from not in opened:
-            raise InputError(f"{posterior.name}: was trained from prior {str(trained_from)[:12]}, which is none of ours")
+            raise InputError(f"{posterior.name}: was trained from prior {str(trained_from)[:12]}, none of ours")
         return opened.index(trained_from) + 1
 
     def _check(self, site: str, row: dict[str, Any], posterior: Posterior) -> None:
@@ -215,7 +231,7 @@ class Cycle:
             if other["site"] == site and other["round"] > row["round"]:
                 raise InputError(f"{posterior.name}: of round {row['round']}, but one of round {other['round']} is in")
             if other["sha256"] == row["sha256"]:
-                raise InputError(f"{posterior.name}: is the posterior of {other['site']}; a site's posterior counts once")
+                raise InputError(f"{posterior.name}: is the posterior of {other['site']}; each counts once")
         Consolidation(self._prior(row["round"])).add(posterior)
 
     def _prior_file(self, number: int) -> Path:

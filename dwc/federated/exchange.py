@@ -24,9 +24,11 @@ from dwc.federated.lock import held
 from dwc.federated.spool import Spool
 from dwc.federated.wire import ASK, GIVE
 
-__all__ = ["FOLDER", "Exchange", "Site", "folder_in"]
+__all__ = ["ALLOWED", "FOLDER", "SERVER", "Exchange", "Site", "folder_in"]
 
+ALLOWED = ("dwc.federated.exchange.Exchange", "dwc.federated.exchange.Site")
 FOLDER = "DWC_FEDERATED"  # environment: a folder with one for each participant, in place of the kits'
+SERVER = "server"
 _LOOK_S = 0.1
 
 
@@ -65,7 +67,7 @@ class Exchange(Controller):
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Make the passes."""
-        folder = _folder(fl_ctx)
+        folder = _folder(fl_ctx, SERVER)
         with held(folder / "lock") as alone:
             if not alone:
                 self.log_info(fl_ctx, "another pass is at work; this one has nothing to do")
@@ -80,8 +82,8 @@ class Exchange(Controller):
 
     def _pass(self, cycle: Cycle, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Ask every site that is there; all wait for the slowest, but no longer than an answer may take."""
-        connected = {client.name for client in self._engine.get_clients()}
-        open_tasks = {site: self._send(ASK, cycle, site, fl_ctx) for site in cycle.project["sites"] if site in connected}
+        sites = {client.name for client in self._engine.get_clients()}.intersection(cycle.project["sites"])
+        open_tasks = {site: self._send(ASK, cycle, site, fl_ctx) for site in sorted(sites)}
         while open_tasks and not abort_signal.triggered:
             time.sleep(_LOOK_S)
             for site, task in list(open_tasks.items()):
@@ -122,7 +124,7 @@ class Site(Executor):
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Answer a question. What goes wrong is told in the site's own log, not to the server."""
         try:
-            answer = Spool(_folder(fl_ctx)).answer(own_entries(shareable))
+            answer = Spool(_folder(fl_ctx, fl_ctx.get_identity_name())).answer(own_entries(shareable))
         except InputError as error:
             self.log_error(fl_ctx, str(error), fire_event=False)
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
@@ -137,7 +139,7 @@ def own_entries(message: Shareable) -> dict[str, Any]:
     return {key: value for key, value in message.items() if key != ReservedHeaderKey.HEADERS}
 
 
-def _folder(fl_ctx: FLContext) -> Path:
+def _folder(fl_ctx: FLContext, participant: str) -> Path:
     if root := os.environ.get(FOLDER):
-        return Path(root) / fl_ctx.get_identity_name()
+        return Path(root) / participant
     return folder_in(Path(fl_ctx.get_engine().get_workspace().get_root_dir()))

@@ -6,8 +6,6 @@ started again, to resume, if it ends without a posterior. A site works on one ro
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 import yaml
 
 from dwc.errors import InputError
-from dwc.federated.lock import held, hold
+from dwc.federated.lock import held, start_once
 from dwc.federated.wire import QUESTION, check, digest
 from dwc.files import open_folder, write_whole
 from dwc.posterior import Posterior
@@ -128,21 +126,9 @@ class Spool:
 
     def _train(self, task: Path) -> str:
         """Start the trainer, unless it runs."""
-        lock = hold(task / "trainer.lock")
-        if lock is None:
-            return "training"
         words = [*self._command, "--prior", task / "prior.safetensors", "--out", task / "run", "--resume"]
-        try:
-            with (task / "trainer.log").open("ab") as log:
-                subprocess.Popen(
-                    [*map(str, words)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder,
-                    start_new_session=True, pass_fds=[lock],
-                )  # fmt: skip
-        except OSError as error:
-            raise InputError(f"{self._command[0]}: cannot be started ({error.strerror}); mend site.yml") from error
-        finally:
-            os.close(lock)  # the trainer's copy holds it from here on
-        return "started"
+        trainer = start_once(words, task / "trainer.lock", task / "trainer.log", cwd=self.folder)
+        return "training" if trainer is None else "started"
 
 
 def _answer(state: str, key: Mapping[str, Any]) -> dict[str, Any]:

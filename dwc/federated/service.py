@@ -1,0 +1,219 @@
+"""The processes of a server and of a site: FLARE's, kept alive, and the passes that the server makes.
+
+Each pass is a job of its own, submitted through FLARE's API by a process of its own with a time limit, so that nothing
+that hangs can hold up the cycle: what FLARE says about a job is only printed, progress is what the books tell. All
+here may be killed at any moment and started again.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from dwc.errors import InputError, Interrupted
+from dwc.federated.cycle import read_state
+from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, folder_in
+from dwc.federated.lock import start_once
+from dwc.files import write_whole
+
+__all__ = ["admin_kit_of", "configure", "job_for", "join", "make_pass", "serve"]
+
+_KEEP_RUNS = 20  # folders of past jobs in a kit
+_START_UP_S = 120.0  # that FLARE may take for a job, apart from the answers
+_LOOK_S = 5.0
+_RESOURCES = "nvflare.app_common.resource_{0}s.passthrough_resource_{0}.PassthroughResource{1}"
+
+
+def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
+    """Run the server and make a pass every `every_s` seconds, until stopped.
+
+    Raises
+    ------
+    InputError
+        If the kit is none of a server's.
+    Interrupted
+        When stopped by a signal.
+    """
+    read_state(folder_in(kit))
+    configure(kit)
+    words = [sys.executable, "-m", "dwc.cli", "federated", "round", kit, "--admin", admin_kit]
+    with _stopped_by_signals(), _kept_running(kit) as keep:
+        while True:
+            keep()
+            began = time.monotonic()
+            _bounded(words, 2 * _pass_limit(kit))
+            _clear_runs(kit)
+            while time.monotonic() < began + every_s:
+                keep()
+                time.sleep(min(_LOOK_S, every_s))
+
+
+def join(kit: Path) -> None:
+    """Run a site, until stopped; its trainers go on when it is.
+
+    Raises
+    ------
+    InputError
+        If the kit is none of a site's.
+    Interrupted
+        When stopped by a signal.
+    """
+    configure(kit)
+    with _stopped_by_signals(), _kept_running(kit) as keep:
+        while True:
+            keep()
+            _clear_runs(kit)
+            time.sleep(_LOOK_S)
+
+
+def make_pass(kit: Path, admin_kit: Path) -> str:
+    """Submit one pass over the sites and wait for it, but not for ever; returns what FLARE says of it.
+
+    Raises
+    ------
+    InputError
+        If the server cannot be reached or refuses.
+    """
+    from nvflare.fuel.flare_api.flare_api import JobTimeout, new_secure_session
+
+    state, limit = read_state(folder_in(kit)), _pass_limit(kit)
+    job = job_for(Exchange(), folder_in(kit) / "jobs")
+    try:
+        session = new_secure_session(state["project"]["organizer"], str(admin_kit), timeout=_LOOK_S)
+        try:
+            job_id = session.submit_job(str(job))
+            try:
+                return session.wait_for_job(job_id, timeout=limit, poll_interval=0.5)["status"]
+            except JobTimeout:
+                session.abort_job(job_id)
+                raise
+        finally:
+            session.close()
+    except Exception as error:  # FLARE raises many kinds, and its own server may be down
+        raise InputError(
+            f"{admin_kit}: no pass was made ({type(error).__name__}: {' '.join(str(error).split())}); try again"
+        ) from error
+
+
+def job_for(exchange: Exchange, folder: Path) -> Path:
+    """Write the definition of a FLARE job, which holds no code: only the names of two classes installed everywhere."""
+    from nvflare.job_config.api import FedJob
+
+    job = FedJob("dwc", min_clients=1)
+    job.set_app_packages(["dwc"])
+    job.to_server(exchange)
+    job.to_clients(Site())
+    job.export_job(str(folder))
+    return folder / job.name
+
+
+def admin_kit_of(kit: Path) -> Path:
+    """The organizer's kit, where it lies beside the server's."""
+    return kit.parent / read_state(folder_in(kit))["project"]["organizer"]
+
+
+def configure(kit: Path) -> None:
+    """Write a kit's `local/resources.json`: FLARE's defaults, but for what may run and where it is kept.
+
+    Only `ALLOWED` may run. A site sends no logs; its GPUs are left to its trainer. The server keeps its jobs in the
+    kit, not under /tmp.
+
+    Raises
+    ------
+    InputError
+        If it is no kit or cannot be written.
+    """
+    path = kit / "local" / "resources.json.default"
+    try:
+        resources = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a kit written by dwc federated init") from error
+    resources["class_allow_list"] = list(ALLOWED)
+    components = {component["id"]: component for component in resources["components"]}
+    if "servers" in resources:
+        resources["servers"][0]["max_num_clients"] = 10_000
+        storage = resources["snapshot_persistor"]["args"]["storage"]
+        storage["args"]["root_dir"] = str(kit / "store" / "snapshots")
+        components["job_manager"]["args"]["uri_root"] = str(kit / "store" / "jobs")
+        components.pop("log_receiver", None)
+    else:
+        resources["allow_log_streaming"] = False
+        components.pop("site_log_streamer", None)
+        for role in ("manager", "consumer"):
+            path_of = _RESOURCES.format(role, role.title())
+            components[f"resource_{role}"] = {"id": f"resource_{role}", "path": path_of, "args": {}}
+    resources["components"] = list(components.values())
+    write_whole(kit / "local" / "resources.json", json.dumps(resources, indent=2).encode())
+
+
+def _pass_limit(kit: Path) -> float:
+    """Seconds that a pass may take: a question and a prior to the slowest site, and FLARE's own start."""
+    return _START_UP_S + 2 * read_state(folder_in(kit))["project"]["answer_timeout_s"]
+
+
+@contextmanager
+def _kept_running(kit: Path) -> Iterator[Any]:
+    """A function that starts FLARE's process unless it runs; what it has started ends with the block."""
+    words = ["bash", kit / "startup" / "sub_start.sh", "--once"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop(FOLDER, None)
+    started: list[subprocess.Popen] = []
+
+    def keep() -> None:
+        while started and started[-1].poll() is not None:
+            started.pop()
+        process = start_once(words, folder_in(kit) / "engine.lock", kit / "engine.log", cwd=kit, env=environment)
+        started.extend([process] if process else [])
+
+    try:
+        yield keep
+    finally:
+        for process in started:
+            process.terminate()
+            try:
+                process.wait(timeout=2 * _LOOK_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(number, f"stopped by {signal.Signals(number).name}; start it again at any time")
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _bounded(words: list, limit: float) -> None:
+    """Run a command; past its limit it is killed."""
+    try:
+        subprocess.run([str(word) for word in words], timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"a pass took more than {limit:.0f} s and was ended", file=sys.stderr, flush=True)
+
+
+def _clear_runs(kit: Path) -> None:
+    """Remove the folders of past jobs but the last few; FLARE keeps one for each."""
+    runs = [path for path in kit.iterdir() if path.is_dir() and _is_job_id(path.name)]
+    for path in sorted(runs, key=lambda path: path.stat().st_mtime)[:-_KEEP_RUNS]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_job_id(name: str) -> bool:
+    try:
+        return str(UUID(name)) == name
+    except ValueError:
+        return False
