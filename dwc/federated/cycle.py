@@ -98,6 +98,7 @@ class Cycle:
             "version": _VERSION,
             "project": project.to_json(),
             "priors": [prior.sha256],  # of round 1, 2, ...; the last one is the result when all rounds are closed
+            "published": [_now().isoformat()],  # when
             "quorum_since": None,
             "posteriors": [],
             "refused": [],
@@ -188,6 +189,7 @@ class Cycle:
         for row in waiting:
             row["counted_in"] = number
         self.state["priors"][number:] = [posterior.sha256]
+        self.state["published"][number:] = [_now().isoformat()]
         self.state["quorum_since"] = None
         _write(self.folder, self.state)
         return True

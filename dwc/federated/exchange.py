@@ -34,7 +34,7 @@ _LOOK_S = 0.1
 
 def folder_in(kit: Path) -> Path:
     """Where a participant keeps its books: in its start-up kit."""
-    return kit / "dwc"
+    return kit / "cycle"
 
 
 class Exchange(Controller):

@@ -24,7 +24,7 @@ from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, folder_in
 from dwc.federated.lock import start_once
 from dwc.files import write_whole
 
-__all__ = ["admin_kit_of", "configure", "job_for", "join", "make_pass", "serve"]
+__all__ = ["admin_kit_of", "configure", "join", "make_pass", "serve", "write_job"]
 
 _KEEP_RUNS = 20  # folders of past jobs in a kit
 _START_UP_S = 120.0  # that FLARE may take for a job, apart from the answers
@@ -85,7 +85,7 @@ def make_pass(kit: Path, admin_kit: Path) -> str:
     from nvflare.fuel.flare_api.flare_api import JobTimeout, new_secure_session
 
     state, limit = read_state(folder_in(kit)), _pass_limit(kit)
-    job = job_for(Exchange(), folder_in(kit) / "jobs")
+    job = write_job(Exchange(), folder_in(kit) / "jobs")
     try:
         session = new_secure_session(state["project"]["organizer"], str(admin_kit), timeout=_LOOK_S)
         try:
@@ -103,7 +103,7 @@ def make_pass(kit: Path, admin_kit: Path) -> str:
         ) from error
 
 
-def job_for(exchange: Exchange, folder: Path) -> Path:
+def write_job(exchange: Exchange, folder: Path) -> Path:
     """Write the definition of a FLARE job, which holds no code: only the names of two classes installed everywhere."""
     from nvflare.job_config.api import FedJob
 
