@@ -29,6 +29,8 @@ __all__ = ["admin_kit_of", "configure", "join", "make_pass", "serve", "write_job
 _KEEP_RUNS = 20  # folders of past jobs in a kit
 _START_UP_S = 120.0  # that FLARE may take for a job, apart from the answers
 _LOOK_S = 5.0
+_MAY = ("submit_job", "manage_job", "download_job", "view", "operate")  # the organizer; nobody else is an admin
+_MAY_NOT = ("byoc", "shell_commands", "clone_job", "server-predeployed-flwr")
 _RESOURCES = "nvflare.app_common.resource_{0}s.passthrough_resource_{0}.PassthroughResource{1}"
 
 
@@ -85,13 +87,14 @@ def make_pass(kit: Path, admin_kit: Path) -> str:
     from nvflare.fuel.flare_api.flare_api import JobTimeout, new_secure_session
 
     state, limit = read_state(folder_in(kit)), _pass_limit(kit)
-    job = write_job(Exchange(), folder_in(kit) / "jobs")
+    job = write_job(Exchange(), folder_in(kit) / "jobs", state["project"]["answer_timeout_s"])
     try:
         session = new_secure_session(state["project"]["organizer"], str(admin_kit), timeout=_LOOK_S)
         try:
             job_id = session.submit_job(str(job))
             try:
-                return session.wait_for_job(job_id, timeout=limit, poll_interval=0.5)["status"]
+                status = session.wait_for_job(job_id, timeout=limit, poll_interval=0.5)["status"]
+                return status if status.endswith("COMPLETED") else f"{status}, see {kit / 'engine.log'}"
             except JobTimeout:
                 session.abort_job(job_id)
                 raise
@@ -103,7 +106,7 @@ def make_pass(kit: Path, admin_kit: Path) -> str:
         ) from error
 
 
-def write_job(exchange: Exchange, folder: Path) -> Path:
+def write_job(exchange: Exchange, folder: Path, answer_timeout_s: float) -> Path:
     """Write the definition of a FLARE job, which holds no code: only the names of two classes installed everywhere."""
     from nvflare.job_config.api import FedJob
 
@@ -111,6 +114,8 @@ def write_job(exchange: Exchange, folder: Path) -> Path:
     job.set_app_packages(["dwc"])
     job.to_server(exchange)
     job.to_clients(Site())
+    # FLARE's own limits are seconds, in which no prior or posterior crosses a slow link.
+    job.to_clients({"get_task_timeout": answer_timeout_s, "submit_task_result_timeout": answer_timeout_s})
     job.export_job(str(folder))
     return folder / job.name
 
@@ -121,10 +126,10 @@ def admin_kit_of(kit: Path) -> Path:
 
 
 def configure(kit: Path) -> None:
-    """Write a kit's `local/resources.json`: FLARE's defaults, but for what may run and where it is kept.
+    """Write a kit's policy, `local/resources.json` and `authorization.json`: FLARE's defaults, but for what may run.
 
-    Only `ALLOWED` may run. A site sends no logs; its GPUs are left to its trainer. The server keeps its jobs in the
-    kit, not under /tmp.
+    Only `ALLOWED` may run: nobody brings code along, nobody has a shell, not even the organizer. A site sends no logs;
+    its GPUs are left to its trainer. The server keeps its jobs in the kit, not under /tmp.
 
     Raises
     ------
@@ -152,6 +157,9 @@ def configure(kit: Path) -> None:
             components[f"resource_{role}"] = {"id": f"resource_{role}", "path": path_of, "args": {}}
     resources["components"] = list(components.values())
     write_whole(kit / "local" / "resources.json", json.dumps(resources, indent=2).encode())
+    permissions = {right: "any" if right in _MAY else "none" for right in (*_MAY, *_MAY_NOT)}
+    policy = {"format_version": "1.0", "permissions": {"project_admin": permissions}}
+    write_whole(kit / "local" / "authorization.json", json.dumps(policy, indent=2).encode())
 
 
 def _pass_limit(kit: Path) -> float:

@@ -201,7 +201,8 @@ def _run_flare(settings: SimulationSettings, names: list[str], books: Path) -> N
     (workspace / "local").mkdir(parents=True)
     policy = {"format_version": 2, "class_allow_list": list(ALLOWED)}
     write_whole(workspace / "local" / "resources.json", json.dumps(policy).encode())
-    job = write_job(Exchange(_PASSES, settings.pause_s), settings.out / "job")
+    exchange = Exchange(_PASSES, settings.pause_s)
+    job = write_job(exchange, settings.out / "job", Cycle(books / SERVER).project["answer_timeout_s"])
     n = str(len(names))
     words = [sys.executable, "-m", "nvflare.cli", "simulator", str(job), "-w", str(workspace)]
     words += ["-c", ",".join(names), "-t", n, "-m", n]

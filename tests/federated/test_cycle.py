@@ -133,7 +133,7 @@ def grown(prior: Posterior) -> Posterior:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda prior: a_site(prior, 1, prior_sha256="00"), "was trained from prior 00, which is none of ours"),
+        (lambda prior: a_site(prior, 1, prior_sha256="00"), "was trained from prior 00, none of ours"),
         (lambda prior: a_site(prior, 1, architecture={"width": 9}), "architecture width 9 differs"),
         (lambda prior: a_site(prior, 1, label_map={"sha256": "cd"}), "label map sha256 cd differs"),
         (lambda prior: Posterior(a_site(prior, 1).mu, {}, a_site(prior, 1).metadata), "a MAP network"),
