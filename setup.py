@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["dwc", "dwc.*", "dwc_kernels", "dwc_kernels.*"]),
-    package_data={"dwc.data": ["*.tsv"]},
+    package_data={"dwc.data": ["*.tsv"], "dwc.experiment": ["presets/*.yaml"], "dwc.report": ["*.html"]},
     install_requires=[
         "torch>=2.6",
         "numpy",
@@ -27,6 +27,7 @@ setup(
         "safetensors>=0.4",
         "pandas>=2.2",
         "matplotlib",
+        "jinja2>=3.1",
         "tensorboard",
         "tqdm",
         "pyyaml",

@@ -20,6 +20,7 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
     "federated": "run the cycle over many sites on NVIDIA FLARE: init, serve, join, status, round, simulate",
     "predict": "segment scans with one network or an ensemble",
     "evaluate": "score networks on the held-out scans of a manifest",
+    "experiment": "run the paper's study: every row of its table, its figures, one report",
     "demo": "run the whole cycle on simulated sites, minutes on two CPU cores",
 }
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)

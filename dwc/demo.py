@@ -1,61 +1,31 @@
 """The whole distributed weight consolidation cycle on simulated sites, at a size that two CPU cores manage.
 
-`run` simulates five sites with the procedural head, trains the networks of the paper's cycle (MAP networks, the
-variational one of H, the sites' from it, the fine-tuned one), consolidates, and scores every network on every site.
-Each step calls the workflow that a command calls; nothing here trains, consolidates or scores by itself.
+A small study on the machinery of `dwc.experiment`: rows of its own, no chains, tests or report, one picture.
+Nothing here trains, consolidates or scores by itself.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
-import torch
 import yaml
 
-from dwc.consolidation import Consolidation
-from dwc.data.conform import Grid
 from dwc.data.labels import LabelMap
-from dwc.data.manifest import read_manifest
-from dwc.data.simulation import write_site
-from dwc.data.subvolumes import SIDE, SubVolumes, prepare
 from dwc.errors import InputError
-from dwc.evaluation import score_volumes, summary
-from dwc.files import write_whole
-from dwc.meshnet import MeshNet
-from dwc.posterior import Posterior
-from dwc.prediction import predict_volume
+from dwc.experiment.networks import Network, Networks, consolidated, finetuned, map_network, untrained, variational, vcl
+from dwc.experiment.scoring import Row, Scores
+from dwc.experiment.sites import held_out_volumes, make_manifests
+from dwc.experiment.statistics import dice_table
+from dwc.experiment.study import ALL_SITES, ORIGIN, SITES, TRAINING_SITES, UNSEEN, Stage, StudySettings
+from dwc.files import open_folder, write_whole
 from dwc.report.figures import overlay
-from dwc.settings import TrainSettings
-from dwc.training import train
 
-__all__ = ["DemoSettings", "Stage", "run"]
+__all__ = ["DemoSettings", "run"]
 
-ORIGIN, SITES, UNSEEN = "H", ("N", "B", "W"), "A"
 _PICTURE, _WEIGHTS = "segmentation.png", "consolidation.csv"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How one kind of network is trained.
-
-    Parameters
-    ----------
-    steps
-        Optimizer steps.
-    lr
-        Highest learning rate of the means.
-    rho_lr
-        Highest learning rate of rho; by default lr. It is what lets sigma leave its prior's value within few steps.
-    schedule
-        constant or one_cycle.
-    """
-
-    steps: int = 500
-    lr: float = 1e-2
-    rho_lr: float | None = None
-    schedule: Literal["constant", "one_cycle"] = "one_cycle"
+_MAP = Stage(steps=500, lr=1e-2)
+_VARIATIONAL = Stage(steps=150, lr=3e-3, rho_lr=3e-2)
+_FINETUNE = Stage(steps=60, lr=1e-3, rho_lr=1e-2)
 
 
 @dataclass(frozen=True)
@@ -105,44 +75,18 @@ class DemoSettings:
     batch_size: int = 2
     n_train: dict[str, int] = field(default_factory=lambda: {"H": 16, "N": 19, "B": 6, "W": 5})
     n_test: int = 3
-    map: Stage = Stage(steps=500, lr=1e-2)
-    vi: Stage = Stage(steps=150, lr=3e-3, rho_lr=3e-2)
-    vcl: Stage = Stage(steps=150, lr=3e-3, rho_lr=3e-2)
-    finetune: Stage = Stage(steps=60, lr=1e-3, rho_lr=1e-2)
+    map: Stage = _MAP
+    vi: Stage = _VARIATIONAL
+    vcl: Stage = _VARIATIONAL
+    finetune: Stage = _FINETUNE
     n_samples: int = 3
     seed: int = 0
 
-    def check(self) -> None:
-        """Refuse what cannot be meant.
-
-        Raises
-        ------
-        InputError
-            Naming the setting, its value and the remedy.
-        """
-        if self.n_train.keys() != {ORIGIN, *SITES}:
-            raise InputError(f"--n_train {self.n_train}: give a number of scans for each of H, N, B and W")
-        for name, value in (*self.n_train.items(), ("n_test", self.n_test), ("n_samples", self.n_samples)):
-            if value < 1:
-                raise InputError(f"{name} {value}: give a positive number")
-        if self.grid_size % SIDE or self.grid_size < SIDE:
-            raise InputError(f"--grid_size {self.grid_size}: give a multiple of {SIDE} voxels")
-        LabelMap.load(self.label_map)
-        for mode in ("map", "vi", "vcl", "finetune"):
-            if (steps := getattr(self, mode).steps) < 1:
-                raise InputError(f"--{mode}.steps {steps}: give a positive number")
-            self.training(mode, data=self.out, out=self.out, prior=self.out).check()
-
-    def training(self, mode: str, *, prior: Path | None = None, **paths: Path) -> TrainSettings:
-        """The trainer's settings of a mode, as one epoch: a demo's network is validated once, at its end."""
-        stage: Stage = getattr(self, mode)
-        return TrainSettings(
-            mode=mode, **paths, prior=prior if mode in ("vcl", "finetune") else None,
-            lr=stage.lr, rho_lr=stage.rho_lr, schedule=stage.schedule, epochs=1, steps_per_epoch=stage.steps,
-            label_map=self.label_map, grid_size=self.grid_size, voxel_size=self.voxel_size,
-            width=self.width, dilations=self.dilations, batch_size=self.batch_size,
-            seed=self.seed, cache_dir=self.out / "cache",
-        )  # fmt: skip
+    def study(self) -> StudySettings:
+        """The study that the demo is."""
+        values = {name: value for name, value in vars(self).items() if name != "n_test"}
+        n_test = dict.fromkeys(ALL_SITES, self.n_test)
+        return StudySettings(**values, n_test=n_test, validation_sub_volumes=512)
 
 
 def run(settings: DemoSettings) -> None:
@@ -153,17 +97,54 @@ def run(settings: DemoSettings) -> None:
     InputError
         If a setting is wrong or the folder cannot be written or holds another demo.
     """
-    settings = replace(settings, out=settings.out.absolute())
-    settings.check()
-    out = settings.out
+    study = settings.study()
+    study.check()
+    out = study.out
     _keep_config(settings, out)
-    manifests = {site: _site(settings, out, site) for site in (ORIGIN, *SITES, UNSEEN)}
-    networks = dict(_train_all(settings, out, manifests))
-    held_out = {site: _held_out(settings, out, manifest) for site, manifest in manifests.items()}
-    table = _score(settings, networks, held_out)
+    manifests = make_manifests(study)
+    networks = Networks(study, manifests)
+    rows, joint = _rows()
+    for network in networks.needed(network for row in rows for network in row.networks):
+        networks.get(network)
+        if network == joint:
+            _show_weights(networks.folder(joint) / "weights.csv", out / _WEIGHTS)
+    scores = Scores(networks, {site: held_out_volumes(study, site, manifests[site]) for site in ALL_SITES})
+    for row in rows:
+        scores.score(row)
+    table = dice_table(scores.table("volumes", rows)).rename_axis("network")
     write_whole(out / "table.csv", table.to_csv(float_format="%.4f").encode())
-    _draw(settings, networks, held_out[UNSEEN], out / _PICTURE)
+    _draw(scores, {"DWC": rows[-1], f"MAP {ORIGIN}": rows[1]}, out / _PICTURE)
     print(_report(settings, table, out))
+
+
+def _rows() -> tuple[list[Row], Network]:
+    """The rows of the table, and the consolidated network."""
+    maps = [map_network(site) for site in TRAINING_SITES]
+    origin = variational(ORIGIN)
+    sites = [vcl(origin, site) for site in SITES]
+    joint = consolidated(origin, sites)
+    dwc = finetuned(joint, ORIGIN)
+    rows = [
+        Row("untrained", "map", (untrained(maps[0]),)),
+        *(Row(f"MAP {network.site}", "map", (network,)) for network in maps),
+        Row("ensemble of MAP", "ensemble", tuple(maps)),
+        Row(origin.name, "vi", (origin,)),
+        *(Row(network.name, "vcl", (network,)) for network in sites),
+        Row(f"{joint.name} (consolidated)", "consolidated", (joint,)),
+        Row(f"{dwc.name} (DWC)", "dwc", (dwc,)),
+    ]
+    return rows, joint
+
+
+def _show_weights(source: Path, path: Path) -> None:
+    """Keep and print the weight of each site in the consolidation."""
+    weights = pd.read_csv(source)
+    weights["site"] = weights["site"].str.replace("->", "_")
+    write_whole(path, weights.to_csv(index=False, float_format="%.4f").encode())
+    medians = weights.groupby("site")["weight"].median()
+    words = ", ".join(f"{site} {weight:.2f}" for site, weight in medians.items())
+    print(f"weight of each site's means, median over layers: {words}")
+    print("  (1/3 each would average the sites, 1 each adds their shifts up)", flush=True)
 
 
 def _report(settings: DemoSettings, table: pd.DataFrame, out: Path) -> str:
@@ -189,113 +170,14 @@ def _keep_config(settings: DemoSettings, out: Path) -> None:
     path = out / "config.yaml"
     if path.exists() and yaml.safe_load(path.read_text(encoding="utf-8")) != values:
         raise InputError(f"{path}: a demo with other settings lies here; give another --out or remove the folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made ({error.strerror}); give another --out") from error
+    open_folder(out)
     write_whole(path, yaml.safe_dump(values, sort_keys=False).encode())
 
 
-def _site(settings: DemoSettings, out: Path, site: str) -> Path:
-    """The site's manifest; its scans are simulated if they are not there yet."""
-    manifest = out / "sites" / site / "manifest.csv"
-    if not manifest.exists():
-        print(f"simulating site {site}", flush=True)
-        grid = Grid(settings.grid_size, settings.voxel_size)
-        write_site(manifest.parent, site, settings.n_train.get(site, 0), settings.n_test, grid=grid, seed=settings.seed)
-    return manifest
-
-
-def _train_all(settings: DemoSettings, out: Path, manifests: dict[str, Path]) -> Iterator[tuple[str, list[Posterior]]]:
-    """The rows of the table: each network by its name in the paper, an ensemble being several."""
-
-    def trained(name: str, mode: str, site: str, **start: Path) -> Posterior:
-        print(f"training {name}", flush=True)
-        folder = _folder(out, name)
-        run_settings = settings.training(mode, data=manifests[site], out=folder, **start)
-        return train(run_settings, resume=folder.exists())
-
-    maps = {site: trained(f"MAP {site}", "map", site) for site in (ORIGIN, *SITES)}
-    yield "untrained", [_untrained(maps[ORIGIN], settings.seed)]
-    for site, posterior in maps.items():
-        yield f"MAP {site}", [posterior]
-    yield "ensemble of MAP", list(maps.values())
-    origin = trained(ORIGIN, "vi", ORIGIN, init=_file(out, f"MAP {ORIGIN}"))
-    yield ORIGIN, [origin]
-    consolidation = Consolidation(origin)
-    for site in SITES:
-        posterior = trained(f"{ORIGIN}->{site}", "vcl", site, prior=_file(out, ORIGIN))
-        consolidation.add(posterior)
-        yield f"{ORIGIN}->{site}", [posterior]
-    name = f"{ORIGIN}->{'+'.join(SITES)}"
-    consolidated = consolidation.posterior(name)
-    _folder(out, name).mkdir(exist_ok=True)
-    consolidated.save(_file(out, name))
-    weights = pd.DataFrame(asdict(row) for row in consolidation.report())
-    weights["site"] = [Path(site).parent.name for site in weights["site"]]
-    write_whole(out / _WEIGHTS, weights.to_csv(index=False, float_format="%.4f").encode())
-    print(f"weight of each site's means, median over layers: {_medians(weights)}")
-    print("  (1/3 each would average the sites, 1 each adds their shifts up)", flush=True)
-    yield f"{name} (consolidated)", [consolidated]
-    yield f"{name}->{ORIGIN} (DWC)", [trained(f"{name}->{ORIGIN}", "finetune", ORIGIN, prior=_file(out, name))]
-
-
-def _medians(weights: pd.DataFrame) -> str:
-    """Site and weight, in words."""
-    return ", ".join(f"{site} {weight:.2f}" for site, weight in weights.groupby("site")["weight"].median().items())
-
-
-def _folder(out: Path, name: str) -> Path:
-    """A network's run folder, its name without spaces, arrows and plus signs."""
-    return out / "networks" / name.replace(" ", "-").replace("->", "_").replace("+", "")
-
-
-def _file(out: Path, name: str) -> Path:
-    return _folder(out, name) / "posterior.safetensors"
-
-
-def _untrained(like: Posterior, seed: int) -> Posterior:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = MeshNet.from_architecture(like.metadata["architecture"], bayesian=False)
-    return Posterior.from_model(network)
-
-
-def _held_out(settings: DemoSettings, out: Path, manifest: Path) -> SubVolumes:
-    scans = [scan for scan in read_manifest(manifest) if scan.split == "test"]
-    grid = Grid(settings.grid_size, settings.voxel_size)
-    return prepare(scans, LabelMap.load(settings.label_map), grid, out / "cache", progress=False)
-
-
-def _networks(posteriors: Sequence[Posterior]) -> list[MeshNet]:
-    return [MeshNet.from_posterior(posterior) for posterior in posteriors]
-
-
-def _score(
-    settings: DemoSettings, networks: dict[str, list[Posterior]], held_out: dict[str, SubVolumes]
-) -> pd.DataFrame:
-    """Dice of every network (row) at every site (column), and the mean over the sites that trained."""
-    rows = {}
-    for name, posteriors in networks.items():
-        print(f"scoring {name}", flush=True)
-        scores = {
-            site: score_volumes(_networks(posteriors), data, n_samples=settings.n_samples, progress=False)
-            for site, data in held_out.items()
-        }
-        took_part = [score for site in (ORIGIN, *SITES) for score in scores[site]]
-        rows[name] = {site: summary(scores[site])["volume_weighted"]["dice"] for site in (ORIGIN, *SITES)}
-        rows[name]["Avg."] = summary(took_part)["volume_weighted"]["dice"]
-        rows[name][UNSEEN] = summary(scores[UNSEEN])["volume_weighted"]["dice"]
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("network")
-
-
-def _draw(settings: DemoSettings, networks: dict[str, list[Posterior]], data: SubVolumes, path: Path) -> None:
-    """The first held-out scan of the unseen site: truth, DWC and the MAP network of H, errors in red."""
+def _draw(scores: Scores, shown: dict[str, Row], path: Path) -> None:
+    """The first held-out scan of the unseen site: truth, and what rows see in it, errors in red."""
+    data = scores.held_out[UNSEEN]
     image, truth = data.volume(0)
-    shown = {"DWC": list(networks)[-1], f"MAP {ORIGIN}": f"MAP {ORIGIN}"}
-    predictions = {
-        title: predict_volume(_networks(networks[name]), image, n_samples=settings.n_samples).labels
-        for title, name in shown.items()
-    }
+    predictions = {title: scores.predict(row, image) for title, row in shown.items()}
     title = f"A scan of site {UNSEEN}, which took no part in training"
     overlay(image, truth, predictions, path, names=data.label_map.names, title=title)

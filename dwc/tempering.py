@@ -47,11 +47,11 @@ class TemperScore:
 
 
 def temper_grid(n_sites: int) -> tuple[float, ...]:
-    """Powers worth trying for S sites: half octaves from below 1/S (1/4 at least) to 2, and 1/S itself, ascending.
+    """Powers worth trying for S sites: half octaves from 1/(4S) or just below to 2, and 1/S itself, ascending.
 
     1, Eq. 17, is always among them.
     """
-    first = math.floor(2 * math.log2(1 / max(n_sites, 4)))
+    first = math.floor(2 * math.log2(1 / (4 * n_sites)))
     last = round(2 * math.log2(_LARGEST))
     return tuple(sorted({1 / n_sites, *(2.0 ** (k / 2) for k in range(first, last + 1))}))
 
@@ -170,4 +170,6 @@ def table(scores: Sequence[TemperScore], chosen: float) -> str:
         lines.append(f"{score.temper:>8.4g}{score.log_likelihood:>16.5f}{dice:>8}{note}")
     if all(score.log_likelihood <= scores[0].log_likelihood for score in scores[1:]):
         lines.append("no lambda makes these scans more likely than the prior does")
+    elif chosen in (scores[1].temper, scores[-1].temper):
+        lines.append("chosen at the end of the grid; the most likely lambda may lie beyond it")
     return "\n".join(lines)

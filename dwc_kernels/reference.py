@@ -7,13 +7,14 @@ are batched and of one dtype, stride, padding and dilation are triples.
 
 On the CPU both convolutions run in channels_last_3d, the input gradient runs as a forward convolution with the mirrored
 filter (PyTorch's own dilated backward can be several times slower), and the weight gradient is a sum of matrix products
-that skip taps outside the volume.
+that skip taps outside the volume. Wide 3x3x3 layers in fp32 take `winograd`'s shorter sums for all but the variance.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dwc_kernels import winograd
 from dwc_kernels.noise import normal
 
 __all__ = ["forward", "grad_input", "grad_weight", "multiplies_bf16", "output_layout"]
@@ -69,7 +70,8 @@ def forward(
     working = _working_dtype(x.dtype, x.device)
     h, mu, sigma = (_native(t.to(working)) for t in (x, weight_mu, weight_sigma))
     b_mu, b_var = (None, None) if bias_mu is None else (bias_mu.to(working), bias_sigma.to(working).square())
-    y = F.conv3d(h, mu, b_mu, stride, padding, dilation, groups)
+    y = _conv3d(h, mu, b_mu, stride, padding, dilation, groups)
+    # Direct: Winograd's differences could make a variance that is nearly 0 negative.
     var = F.conv3d(h.square(), sigma.square(), b_var, stride, padding, dilation, groups)
     std = var.sqrt_()
     eps = normal(std, int(seed)).to(working)
@@ -79,6 +81,15 @@ def forward(
     # Where std < 8e-6, 1 / std leaves fp16's range; saturated, r keeps the gradient finite.
     largest = torch.finfo(x.dtype).max
     return y, r.clamp_(-largest, largest).to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Triple, padding: Triple, dilation: Triple, groups: int
+) -> Tensor:
+    if not winograd.suits(x, weight.shape, stride, padding, dilation):
+        return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
+    y = winograd.convolve(x, weight, padding, dilation)
+    return y if bias is None else y.add_(bias.view(-1, 1, 1, 1))
 
 
 def grad_input(
@@ -105,13 +116,13 @@ def _transposed(
     g: Tensor, weight: Tensor, shape: torch.Size, stride: Triple, padding: Triple, dilation: Triple, groups: int
 ) -> Tensor:
     """The adjoint of conv3d(. , weight) applied to g."""
-    reach = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
+    reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
     if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0:
         return torch.nn.grad.conv3d_input(shape, weight, g, stride, padding, dilation, groups)
     # At stride 1 the adjoint is a convolution with the mirrored filter, inputs and outputs exchanged within a group.
     per_group = weight.unflatten(0, (groups, -1))  # [groups, F / groups, C / groups, kD, kH, kW]
     mirrored = _native(per_group.transpose(1, 2).flatten(0, 1).flip(2, 3, 4))
-    return F.conv3d(g, mirrored, None, 1, reach, dilation, groups)
+    return _conv3d(g, mirrored, None, stride, reach, dilation, groups)
 
 
 def grad_weight(
@@ -125,13 +136,16 @@ def grad_weight(
     groups: int,
 ) -> tuple[Tensor, Tensor]:
     """dL/dmu = corr(x, g) and dL/dsigma = 2 sigma * corr(x^2, g * r), in the dtype of weight_sigma."""
-    working = _working_dtype(x.dtype, x.device)
-    wide = x.shape[1] * g.shape[1] >= _WIDE
-    if x.device.type == "cpu" and stride == (1, 1, 1) and groups == 1 and wide:
-        dmu, dvar = _correlate_both(g, r, x, weight_sigma.shape, padding, dilation, working)
+    working, shape = _working_dtype(x.dtype, x.device), weight_sigma.shape
+    g, r, h = (_native(t.to(working)) for t in (g, r, x))
+    wide = x.device.type == "cpu" and x.shape[1] * g.shape[1] >= _WIDE
+    if winograd.suits(h, shape, stride, padding, dilation):
+        dmu = winograd.correlate(h, g, padding, dilation)
+        dvar = winograd.correlate(h.square(), g * r, padding, dilation)
+    elif wide and stride == (1, 1, 1) and groups == 1:
+        dmu, dvar = _correlate_both(g, r, h, shape, padding, dilation)
     else:
-        g, r, h = (_native(t.to(working)) for t in (g, r, x))
-        shape, geometry = weight_sigma.shape, (stride, padding, dilation, groups)
+        geometry = (stride, padding, dilation, groups)
         dmu = torch.nn.grad.conv3d_weight(h, shape, g, *geometry)
         dvar = torch.nn.grad.conv3d_weight(h.square(), shape, g * r, *geometry)
     dsigma = dvar.mul_(weight_sigma).mul_(2.0)
@@ -139,7 +153,7 @@ def grad_weight(
 
 
 def _correlate_both(
-    g: Tensor, r: Tensor, x: Tensor, shape: torch.Size, padding: Triple, dilation: Triple, working: torch.dtype
+    g: Tensor, r: Tensor, x: Tensor, shape: torch.Size, padding: Triple, dilation: Triple
 ) -> tuple[Tensor, Tensor]:
     """corr(x, g) and corr(x^2, g * r) at stride 1 without groups, as batched matrix products over rows of voxels.
 
@@ -152,10 +166,10 @@ def _correlate_both(
     # Row v of the output meets row v + shift of the input: zeros behind a line also stand before the next one.
     tail = (kw - 1) * dw
     pitch = max(size[2] + pw, out_size[2] + tail - pw, out_size[2])
-    a = torch.zeros(2, size[0], size[1] * pitch + tail, c, dtype=working)
-    b = torch.zeros(2, out_size[0], out_size[1], pitch, n_filters, dtype=working)
+    a = torch.zeros(2, size[0], size[1] * pitch + tail, c, dtype=x.dtype)
+    b = torch.zeros(2, out_size[0], out_size[1], pitch, n_filters, dtype=x.dtype)
     a_lines = a[:, :, : size[1] * pitch].view(2, size[0], size[1], pitch, c)[..., pw : pw + size[2], :]
-    total = torch.zeros(kd, kh, kw, 2, c, n_filters, dtype=torch.promote_types(working, torch.float32))
+    total = torch.zeros(kd, kh, kw, 2, c, n_filters, dtype=torch.promote_types(x.dtype, torch.float32))
     for sample in range(n):
         a_lines[0] = x[sample].permute(1, 2, 3, 0)
         torch.square(a_lines[0], out=a_lines[1])
@@ -173,7 +187,7 @@ def _correlate_both(
                     for k in range(kw):
                         start = (y0 + dy) * pitch + k * dw
                         taps = a[:, z + dz, start : start + rows].transpose(1, 2)
-                        if working == total.dtype:
+                        if x.dtype == total.dtype:
                             total[i, j, k].baddbmm_(taps, lines)
                         else:  # bf16 rounds each product once and never the sum
                             total[i, j, k] += torch.bmm(taps, lines)

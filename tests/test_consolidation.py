@@ -1,5 +1,6 @@
 import itertools
 import math
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -190,6 +191,24 @@ def test_inputs_stay_as_they_are_and_a_generator_is_read_one_site_at_a_time():
 
     with pytest.raises(InputError, match="was trained from prior"):
         consolidate(prior, endless())
+
+
+def test_memory_does_not_grow_with_the_sites_for_none_is_held_once_it_is_added():
+    prior, gone = a_prior(), []
+
+    def sites() -> Iterator[Posterior]:
+        for s in range(20):
+            assert all(site() is None for site in gone[:-1])  # but for the one that the loop still names
+            site = a_site(prior, s)
+            gone.append(weakref.ref(site))
+            yield site
+            del site
+
+    consolidation = Consolidation(prior)
+    for site in sites():
+        consolidation.add(site)
+    held = sum(part.numel() for sums in consolidation._sums.values() for pair in sums for part in pair)
+    assert held == 4 * sum(mu.numel() for mu in prior.mu.values())
 
 
 def test_the_result_names_prior_sites_and_volumes_and_is_never_wider_than_the_prior():

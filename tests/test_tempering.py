@@ -210,7 +210,7 @@ def test_the_grid_reaches_from_the_geometric_mean_to_above_equation_17_and_holds
     grid = temper_grid(n_sites)
     assert list(grid) == sorted(set(grid))
     assert {1.0, 1 / n_sites, 2.0} <= set(grid)
-    assert grid[0] <= min(1 / n_sites, 0.25)
+    assert 1 / (4 * n_sites * 2**0.5) < grid[0] <= 1 / (4 * n_sites)
     assert max(b / a for a, b in itertools.pairwise(grid)) <= 2**0.5 * (1 + 1e-12)
 
 
@@ -259,6 +259,12 @@ def test_the_choice_is_the_most_likely_of_the_grid_and_the_same_every_time(setti
     lines = table(scores, chosen).splitlines()
     assert sum(line.endswith("chosen") for line in lines) == 1
     assert lines[1].endswith("the prior")
+
+
+def test_a_choice_at_the_end_of_the_grid_is_said_to_be_one():
+    scores = [TemperScore(temper, -1 + temper / 10, None) for temper in (0.0, 0.5, 1.0, 2.0)]
+    assert "chosen at the end of the grid" in table(scores, 2.0)
+    assert "chosen at the end of the grid" not in table(scores, 1.0)
 
 
 def test_sites_that_learned_what_the_origin_forgot_are_trusted_and_sites_that_unlearned_it_are_not(settings, networks):

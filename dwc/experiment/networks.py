@@ -9,7 +9,7 @@ stopped, in the middle of a network if need be. Which networks a study needs is 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,43 +25,46 @@ from dwc.errors import Interrupted
 from dwc.experiment.sites import scans_of
 from dwc.experiment.study import Stage, StudySettings
 from dwc.files import canonical_json, open_folder, write_whole
+from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
 from dwc.training import train
 
-__all__ = ["Network", "Networks", "average", "consolidated", "finetuned", "map_network", "variational", "vcl"]
+__all__ = [
+    "Network", "Networks", "average", "consolidated", "finetuned", "map_network", "untrained", "variational", "vcl",
+]  # fmt: skip
 
 _FORMAT = 1  # raise it when the same settings and data give other networks
 _NO_CONTENT = ("data", "out", "prior", "init", "cache_dir", "label_map", "workers", "device")
-_COMBINED = ("consolidated", "average")
+_COMPUTED = ("consolidated", "average", "untrained")
 
 
 @dataclass(frozen=True)
 class Network:
     """A network of a study: what it is called, and what it is made from.
 
-    Make one with `map_network`, `variational`, `vcl`, `finetuned`, `consolidated` or `average`.
+    Make one with `map_network`, `variational`, `vcl`, `finetuned`, `consolidated`, `average` or `untrained`.
 
     Attributes
     ----------
     name : str
         As the paper writes it, such as H->N.
     mode : str
-        How it is trained, a mode of `dwc train`; or how its parents are combined.
+        How it is trained, a mode of `dwc train`; or how it is computed from its parents.
     site : str or None
-        Whose scans it is trained on; None for combined networks.
+        Whose scans it is trained on; None for computed networks.
     parents : tuple of Network
         The network it starts from, if any; of a combined network the prior and the sites' networks.
     """
 
     name: str
-    mode: Literal["map", "vi", "vcl", "finetune", "consolidated", "average"]
+    mode: Literal["map", "vi", "vcl", "finetune", "consolidated", "average", "untrained"]
     site: str | None = None
     parents: tuple["Network", ...] = ()
 
     @property
     def is_trained(self) -> bool:
         """Whether it takes steps, rather than being computed from its parents."""
-        return self.mode not in _COMBINED
+        return self.mode not in _COMPUTED
 
 
 def map_network(site: str) -> Network:
@@ -87,6 +90,11 @@ def consolidated(prior: Network, sites: Sequence[Network]) -> Network:
 def average(prior: Network, sites: Sequence[Network]) -> Network:
     """The plain mean of the means that sites trained from one prior; without standard deviations, as a MAP network."""
     return Network(f"{_joint_name(prior, sites)} average", "average", None, (prior, *sites))
+
+
+def untrained(like: Network) -> Network:
+    """A plain network of the same architecture before its first step: what chance gives."""
+    return Network("untrained", "untrained", None, (like,))
 
 
 def finetuned(prior: Network, site: str) -> Network:
@@ -197,7 +205,7 @@ class Networks:
         print(f"{'training' if network.is_trained else 'computing'} {network.name}", flush=True)
         folder = self.folder(network)
         if not network.is_trained:
-            self._combine(network, folder)
+            self._compute(network, folder)
             return
         start = {"init" if network.mode == "vi" else "prior": self.file(parent) for parent in network.parents}
         settings = self.settings.training(network.mode, data=self.manifests[network.site], out=folder, **start)
@@ -207,20 +215,25 @@ class Networks:
             done = f"{network.name} stopped after {self.steps(network)} logged steps"
             raise Interrupted(stop.signal_number, f"{done}; the same command goes on with the study") from None
 
-    def _combine(self, network: Network, folder: Path) -> None:
-        prior, *sites = network.parents
+    def _compute(self, network: Network, folder: Path) -> None:
+        posteriors = (Posterior.load(self.file(parent)) for parent in network.parents)  # one at a time in memory
+        first = next(posteriors)
         open_folder(folder)
-        if network.mode == "average":
-            _average([Posterior.load(self.file(site)) for site in sites]).save(self.file(network))
-            return
-        consolidation = Consolidation(Posterior.load(self.file(prior)))
-        for site in sites:
-            consolidation.add(Posterior.load(self.file(site)))
-        weights = pd.DataFrame(asdict(row) for row in consolidation.report())
-        names = {str(self.file(site)): site.name for site in sites}
-        weights["site"] = weights["site"].map(names)
-        write_whole(folder / "weights.csv", weights.to_csv(index=False, float_format="%.4f").encode())
-        consolidation.posterior(network.name).save(self.file(network))
+        match network.mode:
+            case "untrained":
+                posterior = _untrained(first, self.settings.seed)
+            case "average":
+                posterior = _average(posteriors)
+            case "consolidated":
+                consolidation = Consolidation(first)
+                for site in posteriors:
+                    consolidation.add(site)
+                weights = pd.DataFrame(asdict(row) for row in consolidation.report())
+                names = {str(self.file(parent)): parent.name for parent in network.parents}
+                weights["site"] = weights["site"].map(names)
+                write_whole(folder / "weights.csv", weights.to_csv(index=False, float_format="%.4f").encode())
+                posterior = consolidation.posterior(network.name)
+        posterior.save(self.file(network))
 
     def _digest(self, site: str) -> str:
         if site not in self._digests:
@@ -233,9 +246,18 @@ class Networks:
         return LabelMap.load(self.settings.label_map)
 
 
-def _average(posteriors: Sequence[Posterior]) -> Posterior:
+def _average(posteriors: Iterator[Posterior]) -> Posterior:
     """The mean of the means, in fp64, of networks trained alike."""
-    first = posteriors[0]
-    mu = {name: torch.stack([p.mu[name].double() for p in posteriors]).mean(dim=0) for name in first.mu}
+    first = next(posteriors)
+    total, n, n_volumes = {name: mu.double() for name, mu in first.mu.items()}, 1, first.metadata["n_volumes"]
+    for posterior in posteriors:
+        total = {name: mu + posterior.mu[name] for name, mu in total.items()}
+        n, n_volumes = n + 1, n_volumes + posterior.metadata["n_volumes"]
     inherited = {key: first.metadata[key] for key in ("architecture", "label_map", "preprocessing")}
-    return Posterior(mu, {}, {**inherited, "n_volumes": sum(p.metadata["n_volumes"] for p in posteriors)})
+    return Posterior({name: mu / n for name, mu in total.items()}, {}, {**inherited, "n_volumes": n_volumes})
+
+
+def _untrained(like: Posterior, seed: int) -> Posterior:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Posterior.from_model(MeshNet.from_architecture(like.metadata["architecture"], bayesian=False))

@@ -7,6 +7,7 @@ import csv
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dwc.data.conform import Grid
@@ -20,6 +21,7 @@ from dwc.files import open_folder, write_whole
 
 __all__ = [
     "POOLED",
+    "check_manifests",
     "held_out_scans",
     "held_out_volumes",
     "known_manifests",
@@ -90,7 +92,21 @@ def held_out_scans(settings: StudySettings, site: str, manifest: Path) -> list[S
 
 def held_out_volumes(settings: StudySettings, site: str, manifest: Path) -> SubVolumes:
     """The prepared volumes of `held_out_scans`, each under the study's name of the site."""
-    return _prepare(settings, held_out_scans(settings, site, manifest))
+    return _prepare(settings, [replace(scan, site=site) for scan in held_out_scans(settings, site, manifest)])
+
+
+def check_manifests(settings: StudySettings) -> None:
+    """Check the manifests that are given, before anything is written: readable, with labels, scans in each part.
+
+    Raises
+    ------
+    InputError
+        Naming the manifest.
+    """
+    for site, manifest in (settings.manifests or {}).items():
+        if site != UNSEEN and not any(scan.split == "train" for scan in scans_of(settings, manifest)):
+            raise InputError(f"{manifest}: has no scan to train on; set split to train for some")
+        held_out_scans(settings, site, manifest)
 
 
 def prepare_all(settings: StudySettings, manifests: dict[str, Path]) -> None:
@@ -99,14 +115,10 @@ def prepare_all(settings: StudySettings, manifests: dict[str, Path]) -> None:
     Raises
     ------
     InputError
-        If a scan is bad, a site lacks scans, or the cache cannot be written.
+        If a scan is bad or the cache cannot be written.
     """
-    for site, manifest in manifests.items():
-        scans = scans_of(settings, manifest)
-        if site != UNSEEN and not any(scan.split == "train" for scan in scans):
-            raise InputError(f"{manifest}: has no scan to train on; set split to train for some")
-        held_out_scans(settings, site, manifest)
-        _prepare(settings, scans)
+    for manifest in manifests.values():
+        _prepare(settings, scans_of(settings, manifest))
 
 
 def _prepare(settings: StudySettings, scans: Sequence[Scan]) -> SubVolumes:

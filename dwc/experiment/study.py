@@ -14,12 +14,13 @@ from dwc.data.subvolumes import SIDE
 from dwc.errors import InputError
 from dwc.settings import TrainSettings
 
-__all__ = ["ORIGIN", "PRESETS", "SITES", "UNSEEN", "Stage", "StudySettings", "preset_file"]
+__all__ = ["ORIGIN", "PRESETS", "SITES", "STUDIES", "UNSEEN", "ManySites", "Stage", "StudySettings", "preset_file"]
 
 ORIGIN, SITES, UNSEEN = "H", ("N", "B", "W"), "A"
 TRAINING_SITES = (ORIGIN, *SITES)
 ALL_SITES = (*TRAINING_SITES, UNSEEN)
-PRESETS = ("smoke", "cpu", "paper")
+PRESETS = ("smoke", "small", "cpu", "paper")
+STUDIES = ("paper", "many-sites", "rounds", "leave-one-out", "tempering")
 _STAGES = ("map", "vi", "vcl", "finetune")
 
 
@@ -41,6 +42,8 @@ class Stage:
         Parts that the steps are divided into; each ends with validation, a log line and a checkpoint.
     stop_at_plateau
         End with the first epoch after the loss began to oscillate around a stable value (constant schedule).
+    plateau_window
+        Steps over which that is judged, a multiple of 20.
     """
 
     steps: int = 500
@@ -49,6 +52,26 @@ class Stage:
     schedule: Literal["constant", "one_cycle"] = "one_cycle"
     epochs: int = 1
     stop_at_plateau: bool = False
+    plateau_window: int = 400
+
+
+@dataclass(frozen=True)
+class ManySites:
+    """The simulated sites of the study many-sites.
+
+    Parameters
+    ----------
+    counts
+        Numbers of sites to consolidate, ascending; the first ones of the same sites each time.
+    n_train
+        Training scans of each site.
+    n_scored
+        Sites that a held-out scan is scored of, the first ones, whether they are consolidated or not.
+    """
+
+    counts: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
+    n_train: int = 2
+    n_scored: int = 8
 
 
 @dataclass(frozen=True)
@@ -90,6 +113,10 @@ class StudySettings:
         How the sites' networks are trained, each from its prior.
     finetune
         How the consolidated network is trained on H.
+    rounds
+        Of the cycle, in the study rounds.
+    many_sites
+        The sites of the study many-sites.
     validation_sub_volumes
         Held-out sub-volumes scored after each epoch, at most.
     n_samples
@@ -120,6 +147,8 @@ class StudySettings:
     vi: Stage = Stage(steps=300, lr=3e-3, rho_lr=3e-2)
     vcl: Stage = Stage(steps=300, lr=3e-3, rho_lr=3e-2)
     finetune: Stage = Stage(steps=100, lr=1e-3, rho_lr=1e-2)
+    rounds: int = 3
+    many_sites: ManySites = ManySites()
     validation_sub_volumes: int = 32
     n_samples: int = 10
     seed: int = 0
@@ -158,9 +187,15 @@ class StudySettings:
             if self.anatomies is not None:
                 raise InputError(f"--anatomies {self.anatomies}: manifests are given too; leave one of the two out")
         counts = {f"n_{part}.{site}": n for part in ("train", "test") for site, n in getattr(self, f"n_{part}").items()}
-        for name, value in (*counts.items(), ("n_samples", self.n_samples)):
+        several = {"n_samples": self.n_samples, "rounds": self.rounds, "many_sites.n_train": self.many_sites.n_train}
+        for name, value in (counts | several).items():
             if value < 1:
                 raise InputError(f"--{name} {value}: give a positive number")
+        n_sites, n_scored = self.many_sites.counts, self.many_sites.n_scored
+        if not n_sites or list(n_sites) != sorted(set(n_sites)) or min(n_sites) < 1:
+            raise InputError(f"--many_sites.counts {list(n_sites)}: give ascending positive numbers, such as [2,4,8]")
+        if not 1 <= n_scored <= max(n_sites):
+            raise InputError(f"--many_sites.n_scored {n_scored}: give 1 to {max(n_sites)}, the sites there are")
         if self.anatomies is not None and not self.anatomies.is_dir():
             raise InputError(f"--anatomies {self.anatomies}: no such folder; give one of label volumes (*.nii.gz)")
         if self.grid_size % SIDE or self.grid_size < SIDE:
@@ -181,6 +216,7 @@ class StudySettings:
         return TrainSettings(
             mode=mode, **paths, cache_dir=self.cache_dir, lr=stage.lr, rho_lr=stage.rho_lr, schedule=stage.schedule,
             epochs=stage.epochs, steps_per_epoch=stage.steps // stage.epochs, stop_at_plateau=stage.stop_at_plateau,
+            plateau_window=stage.plateau_window,
             label_map=self.label_map, grid_size=self.grid_size, voxel_size=self.voxel_size, width=self.width,
             dilations=self.dilations, batch_size=self.batch_size, test_fraction=self.test_fraction,
             validation_sub_volumes=self.validation_sub_volumes, seed=self.seed, workers=self.workers,
@@ -191,6 +227,7 @@ class StudySettings:
         """The settings as plain values, without the folder: a config file that gives the same study elsewhere."""
         values = {name: value for name, value in asdict(self).items() if name != "out"}
         values["dilations"] = list(self.dilations)
+        values["many_sites"]["counts"] = list(self.many_sites.counts)
         values["anatomies"] = None if self.anatomies is None else str(self.anatomies)
         if self.manifests is not None:
             values["manifests"] = {site: str(path) for site, path in self.manifests.items()}
@@ -212,4 +249,5 @@ def preset_file(name: str) -> Path:
 
 def _check_sites(name: str, values: dict[str, Any], sites: tuple[str, ...]) -> None:
     if values.keys() != set(sites):
-        raise InputError(f"--{name} {', '.join(values)}: give one for each of {', '.join(sites)}, no more")
+        *others, last = sites
+        raise InputError(f"--{name} {', '.join(values)}: give one for each of {', '.join(others)} and {last}, no other")

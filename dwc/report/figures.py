@@ -1,34 +1,50 @@
-"""Pictures of a volume: the scan, its true and predicted classes, and the errors in red.
+"""Pictures of volumes: the scan, its true and predicted classes, and the errors in red.
 
 Drawn without a display and written whole. The room shows what it is given and computes only the Dice in the titles.
 """
 
 import colorsys
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from dwc.files import write_whole
 from dwc.metrics import confusion_matrix, mean_dice
 
-__all__ = ["class_colours", "overlay"]
+__all__ = ["class_colours", "overlay", "save", "site_slices"]
 
 _PLANES = ("axial", "sagittal", "coronal")
 _LEGEND_AT_MOST = 16  # classes; more names than that are no help
 _PANEL = 2.4  # inches
 _RED = (1.0, 0.1, 0.1)
+# Told apart by most colour-blind eyes, and none of them the red of errors.
+_FIRST = ("#4477dd", "#e6a817", "#aa4fb0", "#14c6a4", "#f2ec6b", "#8fd3ff", "#5f8f2f", "#ffb3c6")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of panels, RGB [rows, columns, 3] or None, all of one shape, each with a note in its corner or none."""
+
+    panels: list[np.ndarray | None]
+    notes: list[str | None]
+    has_sides: bool
 
 
 def class_colours(n_classes: int) -> np.ndarray:
-    """RGB in 0..1 of each class, [n_classes, 3]: black, then hues a golden angle apart, so that neighbours differ."""
-    lights = ((0.65, 0.95), (0.95, 0.85), (0.45, 0.75))  # saturation and value, in turn
-    hues = [colorsys.hsv_to_rgb(k * 0.618034 % 1, *lights[k % 3]) for k in range(1, n_classes)]
-    return np.array([(0.0, 0.0, 0.0), *hues])
+    """RGB in 0..1 of each class, [n_classes, 3]: black, eight for every eye, then hues a golden angle apart."""
+    lights = ((0.65, 0.95), (0.95, 0.85), (0.45, 0.75))  # saturation and value, in turn, so that neighbours differ
+    hues = [colorsys.hsv_to_rgb(k * 0.618034 % 1, *lights[k % 3]) for k in range(len(_FIRST) + 1, n_classes)]
+    return np.array([(0.0, 0.0, 0.0), *map(to_rgb, _FIRST), *hues])[:n_classes]
 
 
 def overlay(
@@ -70,49 +86,156 @@ def overlay(
     InputError
         If it cannot be written.
     """
-    n_classes = max(int(classes.max()) for classes in (truth, *predictions.values()) if classes is not None) + 1
-    colours = class_colours(max(n_classes, len(names or ())))
+    n_classes = _n_classes((truth, *predictions.values()), names)
+    captions = {name: _dice(truth, classes, n_classes) for name, classes in predictions.items()}
+    captions = {name: f"{name}\n{dice}" if dice else name for name, dice in captions.items()}
+    rows = _rows(image, truth, predictions, _PLANES, class_colours(n_classes))
+    return _draw(rows, _columns(captions.values(), truth is not None), path, names=names, title=title)
+
+
+def site_slices(
+    pictures: Mapping[str, tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray], str]],
+    path: str | Path,
+    *,
+    names: Sequence[str] | None = None,
+) -> Path:
+    """Write a PNG with an axial and a sagittal row per site: scan, truth, and each prediction with its errors in red.
+
+    Parameters
+    ----------
+    pictures : mapping of str to (image, truth, predictions, title)
+        For each site a volume, as `overlay` takes it, and the title that stands beside its rows. Every site has the
+        same predictions.
+    path : path
+        PNG to write.
+    names : sequence of str, optional
+        As `overlay` takes them.
+
+    Returns
+    -------
+    Path
+        What was written.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written.
+    """
+    volumes = (classes for _, truth, predictions, _ in pictures.values() for classes in (truth, *predictions.values()))
+    n_classes = _n_classes(volumes, names)
+    colours, rows = class_colours(n_classes), []
+    for image, truth, predictions, _ in pictures.values():
+        pair = _rows(image, truth, predictions, _PLANES[:2], colours)
+        for k, classes in enumerate(predictions.values()):
+            pair[0].notes[2 + 2 * k] = _dice(truth, classes, n_classes)
+        rows += pair
+    columns = _columns(next(iter(pictures.values()))[2], True)
+    return _draw(rows, columns, path, names=names, sides=[title for *_, title in pictures.values()])
+
+
+def _n_classes(volumes: Iterable[np.ndarray | None], names: Sequence[str] | None) -> int:
+    """How many classes need a colour: those named, or up to the highest in any truth or prediction."""
+    return max(*(int(classes.max()) + 1 for classes in volumes if classes is not None), len(names or ()))
+
+
+def _columns(captions: Iterable[str], has_truth: bool) -> list[str]:
+    predicted = [part for caption in captions for part in ((caption, "errors") if has_truth else (caption,))]
+    return ["scan", *(["truth"] if has_truth else []), *predicted]
+
+
+def _rows(
+    image: np.ndarray,
+    truth: np.ndarray | None,
+    predictions: Mapping[str, np.ndarray],
+    planes: Sequence[str],
+    colours: np.ndarray,
+) -> list[_Row]:
+    """A volume's row of panels in each plane: scan, truth, and each prediction with its errors."""
     reference = truth if truth is not None else next(iter(predictions.values()))
     box, places = _box(image), _busiest(reference if reference.any() else image)
-    columns = [("scan", image, None, False)]
-    if truth is not None:
-        columns.append(("truth", image, truth, False))
-    for name, classes in predictions.items():
-        columns.append((_caption(name, truth, classes, n_classes), image, classes, False))
+    window = np.percentile(image[image > 0], 99.5) if (image > 0).any() else 1
+    layers = [(None, colours)] if truth is None else [(None, colours), (truth, colours)]
+    for classes in predictions.values():
+        layers.append((classes, colours))
         if truth is not None:
-            columns.append(("errors", image, classes != truth, True))
+            layers.append((classes != truth, [_RED, _RED]))
+    rows = []
+    for plane in planes:
+        grey = np.clip(_slice(image, plane, places, box) / window, 0, 1)
+        panels = [
+            _painted(grey, None if shown is None else _slice(shown, plane, places, box), paint)
+            for shown, paint in layers
+        ]
+        rows.append(_Row(panels, [None] * len(panels), plane != "sagittal"))
+    return rows
 
-    shapes = [_slice(image, plane, places, box).shape for plane in _PLANES]
-    heights = [rows / columns_ for rows, columns_ in shapes]
-    width, legend = _PANEL * len(columns), 0.5 if names and len(names) <= _LEGEND_AT_MOST else 0.0
-    top = 0.45 + 0.3 * bool(title)
+
+def _draw(
+    rows: Sequence[_Row],
+    columns: Sequence[str],
+    path: str | Path,
+    *,
+    names: Sequence[str] | None,
+    title: str | None = None,
+    sides: Sequence[str] = (),
+) -> Path:
+    """Lay rows of panels out on black; `sides` stand beside as many rows each, columns' titles above the first row."""
+    heights = [row.panels[0].shape[0] / row.panels[0].shape[1] for row in rows]
+    margin = 0.4 if sides else 0.0
+    width = _PANEL * len(columns) + margin
+    per_line = int(width / 2.0)
+    lines = -(-len(names[1:]) // per_line) if names and len(names) <= _LEGEND_AT_MOST else 0
+    legend = 0.3 * lines
+    top = 0.3 + 0.22 * max(caption.count("\n") for caption in columns) + 0.35 * bool(title)
     height = _PANEL * sum(heights) + top + legend
     figure = Figure(figsize=(width, height), facecolor="black")
     FigureCanvasAgg(figure)
     axes = figure.subplots(
-        len(_PLANES), len(columns), squeeze=False,
-        gridspec_kw=dict(height_ratios=heights, wspace=0.02, hspace=0.02, left=0.01, right=0.99,
-                         bottom=legend / height + 0.005, top=1 - top / height),
+        len(rows), len(columns), squeeze=False,
+        gridspec_kw=dict(height_ratios=heights, wspace=0.02, hspace=0.02, left=(0.05 + margin) / width, right=0.995,
+                         bottom=(legend + 0.05) / height, top=1 - top / height),
     )  # fmt: skip
-    window = np.percentile(image[image > 0], 99.5) if (image > 0).any() else 1
-    for row, plane in enumerate(_PLANES):
-        for column, (caption, scan, classes, is_error) in enumerate(columns):
-            panel = axes[row, column]
-            grey = np.clip(_slice(scan, plane, places, box) / window, 0, 1)
-            shown = None if classes is None else _slice(classes, plane, places, box)
-            panel.imshow(_painted(grey, shown, [_RED, _RED] if is_error else colours), interpolation="nearest")
-            panel.set_axis_off()
-            if row == 0:
-                panel.set_title(caption, color="white", fontsize=9)
-            if column == 0 and plane != "sagittal":
-                for side, x in (("R", 0.02), ("L", 0.94)):
-                    panel.text(x, 0.03, side, color="white", fontsize=8, transform=panel.transAxes)
+    for row, panels in zip(rows, axes, strict=True):
+        for axis, picture, note in zip(panels, row.panels, row.notes, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_axis_off()
+            if note:
+                _write(axis, 0.02, 0.98, note, va="top")
+        if row.has_sides:
+            _write(panels[0], 0.02, 0.03, "R")
+            _write(panels[0], 0.98, 0.03, "L", ha="right")
+    for axis, caption in zip(axes[0], columns, strict=True):
+        axis.set_title(caption, color="white", fontsize=12)
+    _name_sides(figure, axes[:, 0], sides, 0.5 * margin / width)
     if title:
-        figure.suptitle(title, color="white", fontsize=11, y=1 - 0.08 / height, va="top")
+        figure.suptitle(title, color="white", fontsize=14, y=1 - 0.08 / height, va="top")
     if legend:
+        colours = class_colours(len(names))
         patches = [Patch(color=colours[k], label=names[k]) for k in range(1, len(names))]
-        figure.legend(handles=patches, loc="lower center", ncols=min(len(patches), 3 * len(columns)), fontsize=7,
+        figure.legend(handles=patches, loc="lower center", ncols=-(-len(patches) // lines), fontsize=11,
                       labelcolor="white", frameon=False)  # fmt: skip
+    return save(figure, path)
+
+
+def _write(axis: Axes, x: float, y: float, text: str, **alignment: str) -> None:
+    """A word in a panel's corner, legible on whatever lies there."""
+    paper = dict(facecolor="black", alpha=0.6, edgecolor="none", pad=1.5)
+    axis.text(x, y, text, color="white", fontsize=11, bbox=paper, transform=axis.transAxes, **alignment)
+
+
+def _name_sides(figure: Figure, axes: Sequence[Axes], sides: Sequence[str], x: float) -> None:
+    """Write each name beside its rows, and rule a line between one name's rows and the next one's."""
+    blocks = np.array_split(axes, len(sides)) if sides else []
+    for above, name in zip(blocks, sides, strict=True):
+        high, low = above[0].get_position().y1, above[-1].get_position().y0
+        figure.text(x, (high + low) / 2, name, color="white", fontsize=13, rotation=90, ha="center", va="center")
+    for above, below in pairwise(blocks):
+        y = (above[-1].get_position().y0 + below[0].get_position().y1) / 2
+        figure.add_artist(Line2D([0, 1], [y, y], color="0.55", linewidth=0.8))
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as a PNG, whole, and the same bytes for the same figure."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
     write_whole(path, png.getvalue())
@@ -128,9 +251,9 @@ def _painted(grey: np.ndarray, classes: np.ndarray | None, colours: Sequence) ->
     return np.where(classes[..., None] > 0, 0.2 * picture + 0.8 * np.asarray(colours)[classes], picture)
 
 
-def _caption(name: str, truth: np.ndarray | None, classes: np.ndarray, n_classes: int) -> str:
+def _dice(truth: np.ndarray | None, classes: np.ndarray, n_classes: int) -> str | None:
     dice = None if truth is None else mean_dice(confusion_matrix(truth, classes, n_classes))
-    return name if dice is None else f"{name}\nDice {dice:.3f}"
+    return None if dice is None else f"Dice {dice:.3f}"
 
 
 def _busiest(volume: np.ndarray) -> dict[str, int]:
@@ -142,11 +265,12 @@ def _busiest(volume: np.ndarray) -> dict[str, int]:
 
 def _box(image: np.ndarray) -> tuple[slice, ...]:
     """The part of the volume that the head fills, and a margin."""
-    head = image >= 0.1 * image.max()
+    head = image >= 0.2 * image.max()
     box = []
     for axis, size in enumerate(image.shape):
-        filled = np.flatnonzero(head.any(axis=tuple({0, 1, 2} - {axis})))
-        margin = size // 32
+        profile = head.sum(axis=tuple({0, 1, 2} - {axis}))
+        filled = np.flatnonzero(profile >= 0.03 * profile.max())  # more than some noise
+        margin = size // 24
         box.append(slice(max(filled[0] - margin, 0), min(filled[-1] + 1 + margin, size)))
     return tuple(box)
 

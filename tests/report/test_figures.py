@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dwc.errors import InputError
-from dwc.report.figures import _busiest, _slice, class_colours, overlay
+from dwc.report.figures import _busiest, _slice, class_colours, overlay, site_slices
 
 
 @pytest.fixture
@@ -52,6 +52,24 @@ def test_errors_are_red_and_only_where_a_prediction_is_wrong(head, tmp_path):
     red = (1.0, 0.28, 0.28)  # over white
     assert count(right, red) == 0
     assert count(wrong, red) > 3000
+
+
+def test_each_site_has_its_rows_and_the_errors_of_its_own_predictions(head, tmp_path):
+    image, truth = head
+    wrong = np.where(truth == 3, 1, truth)
+    right = (image, truth, {"DWC": truth, "MAP pooled": truth}, "H: a")
+    erring = (image, truth, {"DWC": wrong, "MAP pooled": truth}, "N: b")
+    one, two = (
+        pixels(site_slices(pictures, tmp_path / "sites.png", names=list("abcde")))
+        for pictures in ({"H": right}, {"H": right, "N": erring})
+    )
+    assert two.shape[1] == one.shape[1]
+    assert two.shape[0] > 1.8 * one.shape[0]
+    red = (1.0, 0.28, 0.28)
+    assert count(one, red) == 0
+    lower, column = two[two.shape[0] // 2 :], two.shape[1] / 6
+    assert count(two[: two.shape[0] // 2], red) == 0
+    assert count(lower, red) == count(lower[:, int(3 * column) : int(4 * column) + 30], red) > 500
 
 
 def test_a_scan_without_truth_is_drawn_beside_its_prediction(head, tmp_path):

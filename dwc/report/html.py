@@ -1,0 +1,313 @@
+"""A study's report: one page of HTML with its pictures inside, for whoever has nothing but a browser.
+
+Every part reads the study's tables, draws its picture into figures/ and says in a sentence what it lacks, if it lacks
+something. The page asks for nothing from elsewhere: no script, no address, no font.
+"""
+
+import base64
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from dwc.files import open_folder, write_whole
+from dwc.metrics import error_detection_auc, expected_calibration_error
+from dwc.report import plots
+from dwc.report.findings import ALPHA, findings, p_value, points
+from dwc.report.results import AVERAGE, INTEREST, Results, read_results
+
+__all__ = ["SITES_PICTURE", "write_report"]
+
+SITES_PICTURE = "sites.png"  # in figures/, drawn by whoever has the volumes
+_DASH = "\N{EN DASH}"
+_CHARTS = {
+    "table": plots.table_plot,
+    "classes": plots.class_plot,
+    "calibration": plots.calibration_plot,
+    "training": plots.training_plot,
+}
+_SPEED = {
+    "seed": "seed", "site": "site", "map_steps": "MAP: steps", "vcl_steps": "VCL: steps",
+    "map_plateau_step": "MAP: to the plateau", "vcl_plateau_step": "VCL: to the plateau", "plateau_speedup": "times",
+    "target_dice": "Dice aimed at", "map_target_step": "MAP: to that Dice", "vcl_target_step": "VCL: to that Dice",
+    "target_speedup": "times",
+}  # fmt: skip
+_FRACTIONS = ("plateau_speedup", "target_dice", "target_speedup")
+_TITLE = "Distributed weight consolidation: the paper's study"
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Cells as they are printed; marked rows are shaded, best cells (row, column) bold, words begin on the left."""
+
+    header: Sequence[str]
+    body: Sequence[Sequence[str]]
+    marked: Collection[int] = ()
+    best: Collection[tuple[int, int]] = ()
+    words: Collection[int] = ()
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A part of the page: sentences, a table and a picture (a data address), each where there is one."""
+
+    title: str
+    notes: Sequence[str] = field(default_factory=list)
+    table: _Table | None = None
+    picture: str | None = None
+
+
+def write_report(out: str | Path) -> Path:
+    """Write a study's pictures and its report.
+
+    Parameters
+    ----------
+    out : path
+        Folder of a study, of one seed or of several that were pooled. Gets figures/*.png and report.html.
+
+    Returns
+    -------
+    Path
+        The report.
+
+    Raises
+    ------
+    InputError
+        If the folder or a file in it cannot be read, or the report cannot be written.
+    """
+    results = read_results(out)
+    open_folder(results.out / "figures")
+    page = _template().render(
+        title=_TITLE,
+        about=_about(results),
+        findings=findings(results),
+        verdicts=(
+            f"A difference holds if it has the paper's sign and a two-tailed paired t-test across volumes gives p < "
+            f"{ALPHA}. Not shown: the sign is the paper's, chance is not excluded. d_z: the difference in its own "
+            "standard deviations. Tests across volumes know nothing of chance in training; other seeds do."
+        ),
+        sections=[part(results) for part in (_dice, _tests, _speed, _slices, _classes, _calibration)]
+        + list(_beyond(results)),
+        config=yaml.safe_dump(results.config, sort_keys=False, allow_unicode=True) if results.config else "",
+    )
+    path = results.out / "report.html"
+    write_whole(path, page.encode())
+    return path
+
+
+def _template():
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(files("dwc.report").joinpath("page.html").read_text(encoding="utf-8"))
+
+
+def _about(results: Results) -> str:
+    """One line on what was run."""
+    parts, config = [], results.config
+    if results.seeds:
+        parts.append(f"{len(results.seeds)} seeds ({', '.join(map(str, results.seeds))})")
+    if results.volumes is not None:
+        scans = results.volumes.drop_duplicates([*(["seed"] if results.seeds else []), "site", "subject", "image"])
+        counts = scans.groupby("site", sort=False).size()
+        parts.append("held-out volumes: " + ", ".join(f"{site} {n}" for site, n in counts.items()))
+    if "grid_size" in config and "voxel_size" in config:
+        parts.append(f"{config['grid_size']}\N{SUPERSCRIPT THREE} voxels of {config['voxel_size']:g} mm")
+    parts += [f"{name.replace('_', ' ')} {config[name]}" for name in ("label_map", "width", "seed") if name in config]
+    return "; ".join(parts)
+
+
+def _dice(results: Results) -> _Section:
+    title = "Dice of every network (the paper's Table 2)"
+    if results.table is None:
+        return _Section(title, ["No row has been scored yet."])
+    table, sd = 100 * results.table, results.table_sd
+    rows = None if results.rows is None else results.rows.set_index("row")
+    cells = table.map(_number)
+    if sd is not None:
+        cells = cells + (100 * sd).map(lambda value: "" if pd.isna(value) else f" ({value:.2f})")
+    efforts = [] if rows is None else [("own steps", "steps"), ("steps in all", "total_steps")]
+    body = [
+        [plots.printed(row), *line, *(_count(rows[name].get(row)) for _, name in efforts)]
+        for row, line in zip(cells.index, cells.to_numpy(), strict=True)
+    ]
+    best = {
+        (place, 1 + k)
+        for k, column in enumerate(table)
+        for place in range(len(table))
+        if table[column].iloc[place] == table[column].max()
+    }
+    marked = [place for place, row in enumerate(table.index) if row in results.of_kind("dwc")]
+    spread = f" Mean (standard deviation) over {len(results.seeds)} seeds." if sd is not None else ""
+    notes = [
+        f"Dice in %, mean over the classes of a volume's truth without background, then over held-out volumes.{spread} "
+        f"{AVERAGE}: each volume of {', '.join(results.groups.get(AVERAGE, []))} counts the same. Bold: the best of a "
+        "column. Steps in all: with those of the networks it starts from.",
+    ]
+    header = ["network", *table.columns, *(name for name, _ in efforts)]
+    picture = None
+    if rows is not None and results.volumes is not None:
+        kinds = rows["kind"].to_dict()
+        picture = _drawn(results, "table", results.table, kinds, results.volumes, results.groups, table_sd=sd)
+    return _Section(title, notes, _Table(header, body, marked, best), picture)
+
+
+def _tests(results: Results) -> _Section:
+    title = "Paired tests"
+    if results.tests is None:
+        return _Section(title, ["The rows that would be compared have not all been scored."])
+    body = [
+        [
+            plots.printed(test.comparison), test.columns, _count(test.n), points(test.mean_difference),
+            f"{points(test.ci_low)} to {points(test.ci_high)}", _number(test.t), p_value(test.p),
+            _number(test.effect_size),
+        ]
+        for test in results.tests.itertuples()
+    ]  # fmt: skip
+    header = ["difference", "sites", "volumes", "points", "95 % interval", "t", "p", "d_z"]
+    pooled = " Volumes of all seeds are taken together." if results.seeds else ""
+    notes = [f"Two-tailed paired t-tests across held-out volumes; differences in points of Dice in %.{pooled}"]
+    return _Section(title, notes, _Table(header, body, words=(1,)))
+
+
+def _speed(results: Results) -> _Section:
+    title = "Steps to the plateau"
+    if results.plateaus is None:
+        return _Section(title, ["No site's MAP and VCL networks have both been trained."])
+    table = results.plateaus
+    named = {name: title for name, title in _SPEED.items() if name in table}
+    body = [
+        [
+            value if name == "site" else _number(value) if name in _FRACTIONS else _count(value)
+            for name, value in row.items()
+        ]
+        for row in table[list(named)].to_dict("records")
+    ]
+    notes = [
+        "Optimizer steps of a site's own training to its plateau (of the training loss under a constant learning rate, "
+        "of the validation Dice under a falling one), and to a Dice a little under the MAP network's last one. The "
+        "steps of the networks that VCL starts from are not among them."
+    ]
+    logs = {site: _logs(results, site) for site in table["site"].unique()} if not results.seeds else {}
+    logs = {site: pair for site, pair in logs.items() if pair is not None}
+    picture = None
+    if logs:
+        picture = _drawn(results, "training", logs, table)
+    elif results.seeds:
+        notes.append("The training curves are in the reports of the seeds.")
+    return _Section(title, notes, _Table(list(named.values()), body), picture)
+
+
+def _logs(results: Results, site: str) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """The training logs of a site's MAP and of its VCL network."""
+    names = [row for row in results.of_kind("map") if row.split()[0] == site]
+    names += [row for row in results.of_kind("vcl") if row.split("->")[-1] == site]
+    logs = [results.log(name) for name in names]
+    return tuple(logs) if len(logs) == 2 and all(log is not None for log in logs) else None
+
+
+def _slices(results: Results) -> _Section:
+    title = "One volume of each site (the paper's Figures 1 to 4)"
+    path = results.out / "figures" / SITES_PICTURE
+    if not path.is_file():
+        where = (
+            "They are in the reports of the seeds." if results.seeds else "They need DWC and the pooled MAP network."
+        )
+        return _Section(title, [where])
+    note = "The held-out volume whose Dice under DWC is nearest its site's mean; errors of any class in red."
+    return _Section(title, [note], picture=_inlined(path))
+
+
+def _classes(results: Results) -> _Section:
+    title = "Dice of each class"
+    kinds = _interest(results)
+    if results.classes is None or not kinds:
+        return _Section(title, ["None of pooled MAP, ensemble and DWC has been scored."])
+    notes = ["Classes from the largest to the smallest; bars: standard deviation over volumes.", *_absent(results)]
+    return _Section(title, notes, picture=_drawn(results, "classes", results.classes, kinds, _titled(results)))
+
+
+def _calibration(results: Results) -> _Section:
+    title = "Calibration, and whether uncertainty finds the errors"
+    kinds = _interest(results)
+    if results.calibration is None or not kinds:
+        return _Section(title, ["None of pooled MAP, ensemble and DWC has been scored."])
+    counts, body = results.calibration, []
+    by_seed = counts.groupby("seed") if results.seeds else [(None, counts)]
+    for group, sites in _titled(results).items():
+        for row in kinds:
+            parts = [part[(part["row"] == row) & part["site"].isin(sites)] for _, part in by_seed]
+            errors = pd.Series([100 * expected_calibration_error(part) for part in parts])
+            finds = pd.Series([100 * error_detection_auc(part) for part in parts])
+            body.append([group, plots.printed(row), _spread(errors), _spread(finds)])
+    header = ["sites", "network", "calibration error, %", "errors found (AUC), %"]
+    over = f" Mean (standard deviation) over {len(results.seeds)} seeds; the curves add up their voxels."
+    notes = [
+        "Expected calibration error: mean distance of confidence from accuracy over all voxels, the background's too. "
+        "Errors found: how often a wrong voxel has more entropy than a right one (50: no better than chance)."
+        f"{over if results.seeds else ''} Bins of fewer than {plots.FEWEST} voxels are not drawn.",
+        *_absent(results),
+    ]
+    picture = _drawn(results, "calibration", counts, kinds, _titled(results))
+    return _Section(title, notes, _Table(header, body, words=(1,)), picture)
+
+
+def _beyond(results: Results) -> Iterable[_Section]:
+    """The further studies in the folder, each with its table and its picture as it left them."""
+    for path in sorted(results.out.glob("*/table.csv")):
+        picture = path.with_name(f"{path.parent.name}.png")
+        if picture.is_file():
+            table = pd.read_csv(path)
+            body = [[_cell(value) for value in row] for row in table.itertuples(index=False)]
+            name = path.parent.name.replace("-", " ")
+            yield _Section(f"Beyond the paper: {name}", table=_Table(list(table), body), picture=_inlined(picture))
+
+
+def _interest(results: Results) -> dict[str, str]:
+    """The rows compared closely, and their kinds."""
+    return {row: kind for kind in INTEREST for row in results.of_kind(kind)}
+
+
+def _absent(results: Results) -> list[str]:
+    there = set(_interest(results).values())
+    words = {"pooled": "pooled MAP", "ensemble": "the ensemble", "dwc": "DWC"}
+    return [f"Not scored yet: {', '.join(words[kind] for kind in INTEREST if kind not in there)}."] * (len(there) < 3)
+
+
+def _titled(results: Results) -> dict[str, list[str]]:
+    """Groups of sites by what is printed above them."""
+    return {
+        ", ".join(sites) if column == AVERAGE else f"{column} (unseen)": sites
+        for column, sites in results.groups.items()
+    }
+
+
+def _drawn(results: Results, name: str, *shown: Any, **options: Any) -> str:
+    """A chart's data address, drawn into figures/."""
+    path = results.out / "figures" / f"{name}.png"
+    _CHARTS[name](*shown, path, **options)
+    return _inlined(path)
+
+
+def _inlined(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _number(value: float) -> str:
+    return _DASH if pd.isna(value) else f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _count(value: float | None) -> str:
+    return _DASH if value is None or pd.isna(value) else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else plots.printed(str(value))
+
+
+def _spread(values: pd.Series) -> str:
+    """Mean, and in brackets the standard deviation where there are several values."""
+    return _number(values.mean()) + (f" ({values.std():.2f})" if len(values) > 1 else "")

@@ -1,0 +1,211 @@
+"""`dwc experiment` runs the paper's study end to end, says beforehand what it costs, and goes on where it stopped."""
+
+import shutil
+
+import pandas as pd
+import pytest
+import yaml
+
+from dwc.cli import main
+from dwc.experiment.paper import COMPARISONS, ROWS, choose_rows
+from dwc.experiment.study import PRESETS, preset_file
+
+pytest_plugins = ["tests.tiny_runs"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DWC = "H->N+B+W->H (DWC)"
+PAPER = {  # Table 2's rows and ours
+    "H MAP", "N MAP", "B MAP", "W MAP", "H->N", "H->B", "H->W", "H->N->B->W", "H->W->B->N",
+    "H->N+B+W (DWC w/o FT)", "Ensemble", DWC, "HNBW MAP", "H->N+B+W (plain average)", "H (variational)",
+}  # fmt: skip
+
+
+def command(out, *more: str) -> int:
+    return main(["experiment", "--preset", "smoke", "--device", "cpu", "--out", str(out), *more])
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory, one_thread):
+    out = tmp_path_factory.mktemp("smoke") / "out"
+    assert command(out) == 0
+    return out
+
+
+@pytest.fixture
+def volumes(smoke) -> pd.DataFrame:
+    return pd.read_csv(smoke / "volumes.csv")
+
+
+def test_every_row_of_the_papers_table_is_there(smoke):
+    table = pd.read_csv(smoke / "table.csv", index_col="row")
+    assert set(table.index) == PAPER == {row.name for row in ROWS}
+    assert list(table.columns) == ["H", "N", "B", "W", "Avg.", "A"]
+    assert table.stack().between(0, 1).all()
+    assert len(table.stack()) == 15 * 6
+
+
+def test_every_row_is_scored_on_every_held_out_volume(smoke, volumes):
+    n_test = yaml.safe_load((smoke / "config.yaml").read_text())["n_test"]
+    assert volumes.groupby("row").size().eq(sum(n_test.values())).all()
+    assert not volumes.duplicated(["row", "site", "subject", "image"]).any()
+    classes = pd.read_csv(smoke / "classes.csv")
+    mean = classes[classes["class"] > 0].groupby(["row", "image"])["dice"].mean()
+    assert mean.to_numpy() == pytest.approx(volumes.groupby(["row", "image"])["dice"].mean().to_numpy(), rel=1e-4)
+
+
+def test_no_subject_is_in_two_sites_or_in_training_and_test(smoke):
+    scans = pd.concat(pd.read_csv(smoke / "sites" / site / "manifest.csv") for site in "HNBWA")
+    assert (scans.groupby("subject")[["site", "split"]].nunique() == 1).all(axis=None)
+    pooled = pd.read_csv(smoke / "sites" / "HNBW" / "manifest.csv")
+    assert set(pooled["site"]) == set("HNBW")
+    assert sorted(pooled["split"]) == sorted(scans[scans["site"] != "A"]["split"])
+
+
+def test_the_steps_behind_each_row_are_told(smoke):
+    rows = pd.read_csv(smoke / "rows.csv", index_col="row")
+    preset = yaml.safe_load(preset_file("smoke").read_text())
+    steps = {name: preset[name]["steps"] for name in ("map", "vi", "vcl", "finetune")}
+    assert rows.loc["H->N", "total_steps"] == steps["map"] + steps["vi"] + steps["vcl"]
+    assert rows.loc["H->N->B->W", "total_steps"] == steps["map"] + steps["vi"] + 3 * steps["vcl"]
+    assert rows.loc[DWC, "total_steps"] == steps["map"] + steps["vi"] + 3 * steps["vcl"] + steps["finetune"]
+    assert rows.loc["Ensemble", "steps"] == rows.loc["Ensemble", "total_steps"] == 4 * steps["map"]
+    assert rows.loc["H->N+B+W (DWC w/o FT)", "steps"] == 0
+    assert all((smoke / file).is_file() for files in rows["networks"] for file in files.split(";"))
+
+
+def test_dwc_is_compared_with_the_ensemble_and_both_chains(smoke):
+    tests = pd.read_csv(smoke / "tests.csv")
+    pairs = {f"{DWC} - {row}" for row in ("Ensemble", "H->N->B->W", "H->W->B->N")}
+    assert set(tests["comparison"]) == pairs == {f"{a} - {b}" for a, b in COMPARISONS}
+    assert set(tests["columns"]) == {"H, N, B, W", "A"}
+
+
+def test_plateaus_set_each_vcl_network_against_its_map_counterpart(smoke):
+    assert pd.read_csv(smoke / "plateaus.csv")["site"].tolist() == ["N", "B", "W"]
+
+
+def test_calibration_counts_every_voxel_of_three_rows(smoke, volumes):
+    counts = pd.read_csv(smoke / "calibration.csv")
+    voxels = counts.groupby(["row", "kind"])["n"].sum()
+    assert set(counts["row"]) == {"HNBW MAP", "Ensemble", DWC}
+    assert (voxels == volumes["image"].nunique() * 32**3).all()
+
+
+def test_it_leaves_a_report_and_pictures(smoke):
+    assert (smoke / "report.html").stat().st_size > 10_000
+    assert (smoke / "figures" / "sites.png").stat().st_size > 10_000
+    assert "Dice in %" in (smoke / "table.txt").read_text()
+
+
+def test_called_again_it_trains_and_scores_nothing_and_gives_the_same_tables(smoke, monkeypatch):
+    table = (smoke / "table.csv").read_bytes()
+    monkeypatch.setattr("dwc.experiment.networks.train", None)
+    monkeypatch.setattr("dwc.experiment.scoring.score_volumes", None)
+    assert command(smoke) == 0
+    assert (smoke / "table.csv").read_bytes() == table
+
+
+def test_only_one_row_trains_and_scores_what_it_needs(smoke, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command(out, "--map.steps", "2", "--map.epochs", "1", "--only", "h map") == 0
+    assert len(list((out / "networks").iterdir())) == 1
+    assert pd.read_csv(out / "table.csv")["row"].tolist() == ["H MAP"]
+    assert (out / "report.html").is_file()
+    assert "1 of 1 networks, 2 steps" in capsys.readouterr().out
+
+
+def test_a_dry_run_tells_what_is_left_and_writes_nothing(smoke, tmp_path, capsys):
+    assert command(tmp_path / "new", "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert "14 of 14 networks" in told
+    assert "15 rows on 8 volumes" in told
+    assert "estimated from" in told
+    assert not (tmp_path / "new").exists()
+    assert command(smoke, "--dry-run", "--vcl.steps", "24") == 0
+    assert "8 of 14 networks" in capsys.readouterr().out  # the seven of VCL and the fine-tuned one
+
+
+def test_seeds_are_pooled(smoke, volumes, tmp_path, capsys):
+    other = tmp_path / "seed-1"
+    shutil.copytree(smoke, other, ignore=shutil.ignore_patterns("networks", "sites", "cache", "scores"))
+    values = yaml.safe_load((other / "config.yaml").read_text())
+    (other / "config.yaml").write_text(yaml.safe_dump({**values, "seed": 1}))
+    volumes.assign(dice=volumes["dice"] + 0.1).to_csv(other / "volumes.csv", index=False)
+    out = tmp_path / "pooled"
+    assert main(["experiment", "--pool", str(smoke), str(other), "--out", str(out)]) == 0
+    one, mean, sd = (pd.read_csv(path, index_col="row") for path in (
+        smoke / "table.csv", out / "table.csv", out / "table_sd.csv"))  # fmt: skip
+    assert (mean - one - 0.05).abs().max(axis=None) < 1e-5
+    assert (sd - 0.1 / 2**0.5).abs().max(axis=None) < 1e-5
+    tests = pd.read_csv(out / "tests.csv")
+    assert (tests["n"] == 2 * pd.read_csv(smoke / "tests.csv")["n"]).all()
+    assert set(pd.read_csv(out / "volumes.csv")["seed"]) == {0, 1}
+    assert (out / "report.html").is_file()
+    assert main(["experiment", "--pool", str(smoke), str(smoke), "--out", str(out)]) == 2
+    assert "give each seed once" in capsys.readouterr().err
+
+
+def test_given_manifests_take_the_place_of_simulated_sites(smoke, tmp_path):
+    manifests = {site: str(smoke / "sites" / site / "manifest.csv") for site in "HNBWA"}
+    config = tmp_path / "study.yaml"
+    config.write_text(yaml.safe_dump({"manifests": manifests, "map": {"steps": 2}}))
+    assert command(tmp_path / "out", "--config", str(config), "--map.epochs", "1", "--only", "HNBW MAP") == 0
+    assert pd.read_csv(tmp_path / "out" / "volumes.csv").groupby("site").size().to_dict() == {
+        "A": 2, "B": 1, "H": 2, "N": 2, "W": 1,
+    }  # fmt: skip
+    assert not (tmp_path / "out" / "sites" / "H").exists()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_that_ship_can_be_meant(preset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dwc.experiment.cost._measure", lambda *_: (1.0, 0.1))
+    assert main(["experiment", "--preset", preset, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "14 of 14 networks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("preset", "train", "test"), [("cpu", 60, 18), ("paper", 1, 1)])
+def test_site_sizes_are_in_the_papers_proportions(preset, train, test):
+    values = yaml.safe_load(preset_file(preset).read_text())
+    for site, n in {"H": 956, "N": 1136, "B": 183, "W": 120}.items():
+        assert abs(values["n_train"][site] - 0.9 * n / train) < 1
+        assert abs(values["n_test"][site] - 0.1 * n / test) < 1
+    assert PRESETS[-1] != preset or values["n_test"]["A"] == 893
+
+
+def test_a_row_is_chosen_by_its_name_with_or_without_what_stands_in_brackets():
+    assert [row.name for row in choose_rows(["ensemble", "h->n+b+w->h"])] == ["Ensemble", DWC]
+    assert choose_rows([]) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "H->N+B+W"], "several rows"),
+        (["--only", "H->X"], "no row"),
+        (["--preset", "huge"], "choose one of smoke"),
+        (["--grid_size", "33"], "multiple of 32"),
+        (["--n_train", '{"H": 1}'], "each of H, N, B and W"),
+        (["--n_test.A", "0"], "n_test"),
+        (["--vcl.epochs", "7"], "does not divide"),
+        (["--vcl.lr", "-1"], "-1"),
+        (["--anatomies", "nowhere"], "no such folder"),
+        (["--manifests", '{"H": "h.csv"}'], "each of H, N, B, W and A"),
+        (["--manifests", '{"H": "h", "N": "n", "B": "b", "W": "w", "A": "a"}'], "cannot read the manifest"),
+        (["--pool", "nowhere"], "two seeds or more"),
+        (["--pool", "nowhere", "elsewhere"], "no finished study"),
+    ],
+)
+def test_what_cannot_be_meant_is_named_in_one_line_before_any_work(tmp_path, arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("dwc.experiment.networks.train", None)
+    monkeypatch.setattr("dwc.experiment.paper.forecast", None)
+    start = [] if "--preset" in arguments else ["--preset", "smoke"]
+    assert main(["experiment", *start, "--out", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_scans_than_those_in_the_folder_are_refused(smoke, capsys):
+    assert command(smoke, "--seed", "1") == 2
+    assert "other scans" in capsys.readouterr().err
