@@ -16,11 +16,13 @@ from nvflare.lighter.prov_utils import prepare_builders
 from nvflare.lighter.provision import prepare_project
 from nvflare.lighter.provisioner import Provisioner
 
+from dwc.consolidation import Consolidation
 from dwc.errors import InputError
 from dwc.federated.cycle import Cycle
 from dwc.federated.exchange import folder_in
 from dwc.federated.project import Project
 from dwc.files import open_folder, write_whole
+from dwc.posterior import Posterior
 
 __all__ = ["TRAINING", "LastingCertificates", "provision"]
 
@@ -48,8 +50,9 @@ def provision(project: Project, out: Path) -> Path:
     Raises
     ------
     InputError
-        If the folder cannot be written, or FLARE refuses.
+        If the prior is none, the folder cannot be written, or FLARE refuses.
     """
+    Consolidation(Posterior.load(project.prior))  # refuses what is no prior, before anything is written
     open_folder(out)
     flare = _flare_project(project)
     write_whole(out / "flare.yml", yaml.safe_dump(flare, sort_keys=False).encode())

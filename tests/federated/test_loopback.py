@@ -170,6 +170,21 @@ def test_two_rounds_through_kills_and_a_freeze_end_at_the_undisturbed_bits(feder
     assert result.sha256 == undisturbed(settings, networks["vi"], tmp_path / "by_hand").sha256
 
 
+def with_code(job: Path, mark: Path) -> Path:
+    """A FLARE job that brings a class along, which leaves a mark if it is ever imported."""
+    config = job / "app" / "config"
+    config.mkdir(parents=True)
+    (job / "app" / "custom").mkdir()
+    (job / "app" / "custom" / "brought.py").write_text(f"open({str(mark)!r}, 'w')\nclass Along: pass\n")
+    (job / "meta.json").write_text(json.dumps({"name": "code", "min_clients": 1, "deploy_map": {"app": ["@ALL"]}}))
+    along = {"path": "brought.Along", "args": {}}
+    workflows = {"format_version": 2, "workflows": [{"id": "controller", **along}]}
+    (config / "config_fed_server.json").write_text(json.dumps(workflows))
+    executors = {"format_version": 2, "executors": [{"tasks": ["*"], "executor": along}]}
+    (config / "config_fed_client.json").write_text(json.dumps(executors))
+    return job
+
+
 def test_a_stranger_is_not_let_in_and_brings_no_code(federation, networks, settings, tmp_path):
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
@@ -190,17 +205,12 @@ def test_a_stranger_is_not_let_in_and_brings_no_code(federation, networks, setti
     session = new_secure_session("organizer@dwc.org", str(admin), timeout=30)
     try:
         assert [client.name for client in session.get_connected_client_list()] == ["east"]
-        job = federation.folder / "code"
-        config = job / "app" / "config"
-        config.mkdir(parents=True)
-        (job / "app" / "custom").mkdir()
-        (job / "app" / "custom" / "brought.py").write_text("raise SystemExit('brought along')\n")
-        (job / "meta.json").write_text(json.dumps({"name": "code", "min_clients": 1, "deploy_map": {"app": ["@ALL"]}}))
-        (config / "config_fed_server.json").write_text('{"format_version": 2, "workflows": []}')
-        (config / "config_fed_client.json").write_text('{"format_version": 2, "executors": []}')
-        with pytest.raises(Exception, match=r"(?i)not authorized|byoc|permission"):
-            session.submit_job(str(job))
+        job = with_code(federation.folder / "code", tmp_path / "ran")
+        status = session.wait_for_job(session.submit_job(str(job)), timeout=240)["status"]
     finally:
         session.close()
+    assert not status.endswith("COMPLETED")
+    assert "BYOC not permitted" in (federation.server / "engine.log").read_text()
+    assert not (tmp_path / "ran").exists()
     assert federation.state()["sites"]["north"]["heard"] is None
     other.signal("north", signal.SIGKILL)
