@@ -45,32 +45,47 @@ def _init_arguments(parser: ArgumentParser) -> None:
 
 
 def _init(values: Namespace) -> None:
-    from dwc.federated.project import Project
     from dwc.federated.provisioning import provision
 
-    if not values.project.is_file():
-        raise InputError(f"{values.project}: no such file; see docs/federated.md for what is in it")
-    parser = new_parser("federated init", "")
-    parser.add_class_arguments(Project)
-    project = Project(**parser.instantiate(parse(parser, ["--config", str(values.project)])).as_dict())
-    project = replace(project, prior=values.project.absolute().parent / project.prior)
-    kits = provision(project.check(), values.out.absolute())
+    project = _agreement(values.project)
+    kits = provision(project, values.out.absolute())
     print(f"{kits / project.server}  the server's; next: dwc federated serve {kits / project.server}")
     print(f"{kits / project.organizer}  the organizer's; it stays with the server's")
     for site in project.sites:
         print(f"{kits / site}  for {site}, over a safe channel")
 
 
+def _agreement(path: Path):
+    """The consortium's, checked."""
+    from dwc.federated.project import Project
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; see docs/federated.md for what is in it")
+    parser = new_parser("federated init", "")
+    parser.add_class_arguments(Project)
+    project = Project(**parser.instantiate(parse(parser, ["--config", str(path)])).as_dict())
+    return replace(project, prior=path.absolute().parent / project.prior).check()
+
+
 def _serve_arguments(parser: ArgumentParser) -> None:
     """Run the server, and ask the sites again and again."""
     _kit_arguments(parser)
+    parser.add_argument("--project", type=Path | None, default=None, help="project.yml, if it has changed since init")
     parser.add_argument("--every_s", type=float, default=300.0, help="seconds from one pass over the sites to the next")
 
 
 def _serve(values: Namespace) -> None:
+    from dwc.federated.cycle import Cycle
+    from dwc.federated.exchange import folder_in
+    from dwc.federated.lock import held
     from dwc.federated.service import admin_kit_of, serve
 
     kit = values.kit.absolute()
+    if values.project is not None:
+        with held(folder_in(kit) / "lock") as alone:
+            if not alone:
+                raise InputError(f"{kit}: a pass is being made; try again when it has ended")
+            Cycle(folder_in(kit)).amend(_agreement(values.project))
     serve(kit, (values.admin or admin_kit_of(kit)).absolute(), values.every_s)
 
 

@@ -22,6 +22,7 @@ from dwc.posterior import Posterior
 __all__ = ["Cycle", "describe", "read_state"]
 
 _VERSION = 1
+_UNHEARD = {"state": "not heard of", "round": 0, "heard": None}
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -78,6 +79,7 @@ class Cycle:
         self.folder = folder
         self.state = read_state(folder)
         self.project = self.state["project"]
+        self._contents: dict[int, bytes] = {}
 
     @classmethod
     def create(cls, folder: Path, project: Project) -> "Cycle":
@@ -102,10 +104,28 @@ class Cycle:
             "quorum_since": None,
             "posteriors": [],
             "refused": [],
-            "sites": {site: {"state": "not heard of", "round": 0, "heard": None} for site in project.sites},
+            "sites": {site: dict(_UNHEARD) for site in project.sites},
         }
         _write(folder, state)
         return cls(folder)
+
+    def amend(self, project: Project) -> None:
+        """Go on under a changed agreement: other sites, more rounds, another quorum; the prior is what it was.
+
+        Raises
+        ------
+        InputError
+            If it is another project's, leaves out a site that has handed in, or rounds that have closed.
+        """
+        if project.name != self.project["name"]:
+            raise InputError(f"project {project.name}: the books are of {self.project['name']}; give its project.yml")
+        if gone := sorted({row["site"] for row in self.state["posteriors"]} - {*project.sites}):
+            raise InputError(f"sites: {gone[0]} has handed in already; leave it in")
+        if project.rounds < (closed := len(self.state["priors"]) - 1):
+            raise InputError(f"rounds {project.rounds}: {closed} have closed already; give {closed} or more")
+        self.project = self.state["project"] = {**project.to_json(), "prior": self.project["prior"]}
+        self.state["sites"] = {site: self.state["sites"].get(site, dict(_UNHEARD)) for site in project.sites}
+        _write(self.folder, self.state)
 
     @property
     def round(self) -> int | None:
@@ -130,7 +150,7 @@ class Cycle:
                 if row["site"] == site
             },
         }
-        return question | ({"prior": self._prior_file(number).read_bytes()} if with_prior and number else {})
+        return question | ({"prior": self._content(number)} if with_prior and number else {})
 
     def receive(self, site: str, answer: Mapping[str, Any]) -> dict[str, Any]:
         """Enter a site's answer; a posterior is checked and kept, once per site, round and prior.
@@ -235,6 +255,12 @@ class Cycle:
             if other["sha256"] == row["sha256"]:
                 raise InputError(f"{posterior.name}: is the posterior of {other['site']}; each counts once")
         Consolidation(self._prior(row["round"])).add(posterior)
+
+    def _content(self, number: int) -> bytes:
+        """A round's prior as a file's bytes, in memory once for all sites that ask."""
+        if self._contents.keys() != {number}:
+            self._contents = {number: self._prior_file(number).read_bytes()}
+        return self._contents[number]
 
     def _prior_file(self, number: int) -> Path:
         return self.folder / f"q{number - 1}.safetensors"

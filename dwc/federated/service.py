@@ -46,12 +46,17 @@ def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
     """
     read_state(folder_in(kit))
     configure(kit)
-    words = [sys.executable, "-m", "dwc.cli", "federated", "round", kit, "--admin", admin_kit]
+    words = [sys.executable, "-m", "dwc.cli", "federated", "round", str(kit), "--admin", str(admin_kit)]
     with _stopped_by_signals(), _kept_running(kit) as keep:
+        keep()
         while True:
-            keep()
             began = time.monotonic()
-            _bounded(words, 2 * _pass_limit(kit))
+            one_pass = subprocess.Popen(words)
+            while one_pass.poll() is None:
+                time.sleep(1)
+                # A pass whose server was restarted waits for a job that will never end.
+                if keep() or time.monotonic() > began + 2 * _pass_limit(kit):
+                    one_pass.kill()
             _clear_runs(kit)
             while time.monotonic() < began + every_s:
                 keep()
@@ -169,17 +174,20 @@ def _pass_limit(kit: Path) -> float:
 
 @contextmanager
 def _kept_running(kit: Path) -> Iterator[Any]:
-    """A function that starts FLARE's process unless it runs; what it has started ends with the block."""
+    """A function that starts FLARE's process unless it runs, and tells whether; it ends with the block."""
     words = ["bash", kit / "startup" / "sub_start.sh", "--once"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     environment.pop(FOLDER, None)
     started: list[subprocess.Popen] = []
 
-    def keep() -> None:
+    def keep() -> bool:
         while started and started[-1].poll() is not None:
             started.pop()
         process = start_once(words, folder_in(kit) / "engine.lock", kit / "engine.log", cwd=kit, env=environment)
-        started.extend([process] if process else [])
+        if process:
+            started.append(process)
+            print(f"{kit.name}: FLARE starts, its log is {kit / 'engine.log'}", flush=True)
+        return process is not None
 
     try:
         yield keep
@@ -203,14 +211,6 @@ def _stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _bounded(words: list, limit: float) -> None:
-    """Run a command; past its limit it is killed."""
-    try:
-        subprocess.run([str(word) for word in words], timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        print(f"a pass took more than {limit:.0f} s and was ended", file=sys.stderr, flush=True)
 
 
 def _clear_runs(kit: Path) -> None:

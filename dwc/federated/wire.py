@@ -5,6 +5,7 @@ and fixed, so that no path, name or message of a site can travel in them; a post
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from dwc.errors import InputError
 
 __all__ = ["ANSWER", "ASK", "GIVE", "QUESTION", "STATES", "check", "digest"]
 
+_DIGEST = re.compile(r"([0-9a-f]{64})?")
 ASK, GIVE = "ask", "give"  # the two tasks: how far are you; here is the prior
 QUESTION = {
     "round": int,  # the open one, from 1; 0 when all are closed
@@ -47,6 +49,8 @@ def check(message: Mapping[str, Any], keys: Mapping[str, type]) -> dict[str, Any
             raise InputError(f"message: unexpected entry {key!r} of type {type(value).__name__}; use the same dwc")
     if missing := [key for key, kind in keys.items() if kind is not bytes and key not in message]:
         raise InputError(f"message: {missing[0]!r} is missing; use the same dwc")
+    if not _DIGEST.fullmatch(message["prior_sha256"]):  # it names a folder
+        raise InputError("message: prior_sha256 is no SHA-256 digest; use the same dwc")
     if keys is ANSWER and message["state"] not in STATES:
         raise InputError("message: a state that is none of ours; use the same dwc")
     return dict(message)

@@ -243,6 +243,20 @@ def test_the_state_is_json_that_a_person_can_read(cycle):
     assert state["project"]["quorum"] == 2
 
 
+def test_a_changed_agreement_lets_sites_and_rounds_in_and_loses_nothing(cycle, project):
+    cycle.receive("north", trained(cycle, 0))
+    more = {**project.to_json(), "sites": ["north", "east", "west", "south"], "rounds": 5, "quorum": 3}
+    cycle.amend(Project(**more))
+    again = Cycle(cycle.folder)
+    again.receive("south", trained(again, 1))
+    assert [row["site"] for row in again.state["posteriors"]] == ["north", "south"]
+    assert not again.advance(NOW)  # the new quorum
+    with pytest.raises(InputError, match="north has handed in already"):
+        again.amend(Project(**{**more, "sites": ["east", "west", "south"]}))
+    with pytest.raises(InputError, match="the books are of brains"):
+        again.amend(Project(**{**more, "name": "hearts"}))
+
+
 def test_a_cycle_is_not_begun_twice_in_one_folder(cycle, project):
     with pytest.raises(InputError, match="a cycle has begun here"):
         Cycle.create(cycle.folder, project)

@@ -145,6 +145,13 @@ def test_a_prior_that_is_not_the_one_it_names_is_no_work(spool, cycle):
     assert spool.answer(cycle.question("north"))["state"] == "no prior"
 
 
+def test_a_digest_that_leads_out_of_the_folder_is_refused(spool, cycle):
+    question = cycle.question("north", with_prior=True) | {"prior_sha256": "x/../../../tmp"}
+    with pytest.raises(InputError, match="no SHA-256 digest"):
+        spool.answer(question)
+    assert not list(spool.folder.glob("round-*"))
+
+
 def test_nothing_but_the_agreed_entries_leaves_a_site_and_no_path_is_in_them(spool, cycle):
     answers = [spool.answer(cycle.question("north"))]
     begin(spool, cycle)
