@@ -1,6 +1,7 @@
 """`dwc experiment`: the paper's study and those beyond it, each from one declarative file; the pooling of seeds."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -24,15 +25,14 @@ def main(arguments: Sequence[str]) -> None:
 
     parser = new_parser("experiment", "Run the paper's study: its networks, its Table 2, its figures, in one report.")
     parser.add_argument("--study", type=Literal[STUDIES], default="paper", help="the paper's, or one beyond it")
-    parser.add_argument("--preset", default=None, help=f"settings that ship with dwc: {', '.join(PRESETS)}")
+    parser.add_argument("--preset", default="cpu", help=f"settings that ship with dwc: {', '.join(PRESETS)}")
     parser.add_argument("--only", nargs="*", default=[], metavar="ROW", help="rows to train and score, as printed")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long; write nothing")
     parser.add_argument("--pool", type=Path, nargs="*", default=[], metavar="OUT", help="folders of other seeds")
     parser.add_class_arguments(StudySettings)
-    arguments = [part for given in arguments for part in (given.split("=", 1) if given[:9] == "--preset=" else [given])]
-    if "--preset" in arguments[:-1]:  # a config file before all other flags, which override it
-        at = arguments.index("--preset")
-        arguments = ["--config", str(preset_file(arguments[at + 1])), *arguments]
+    presets = [name for flag, name in pairwise(arguments) if flag == "--preset"]
+    preset = preset_file(presets[-1] if presets else "cpu")
+    arguments = ["--config", str(preset), *arguments]  # before all flags, which override it
     values = parser.instantiate(parse(parser, arguments)).as_dict()
     study, only, dry_run, folders = (values.pop(name) for name in ("study", "only", "dry_run", "pool"))
     del values["preset"]

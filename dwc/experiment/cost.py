@@ -60,7 +60,7 @@ class Forecast:
             (
                 *listed,
                 f"to train: {n_left} of {len(left)} networks, {sum(self.steps.values())} steps, {_span(self.training)}",
-                f"to score: {self.n_rows} rows on {self.n_volumes} volumes, {_span(self.scoring)}",
+                f"to score: up to {self.n_rows} rows on {self.n_volumes} volumes, {_span(self.scoring)}",
                 f"in all {_span(self.training + self.scoring)}, estimated from {self.basis}",
             )
         )

@@ -34,7 +34,9 @@ __all__ = [
 ]  # fmt: skip
 
 _FORMAT = 1  # raise it when the same settings and data give other networks
-_NO_CONTENT = ("data", "out", "prior", "init", "cache_dir", "label_map", "workers", "device")
+_NO_CONTENT = (  # what changes no weights, or stands in the hash by its content
+    "data", "out", "prior", "init", "cache_dir", "label_map", "workers", "device", "activation_checkpointing",
+)  # fmt: skip
 _COMPUTED = ("consolidated", "average", "untrained")
 
 

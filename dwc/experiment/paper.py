@@ -5,6 +5,7 @@ step is another room's; here it is decided which networks and comparisons there 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 import yaml
@@ -153,20 +154,28 @@ def _report(settings: StudySettings, networks: Networks, scores: Scores) -> None
     write_table(out / "classes.csv", scores.table("classes", rows))
     write_table(out / "table.csv", table := dice_table(volumes), index=True)
     write_table(out / "tests.csv", tests := paired_tests(volumes, COMPARISONS))
-    if calibrated := [row for row in rows if row.kind in CALIBRATED]:
-        write_table(out / "calibration.csv", scores.table("calibration", calibrated))
+    calibrated = [row for row in rows if row.kind in CALIBRATED]
+    _keep(out / "calibration.csv", scores.table("calibration", calibrated) if calibrated else pd.DataFrame())
     pairs = [(map_network(site), vcl(variational(ORIGIN), site)) for site in SITES]
     pairs = [pair for pair in pairs if all(map(networks.is_done, pair))]
     plateaus = plateau_table(
         [(b.site, networks.log(a), networks.log(b)) for a, b in pairs], settings.map.schedule, settings.vcl.schedule
     )
-    write_table(out / "plateaus.csv", plateaus)
+    _keep(out / "plateaus.csv", plateaus)
     text = _as_text(table, tests, plateaus, volumes)
     write_whole(out / "table.txt", f"{text}\n".encode())
     if _DWC in rows and _POOLED in rows:
         _pictures(settings, scores, volumes)
     report = write_report(out)
     print(f"\n{text}\n\n{report}")
+
+
+def _keep(path: Path, table: pd.DataFrame) -> None:
+    """Write a table; none, and not that of other settings either, where there is nothing to say yet."""
+    if len(table):
+        write_table(path, table)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _effort(networks: Networks, rows: Sequence[Row]) -> pd.DataFrame:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from dwc.report.plots import printed
 from dwc.report.results import AVERAGE, Results
+from dwc.report.words import DASH, number, p_value, points, printed
 
-__all__ = ["ALPHA", "DOES_NOT_HOLD", "HOLDS", "NOT_SHOWN", "NOT_TESTED", "Finding", "findings", "p_value", "points"]
+__all__ = ["ALPHA", "DOES_NOT_HOLD", "HOLDS", "NOT_SHOWN", "NOT_TESTED", "Finding", "findings"]
 
 ALPHA = 0.05
 HOLDS, DOES_NOT_HOLD, NOT_SHOWN, NOT_TESTED = "holds", "does not hold", "not shown", "not tested"
@@ -35,16 +35,6 @@ def findings(results: Results) -> list[Finding]:
         _between_the_chains(results),
         _vcl_is_faster(results),
     ]
-
-
-def points(difference: float) -> str:
-    """A difference in Dice, 0..1, in points of per cent, with its sign; a dash where there is none."""
-    return "\N{EN DASH}" if pd.isna(difference) else f"{100 * difference:+.2f}".replace("-", "\N{MINUS SIGN}")
-
-
-def p_value(p: float) -> str:
-    """p as it is printed: three digits, or its order where it is smaller; a dash where there is no test."""
-    return "\N{EN DASH}" if pd.isna(p) else f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
 
 
 def _above_the_ensemble(results: Results) -> Finding:
@@ -97,27 +87,34 @@ def _vcl_is_faster(results: Results) -> Finding:
     claim = "VCL reaches its plateau in fewer steps than MAP on the same site (the paper: about 3, 2 and 4 times)."
     if results.plateaus is None:
         return Finding(claim, NOT_TESTED, "No pair of a site's MAP and VCL networks has been trained.")
-    table = results.plateaus.groupby("site", sort=False)
-    speedups = table["plateau_speedup"].mean()
-    targets = table["target_speedup"].mean() if "target_speedup" in results.plateaus else pd.Series(dtype=float)
+    table = results.plateaus
+    by_site = table.groupby("site", sort=False)
+    speedups = by_site["plateau_speedup"].mean()
+    missing = table[table["plateau_speedup"].isna()].groupby("site", sort=False).size()
     over = f", means over {len(results.seeds)} seeds" if len(results.seeds) > 1 else ""
+    sentences = [f"Own steps of MAP over own steps of VCL, those behind H not counted{over}: {_times(speedups)}."]
+    if "target_speedup" in table and table["target_speedup"].notna().any():
+        to_target = _times(by_site["target_speedup"].mean())
+        sentences.append(f"To a Dice a little under the MAP network's last one: {to_target}.")
+    if {"map_steps", "vcl_steps"} <= set(table) and (table["map_steps"] != table["vcl_steps"]).any():
+        ours, theirs = ("/".join(f"{n:.0f}" for n in table[name].unique()) for name in ("map_steps", "vcl_steps"))
+        sentences.append(
+            f"MAP took {ours} steps and VCL {theirs} in all; where the learning rate falls to the end of a training, "
+            "part of the ratio is theirs."
+        )
+    if len(missing):
+        counts = ", ".join(f"{site} ({n} of {len(by_site.get_group(site))})" for site, n in missing.items())
+        sentences.append(f"Pairs of which one shows no plateau: {counts}.")
     known = speedups.dropna()
-    sentences = [f"Own steps of MAP over own steps of VCL{over}: {_times(speedups)}."]
-    if targets.notna().any():
-        sentences.append(f"To a Dice a little under the MAP network's last one: {_times(targets)}.")
-    if len(known) < len(speedups):
-        lacking = ", ".join(speedups.index[speedups.isna()])
-        sentences.append(f"On {lacking} the logs show no plateau of one of the two.")
     if known.empty:
         return Finding(claim, NOT_TESTED, " ".join(sentences))
-    if (known > 1).all():
-        return Finding(claim, HOLDS if len(known) == len(speedups) else NOT_SHOWN, " ".join(sentences))
-    slower = ", ".join(known.index[known <= 1])
-    return Finding(claim, DOES_NOT_HOLD, " ".join([*sentences, f"VCL is not faster on {slower}."]))
+    if slower := list(known.index[known <= 1]):
+        return Finding(claim, DOES_NOT_HOLD, " ".join([*sentences, f"VCL is not faster on {', '.join(slower)}."]))
+    return Finding(claim, NOT_SHOWN if len(missing) else HOLDS, " ".join(sentences))
 
 
 def _times(speedups: pd.Series) -> str:
-    return ", ".join(f"{site} {'-' if pd.isna(value) else f'{value:.1f} times'}" for site, value in speedups.items())
+    return ", ".join(f"{site} {DASH if pd.isna(value) else f'{value:.1f} times'}" for site, value in speedups.items())
 
 
 def _missing(results: Results, **wanted: int) -> str:
@@ -141,7 +138,7 @@ def _compared(results: Results, a: str, b: str, column: str) -> tuple[pd.Series 
         return test, f"{sentence}; too few volumes to test ({test['n']:.0f})."
     sentence += (
         f" (95 % interval {points(test['ci_low'])} to {points(test['ci_high'])}; p = {p_value(test['p'])}, "
-        f"d_z = {test['effect_size']:.2f}, {test['n']:.0f} volumes)"
+        f"d_z = {number(test['effect_size'])}, {test['n']:.0f} volumes)"
     )
     if len(results.seeds) > 1:
         by_seed = results.by_seed(column)

@@ -18,13 +18,13 @@ from jinja2 import Environment, StrictUndefined
 from dwc.files import open_folder, write_whole
 from dwc.metrics import error_detection_auc, expected_calibration_error
 from dwc.report import plots
-from dwc.report.findings import ALPHA, findings, p_value, points
+from dwc.report.findings import ALPHA, findings
 from dwc.report.results import AVERAGE, INTEREST, Results, read_results
+from dwc.report.words import count, number, p_value, points, printed
 
 __all__ = ["SITES_PICTURE", "write_report"]
 
 SITES_PICTURE = "sites.png"  # in figures/, drawn by whoever has the volumes
-_DASH = "\N{EN DASH}"
 _CHARTS = {
     "table": plots.table_plot,
     "classes": plots.class_plot,
@@ -126,12 +126,12 @@ def _dice(results: Results) -> _Section:
         return _Section(title, ["No row has been scored yet."])
     table, sd = 100 * results.table, results.table_sd
     rows = None if results.rows is None else results.rows.set_index("row")
-    cells = table.map(_number)
+    cells = table.map(number)
     if sd is not None:
         cells = cells + (100 * sd).map(lambda value: "" if pd.isna(value) else f" ({value:.2f})")
     efforts = [] if rows is None else [("own steps", "steps"), ("steps in all", "total_steps")]
     body = [
-        [plots.printed(row), *line, *(_count(rows[name].get(row)) for _, name in efforts)]
+        [printed(row), *line, *(count(rows[name].get(row)) for _, name in efforts)]
         for row, line in zip(cells.index, cells.to_numpy(), strict=True)
     ]
     best = {
@@ -161,9 +161,9 @@ def _tests(results: Results) -> _Section:
         return _Section(title, ["The rows that would be compared have not all been scored."])
     body = [
         [
-            plots.printed(test.comparison), test.columns, _count(test.n), points(test.mean_difference),
-            f"{points(test.ci_low)} to {points(test.ci_high)}", _number(test.t), p_value(test.p),
-            _number(test.effect_size),
+            printed(test.comparison), test.columns, count(test.n), points(test.mean_difference),
+            f"{points(test.ci_low)} to {points(test.ci_high)}", number(test.t), p_value(test.p),
+            number(test.effect_size),
         ]
         for test in results.tests.itertuples()
     ]  # fmt: skip
@@ -181,7 +181,7 @@ def _speed(results: Results) -> _Section:
     named = {name: title for name, title in _SPEED.items() if name in table}
     body = [
         [
-            value if name == "site" else _number(value) if name in _FRACTIONS else _count(value)
+            value if name == "site" else number(value) if name in _FRACTIONS else count(value)
             for name, value in row.items()
         ]
         for row in table[list(named)].to_dict("records")
@@ -242,7 +242,7 @@ def _calibration(results: Results) -> _Section:
             parts = [part[(part["row"] == row) & part["site"].isin(sites)] for _, part in by_seed]
             errors = pd.Series([100 * expected_calibration_error(part) for part in parts])
             finds = pd.Series([100 * error_detection_auc(part) for part in parts])
-            body.append([group, plots.printed(row), _spread(errors), _spread(finds)])
+            body.append([group, printed(row), _spread(errors), _spread(finds)])
     header = ["sites", "network", "calibration error, %", "errors found (AUC), %"]
     over = f" Mean (standard deviation) over {len(results.seeds)} seeds; the curves add up their voxels."
     notes = [
@@ -296,18 +296,10 @@ def _inlined(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def _number(value: float) -> str:
-    return _DASH if pd.isna(value) else f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _count(value: float | None) -> str:
-    return _DASH if value is None or pd.isna(value) else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-
-
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else plots.printed(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else printed(str(value))
 
 
 def _spread(values: pd.Series) -> str:
     """Mean, and in brackets the standard deviation where there are several values."""
-    return _number(values.mean()) + (f" ({values.std():.2f})" if len(values) > 1 else "")
+    return number(values.mean()) + (f" ({values.std():.2f})" if len(values) > 1 else "")

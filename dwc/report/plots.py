@@ -15,8 +15,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 
 from dwc.metrics import expected_calibration_error
 from dwc.report.figures import save
+from dwc.report.words import printed
 
-__all__ = ["calibration_plot", "class_plot", "printed", "table_plot", "training_plot"]
+__all__ = ["calibration_plot", "class_plot", "table_plot", "training_plot"]
 
 # Colour, from the palette of Okabe and Ito, and marker by kind of row.
 STYLE = {
@@ -31,11 +32,6 @@ STYLE = {
     "pooled": ("#000000", "s"),
 }
 FEWEST = 100  # voxels in a bin; a rate of fewer is left out
-
-
-def printed(row: str) -> str:
-    """A row's name, or a difference of two, with proper arrows and minus."""
-    return row.replace("->", " → ").replace(" - ", " \N{MINUS SIGN} ")
 
 
 def table_plot(

@@ -1,0 +1,32 @@
+"""How names and numbers are printed in charts, sentences and tables; nothing is computed here."""
+
+import pandas as pd
+
+__all__ = ["DASH", "count", "number", "p_value", "points", "printed"]
+
+DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"  # the dash stands where there is no number
+
+
+def printed(row: str) -> str:
+    """A row's name, or a difference of two, with proper arrows and minus."""
+    return row.replace("->", " → ").replace(" - ", f" {_MINUS} ")
+
+
+def number(value: float) -> str:
+    """A number with two digits."""
+    return DASH if pd.isna(value) else f"{value:.2f}".replace("-", _MINUS)
+
+
+def points(difference: float) -> str:
+    """A difference in Dice, 0..1, in points of per cent, with its sign."""
+    return DASH if pd.isna(difference) else f"{100 * difference:+.2f}".replace("-", _MINUS)
+
+
+def p_value(p: float) -> str:
+    """p with three digits, or its order where it is smaller."""
+    return DASH if pd.isna(p) else f"{p:.3f}" if p >= 0.001 else f"{p:.1e}".replace("-", _MINUS)
+
+
+def count(value: float | None) -> str:
+    """A whole number, its thousands apart."""
+    return DASH if pd.isna(value) else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
