@@ -30,10 +30,14 @@ from benchmarks.memory import print_table
 from benchmarks.shapes import LAYERS, SAMPLES, SIZE, Layer
 from dwc_kernels import ffg_conv3d
 from dwc_kernels.noise import normal
+from dwc_kernels.tune import time_calls
 
-__all__ = ["Timing", "main", "time_calls"]
+__all__ = ["Timing", "main"]
 
+DEVICE, ACTIVITY = "cuda", ProfilerActivity.CUDA
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+ROUNDING = {"bf16": 2.0**-8, "tf32": 2.0**-11, "fp32": 2.0**-23}  # of the operands
+MATMUL = 8192  # rows of the matrices whose product is the ceiling
 SEED = 7
 
 
@@ -54,33 +58,18 @@ class Timing:
     share_of_matmul: float
 
 
-def time_calls(call, repeats: int, warmup: int = 5) -> list[float]:
-    """Milliseconds of each call, by CUDA events."""
-    for _ in range(warmup):
-        call()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return times
-
-
 def matmul_tflops(dtype: torch.dtype) -> float:
-    """The matrix-product ceiling of this GPU, measured on 8192 x 8192."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-    return 2 * 8192**3 / statistics.median(time_calls(lambda: a @ b, 20)) / 1e9
+    """The matrix-product ceiling of this GPU, measured on square matrices."""
+    a, b = (torch.randn(MATMUL, MATMUL, device=DEVICE, dtype=dtype) for _ in range(2))
+    return 2 * MATMUL**3 / statistics.median(time_calls(lambda: a @ b, 20)) / 1e9
 
 
 def tensors(layers: tuple[Layer, ...], dtype: torch.dtype, samples: int) -> tuple[Tensor, list[list[Tensor]]]:
     """An input and each layer's weight_mu, weight_sigma, bias_mu, bias_sigma."""
-    gen = torch.Generator("cuda").manual_seed(0)
+    gen = torch.Generator(DEVICE).manual_seed(0)
 
     def randn(*shape):
-        return torch.randn(shape, device="cuda", generator=gen).to(dtype)
+        return torch.randn(shape, device=DEVICE, generator=gen).to(dtype)
 
     parameters = []
     for layer in layers:
@@ -121,12 +110,12 @@ def errors(layer: Layer, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     """Relative errors of ours and of the composition in the same dtype, against fp64, on one sample."""
     x, (parameters,) = tensors((layer,), dtype, 1)
     geometry = dict(padding=layer.padding, dilation=layer.dilation)
-    eps = normal(torch.empty(1, layer.filters, *SIZE, device="cuda"), SEED)
+    eps = normal(torch.empty(1, layer.filters, *SIZE, device=DEVICE), SEED)
 
     def results(op, inputs, **options):
         inputs = [t.detach().requires_grad_() for t in inputs]
         y = op(*inputs, **geometry, **options)
-        g = torch.randn(y.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(dtype).to(y.dtype)
+        g = torch.randn(y.shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1)).to(dtype).to(y.dtype)
         return [y.detach(), *torch.autograd.grad(y, inputs, g)]
 
     inputs = [x, *parameters]
@@ -150,7 +139,9 @@ def measure(
     inputs = [x, *(t for p in parameters for t in p)]
     wanted = [t for t in inputs if t.requires_grad]
     run = network(op, layers)
-    run = torch.compile(run) if compiled else run
+    if compiled:
+        torch.compiler.reset()  # all layers are one function to the compiler, and it gives up after a few versions
+        run = torch.compile(run, dynamic=False)
     y = run(*inputs)
     g = torch.randn_like(y)
     flops = 2 * sum(layer.macs for layer in layers) * x[:, 0].numel() * (1 if contender == "mean" else 2)
@@ -168,28 +159,15 @@ def measure(
         peak = (torch.cuda.max_memory_allocated() - before) / 1e6
         first, median, third = statistics.quantiles(time_calls(call, repeats), n=4)
         rate = flops * passes / median / 1e9
-        timings.append(
-            Timing(
-                torch.cuda.get_device_name(),
-                name,
-                dtype,
-                contender,
-                phase,
-                median,
-                first,
-                third,
-                peak,
-                rate,
-                rate / ceiling,
-            )
-        )
+        device = torch.cuda.get_device_name()
+        timings.append(Timing(device, name, dtype, contender, phase, median, first, third, peak, rate, rate / ceiling))
     return timings
 
 
 def kernel_names(layers: tuple[Layer, ...], dtype: str) -> list[str]:
     """The kernels that cuDNN chose for the composition, by time."""
     x, parameters = tensors(layers, DTYPES[dtype], SAMPLES)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ACTIVITY]) as seen:
         network(composition, layers)(x, *(t for p in parameters for t in p)).sum().backward()
     return [e.key for e in sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)[:6]]
 
@@ -228,6 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
         print_table(["bf16", "fp32"])
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
+    torch.backends.cudnn.benchmark = True  # what is compared with gets cuDNN's best kernels
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     print_table(["bf16", "fp32"])
     timings, wrong = [], []
@@ -241,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
             off = {}
             for layer in layers:
                 found = errors(layer, DTYPES[dtype])
-                off |= {n: e for n, e in found.items() if not e[0] <= 2 * e[1] + torch.finfo(DTYPES[dtype]).eps}
+                off |= {n: e for n, e in found.items() if not e[0] <= 2 * e[1] + ROUNDING[dtype]}
             if off:
                 print(f"{dtype} {name}: wrong, not timed: {off}", file=sys.stderr)
                 wrong.append(name)

@@ -1,7 +1,7 @@
 """What the compiler says of the three kernels, for every layer of Table 1, on chips that need not be there.
 
-    python -m benchmarks.kernel_report [--arch sm_80 sm_90 sm_100 gfx942] [--dtype bf16 tf32 fp16] [--layer conv2 ...]
-        [--json F] [--dump DIR]
+    python -m benchmarks.kernel_report [--arch sm_80 sm_89 sm_90 sm_100 sm_120 gfx942] [--dtype bf16 tf32 fp16 ieee]
+        [--layer conv2 ...] [--json F] [--dump DIR]
 
 Facts (registers, spills, shared memory, instruction mix) come from ptxas and the disassembly. Times are *modelled*,
 never measured: peak rates of `tiles.CHIPS`, the tile's bytes, and the instructions of the compiled loop.
@@ -19,11 +19,22 @@ from pathlib import Path
 
 from benchmarks.kernel_report_compile import Compiled, compile_kernel
 from benchmarks.shapes import LAYERS, SAMPLES, SIZE, Layer
-from dwc_kernels.kernels.tiles import CHIPS, KINDS, STACKED_ROWS, Problem, Tile, choose, estimate, operand_bytes
+from dwc.files import write_whole
+from dwc_kernels.kernels.tiles import (
+    CHIPS,
+    KINDS,
+    STACKED_ROWS,
+    Problem,
+    Tile,
+    choose,
+    estimate,
+    operand_bytes,
+    problem_of,
+)
 
 __all__ = ["Row", "layer_problem", "main", "report", "visited_share"]
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 @dataclass(frozen=True)
@@ -44,19 +55,14 @@ class Row:
 
 
 def layer_problem(layer: Layer, kind: str, dtype: str) -> Problem:
-    """The problem that the launcher hands to the tile model; taps of few channels are folded into channels there."""
-    channels, kernel = layer.channels, (layer.kernel,) * 3
-    if kind != "grad_input" and channels <= 4 and 1 < channels * layer.kernel**3 <= 128:
-        channels, kernel = channels * layer.kernel**3, (1, 1, 1)
-    if kind == "grad_input":
-        return Problem(kind, dtype, SAMPLES, SIZE, layer.filters, channels, kernel)
-    return Problem(kind, dtype, SAMPLES, SIZE, channels, layer.filters, kernel)
+    """The problem that the launcher hands to the tile model."""
+    return problem_of(kind, dtype, SAMPLES, SIZE, layer.channels, layer.filters, (layer.kernel,) * 3)
 
 
 @cache
 def compiled_for(problem: Problem, arch: str) -> Compiled:
     """The kernel with the tile that the model chooses; dilation and padding are arguments, so layers share it."""
-    return compile_kernel(problem, choose(problem, arch), arch)
+    return compile_kernel(problem, choose(problem, CHIPS[arch]), arch)
 
 
 def visited_share(size: tuple[int, int, int], box: tuple[int, int, int], kernel: int, dilation: int) -> float:
@@ -109,8 +115,13 @@ def loop_cycles(problem: Problem, tile: Tile, arch: str) -> float:
 
 
 def issue_ratio(problem: Problem, compiled: Compiled) -> float:
-    """Issue cycles (instructions per warp x warps / 4 schedulers) over tensor-core cycles of the main loop."""
-    return compiled.loop_instructions * compiled.tile.warps / 4 / loop_cycles(problem, compiled.tile, compiled.arch)
+    """Issue cycles over tensor-core cycles of the main loop.
+
+    The busiest of the 4 schedulers issues what every warp runs, for its share of the warps, and what one warp runs.
+    """
+    every, elected = compiled.loop_instructions - compiled.elected, compiled.elected
+    cycles = every * max(1.0, compiled.tile.warps / 4) + elected
+    return cycles / loop_cycles(problem, compiled.tile, compiled.arch)
 
 
 def traffic_ratios(problem: Problem, tile: Tile, arch: str) -> tuple[float, float]:
@@ -135,7 +146,9 @@ def layer_row(layer: Layer, kind: str, arch: str, dtype: str) -> Row:
     issue = cycles["tensor"] * issue_ratio(problem, compiled)
     bound = max(cycles["tensor"], cycles["l2"], cycles["shared"], issue)
     dram = problem.itemsize * voxels * dram_elements(layer, kind)
-    modelled = max((bound * visited + cycles["epilogue"]) / chip.clock, dram / chip.dram)
+    # Folding taps into channels writes and reads a tensor that a kernel on the input itself would not need.
+    folds = 2 * voxels * math.ceil(problem.channels * problem.itemsize / 16) * 16 if problem.folded else 0
+    modelled = max((bound * visited + cycles["epilogue"]) / chip.clock, (dram + folds) / chip.dram)
     peak = 2 * chip.multiprocessors * chip.clock / ((1 / chip.macs[dtype] + 1 / chip.macs[second_dtype(dtype)]) / 2)
     floor = max(flops / peak, dram / chip.dram)
     # The unfused pair is granted the peak of the tensor cores: only its extra traffic is held against it.
@@ -237,8 +250,15 @@ def dump(facts: list[tuple[Problem, Compiled]], folder: Path) -> None:
     for problem, c in facts:
         name = f"{c.kind}_{c.arch}_{c.dtype}_{problem.channels}x{problem.columns}x{math.prod(problem.kernel)}"
         for suffix, code in c.code.items():
-            path = folder / f"{name}.{suffix}"
-            path.write_bytes(code if isinstance(code, bytes) else code.encode())
+            write_whole(folder / f"{name}.{suffix}", code if isinstance(code, bytes) else code.encode())
+
+
+def plain(problem: Problem, c: Compiled) -> dict:
+    """The facts of one kernel as JSON has them, with the names of the layers that run it."""
+    layers = [layer.name for layer in LAYERS if layer_problem(layer, c.kind, c.dtype) == problem]
+    known = asdict(problem) | {k: v for k, v in asdict(c).items() if k != "code"}
+    ratios = {"issue_ratio": issue_ratio(problem, c), "traffic_ratios": traffic_ratios(problem, c.tile, c.arch)}
+    return known | ratios | {"layers": layers}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -258,13 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dump:
         dump(facts, options.dump)
     if options.json:
-        plain = [
-            asdict(problem)
-            | {k: v for k, v in asdict(c).items() if k != "code"}
-            | {"issue_ratio": issue_ratio(problem, c), "traffic_ratios": traffic_ratios(problem, c.tile, c.arch)}
-            for problem, c in facts
-        ]
-        options.json.write_text(json.dumps({"facts": plain, "model": [asdict(r) for r in rows]}, indent=1))
+        text = json.dumps({"facts": [plain(*fact) for fact in facts], "model": [asdict(r) for r in rows]}, indent=1)
+        write_whole(options.json, text.encode())
     return 0
 
 

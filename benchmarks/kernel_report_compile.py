@@ -1,6 +1,7 @@
 """Compile a kernel for a chip that is not there and read the facts off the machine code. No GPU, no driver.
 
-The signature is the launcher's: the same descriptors, pointers and constants that a call on the GPU would compile for.
+The real launcher runs, on a volume of a few voxels, up to the point where Triton would compile: types, constants and
+what is known of the arguments are those of a call on the GPU.
 """
 
 import re
@@ -9,26 +10,29 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
+import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
-from dwc_kernels.kernels.forward import forward_kernel
-from dwc_kernels.kernels.grad_input import grad_input_kernel
-from dwc_kernels.kernels.grad_weight import grad_weight_kernel
-from dwc_kernels.kernels.launch import loop_constants
-from dwc_kernels.kernels.tiles import CHIPS, STACKED_ROWS, Problem, Tile
+from dwc_kernels import kernels
+from dwc_kernels.kernels import launch
+from dwc_kernels.kernels.tiles import CHIPS, Problem, Tile
 
 __all__ = ["Compiled", "compile_kernel"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = {"forward": forward_kernel, "grad_input": grad_input_kernel, "grad_weight": grad_weight_kernel}
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA", "QGMMA", "v_mfma")
 CLASSES = {
     "matrix": MATRIX,
@@ -59,6 +63,7 @@ class Compiled:
     calls: int  # of slow paths; the traps that guard tensor memory are none
     loop: dict[str, int] = field(repr=False)  # instructions of the main loop by class
     loop_instructions: int
+    elected: int  # of them, those that one warp runs and the others jump over
     matrix_opcode: str
     loads: int  # of boxes of voxels per iteration, by the copy engine
     code: dict = field(repr=False)  # "ptx", "cubin", "sass" or "amdgcn"
@@ -72,57 +77,62 @@ class Compiled:
         return max(1, min(by_registers, chip.shared // max(1, self.shared + 1024))) * self.tile.warps
 
 
+class _Offline:
+    """In place of Triton's driver: a device of the wanted chip, on which nothing can run."""
+
+    def __init__(self, arch: str):
+        self.arch = arch
+
+    def get_current_device(self) -> str:
+        return self.arch
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.arch]
+
+
+def launched(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> tuple:
+    """The kernel, signature, constants and attributes that Triton would compile for the launcher's call."""
+    seen = {}
+
+    def remember(*, fn, compile, **_) -> bool:
+        seen.update(compile, kernel=fn.jit_function)
+        return True  # neither compile nor launch
+
+    channels, filters = problem.channels, problem.columns
+    if problem.kind == "grad_input":
+        channels, filters = filters, channels
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(problem.dtype, torch.float32)
+    size = (1, 1, 4 + problem.size[2] % 4)
+    x, g = (torch.zeros(1, n, *size, dtype=dtype) for n in (channels, filters))
+    weight = torch.zeros(filters, channels, *problem.kernel, dtype=dtype)
+    biases = [torch.zeros(filters, dtype=dtype)] * 2 if bias else [None] * 2
+    geometry = ((1, 1, 1), tuple(k // 2 for k in problem.kernel), (1, 1, 1), 1)
+    with (
+        mock.patch.object(launch, "chip_of", return_value=CHIPS[arch]),
+        mock.patch.object(launch, "operand_dtype", return_value=problem.dtype),
+        mock.patch.object(launch, "why_not_triton", return_value=None),
+        mock.patch.object(knobs.runtime, "jit_cache_hook", remember),
+        mock.patch.object(driver, "_active", _Offline(arch)),
+    ):
+        if problem.kind == "forward":
+            kernels.forward(x, weight, weight, *biases, *geometry, torch.tensor(0), tile=tile)
+        elif problem.kind == "grad_input":
+            kernels.grad_input(g, g, x, weight, weight, *geometry, tile=tile)
+        else:
+            kernels.grad_weight(g, g, x, weight, *geometry, tile=tile)
+    return seen["kernel"], seen["signature"], seen["constants"], seen["configs"][0]
+
+
 def compile_kernel(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> Compiled:
     """Compile one kernel for one chip."""
-    kernel = KERNELS[problem.kind]
-    signature, constants, attributes = launch_signature(problem, tile, arch, bias)
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = ASTSource(*launched(problem, tile, arch, bias=bias))
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=TARGETS[arch], options=options)
     facts = _nvidia_facts(compiled) if TARGETS[arch].backend == "cuda" else _amd_facts(compiled)
     return Compiled(problem.kind, arch, problem.dtype, tile, shared=compiled.metadata.shared, **facts)
-
-
-def launch_signature(problem: Problem, tile: Tile, arch: str, bias: bool):
-    """Types of the arguments, the constants, and which of them are multiples of 16, as the launcher passes them."""
-    kernel = KERNELS[problem.kind]
-    dtype = {"tf32": "fp32", "ieee": "fp32"}.get(problem.dtype, problem.dtype)
-    how = problem.dtype if problem.dtype in ("tf32", "ieee") else "tf32"
-    squares = "bf16" if dtype == "bf16" else "fp32"
-    box = ", ".join(map(str, (1, *tile.box)))
-    constants = dict(zip(("KD", "KH", "KW"), problem.kernel, strict=True), PRECISION=how, ARCH=arch)
-    if problem.kind == "grad_weight":
-        constants |= dict(zip(("BD", "BH", "BW"), tile.box, strict=True), N0=tile.wide, N1=tile.tail)
-        constants["C_BLOCKS"] = -(-problem.channels // 32)
-        types = {"x_desc": f"tensordesc<{dtype}[{box}, 32]>"}
-        for suffix, n in (("", tile.wide), ("_tail", tile.tail)):
-            types |= {f"{t}{suffix}_desc": f"tensordesc<{dtype}[{box}, {n}]>" if n else None for t in "gr"}
-            types[f"out{suffix}_desc"] = f"tensordesc<fp32[1, {STACKED_ROWS}, {n}]>" if n else None
-    else:
-        names = ("BD", "BH", "BW", "BC", "C_BLOCKS", "C_STEPS", "N0", "N1")
-        constants |= dict(zip(names, loop_constants(tile, problem.channels), strict=True), CHUNK=tile.chunk)
-        types = {f"{t}_desc": f"tensordesc<{dtype}[{box}, {tile.channels}]>" for t in "xgr"}
-        for suffix, n in (("", tile.wide), ("_tail", tile.tail)):
-            for t, kind in (("mu", dtype), ("var", squares)):
-                types[f"{t}{suffix}_desc"] = f"tensordesc<{kind}[1, {n}, {tile.channels}]>" if n else None
-        types |= dict.fromkeys(("x", "dx", "y", "r"), f"*{dtype}") | {"seed": "*i64"}
-        types |= dict.fromkeys(("bias_mu", "bias_sigma"), f"*{dtype}" if bias else None)
-        if problem.kind == "forward":
-            constants["ALIGNED"] = problem.size[2] % 4 == 0
-    if arch in ("sm_80", "gfx942"):  # no copy engine for tensors: pointers
-        types = {n: re.sub(r"tensordesc<(\w+)\[.*", r"*\1", t) if t else t for n, t in types.items()}
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants or types.get(name, "") is None:
-            signature[name], constants[name] = "constexpr", constants.get(name)
-        else:
-            signature[name] = types.get(name, "i32")
-    multiples = [n for n, t in signature.items() if t.startswith("*")]
-    multiples += [
-        n for n in ("F", "C") if signature.get(n) == "i32" and problem.columns % 16 == problem.channels % 16 == 0
-    ]
-    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples}
-    return signature, constants, attributes
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -138,7 +148,7 @@ def _nvidia_facts(compiled) -> dict:
         ptx.write_text(compiled.asm["ptx"])
         cubin.write_bytes(compiled.asm["cubin"])
         target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
-        assembler = "ptxas-blackwell" if target.startswith("sm_10") else "ptxas"
+        assembler = "ptxas-blackwell" if target.startswith("sm_1") else "ptxas"
         said = _run(assembler, "-v", f"--gpu-name={target}", str(ptx), "-o", str(Path(folder) / "out"))
         sass = _run("nvdisasm", "-c", str(cubin))
     used = re.search(r"Used (\d+) registers", said)
@@ -199,10 +209,18 @@ def _loop_facts(instructions: list[str], labels: dict[str, int], branch: str) ->
     for end, text in enumerate(instructions):
         found = re.search(branch, text)
         if found and labels.get(found[1], end + 1) <= end:
-            spans.append(instructions[labels[found[1]] : end + 1])
-    counts = [sum(_is(_opcode(t), MATRIX) for t in s) for s in spans]
+            spans.append(range(labels[found[1]], end + 1))
+    is_matrix = [_is(_opcode(t), MATRIX) for t in instructions]
+    counts = [sum(is_matrix[s.start : s.stop]) for s in spans]
     # Waits jump out of line and back, around more than the loop; a peeled first iteration may be among it.
-    span = min((s for s, n in zip(spans, counts, strict=True) if 2 * n >= max(counts) > 0), key=len, default=[])
+    lines = min((s for s, n in zip(spans, counts, strict=True) if 2 * n >= max(counts) > 0), key=len, default=range(0))
+    span = instructions[lines.start : lines.stop]
+    # On sm_100 one warp issues matrix instructions, and the others jump over them by a uniform branch.
+    elected = 0
+    for start in lines:
+        found = re.search(r"\bBRA\.U\b.*`\((\.L\w+)\)", instructions[start])
+        if found and start < labels[found[1]] <= lines.stop and any(is_matrix[start : labels[found[1]]]):
+            elected += labels[found[1]] - start - 1
     classes = Counter()
     for text in span:
         classes[next((name for name, stems in CLASSES.items() if _is(_opcode(text), stems)), "integer, moves")] += 1
@@ -211,6 +229,7 @@ def _loop_facts(instructions: list[str], labels: dict[str, int], branch: str) ->
     return {
         "loop": dict(classes.most_common()),
         "loop_instructions": len(span),
+        "elected": elected,
         "matrix_opcode": matrix.most_common(1)[0][0] if matrix else "",
         "loads": sum("UTMALDG.5D" in t for t in span),
         "local": sum(_is(o, CLASSES["local"]) for o in everywhere),

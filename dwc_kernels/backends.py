@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from dwc_kernels.geometry import Triple
+
 __all__ = ["BACKENDS", "choose_backend", "why_not_triton"]
 
 BACKENDS = ("auto", "reference", "triton")
@@ -28,10 +30,11 @@ def _why_not_here(device_type: str, device_index: int | None) -> str | None:
 _why_not_here._dynamo_marked_constant = True
 
 
-def why_not_triton(x: Tensor, weight: Tensor, stride: tuple[int, int, int] = (1, 1, 1), groups: int = 1) -> str | None:
+def why_not_triton(x: Tensor, weight: Tensor, size: Triple, stride: Triple = (1, 1, 1), groups: int = 1) -> str | None:
     """Say why the Triton kernels cannot convolve x [N, C, D, H, W] with weight [F, C, kD, kH, kW]; None if they can.
 
-    TRITON_INTERPRET=1 in the environment lets them run on the CPU, slowly, as a check.
+    ``size`` is the output's: D', H', W'. TRITON_INTERPRET=1 in the environment lets them run on the CPU, slowly, as a
+    check.
     """
     reason = _why_not_here(x.device.type, x.device.index)
     if reason:
@@ -46,13 +49,14 @@ def why_not_triton(x: Tensor, weight: Tensor, stride: tuple[int, int, int] = (1,
         return f"a kernel of {tuple(weight.shape[2:])} is larger than 7"
     if x.numel() == 0:
         return "the input is empty"
-    if 8 * math.prod(x.shape[3:]) * max(x.shape[1], weight.shape[0]) >= 2**31:
-        return f"8 planes of {tuple(x.shape[3:])} voxels pass 2^31 elements, the reach of an offset within a tile"
+    planes = ((x.shape[1], *x.shape[3:]), (weight.shape[0], *size[1:]))
+    if max(8 * math.prod(plane) for plane in planes) >= 2**31:
+        return f"8 planes of one of {planes} pass 2^31 elements, the reach of an offset within a tile"
     return None
 
 
 def choose_backend(
-    backend: str, x: Tensor, weight: Tensor, stride: tuple[int, int, int] = (1, 1, 1), groups: int = 1
+    backend: str, x: Tensor, weight: Tensor, size: Triple, stride: Triple = (1, 1, 1), groups: int = 1
 ) -> str:
     """The backend that runs: "auto" is Triton for CUDA tensors it can take, else the reference.
 
@@ -65,7 +69,7 @@ def choose_backend(
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "reference" or (backend == "auto" and not x.is_cuda):
         return "reference"
-    reason = why_not_triton(x, weight, stride, groups)
+    reason = why_not_triton(x, weight, size, stride, groups)
     if backend == "triton" and reason:
         raise ValueError(f"backend='triton' cannot run: {reason}; use backend='auto' or 'reference'")
     return "reference" if reason else "triton"

@@ -8,10 +8,12 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.modules.utils import _triple
 
 from dwc_kernels import op
 from dwc_kernels.backends import choose_backend
+from dwc_kernels.geometry import Triple, output_size, same_padding
 
 __all__ = ["ffg_conv3d", "gaussian_kl"]
 
@@ -63,12 +65,14 @@ def ffg_conv3d(
     -------
     Tensor
         [N, F, D', H', W'] (or unbatched) in the input's dtype. Differentiable in every floating-point argument, once
-        and in reverse mode: a second derivative raises RuntimeError, forward-mode tangents do not pass.
+        and in reverse mode.
 
     Raises
     ------
     ValueError
         Shapes, dtypes, devices or options that do not fit together, or a backend that cannot run.
+    RuntimeError
+        For a second derivative, and for forward-mode tangents.
     """
     device = input.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -82,16 +86,17 @@ def ffg_conv3d(
         padding = _integers("padding", padding)
     _check(input, weight_mu, weight_sigma, bias_mu, bias_sigma, stride, padding, dilation, groups)
     batched = input if input.dim() == 5 else input.unsqueeze(0)
-    batched, padding = _resolve_padding(batched, weight_mu.shape[2:], stride, padding, dilation)
-    extents = zip(batched.shape[2:], weight_mu.shape[2:], padding, dilation, strict=True)
-    if any(n + 2 * p < d * (k - 1) + 1 for n, k, p, d in extents):
+    batched, padding = _resolve_padding(batched, weight_mu.shape[2:], padding, dilation)
+    size = output_size(batched.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
+    if min(size) < 1:
         raise ValueError(
             f"the padded volume {tuple(batched.shape[2:])} (padding {padding}) is smaller than the kernel "
             f"{tuple(weight_mu.shape[2:])} at dilation {dilation}; add padding"
         )
+    arguments = (batched, weight_mu, weight_sigma, bias_mu, bias_sigma)
     y, _ = op.ffg_conv3d(
-        batched, weight_mu, weight_sigma, bias_mu, bias_sigma, stride, padding, dilation, groups,
-        _seed_tensor(seed, input.device), choose_backend(backend, batched, weight_mu, stride, groups),
+        *arguments, stride, padding, dilation, groups, _seed_tensor(seed, input.device),
+        choose_backend(backend, batched, weight_mu, size, stride, groups), _wants_gradient(*arguments),
     )  # fmt: skip
     return y if input.dim() == 5 else y.squeeze(0)
 
@@ -137,7 +142,15 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
     return seed.reshape(()).to(device)
 
 
-def _integers(name: str, value) -> tuple[int, int, int]:
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow, for which r is kept. Forward mode, whose tangents would be dropped, is refused."""
+    given = [t for t in tensors if t is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+        raise RuntimeError("ffg_conv3d has no forward-mode derivative; use reverse mode (torch.autograd.grad)")
+    return torch.is_grad_enabled() and any(t.requires_grad for t in given)
+
+
+def _integers(name: str, value) -> Triple:
     """An int, or three of them, as a triple."""
     triple = _triple(value)
     if len(triple) != 3 or not all(isinstance(v, int | torch.SymInt) for v in triple):
@@ -145,16 +158,16 @@ def _integers(name: str, value) -> tuple[int, int, int]:
     return tuple(triple)
 
 
-def _resolve_padding(x: Tensor, kernel, stride, padding, dilation) -> tuple[Tensor, tuple[int, int, int]]:
+def _resolve_padding(x: Tensor, kernel, padding, dilation) -> tuple[Tensor, Triple]:
     """The padding as a triple; where 'same' is lopsided (even kernels), the odd zero is added behind the volume."""
     if padding == "valid":
         return x, (0, 0, 0)
     if padding != "same":
         return x, padding
-    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if any(t % 2 for t in total):
-        x = F.pad(x, [side for t in reversed(total) for side in (0, t % 2)])
-    return x, tuple(t // 2 for t in total)
+    sides = same_padding(kernel, dilation)
+    if any(front != behind for front, behind in sides):
+        x = F.pad(x, [side for front, behind in reversed(sides) for side in (0, behind - front)])
+    return x, tuple(front for front, _ in sides)
 
 
 def _check(x, weight_mu, weight_sigma, bias_mu, bias_sigma, stride, padding, dilation, groups) -> None:

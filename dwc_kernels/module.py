@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from dwc_kernels.functional import ffg_conv3d, gaussian_kl
+from dwc_kernels.geometry import same_padding
 
 __all__ = ["FFGConv3d", "convert", "inverse_softplus"]
 
@@ -144,8 +145,7 @@ class FFGConv3d(nn.Module):
         if self.padding == "valid":
             return [0] * 6
         if self.padding == "same":
-            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            return [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+            return [side for sides in reversed(same_padding(self.kernel_size, self.dilation)) for side in sides]
         return [p for p in reversed(self.padding) for _ in range(2)]
 
     def kl_loss(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from dwc_kernels import reference
+from dwc_kernels.geometry import output_size
 from dwc_kernels.reference import output_layout
 
 __all__ = ["ffg_conv3d"]
@@ -44,11 +45,12 @@ def ffg_conv3d(
     groups: int,
     seed: Tensor,
     backend: str,
+    keep_r: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sample y and r = eps / (2 sqrt(var)), both [N, F, D', H', W']."""
-    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    """Return the sample y and r = eps / (2 sqrt(var)), both [N, F, D', H', W']; r is empty where none is kept."""
+    arguments = (x, weight_mu, weight_sigma, bias_mu, bias_sigma, tuple(stride), tuple(padding), tuple(dilation))
     with _as_given(x):
-        return _implementation(backend).forward(x, weight_mu, weight_sigma, bias_mu, bias_sigma, *geometry, seed)
+        return _implementation(backend).forward(*arguments, groups, seed, keep_r=keep_r)
 
 
 @custom_op("dwc::ffg_conv3d_grad_input", mutates_args=())
@@ -103,17 +105,14 @@ def _(g, r, bias_sigma):
 
 
 @ffg_conv3d.register_fake
-def _(x, weight_mu, weight_sigma, bias_mu, bias_sigma, stride, padding, dilation, groups, seed, backend):
-    size = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation, strict=True)
-    ]
+def _(x, weight_mu, weight_sigma, bias_mu, bias_sigma, stride, padding, dilation, groups, seed, backend, keep_r=True):
+    size = output_size(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
     shape = (x.shape[0], weight_mu.shape[0], *size)
     y, r = (
         torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         for layout in (output_layout(x), torch.channels_last_3d)
     )
-    return y, r
+    return y, r if keep_r else x.new_empty(0)
 
 
 @ffg_conv3d_grad_input.register_fake
@@ -128,7 +127,7 @@ def _(g, r, x, weight_sigma, stride, padding, dilation, groups, backend):
 
 
 def _save(ctx, inputs, output):
-    x, weight_mu, weight_sigma, _, bias_sigma, *ctx.geometry, _, ctx.backend = inputs
+    x, weight_mu, weight_sigma, _, bias_sigma, *ctx.geometry, _, ctx.backend, _ = inputs
     _, r = output
     ctx.mark_non_differentiable(r)
     ctx.save_for_backward(x, r, weight_mu, weight_sigma, bias_sigma)
@@ -143,7 +142,7 @@ def _backward(ctx, g, _):
         dmu, dsigma = ffg_conv3d_grad_weight(g, r, x, weight_sigma, *ctx.geometry, ctx.backend)
     if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
         db_mu, db_sigma = ffg_conv3d_grad_bias(g, r, bias_sigma)
-    return dx, dmu, dsigma, db_mu, db_sigma, None, None, None, None, None, None
+    return dx, dmu, dsigma, db_mu, db_sigma, *[None] * 7
 
 
 ffg_conv3d.register_autograd(_backward, setup_context=_save)

@@ -58,6 +58,8 @@ def forward(
     dilation: Triple,
     groups: int,
     seed: Tensor,  # int64 scalar
+    *,
+    keep_r: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Sample the convolution.
 
@@ -65,7 +67,7 @@ def forward(
     -------
     y, r : Tensor
         [N, F, D', H', W'] in the dtype of x: the sample, in the layout of x, and eps / (2 sqrt(var)), which is all that
-        the backward needs next to x; r is always channels_last_3d.
+        the backward needs next to x; r is always channels_last_3d, and empty without ``keep_r``.
     """
     working = _working_dtype(x.dtype, x.device)
     h, mu, sigma = (_native(t.to(working)) for t in (x, weight_mu, weight_sigma))
@@ -76,8 +78,10 @@ def forward(
     std = var.sqrt_()
     eps = normal(std, int(seed)).to(working)
     y.addcmul_(std, eps)
-    r = eps.div_(std).mul_(0.5).masked_fill_(std == 0, 0.0)
     y = y.to(x.dtype).contiguous(memory_format=output_layout(x))
+    if not keep_r:  # no backward will follow
+        return y, x.new_empty(0)
+    r = eps.div_(std).mul_(0.5).masked_fill_(std == 0, 0.0)
     # Where std < 8e-6, 1 / std leaves fp16's range; saturated, r keeps the gradient finite.
     largest = torch.finfo(x.dtype).max
     return y, r.clamp_(-largest, largest).to(x.dtype).contiguous(memory_format=torch.channels_last_3d)

@@ -8,6 +8,7 @@ anyone's back.
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["main", "store", "tune_layer"]
+__all__ = ["main", "store", "time_calls", "tune_layer"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -32,9 +33,10 @@ def store(path: Path, tiles: dict[str, dict]) -> None:
     os.replace(file.name, path)
 
 
-def milliseconds(call, repeats: int) -> float:
-    """Median time of a call on the GPU, by events."""
-    call()
+def time_calls(call, repeats: int, warmup: int = 5) -> list[float]:
+    """Milliseconds of each call, by the GPU's own events."""
+    for _ in range(warmup):
+        call()
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -43,17 +45,19 @@ def milliseconds(call, repeats: int) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+    return times
 
 
-def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, padding: int, *, n_tiles: int, repeats: int) -> dict[str, dict]:
+def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: int) -> dict[str, dict]:
     """Time the best-ranked tiles of the three kernels for one layer; the fastest of each, by `tiles.tuned_key`."""
-    from dwc_kernels import kernels
-    from dwc_kernels.kernels.launch import architecture, folds, problem
-    from dwc_kernels.kernels.tiles import CHIPS, candidates, estimate, tuned_key
+    from triton.runtime.errors import OutOfResources
 
-    one = (1, 1, 1)
-    geometry = (one, (padding,) * 3, one, 1)
+    from dwc_kernels import kernels
+    from dwc_kernels.kernels.launch import Plan
+    from dwc_kernels.kernels.tiles import candidates, estimate, tuned_key
+
+    one, size = (1, 1, 1), x.shape[2:]
+    geometry = (one, tuple(k // 2 for k in mu.shape[2:]), one, 1)
     seed = torch.zeros((), dtype=torch.int64, device=x.device)
     y, r = kernels.forward(x, mu, sigma, None, None, *geometry, seed)
     calls = {
@@ -61,23 +65,22 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, padding: int, *, n_tiles: i
         "grad_input": lambda tile: kernels.grad_input(y, r, x, mu, sigma, *geometry, tile=tile),
         "grad_weight": lambda tile: kernels.grad_weight(y, r, x, sigma, *geometry, tile=tile),
     }
-    n_filters, channels, *kernel = mu.shape
-    arch = architecture(x.device)
     best = {}
     for kind, call in calls.items():
-        summed, columns, taps = (n_filters, channels, kernel) if kind == "grad_input" else (channels, n_filters, kernel)
-        if kind != "grad_input" and folds(mu):
-            summed, taps = mu[0].numel(), one
-        size = x.shape[2:] if kind == "grad_input" else y.shape[2:]
-        work = problem(kind, x, size, summed, columns, tuple(taps))
-        ranked = sorted(candidates(work, CHIPS[arch]), key=lambda t, w=work: estimate(w, t, CHIPS[arch])["total"])
-        times = {tile: milliseconds(lambda c=call, t=tile: c(t), repeats) for tile in ranked[:n_tiles]}
-        tile = min(times, key=times.get)
-        print(
-            f"{tuned_key(work)}: {times[tile]:.3f} ms with {tile} (the model's choice: {times[ranked[0]]:.3f} ms)",
-            flush=True,
+        plan = Plan.of(kind, x, size, mu, one, 1, None)
+        by_estimate = sorted(
+            candidates(plan.problem, plan.chip), key=lambda t, p=plan: estimate(p.problem, t, p.chip)["total"]
         )
-        best[tuned_key(work)] = asdict(tile)
+        times = {}
+        for tile in by_estimate[:n_tiles]:
+            try:
+                times[tile] = statistics.median(time_calls(lambda c=call, t=tile: c(t), repeats))
+            except OutOfResources as error:
+                print(f"{tile} does not fit: {error}", flush=True)
+        tile = min(times, key=times.get)
+        theirs = f"{times[by_estimate[0]]:.3f} ms" if by_estimate[0] in times else "does not fit"
+        print(f"{tuned_key(plan.problem)}: {times[tile]:.3f} ms with {tile} (the model's choice: {theirs})", flush=True)
+        best[tuned_key(plan.problem)] = asdict(tile)
     return best
 
 
@@ -95,21 +98,18 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("dwc_kernels.tune: no GPU here; the launchers use the model's tiles", file=sys.stderr)
         return 2
-    from dwc_kernels.kernels.launch import device_name
+    from dwc_kernels.kernels.launch import chip_of
     from dwc_kernels.kernels.tiles import tuned, tuned_path
 
     device = torch.device("cuda", torch.cuda.current_device())
-    path = tuned_path(device_name(device))
+    path = tuned_path(chip_of(device).name)
+    layers = ((1, options.width, 3), (options.width, options.width, 3), (options.width, options.classes, 1))
     for dtype in options.dtype:
-        for channels, filters, k in (
-            (1, options.width, 3),
-            (options.width,) * 2 + (3,),
-            (options.width, options.classes, 1),
-        ):
+        for channels, filters, k in layers:
             shape = (options.samples, channels, *(options.size,) * 3)
             x = torch.randn(shape, device=device, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last_3d)
             mu = torch.randn(filters, channels, k, k, k, device=device, dtype=DTYPES[dtype]) / (channels * k**3) ** 0.5
-            best = tune_layer(x, mu, mu.abs() * 0.1, k // 2, n_tiles=options.tiles, repeats=options.repeats)
+            best = tune_layer(x, mu, mu.abs() * 0.1, n_tiles=options.tiles, repeats=options.repeats)
             store(path, best)
     tuned.cache_clear()
     print(f"stored in {path}")

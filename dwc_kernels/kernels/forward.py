@@ -13,26 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwc_kernels.kernels.launch import (
-    Geometry,
-    Triple,
-    architecture,
-    column_descriptors,
-    descriptor,
-    device_name,
-    device_of,
-    fold_taps,
-    fold_weight,
-    folds,
-    loop_constants,
-    precision,
-    problem,
-    require,
-    voxels_last,
-)
+from dwc_kernels.geometry import Triple
+from dwc_kernels.kernels.launch import Geometry, Plan, fold_taps, fold_weight, voxels_last
 from dwc_kernels.kernels.noise import normal_tile
-from dwc_kernels.kernels.products import both_products, column_blocks, voxel_blocks
-from dwc_kernels.kernels.tiles import Tile, programs, tile_for
+from dwc_kernels.kernels.products import both_products, elements, place
+from dwc_kernels.kernels.tiles import Tile, programs
 from dwc_kernels.reference import output_layout
 
 __all__ = ["forward"]
@@ -72,19 +57,13 @@ def finish(
         eps = normal_tile(seed, (sample.to(tl.int64) * F + f)[None, :] * volume + voxel[:, None], M, N, ALIGNED)
         # A subnormal variance counts as zero: the reciprocal square root would flush it to infinity.
         scaled = tl.where(var >= 1.1754944e-38, tl.rsqrt(var), 0.0) * eps
-        row = tl.arange(0, M)
-        dw = row % BW
-        dh = row // BW % BH
-        dd = row // (BW * BH)
-        base = (((sample * D + d0).to(tl.int64) * H + h0) * W + w0) * F
-        offset = ((dd * H + dh) * W + dw)[:, None] * F + f[None, :]
-        mask = ((d0 + dd < D) & (h0 + dh < H) & (w0 + dw < W))[:, None] & (f < F)[None, :]
-        tl.store(y + base + offset, (mean + var * scaled).to(y.dtype.element_ty), mask=mask)
-        # In fp16, r saturates where 1 / std leaves its range (std < 8e-6).
-        half = 0.5 * scaled
-        if r.dtype.element_ty == tl.float16:
-            half = tl.minimum(tl.maximum(half, -65504.0), 65504.0)
-        tl.store(r + base + offset, half.to(r.dtype.element_ty), mask=mask)
+        corner, offset, mask = elements(sample, d0, h0, w0, f0, D, H, W, F, BD, BH, BW, N)
+        tl.store(y + corner + offset, (mean + var * scaled).to(y.dtype.element_ty), mask=mask)
+        if r is not None:
+            half = 0.5 * scaled
+            if r.dtype.element_ty == tl.float16:  # r saturates where 1 / std leaves fp16's range (std < 8e-6)
+                half = tl.minimum(tl.maximum(half, -65504.0), 65504.0)
+            tl.store(r + corner + offset, half.to(r.dtype.element_ty), mask=mask)
 
 
 SIZES = ["N", "Di", "Hi", "Wi", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w"]
@@ -96,7 +75,7 @@ def forward_kernel(
     mu_desc, mu_tail_desc,  # [taps, F, C], blocks of N0 and of N1 filters
     var_desc, var_tail_desc,  # [taps, F, C]: sigma^2
     bias_mu, bias_sigma,  # [F] or None
-    y, r,  # [N, D, H, W, F]
+    y, r,  # [N, D, H, W, F]; r or None
     seed,  # int64 scalar in memory, so that a CUDA graph can be replayed with another
     N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
@@ -106,23 +85,10 @@ def forward_kernel(
     PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """One program: a box of BD x BH x BW voxels of one sample and N0 + N1 filters, from descriptors to y and r."""
-    n_f = tl.cdiv(F, N0 + N1)
-    n_w = tl.cdiv(W, BW)
-    n_h = tl.cdiv(H, BH)
-    n_d = tl.cdiv(D, BD)
-    pid = tl.program_id(0)
-    f0 = pid % n_f * (N0 + N1)
-    w0 = pid // n_f % n_w * BW
-    h0 = pid // (n_f * n_w) % n_h * BH
-    d0 = pid // (n_f * n_w * n_h) % n_d * BD
-    sample = pid // (n_f * n_w * n_h * n_d)
-    TAPS: tl.constexpr = KD * KH * KW
+    sample, d0, h0, w0, f0 = place(D, H, W, F, BD, BH, BW, N0 + N1)
     mean, mean_tail, var, var_tail = both_products(
-        voxel_blocks(x_desc, N, Di, Hi, Wi, C, BD, BH, BW, BC, ARCH), None,
-        column_blocks(mu_desc, TAPS, F, C, N0, BC, ARCH), column_blocks(mu_tail_desc, TAPS, F, C, N1, BC, ARCH),
-        column_blocks(var_desc, TAPS, F, C, N0, BC, ARCH), column_blocks(var_tail_desc, TAPS, F, C, N1, BC, ARCH),
-        sample, d0, h0, w0, f0,
-        Di, Hi, Wi, D, H, W, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+        x_desc, None, mu_desc, mu_tail_desc, var_desc, var_tail_desc, sample, d0, h0, w0, f0,
+        N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
         KD, KH, KW, BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1, PRECISION, ARCH,
     )  # fmt: skip
     key = tl.load(seed)
@@ -149,40 +115,38 @@ def forward(
     groups: int,
     seed: Tensor,  # int64 scalar
     *,
+    keep_r: bool = True,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample the convolution: y in the layout of x and r in channels_last_3d, [N, F, D', H', W'], in the dtype of x.
+
+    Without ``keep_r``, where no backward will follow, r is empty and never written.
 
     Raises
     ------
     ValueError
         If the kernels cannot run on these arguments, saying why.
     """
-    require(x, weight_mu, stride, groups)
-    layout, geometry = output_layout(x), Geometry(tuple(weight_mu.shape[2:]), padding, dilation)
-    size = geometry.output_size(x.shape[2:])
-    n_filters = weight_mu.shape[0]
-    y, r = (
-        torch.empty(
-            (x.shape[0], n_filters, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
-        )
-        for _ in range(2)
+    geometry = Geometry(tuple(weight_mu.shape[2:]), padding, dilation)
+    size, n_filters = geometry.output_size(x.shape[2:]), weight_mu.shape[0]
+    plan = Plan.of("forward", x, size, weight_mu, stride, groups, tile)
+    y = torch.empty(
+        (x.shape[0], n_filters, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
     )
-    if folds(weight_mu):
-        x, geometry = fold_taps(x, geometry), Geometry.POINT
+    r = torch.empty_like(y) if keep_r else None
+    layout = output_layout(x)
+    if plan.problem.folded:
+        a, geometry = fold_taps(x, geometry), Geometry.POINT
         weight_mu, weight_sigma = fold_weight(weight_mu), fold_weight(weight_sigma)
-    how = precision(x)
-    work = problem("forward", x, size, weight_mu.shape[1], n_filters, geometry.kernel)
-    arch = architecture(x.device)
-    tile = tile or tile_for(work, arch, device_name(x.device))
-    a = voxels_last(x)
-    columns = column_descriptors(weight_mu, weight_sigma, a, how, tile, arch)
-    with device_of(x):
-        forward_kernel[(programs(work, tile),)](
-            descriptor(a, [1, *tile.box, tile.channels], arch), *columns, bias_mu, bias_sigma, y, r, seed,
-            *a.shape, *size, n_filters, *geometry.padding, *geometry.dilation, *geometry.kernel,
-            *loop_constants(tile, weight_mu.shape[1]), CHUNK=tile.chunk, ALIGNED=size[2] % 4 == 0,
-            PRECISION=how, ARCH=arch,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    return y.contiguous(memory_format=layout), r
+    else:
+        a = voxels_last(x)
+    if bias_mu is not None:
+        bias_mu, bias_sigma = bias_mu.contiguous(), bias_sigma.contiguous()
+    plan.launch(
+        forward_kernel, programs(plan.problem, plan.tile), x.device,
+        plan.descriptor(a, [1, *plan.tile.box, plan.tile.channels]), *plan.columns(weight_mu, weight_sigma, a),
+        bias_mu, bias_sigma, y, r, seed,
+        *a.shape, *size, n_filters, *geometry.padding, *geometry.dilation, *geometry.kernel, *plan.loop,
+        CHUNK=plan.tile.chunk, ALIGNED=size[2] % 4 == 0,
+    )  # fmt: skip
+    return y.contiguous(memory_format=layout), x.new_empty(0) if r is None else r

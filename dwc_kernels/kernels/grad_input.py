@@ -11,22 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwc_kernels.kernels.launch import (
-    Geometry,
-    Triple,
-    architecture,
-    column_descriptors,
-    descriptor,
-    device_name,
-    device_of,
-    loop_constants,
-    precision,
-    problem,
-    require,
-    voxels_last,
-)
-from dwc_kernels.kernels.products import both_products, column_blocks, voxel_blocks
-from dwc_kernels.kernels.tiles import Tile, programs, tile_for
+from dwc_kernels.geometry import Triple
+from dwc_kernels.kernels.launch import Geometry, Plan, voxels_last
+from dwc_kernels.kernels.products import both_products, elements, place
+from dwc_kernels.kernels.tiles import Tile, programs
 from dwc_kernels.reference import output_layout
 
 __all__ = ["grad_input"]
@@ -46,16 +34,9 @@ def finish(
         finish(mean_low, var_low, x, dx, sample, c0, d0, h0, w0, C, D, H, W, BD, BH, BW, HALF, CHUNK)
         finish(mean_high, var_high, x, dx, sample, c0 + HALF, d0, h0, w0, C, D, H, W, BD, BH, BW, HALF, CHUNK)
     else:
-        row = tl.arange(0, M)
-        dw = row % BW
-        dh = row // BW % BH
-        dd = row // (BW * BH)
-        c = c0 + tl.arange(0, N)
-        base = (((sample * D + d0).to(tl.int64) * H + h0) * W + w0) * C
-        offset = ((dd * H + dh) * W + dw)[:, None] * C + c[None, :]
-        mask = ((d0 + dd < D) & (h0 + dh < H) & (w0 + dw < W))[:, None] & (c < C)[None, :]
-        value = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + base + offset, (mean + 2.0 * value * var).to(dx.dtype.element_ty), mask=mask)
+        corner, offset, mask = elements(sample, d0, h0, w0, c0, D, H, W, C, BD, BH, BW, N)
+        value = tl.load(x + corner + offset, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + corner + offset, (mean + 2.0 * value * var).to(dx.dtype.element_ty), mask=mask)
 
 
 SIZES = ["N", "Do", "Ho", "Wo", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w"]
@@ -74,24 +55,10 @@ def grad_input_kernel(
     N0: tl.constexpr, N1: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """One program: a box of BD x BH x BW voxels of dx of one sample and N0 + N1 channels."""
-    n_c = tl.cdiv(C, N0 + N1)
-    n_w = tl.cdiv(W, BW)
-    n_h = tl.cdiv(H, BH)
-    n_d = tl.cdiv(D, BD)
-    pid = tl.program_id(0)
-    c0 = pid % n_c * (N0 + N1)
-    w0 = pid // n_c % n_w * BW
-    h0 = pid // (n_c * n_w) % n_h * BH
-    d0 = pid // (n_c * n_w * n_h) % n_d * BD
-    sample = pid // (n_c * n_w * n_h * n_d)
-    TAPS: tl.constexpr = KD * KH * KW
+    sample, d0, h0, w0, c0 = place(D, H, W, C, BD, BH, BW, N0 + N1)
     mean, mean_tail, var, var_tail = both_products(
-        voxel_blocks(g_desc, N, Do, Ho, Wo, F, BD, BH, BW, BC, ARCH),
-        voxel_blocks(r_desc, N, Do, Ho, Wo, F, BD, BH, BW, BC, ARCH),
-        column_blocks(mu_desc, TAPS, C, F, N0, BC, ARCH), column_blocks(mu_tail_desc, TAPS, C, F, N1, BC, ARCH),
-        column_blocks(var_desc, TAPS, C, F, N0, BC, ARCH), column_blocks(var_tail_desc, TAPS, C, F, N1, BC, ARCH),
-        sample, d0, h0, w0, c0,
-        Do, Ho, Wo, D, H, W, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+        g_desc, r_desc, mu_desc, mu_tail_desc, var_desc, var_tail_desc, sample, d0, h0, w0, c0,
+        N, Do, Ho, Wo, F, D, H, W, C, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
         KD, KH, KW, BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1, PRECISION, ARCH,
     )  # fmt: skip
     if N1 > 0:
@@ -119,25 +86,18 @@ def grad_input(
     ValueError
         If the kernels cannot run on these arguments, saying why.
     """
-    require(x, weight_mu, stride, groups)
     geometry = Geometry(tuple(weight_mu.shape[2:]), padding, dilation).adjoint()
-    n_filters, channels = weight_mu.shape[:2]
+    plan = Plan.of("grad_input", x, g.shape[2:], weight_mu, stride, groups, tile)
     layout = output_layout(x)
     x = x.contiguous(memory_format=torch.channels_last_3d)
     dx = torch.empty_like(x)
-    how = precision(x)
-    work = problem("grad_input", x, x.shape[2:], n_filters, channels, geometry.kernel)
-    arch = architecture(x.device)
-    tile = tile or tile_for(work, arch, device_name(x.device))
     g, r = voxels_last(g), voxels_last(r)
     mirrored = (w.flip(2, 3, 4).transpose(0, 1) for w in (weight_mu, weight_sigma))
-    columns = column_descriptors(*mirrored, g, how, tile, arch)
-    block = [1, *tile.box, tile.channels]
-    with device_of(x):
-        grad_input_kernel[(programs(work, tile),)](
-            descriptor(g, block, arch), descriptor(r, block, arch), *columns, x, dx,
-            *g.shape, *x.shape[2:], channels, *geometry.padding, *geometry.dilation, *geometry.kernel,
-            *loop_constants(tile, n_filters), CHUNK=tile.chunk, PRECISION=how, ARCH=arch,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    block = [1, *plan.tile.box, plan.tile.channels]
+    plan.launch(
+        grad_input_kernel, programs(plan.problem, plan.tile), x.device,
+        plan.descriptor(g, block), plan.descriptor(r, block), *plan.columns(*mirrored, g), x, dx,
+        *g.shape, *x.shape[2:], x.shape[1], *geometry.padding, *geometry.dilation, *geometry.kernel, *plan.loop,
+        CHUNK=plan.tile.chunk,
+    )  # fmt: skip
     return dx.contiguous(memory_format=layout)

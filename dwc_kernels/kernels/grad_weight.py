@@ -14,22 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwc_kernels.kernels.launch import (
-    Geometry,
-    Triple,
-    architecture,
-    descriptor,
-    device_name,
-    device_of,
-    fold_taps,
-    folds,
-    precision,
-    problem,
-    require,
-    voxels_last,
-)
+from dwc_kernels.geometry import Triple
+from dwc_kernels.kernels.launch import Geometry, Plan, fold_taps, voxels_last
 from dwc_kernels.kernels.products import column_blocks, operand, product, settled, voxel_blocks
-from dwc_kernels.kernels.tiles import CHIPS, STACKED_ROWS, Tile, programs, splits, tile_for
+from dwc_kernels.kernels.tiles import STACKED_ROWS, Tile, programs, splits
 
 __all__ = ["grad_weight"]
 
@@ -99,7 +87,7 @@ def grad_weight_kernel(
     n_h = tl.cdiv(h1 - h0, BH)
     n_d = tl.cdiv(d1 - d0, BD)
     boxes = N * n_d * n_h * n_w
-    first = (split * boxes) // splits
+    first = (split * boxes) // splits  # within 32 bits, as `tiles.splits` sees to
     last = ((split + 1) * boxes) // splits
     w = w0 + first % n_w * BW
     h = h0 + first // n_w % n_h * BH
@@ -177,37 +165,33 @@ def grad_weight(
     ValueError
         If the kernels cannot run on these arguments, saying why.
     """
-    require(x, weight_sigma, stride, groups)
     geometry = Geometry(tuple(weight_sigma.shape[2:]), padding, dilation)
-    folded = folds(weight_sigma)
-    if folded:
+    plan = Plan.of("grad_weight", x, g.shape[2:], weight_sigma, stride, groups, tile)
+    work, tile = plan.problem, plan.tile
+    if work.folded:
         x, geometry = fold_taps(x, geometry), Geometry.POINT
-    n_filters, channels, kernel = g.shape[1], x.shape[1], geometry.kernel
-    how, arch = precision(x), architecture(x.device)
-    work = problem("grad_weight", x, g.shape[2:], channels, n_filters, kernel)
-    tile = tile or tile_for(work, arch, device_name(x.device))
-    parts = splits(work, tile, CHIPS[arch])
-    x, g, r = voxels_last(x), voxels_last(g), voxels_last(r)
-    c_blocks = -(-channels // 32)
-    groups_of_taps = -(-math.prod(kernel) // 4)
+    else:
+        x = voxels_last(x)
+    n_filters, g, r = g.shape[1], voxels_last(g), voxels_last(r)
+    parts = splits(work, tile, plan.chip)
+    c_blocks, groups_of_taps = -(-work.channels // 32), -(-math.prod(work.kernel) // 4)
     partial = torch.empty(
         (parts, 2, groups_of_taps, c_blocks, STACKED_ROWS, g.shape[-1]), dtype=torch.float32, device=x.device
     )
     sums = partial.view(-1, *partial.shape[-2:])
     blocks = [[1, *tile.box, n] for n in (tile.wide, tile.tail)]
-    with device_of(x):
-        grad_weight_kernel[(programs(work, tile) * parts,)](
-            descriptor(x, [1, *tile.box, 32], arch), *(descriptor(t, block, arch) for t in (g, r) for block in blocks),
-            *(descriptor(sums, [1, STACKED_ROWS, n], arch) for n in (tile.wide, tile.tail)),
-            *x.shape, *g.shape[1:], *geometry.padding, *geometry.dilation, parts,
-            *kernel, c_blocks, *tile.box, tile.wide, tile.tail, PRECISION=how, ARCH=arch,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    plan.launch(
+        grad_weight_kernel, programs(work, tile) * parts, x.device,
+        plan.descriptor(x, [1, *tile.box, 32]), *(plan.descriptor(t, block) for t in (g, r) for block in blocks),
+        *(plan.descriptor(sums, [1, STACKED_ROWS, n]) for n in (tile.wide, tile.tail)),
+        *x.shape, *g.shape[1:], *geometry.padding, *geometry.dilation, parts,
+        *geometry.kernel, c_blocks, *tile.box, tile.wide, tile.tail,
+    )  # fmt: skip
     # Rows of `stack` are (tap bit 1, channel bits 4-3, tap bit 0, channel bits 2-0).
     total = partial.sum(0).view(2, groups_of_taps, c_blocks, 2, 4, 2, 8, -1)
     total = total.permute(0, 7, 2, 4, 6, 1, 3, 5).reshape(2, -1, c_blocks * 32, groups_of_taps * 4)
-    total = total[:, :n_filters, :channels, : math.prod(kernel)]
-    if folded:
+    total = total[:, :n_filters, : work.channels, : math.prod(work.kernel)]
+    if work.folded:
         total = total.reshape(2, n_filters, -1, weight_sigma.shape[1]).transpose(2, 3)
     dmu, dvar = total.reshape(2, *weight_sigma.shape)
     return dmu.to(weight_sigma.dtype), (2.0 * dvar * weight_sigma).to(weight_sigma.dtype)

@@ -3,7 +3,35 @@
 import triton
 import triton.language as tl
 
-__all__ = ["both_products", "column_blocks", "operand", "product", "settled", "voxel_blocks"]
+__all__ = ["both_products", "column_blocks", "elements", "operand", "place", "product", "settled", "voxel_blocks"]
+
+
+@triton.jit
+def place(D, H, W, F, BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N: tl.constexpr):
+    """Where this program's tile of N columns starts in [samples, D, H, W, F]; columns of one box follow each other."""
+    n_f = tl.cdiv(F, N)
+    n_w = tl.cdiv(W, BW)
+    n_h = tl.cdiv(H, BH)
+    n_d = tl.cdiv(D, BD)
+    pid = tl.program_id(0)
+    f0 = pid % n_f * N
+    w0 = pid // n_f % n_w * BW
+    h0 = pid // (n_f * n_w) % n_h * BH
+    d0 = pid // (n_f * n_w * n_h) % n_d * BD
+    return pid // (n_f * n_w * n_h * n_d), d0, h0, w0, f0
+
+
+@triton.jit
+def elements(sample, d0, h0, w0, f0, D, H, W, F, BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N: tl.constexpr):
+    """A tile [M, N] in a tensor [samples, D, H, W, F]: its corner (int64), offsets from there, and which exist."""
+    row = tl.arange(0, BD * BH * BW)
+    dw = row % BW
+    dh = row // BW % BH
+    dd = row // (BW * BH)
+    f = f0 + tl.arange(0, N)
+    corner = (((sample * D + d0).to(tl.int64) * H + h0) * W + w0) * F
+    offset = ((dd * H + dh) * W + dw)[:, None] * F + f[None, :]
+    return corner, offset, ((d0 + dd < D) & (h0 + dh < H) & (w0 + dw < W))[:, None] & (f < F)[None, :]
 
 
 @triton.jit
@@ -53,8 +81,8 @@ def voxel_blocks(
 
 @triton.jit
 def column_blocks(t, taps, F, C, N: tl.constexpr, BC: tl.constexpr, ARCH: tl.constexpr):
-    """A descriptor of t [taps, F, C] for blocks of N columns, in the same way; blocks of none need none."""
-    if (ARCH == "sm_80" or ARCH == "gfx942") and N * BC > 0:
+    """A descriptor of t [taps, F, C] for blocks of N columns, in the same way."""
+    if ARCH == "sm_80" or ARCH == "gfx942":
         FC = F * tl.multiple_of(C, 128 // t.dtype.element_ty.primitive_bitwidth)
         return tl.make_tensor_descriptor(t, [taps, F, C], [FC, C, 1], [1, N, BC])
     else:
@@ -81,7 +109,7 @@ def both_products(
     mu_desc, mu_tail_desc,  # [taps, F, C], blocks of N0 and of N1 columns
     var_desc, var_tail_desc,  # [taps, F, C]: sigma^2
     sample, d0, h0, w0, f0,  # the tile: a box of rows at a corner, and columns from f0 on
-    Da, Ha, Wa, D, H, W, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+    N, Da, Ha, Wa, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
     C_BLOCKS: tl.constexpr,  # blocks of BC channels per iteration
@@ -90,6 +118,15 @@ def both_products(
 ):  # fmt: skip
     """The sums over taps and channels of a * mu and of a * b * sigma^2 for one tile, in one pass over a and b."""
     M: tl.constexpr = BD * BH * BW
+    TAPS: tl.constexpr = KD * KH * KW
+    a_blocks = voxel_blocks(a_desc, N, Da, Ha, Wa, C, BD, BH, BW, BC, ARCH)
+    if b_desc is not None:
+        b_blocks = voxel_blocks(b_desc, N, Da, Ha, Wa, C, BD, BH, BW, BC, ARCH)
+    mu_blocks = column_blocks(mu_desc, TAPS, F, C, N0, BC, ARCH)
+    var_blocks = column_blocks(var_desc, TAPS, F, C, N0, BC, ARCH)
+    if N1 > 0:
+        mu_tail_blocks = column_blocks(mu_tail_desc, TAPS, F, C, N1, BC, ARCH)
+        var_tail_blocks = column_blocks(var_tail_desc, TAPS, F, C, N1, BC, ARCH)
     kd, kh, kw = (
         first_tap(d0, BD, D, pad_d, dil_d),
         first_tap(h0, BH, H, pad_h, dil_h),
@@ -110,21 +147,21 @@ def both_products(
         t = tap + i * KW + j
         for block in tl.static_range(C_BLOCKS):
             c = c0 + block * BC
-            a = a_desc.load([sample, d, h + i * dil_h, w + j * dil_w, c]).reshape(M, BC)
+            a = a_blocks.load([sample, d, h + i * dil_h, w + j * dil_w, c]).reshape(M, BC)
             if b_desc is None:
                 ab = product(a, a, PRECISION)
             else:
-                ab = product(a, b_desc.load([sample, d, h + i * dil_h, w + j * dil_w, c]).reshape(M, BC), PRECISION)
+                ab = product(a, b_blocks.load([sample, d, h + i * dil_h, w + j * dil_w, c]).reshape(M, BC), PRECISION)
             a = operand(a, PRECISION)
-            mean = settled(tl.dot(a, mu_desc.load([t, f0, c]).reshape(N0, BC).T, mean, PRECISION), ARCH)
+            mean = settled(tl.dot(a, mu_blocks.load([t, f0, c]).reshape(N0, BC).T, mean, PRECISION), ARCH)
             if N1 > 0:
                 mean_tail = settled(
-                    tl.dot(a, mu_tail_desc.load([t, f0 + N0, c]).reshape(N1, BC).T, mean_tail, PRECISION), ARCH
+                    tl.dot(a, mu_tail_blocks.load([t, f0 + N0, c]).reshape(N1, BC).T, mean_tail, PRECISION), ARCH
                 )
-            var = settled(tl.dot(ab, var_desc.load([t, f0, c]).reshape(N0, BC).T, var, PRECISION), ARCH)
+            var = settled(tl.dot(ab, var_blocks.load([t, f0, c]).reshape(N0, BC).T, var, PRECISION), ARCH)
             if N1 > 0:
                 var_tail = settled(
-                    tl.dot(ab, var_tail_desc.load([t, f0 + N0, c]).reshape(N1, BC).T, var_tail, PRECISION), ARCH
+                    tl.dot(ab, var_tail_blocks.load([t, f0 + N0, c]).reshape(N1, BC).T, var_tail, PRECISION), ARCH
                 )
         # On to the next step by carries: a division here would cost more than all other index arithmetic.
         if C_STEPS > 1:

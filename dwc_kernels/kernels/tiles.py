@@ -11,7 +11,7 @@ and takes the least. The rates are peak rates of the chips, so the time is a low
 import json
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,6 +26,7 @@ __all__ = [
     "choose",
     "estimate",
     "operand_bytes",
+    "problem_of",
     "programs",
     "splits",
     "tile_for",
@@ -42,15 +43,17 @@ class Chip:
     """Rates of one chip, per multiprocessor and cycle where not said otherwise."""
 
     name: str
+    arch: str  # whose machine code it runs
     multiprocessors: int
     clock: float  # Hz, at which the vendor states its peak
-    macs: dict[str, int]  # tensor-core multiply-adds by the dtype of the operands
+    macs: dict[str, int] = field(hash=False)  # tensor-core multiply-adds by the dtype of the operands
     l2: float  # bytes from L2
     dram: float  # bytes per second of the whole chip
     shared: int  # bytes of shared memory that the programs on a multiprocessor can have
     holds: int = 238  # registers of a thread that accumulators and operands may fill without spilling, as compiled
     rows_per_warp: int = 32  # of a tile
     unroll: int = 1  # channel blocks per iteration that still compile without spilling
+    tensor_memory: bool = False  # accumulators live there and not in registers
     warp: int = 32
 
 
@@ -58,26 +61,39 @@ class Chip:
 # L2: 5120 bytes per cycle is A100's stated figure (A100 whitepaper); the others are taken to be no better per chip.
 CHIPS = {
     "sm_80": Chip(
-        "A100 SXM 80GB", 108, 1.41e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 64},
+        "A100 SXM 80GB", "sm_80", 108, 1.41e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 64},
         5120 / 108, 2.04e12, 163 << 10,
         holds=115, rows_per_warp=16,
     ),
     "sm_90": Chip(
-        "H100 SXM", 132, 1.83e9, {"bf16": 2048, "fp16": 2048, "tf32": 1024, "ieee": 128},
+        "H100 SXM", "sm_90", 132, 1.83e9, {"bf16": 2048, "fp16": 2048, "tf32": 1024, "ieee": 128},
         5120 / 132, 3.35e12, 227 << 10,
         unroll=3,
     ),
     "sm_100": Chip(
-        "B200", 148, 1.85e9, {"bf16": 4096, "fp16": 4096, "tf32": 2048, "ieee": 128}, 5120 / 148, 8.0e12, 227 << 10
+        "B200", "sm_100", 148, 1.85e9, {"bf16": 4096, "fp16": 4096, "tf32": 2048, "ieee": 128},
+        5120 / 148, 8.0e12, 227 << 10,
+        holds=200, tensor_memory=True,
     ),
     "gfx942": Chip(
-        "MI300X", 304, 2.1e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 128}, 64, 5.3e12, 64 << 10, warp=64
+        "MI300X", "gfx942", 304, 2.1e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 128},
+        64, 5.3e12, 64 << 10,
+        warp=64,
     ),
 }  # fmt: skip
+# Chips for desktops and inference run sm_80's matrix instructions with less of everything; sm_120 has copy engines.
+CHIPS["sm_89"] = replace(
+    CHIPS["sm_80"], name="L40S", multiprocessors=142, clock=2.52e9, dram=8.64e11, shared=99 << 10,
+    macs={"bf16": 512, "fp16": 512, "tf32": 256, "ieee": 128}, l2=2048 / 142,
+)  # fmt: skip
+CHIPS["sm_120"] = replace(
+    CHIPS["sm_89"], name="RTX 5090", arch="sm_120", multiprocessors=170, clock=2.41e9, dram=1.79e12, l2=2048 / 170
+)
 # The interpreter runs one program after the other, so it wants few and large ones.
 CHIPS["interpreter"] = replace(
-    CHIPS["sm_90"], name="the interpreter", multiprocessors=1, macs=dict.fromkeys(CHIPS["sm_90"].macs, 2048)
-)
+    CHIPS["sm_90"], name="the interpreter", arch="interpreter", multiprocessors=1,
+    macs=dict.fromkeys(CHIPS["sm_90"].macs, 2048),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,10 +107,32 @@ class Problem:
     channels: int
     columns: int
     kernel: tuple[int, int, int]
+    folded: bool = False  # taps have become channels
 
     @property
     def itemsize(self) -> int:
         return 2 if self.dtype in ("bf16", "fp16") else 4
+
+
+def problem_of(
+    kind: str,
+    dtype: str,
+    samples: int,
+    size: tuple[int, int, int],
+    channels: int,
+    filters: int,
+    kernel: tuple[int, int, int],
+) -> Problem:
+    """The problem of one kernel for a convolution of channels into filters.
+
+    Where a block of channels would be mostly padding, taps become channels; the input gradient sums over filters.
+    """
+    taps = math.prod(kernel)
+    if kind == "grad_input":
+        return Problem(kind, dtype, samples, tuple(size), filters, channels, tuple(kernel))
+    if channels <= 4 and 1 < channels * taps <= 128:
+        return Problem(kind, dtype, samples, tuple(size), channels * taps, filters, (1, 1, 1), folded=True)
+    return Problem(kind, dtype, samples, tuple(size), channels, filters, tuple(kernel))
 
 
 @dataclass(frozen=True)
@@ -122,14 +160,14 @@ class Tile:
 BOXES = ((4, 8, 8), (4, 4, 8), (2, 4, 8), (2, 4, 4), (1, 4, 4))
 COLUMNS = ((64, 32), (64, 0), (32, 16), (32, 0), (16, 0))
 SUMMED_COLUMNS = ((64, 32), (64, 0), (32, 0), (16, 0))
-SUMMED_BOXES = ((1, 4, 8), (1, 8, 8), (1, 2, 8))  # of grad_weight, whose products sum over voxels
+SUMMED_BOXES = ((1, 4, 8), (1, 8, 8), (2, 8, 8), (1, 2, 8))  # of grad_weight, whose products sum over voxels
 STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 
 
 def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """The tiles that fit the chip's registers and shared memory."""
     columns = SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS
-    if chip.macs[problem.dtype] < 512:  # not tensor cores: operands sit in registers, so many warps on a small tile
+    if problem.dtype == "ieee":  # not tensor cores: operands sit in registers, so many warps on a small tile
         boxes = SUMMED_BOXES[-1:] if problem.kind == "grad_weight" else BOXES[2:3]
         shapes = [(box, 32 if problem.kind == "grad_weight" else 16, 1, 8) for box in boxes]
         columns = ((32, 0), (16, 0))
@@ -138,7 +176,9 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     else:
         blocks = {c: math.ceil(problem.channels / c) for c in (16, 32, 64)}
         # With one tap the compiler merges the loop with what follows and needs registers for both: half the rows.
-        boxes, per_warp = (BOXES, chip.rows_per_warp) if math.prod(problem.kernel) > 1 else (BOXES[1:], 16)
+        one_tap = math.prod(problem.kernel) == 1
+        boxes = BOXES[1:] if one_tap else BOXES
+        per_warp = 16 if one_tap and not chip.tensor_memory else chip.rows_per_warp
         # g and r together leave no registers for an unrolled loop.
         unrolls = range(1, (chip.unroll if problem.kind == "forward" else 1) + 1)
         shapes = [
@@ -151,12 +191,13 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     found = []
     for box, channels, unroll, warps in shapes:
         for wide, tail in columns:
-            chunk = 8 if math.prod(problem.kernel) == 1 else 16  # a loop this short is merged with what follows it
+            # A loop over one tap is merged with what follows it; 16 columns of 256 rows spill when finished at once.
+            chunk = 8 if math.prod(problem.kernel) == 1 or wide == 16 else 16
             tile = Tile(box, channels, unroll, wide, tail, chunk, warps, 2)
             stages = [
                 s
                 for s in (4, 3, 2)[problem.kind == "grad_weight" :]
-                if shared_bytes(problem, replace(tile, stages=s)) <= chip.shared
+                if shared_bytes(problem, replace(tile, stages=s), chip) <= chip.shared
             ]
             if stages and registers(problem, tile, chip) <= chip.holds:
                 found.append(replace(tile, stages=stages[0]))
@@ -174,20 +215,24 @@ def operand_bytes(problem: Problem, tile: Tile) -> tuple[int, int]:
     return tile.rows * channels * problem.itemsize * operands, tile.columns * channels * (problem.itemsize + squares)
 
 
-def shared_bytes(problem: Problem, tile: Tile) -> int:
+def shared_bytes(problem: Problem, tile: Tile, chip: Chip) -> int:
     """Shared memory of the pipeline, as Triton lays it out: what goes to registers is free one stage earlier."""
     row_bytes, column_bytes = operand_bytes(problem, tile)
     if problem.kind == "grad_weight":
         squares = 2 if problem.dtype == "bf16" else 4
-        return (tile.stages - 1) * (row_bytes + column_bytes) + tile.rows * tile.columns * squares
-    return (tile.stages - 1) * row_bytes + tile.stages * column_bytes
+        total = (tile.stages - 1) * (row_bytes + column_bytes) + tile.rows * tile.columns * squares
+    else:
+        total = (tile.stages - 1) * row_bytes + tile.stages * column_bytes
+    return total + (row_bytes + (8 << 10) if chip.tensor_memory else 0)  # there products read rows from shared memory
 
 
 def registers(problem: Problem, tile: Tile, chip: Chip) -> float:
     """Registers of a thread that hold accumulators and operands; addresses and counters come on top."""
     squares = 2 if problem.dtype == "bf16" else 4
     rows, summed = (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels)
-    words = 2 * rows * tile.columns + rows * summed * (problem.itemsize + squares) / 4
+    words = rows * summed * (problem.itemsize + squares) / 4
+    if not chip.tensor_memory:
+        words += 2 * rows * tile.columns
     if problem.kind == "grad_weight":  # g * r is formed there, and fp32 passes through them to be transposed
         words += tile.columns * summed * (squares + (problem.itemsize if problem.itemsize == 4 else 0)) / 4
     return words / (chip.warp * tile.warps)
@@ -196,7 +241,7 @@ def registers(problem: Problem, tile: Tile, chip: Chip) -> float:
 def resident(problem: Problem, tile: Tile, chip: Chip) -> int:
     """Programs that share a multiprocessor."""
     by_registers = 65536 // (chip.warp * tile.warps * min(256, 32 + int(registers(problem, tile, chip))))
-    return max(1, min(by_registers, chip.shared // shared_bytes(problem, tile)))
+    return max(1, min(by_registers, chip.shared // shared_bytes(problem, tile, chip)))
 
 
 def programs(problem: Problem, tile: Tile) -> int:
@@ -213,10 +258,11 @@ def boxes(size: tuple[int, int, int], box: tuple[int, int, int]) -> int:
 
 
 def splits(problem: Problem, tile: Tile, chip: Chip) -> int:
-    """Parts into which grad_weight splits the voxels: one full wave of programs, at least four boxes each."""
+    """Parts into which grad_weight splits the voxels: one full wave of programs, at least four boxes each, and few
+    enough that the kernel's product of parts and boxes stays below 2^31."""
     available = problem.samples * boxes(problem.size, tile.box)
     wanted = chip.multiprocessors * resident(problem, tile, chip) // programs(problem, tile)
-    return max(1, min(wanted, available // 4))
+    return max(1, min(wanted, available // 4, (2**31 - 1) // available))
 
 
 def estimate(problem: Problem, tile: Tile, chip: Chip) -> dict[str, float]:
@@ -263,9 +309,8 @@ def estimate(problem: Problem, tile: Tile, chip: Chip) -> dict[str, float]:
 
 
 @lru_cache(maxsize=512)
-def choose(problem: Problem, arch: str) -> Tile:
-    """The candidate with the least estimate on ``arch``."""
-    chip = CHIPS[arch]
+def choose(problem: Problem, chip: Chip) -> Tile:
+    """The candidate with the least estimate on the chip."""
     return min(candidates(problem, chip), key=lambda tile: estimate(problem, tile, chip)["total"])
 
 
@@ -302,6 +347,6 @@ def tuned(device: str) -> dict[str, Tile]:
         ) from error
 
 
-def tile_for(problem: Problem, arch: str, device: str) -> Tile:
-    """The tile that was measured best on the device, or else the model's choice for its architecture."""
-    return tuned(device).get(tuned_key(problem)) or choose(problem, arch)
+def tile_for(problem: Problem, chip: Chip) -> Tile:
+    """The tile that was measured best on a device of this name, or else the model's choice for it."""
+    return tuned(chip.name).get(tuned_key(problem)) or choose(problem, chip)

@@ -5,73 +5,18 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from benchmarks.composition import composition, saved_bytes
 from dwc_kernels import ffg_conv3d, reference
-from dwc_kernels.noise import normal
-
-NAMES = ("x", "weight_mu", "weight_sigma", "bias_mu", "bias_sigma")
-
-
-def make(c=3, f=5, kernel=3, size=(6, 7, 9), batch=2, groups=1, bias=True, dtype=torch.float32, seed=0):
-    """Arguments of the op, ReLU-like input with a background of zeros."""
-    gen = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=gen, dtype=torch.float64)
-
-    kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
-    x = randn(batch, c, *size).relu()
-    x[..., : size[-1] // 3] = 0
-    tensors = [x, randn(f, c // groups, *kernel), randn(f, c // groups, *kernel).abs() * 0.1 + 1e-3]
-    if bias:
-        tensors += [randn(f), randn(f).abs() * 0.1 + 1e-3]
-    return [t.to(dtype).requires_grad_() for t in tensors]
-
-
-def results(op, tensors, g, **options):
-    """Output and gradients."""
-    y = op(*tensors, **options)
-    return [y.detach(), *torch.autograd.grad(y, tensors, g.to(y.dtype))]
-
-
-def definition(x, weight_mu, weight_sigma, bias_mu=None, bias_sigma=None, *, eps, **geometry):
-    """The composition, with the derivative of sqrt(var) defined as 0 where var = 0 (background without bias)."""
-    mean = F.conv3d(x, weight_mu, bias_mu, **geometry)
-    var = F.conv3d(x.square(), weight_sigma.square(), None if bias_sigma is None else bias_sigma.square(), **geometry)
-    return mean + torch.where(var > 0, var, 1.0).sqrt() * (var > 0) * eps
-
-
-def relative_error(out, exact):
-    return ((out.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
-
-
-def assert_as_accurate_as_composition(tensors, **geometry):
-    """Output and every gradient err at most twice as much as the composition does in the same dtype, against fp64.
-
-    The composition's own error depends on the layout, through the order in which PyTorch sums: the larger one counts.
-    To it comes one rounding, for gradients of a few elements and for fp32, whose errors are of that size.
-    """
-    dtype = tensors[0].dtype
-    with torch.no_grad():
-        y = F.conv3d(tensors[0].double(), tensors[1].double(), **geometry)
-    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).double()
-    eps = normal(y, 7)
-    exact = results(
-        definition, [t.detach().double().requires_grad_() for t in tensors], g, eps=eps.double(), **geometry
-    )
-    ours = results(ffg_conv3d, tensors, g, seed=7, **geometry)
-    composed = []
-    for layout in (torch.contiguous_format, torch.channels_last_3d):
-        x = tensors[0].detach().contiguous(memory_format=layout).requires_grad_()
-        composed.append(results(definition, [x, *tensors[1:]], g, eps=eps.to(dtype), **geometry))
-    for name, e, o, *both in zip(("y", *NAMES), exact, ours, *composed, strict=False):
-        assert o.isfinite().all(), name
-        rounding = torch.finfo(dtype).eps if e.numel() < 100 or dtype in (torch.float32, torch.float64) else 0.0
-        rounding *= 10 if dtype == torch.float64 else 1  # fp64 is its own yardstick
-        allowed = 2 * max(relative_error(c, e) for c in both) + rounding
-        assert relative_error(o, e) <= allowed, (name, allowed, relative_error(o, e))
-
+from tests.dwc_kernels.problems import (
+    assert_as_accurate_as_composition,
+    assert_background_has_zero_gradient,
+    assert_fp16_squares_neither_overflow_nor_vanish,
+    in_layout,
+    make,
+    results,
+)
 
 GEOMETRIES = {
     "channels 1 -> 16": (dict(c=1, f=16), dict(padding=1)),
@@ -104,11 +49,7 @@ GEOMETRIES = {
 def test_fp32_is_as_accurate_as_the_composition(case, layout):
     arguments, geometry = GEOMETRIES[case]
     x, *rest = make(**arguments)
-    if layout == "channels_last":
-        x = x.detach().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
-    elif layout == "sliced":
-        x = F.pad(x.detach(), (1, 2, 0, 1))[..., :-1, 1:-2].requires_grad_()
-    assert_as_accurate_as_composition([x, *rest], **geometry)
+    assert_as_accurate_as_composition([in_layout(x, layout), *rest], **geometry)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -126,26 +67,12 @@ def test_bf16_products_are_as_accurate_as_the_composition(case, monkeypatch):
 
 
 def test_fp16_squares_neither_overflow_nor_vanish():
-    x, mu, sigma = make(bias=False)
-    x, sigma = (x.detach() * 300).half(), torch.full_like(sigma, 1e-4).half()  # x^2 > 65504, sigma^2 < 2^-24
-    tensors = [t.requires_grad_() for t in (x, mu.detach().half() * 0, sigma)]
-    eps = normal(torch.empty(2, 5, 6, 7, 9), 7)
-    g = torch.ones(eps.shape)
-    doubles = [t.detach().double().requires_grad_() for t in tensors]
-    exact = results(definition, doubles, g.double(), eps=eps.double(), padding=1)
-    for o, e in zip(results(ffg_conv3d, tensors, g, seed=7, padding=1), exact, strict=True):
-        assert relative_error(o, e) < 2e-3
+    assert_fp16_squares_neither_overflow_nor_vanish((6, 7, 9))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 def test_all_zero_input_has_zero_gradient_not_nan():
-    x, mu, sigma = make(bias=False)
-    x = torch.zeros_like(x).requires_grad_()
-    y, dx, dmu, dsigma = results(ffg_conv3d, [x, mu, sigma], torch.ones(2, 5, 6, 7, 9), padding=1)
-    assert not y.any()
-    assert not dmu.any()
-    assert not dsigma.any()
-    assert dx.isfinite().all()
+    assert_background_has_zero_gradient((6, 7, 9))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
@@ -166,6 +93,28 @@ def test_a_second_derivative_is_an_error_not_a_wrong_number():
     for gradient in gradients:
         with pytest.raises(RuntimeError):
             torch.autograd.grad(gradient.sum(), tensors, retain_graph=True, allow_unused=True)
+
+
+def test_a_forward_mode_tangent_is_an_error_not_a_silent_zero():
+    tensors = [t.detach() for t in make()]
+    for place in range(5):
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(t, t) if i == place else t for i, t in enumerate(tensors)]
+            with pytest.raises(RuntimeError, match="forward-mode"):
+                ffg_conv3d(*duals, padding=1)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda x: ffg_conv3d(x, *tensors[1:], padding=1), (tensors[0],), (tensors[0],))
+    with forward_ad.dual_level():  # of something else
+        assert ffg_conv3d(*tensors, padding=1).isfinite().all()
+
+
+def test_the_sample_is_the_same_whether_or_not_r_is_kept():
+    tensors = make()
+    kept = ffg_conv3d(*tensors, padding=1, seed=3)
+    with torch.no_grad():
+        assert torch.equal(ffg_conv3d(*tensors, padding=1, seed=3), kept)
+    _, r = torch.ops.dwc.ffg_conv3d(*tensors, *[(1, 1, 1)] * 3, 1, torch.tensor(3), "reference", False)
+    assert r.numel() == 0
 
 
 @pytest.mark.parametrize("kept", range(5))
@@ -196,25 +145,34 @@ def test_gradcheck_in_fp64(geometry):
     assert torch.autograd.gradcheck(lambda *t: ffg_conv3d(*t, seed=3, **geometry), tensors, fast_mode=False)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-@pytest.mark.parametrize(("c", "f", "bias"), [(3, 5, True), (1, 1, False), (3, 1, True)])
-def test_opcheck(layout, c, f, bias):
-    x, *rest = make(c=c, f=f, size=(4, 5, 6), bias=bias)
-    x = x.detach().contiguous(memory_format=layout).requires_grad_()
-    parameters = rest if bias else [*rest, None, None]
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("arguments", "geometry"),
+    [
+        (dict(c=3, f=5), {}),
+        (dict(c=1, f=1, bias=False), {}),
+        (dict(c=3, f=1), {}),
+        (dict(c=3, f=5), dict(stride=(2, 1, 3))),
+        (dict(c=4, f=6, groups=2), dict(groups=2)),
+        (dict(c=2, f=3), dict(padding=(2, 0, 2), dilation=(2, 1, 1))),
+    ],
+)
+def test_opcheck(layout, arguments, geometry):
+    x, *rest = make(**arguments, size=(4, 5, 6))
+    x, parameters = in_layout(x, layout), (*rest, None, None)[:4]
     one = (1, 1, 1)
-    torch.library.opcheck(
-        torch.ops.dwc.ffg_conv3d.default, (x, *parameters, one, one, one, 1, torch.tensor(3), "reference")
-    )
-    y, r = torch.ops.dwc.ffg_conv3d(x, *parameters, one, one, one, 1, torch.tensor(3), "reference")
-    weights = [t.detach() for t in rest[:2]]
-    backward = (torch.randn_like(y), r, x.detach())
-    torch.library.opcheck(
-        torch.ops.dwc.ffg_conv3d_grad_input.default, (*backward, *weights, one, one, one, 1, "reference")
-    )
-    torch.library.opcheck(
-        torch.ops.dwc.ffg_conv3d_grad_weight.default, (*backward, weights[1], one, one, one, 1, "reference")
-    )
+    where = dict(stride=one, padding=one, dilation=one, groups=1) | geometry
+    where = tuple((v,) * 3 if isinstance(v, int) and k != "groups" else v for k, v in where.items())
+    sample, forward = torch.ops.dwc.ffg_conv3d.default, (x, *parameters, *where, torch.tensor(3), "reference")
+    torch.library.opcheck(sample, forward)
+    with torch.no_grad():
+        torch.library.opcheck(sample, (*forward, False), test_utils=("test_schema", "test_faketensor"))
+    y, r = torch.ops.dwc.ffg_conv3d(x, *parameters, *where, torch.tensor(3), "reference")
+    g, r, x, mu, sigma = (t.detach() for t in (torch.randn_like(y), r, x, *rest[:2]))
+    for name, inputs in (("input", (g, r, x, mu, sigma)), ("weight", (g, r, x, sigma))):
+        torch.library.opcheck(getattr(torch.ops.dwc, f"ffg_conv3d_grad_{name}").default, (*inputs, *where, "reference"))
+    if parameters[3] is not None:
+        torch.library.opcheck(torch.ops.dwc.ffg_conv3d_grad_bias.default, (g, r, parameters[3].detach()))
 
 
 def test_only_x_and_r_are_kept_for_the_backward():

@@ -3,82 +3,35 @@
 The interpreter multiplies bf16 wrongly, so bf16 is left to the compiler's proof; the fp16 and fp32 paths run here.
 """
 
-import math
 import re
 import sys
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.utils.checkpoint import checkpoint
 
-from dwc_kernels import ffg_conv3d, kernels, reference
+from dwc_kernels import FFGConv3d, ffg_conv3d, kernels, reference
 from dwc_kernels.backends import choose_backend, why_not_triton
 from dwc_kernels.kernels import launch
+from dwc_kernels.kernels.forward import finish as forward_finish
+from dwc_kernels.kernels.grad_input import finish as grad_input_finish
 from dwc_kernels.kernels.noise import four_normals
-from dwc_kernels.kernels.tiles import CHIPS, KINDS, Problem, Tile, candidates
+from dwc_kernels.kernels.tiles import Tile
 from dwc_kernels.noise import _four_normals, normal
+from tests.dwc_kernels import problems
+from tests.dwc_kernels.problems import in_layout, results
 
-NAMES = ("y", "x", "weight_mu", "weight_sigma", "bias_mu", "bias_sigma")
 ONE = (1, 1, 1)
 NOISE = 5e-7  # how far sine and cosine of an fp32 angle may differ between two good implementations
 
+make = partial(problems.make, size=(4, 5, 6), batch=1)
+assert_as_accurate_as_composition = partial(problems.assert_as_accurate_as_composition, backend="triton", slack=NOISE)
+
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # 1 / sqrt(0), not taken
-
-
-def make(c=3, f=5, kernel=3, size=(4, 5, 6), batch=1, bias=True, dtype=torch.float32):
-    """Arguments of the op, ReLU-like input with a background of zeros."""
-    gen = torch.Generator().manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=gen, dtype=torch.float64)
-
-    kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
-    x = randn(batch, c, *size).relu()
-    x[..., : size[-1] // 3] = 0
-    tensors = [x, randn(f, c, *kernel), randn(f, c, *kernel).abs() * 0.1 + 1e-3]
-    if bias:
-        tensors += [randn(f), randn(f).abs() * 0.1 + 1e-3]
-    return [t.to(dtype).requires_grad_() for t in tensors]
-
-
-def results(op, tensors, g, **options):
-    """Output and gradients."""
-    y = op(*tensors, **options)
-    return [y.detach(), *torch.autograd.grad(y, tensors, g.to(y.dtype))]
-
-
-def definition(x, weight_mu, weight_sigma, bias_mu=None, bias_sigma=None, *, eps, **geometry):
-    """The composition, with the derivative of sqrt(var) defined as 0 where var = 0."""
-    mean = F.conv3d(x, weight_mu, bias_mu, **geometry)
-    var = F.conv3d(x.square(), weight_sigma.square(), None if bias_sigma is None else bias_sigma.square(), **geometry)
-    return mean + torch.where(var > 0, var, 1.0).sqrt() * (var > 0) * eps
-
-
-def relative_error(out, exact):
-    return ((out.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
-
-
-def assert_as_accurate_as_composition(tensors, **geometry):
-    """Against fp64, output and gradients err at most twice as much as the composition in the same dtype."""
-    dtype = tensors[0].dtype
-    with torch.no_grad():
-        y = F.conv3d(tensors[0].double(), tensors[1].double(), **geometry)
-    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).double()
-    eps = normal(y, 7)
-    doubles = [t.detach().double().requires_grad_() for t in tensors]
-    exact = results(definition, doubles, g, eps=eps.double(), **geometry)
-    ours = results(ffg_conv3d, tensors, g, seed=7, backend="triton", **geometry)
-    composed = []
-    for layout in (torch.contiguous_format, torch.channels_last_3d):
-        x = tensors[0].detach().contiguous(memory_format=layout).requires_grad_()
-        composed.append(results(definition, [x, *tensors[1:]], g, eps=eps.to(dtype), **geometry))
-    for name, e, o, *both in zip(NAMES, exact, ours, *composed, strict=False):
-        assert o.isfinite().all(), name
-        allowed = 2 * max(relative_error(c, e) for c in both) + torch.finfo(dtype).eps + NOISE
-        assert relative_error(o, e) <= allowed, (name, allowed, relative_error(o, e))
 
 
 GEOMETRIES = {
@@ -112,10 +65,7 @@ def test_fp32_is_as_accurate_as_the_composition(case):
 @pytest.mark.parametrize("layout", ["channels_last", "sliced"])
 def test_every_layout_gives_the_same(layout):
     x, *rest = make(c=8, size=(4, 5, 8))
-    if layout == "channels_last":
-        other = x.detach().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
-    else:
-        other = F.pad(x.detach(), (1, 2, 0, 1))[..., :-1, 1:-2].requires_grad_()
+    other = in_layout(x, layout)
     g = torch.randn(1, 5, 4, 5, 8)
     options = dict(seed=3, padding=1, backend="triton")
     for a, b in zip(
@@ -134,26 +84,29 @@ def test_fp16_is_as_accurate_as_the_composition(case):
 
 
 def test_fp16_squares_neither_overflow_nor_vanish():
-    x, mu, sigma = make(c=8, bias=False)
-    x, sigma = (x.detach() * 300).half(), torch.full_like(sigma, 1e-4).half()  # x^2 > 65504, sigma^2 < 2^-24
-    tensors = [t.requires_grad_() for t in (x, mu.detach().half() * 0, sigma)]
-    eps = normal(torch.empty(1, 5, 4, 5, 6), 7)
-    g = torch.ones(eps.shape)
-    doubles = [t.detach().double().requires_grad_() for t in tensors]
-    exact = results(definition, doubles, g.double(), eps=eps.double(), padding=1)
-    for o, e in zip(results(ffg_conv3d, tensors, g, seed=7, padding=1, backend="triton"), exact, strict=True):
-        assert relative_error(o, e) < 2e-3
+    problems.assert_fp16_squares_neither_overflow_nor_vanish((2, 5, 6), backend="triton")
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 def test_all_zero_input_has_zero_gradient_not_nan():
-    x, mu, sigma = make(c=8, bias=False)
-    x = torch.zeros_like(x).requires_grad_()
-    y, dx, dmu, dsigma = results(ffg_conv3d, [x, mu, sigma], torch.ones(1, 5, 4, 5, 6), padding=1, backend="triton")
-    assert not y.any()
-    assert not dmu.any()
-    assert not dsigma.any()
-    assert dx.isfinite().all()
+    problems.assert_background_has_zero_gradient((2, 5, 6), backend="triton")
+
+
+def test_biases_of_any_stride_are_read_as_they_are():
+    x, mu, sigma, *_ = (t.detach() for t in make(c=8, f=5, kernel=1))
+    biases = torch.randn(2, 10).abs()[:, ::2]
+    ours, theirs = (ffg_conv3d(x, mu, sigma, *biases, seed=1, backend=b) for b in ("triton", "reference"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sample_is_the_same_whether_or_not_r_is_kept():
+    tensors = [t.detach() for t in make(c=8)]
+    arguments = (*tensors, ONE, ONE, ONE, 1, torch.tensor(3))
+    y, r = kernels.forward(*arguments)
+    alone, nothing = kernels.forward(*arguments, keep_r=False)
+    assert torch.equal(alone, y)
+    assert r.shape == y.shape
+    assert nothing.numel() == 0
 
 
 def test_zero_sigma_is_conv3d():
@@ -236,8 +189,7 @@ def test_weight_sums_split_over_programs_add_up(monkeypatch):
 
 
 def test_tf32_rounds_to_nearest_instead_of_truncating():
-    x = make(c=8, f=16, kernel=1, size=(4, 4, 8), bias=False)
-    w = x[1].detach()
+    _, w, _ = (t.detach() for t in make(c=8, f=16, kernel=1, bias=False))
     packed = launch.pack(w, torch.float32, "tf32", 8)[0, :, :8]
     exact = w[..., 0, 0, 0]
     assert ((packed - exact).abs() <= exact.abs() * 2.0**-11).all()
@@ -252,6 +204,7 @@ def test_tf32_rounds_to_nearest_instead_of_truncating():
         (dict(groups=2), "groups"),
         (dict(kernel=9), "larger than 7"),
         (dict(size=(2, 20000, 20000)), "2\\^31"),
+        (dict(size=(2, 4, 4), output=(2, 20000, 20000)), "2\\^31"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_said(change, reason):
@@ -264,17 +217,19 @@ def test_what_the_kernels_cannot_do_is_said(change, reason):
         dtype, shape, is_cuda = x.dtype, x.shape, False
         numel = staticmethod(x.numel)
 
-    said = why_not_triton(OnCpu, weight, options["stride"], options["groups"])
+    said = why_not_triton(OnCpu, weight, options.get("output", options["size"]), options["stride"], options["groups"])
     assert re.search(reason, said)
     with pytest.raises(ValueError, match=reason):
-        choose_backend("triton", OnCpu, weight, options["stride"], options["groups"])
+        choose_backend(
+            "triton", OnCpu, weight, options.get("output", options["size"]), options["stride"], options["groups"]
+        )
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     x, weight = torch.zeros(1, 4, 4, 4, 4), torch.zeros(4, 4, 3, 3, 3)
-    assert "not on a GPU" in why_not_triton(x, weight)
-    assert choose_backend("auto", x, weight) == "reference"
+    assert "not on a GPU" in why_not_triton(x, weight, (2, 2, 2))
+    assert choose_backend("auto", x, weight, (2, 2, 2)) == "reference"
 
 
 def test_compile_sees_through_to_the_kernels():
@@ -285,11 +240,61 @@ def test_compile_sees_through_to_the_kernels():
     torch.testing.assert_close(compiled(*tensors), ffg_conv3d(*tensors, seed=3, backend="triton").relu())
 
 
-def test_a_tile_s_rows_cover_odd_volumes():
-    """Every candidate tile of the model is a power of two in each extent, as Triton's ranges need."""
-    for kind in KINDS:
-        problem = Problem(kind, "bf16", 2, (5, 7, 9), 21, 50, (3, 3, 3))
-        for tile in candidates(problem, CHIPS["sm_90"]):
-            for n in (*tile.box, tile.channels, tile.wide, tile.warps):
-                assert n & (n - 1) == 0
-            assert replace(tile, stages=2).rows == math.prod(tile.box)
+def gradients(layer, call, x):
+    """Of the parameters, for one forward and backward under one seed."""
+    layer.zero_grad()
+    torch.manual_seed(5)
+    call(x).float().square().sum().backward()
+    return [p.grad.clone() for p in layer.parameters()]
+
+
+@pytest.mark.parametrize("how", ["plain", "checkpoint", "reentrant", "compile", "functional_call", "autocast"])
+def test_the_module_trains_through_the_kernels_as_through_the_reference(how):
+    torch.manual_seed(0)
+    layer = FFGConv3d(3, 5, 3, padding=1, sigma_init=0.1, backend="reference")
+    x = torch.randn(1, 3, 2, 4, 4).requires_grad_()
+    expected = gradients(layer, layer, x)
+    layer.backend = "triton"
+    call = {
+        "checkpoint": lambda t: checkpoint(layer, t, use_reentrant=False),
+        "reentrant": lambda t: checkpoint(layer, t, use_reentrant=True),
+        "compile": torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        "functional_call": lambda t: torch.func.functional_call(layer, dict(layer.named_parameters()), (t,)),
+    }.get(how, layer)
+    with torch.autocast("cpu", torch.float16, enabled=how == "autocast"):
+        ours = gradients(layer, call, x)
+    tolerance = 2e-3 if how == "autocast" else 2e-6
+    for o, e in zip(ours, expected, strict=True):
+        assert problems.relative_error(o, e.double()) < tolerance
+
+
+# The last tile of a volume of more elements than 32 bits count. Its memory is reserved, and a tile's worth touched.
+FAR = dict(sample=1, d0=4, h0=8190, w0=8188, F=3, D=6, H=8192, W=8192)
+
+
+@triton.jit
+def far_forward(y, seed, sample, d0, h0, w0, F, D, H, W):
+    zero = tl.zeros([16, 4], tl.float32)
+    forward_finish(zero, zero + 1.0, None, None, y, None, seed, sample, 0, d0, h0, w0, F, D, H, W, 2, 2, 4, 4, 16, True)
+
+
+@triton.jit
+def far_grad_input(x, sample, d0, h0, w0, F, D, H, W):
+    zero = tl.zeros([16, 4], tl.float32)
+    grad_input_finish(zero + 1.0, zero + 2.0, x, x, sample, 0, d0, h0, w0, F, D, H, W, 2, 2, 4, 4, 16)
+
+
+def test_volumes_beyond_2_to_the_31_elements_index_rightly():
+    n_voxels = 6 * 8192 * 8192
+    volume = torch.empty((2, 6, 8192, 8192, 3), dtype=torch.float16)
+    assert volume.numel() > 2**31
+    corner = volume[1, 4:, 8190:, 8188:]
+    far_forward[(1,)](volume, 7, **FAR)
+    voxels = torch.arange(n_voxels - 2 * 8192**2, n_voxels).view(2, 8192, 8192)[:, 8190:, 8188:, None]
+    index = (3 + torch.arange(3)) * n_voxels + voxels  # of sample 1, in NCDHW order
+    lanes = torch.empty(4, *index.shape)
+    _four_normals(index // 4, 7, lanes)
+    torch.testing.assert_close(corner.float(), lanes.gather(0, (index % 4)[None])[0], rtol=1e-3, atol=1e-4)
+    corner.fill_(3)
+    far_grad_input[(1,)](volume, **FAR)
+    assert (corner == 1 + 2 * 3 * 2).all()

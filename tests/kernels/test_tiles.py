@@ -5,13 +5,16 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.shapes import LAYERS, SAMPLES, SIZE
 from dwc_kernels import tune
 from dwc_kernels.kernels import tiles
+from dwc_kernels.kernels.launch import chip_of
 from dwc_kernels.kernels.tiles import CHIPS, KINDS, Problem, Tile, candidates, choose, estimate
 
 LAYER = Problem("forward", "bf16", SAMPLES, SIZE, 96, 96, (3, 3, 3))
@@ -23,28 +26,42 @@ LAYER = Problem("forward", "bf16", SAMPLES, SIZE, 96, 96, (3, 3, 3))
 def test_every_layer_has_a_tile_that_fits(kind, dtype, arch):
     for layer in LAYERS:
         problem = Problem(kind, dtype, SAMPLES, SIZE, layer.channels, layer.filters, (layer.kernel,) * 3)
-        tile = choose(problem, arch)
-        assert tiles.shared_bytes(problem, tile) <= CHIPS[arch].shared
+        tile = choose(problem, CHIPS[arch])
+        assert tiles.shared_bytes(problem, tile, CHIPS[arch]) <= CHIPS[arch].shared
         assert tiles.registers(problem, tile, CHIPS[arch]) <= CHIPS[arch].holds
         for n in (*tile.box, tile.channels, tile.wide, tile.warps):
             assert n & (n - 1) == 0  # Triton's ranges are powers of two
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_candidate_is_made_of_powers_of_two(kind):
+    for tile in candidates(Problem(kind, "bf16", 2, (5, 7, 9), 21, 50, (3, 3, 3)), CHIPS["sm_90"]):
+        for n in (*tile.box, tile.channels, tile.wide, tile.warps):
+            assert n & (n - 1) == 0  # as Triton's ranges need
+
+
+def test_the_product_of_splits_and_boxes_stays_below_2_to_the_31():
+    problem = Problem("grad_weight", "bf16", 30, (256, 256, 256), 27, 96, (1, 1, 1))
+    tile = choose(problem, CHIPS["sm_90"])
+    boxes = problem.samples * tiles.boxes(problem.size, tile.box)
+    assert 1 < tiles.splits(problem, tile, CHIPS["sm_90"]) < 2**31 / boxes
+
+
 def test_96_filters_get_96_columns_and_a_full_tile():
-    tile = choose(LAYER, "sm_90")
+    tile = choose(LAYER, CHIPS["sm_90"])
     assert (tile.wide, tile.tail) == (64, 32)
     assert math.prod(tile.box) == 256
 
 
 def test_a_small_problem_gets_smaller_tiles_to_fill_the_chip():
     small = Problem("forward", "bf16", 1, (16, 16, 16), 96, 96, (3, 3, 3))
-    assert tiles.programs(small, choose(small, "sm_90")) > tiles.programs(small, choose(LAYER, "sm_90"))
+    assert tiles.programs(small, choose(small, CHIPS["sm_90"])) > tiles.programs(small, choose(LAYER, CHIPS["sm_90"]))
 
 
 def test_the_choice_is_the_least_estimate():
     chip = CHIPS["sm_90"]
     least = min(estimate(LAYER, t, chip)["total"] for t in candidates(LAYER, chip))
-    assert estimate(LAYER, choose(LAYER, "sm_90"), chip)["total"] == least
+    assert estimate(LAYER, choose(LAYER, CHIPS["sm_90"]), chip)["total"] == least
 
 
 def test_a_measured_tile_is_used_and_other_layers_keep_the_model_s(tmp_path, monkeypatch):
@@ -53,9 +70,33 @@ def test_a_measured_tile_is_used_and_other_layers_keep_the_model_s(tmp_path, mon
     tune.store(tiles.tuned_path("Some GPU/80GB"), {tiles.tuned_key(LAYER): asdict(measured)})
     tune.store(tiles.tuned_path("Some GPU/80GB"), {"another": asdict(measured)})
     tiles.tuned.cache_clear()
-    assert tiles.tile_for(LAYER, "sm_90", "Some GPU/80GB") == measured
+    assert tiles.tile_for(LAYER, replace(CHIPS["sm_90"], name="Some GPU/80GB")) == measured
     assert set(json.loads(tiles.tuned_path("Some GPU/80GB").read_text())) == {tiles.tuned_key(LAYER), "another"}
-    assert tiles.tile_for(LAYER, "sm_90", "another GPU") == choose(LAYER, "sm_90")
+    assert tiles.tile_for(LAYER, replace(CHIPS["sm_90"], name="another GPU")) == choose(LAYER, CHIPS["sm_90"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((12, 0), "sm_120"),
+    ],
+)
+def test_a_device_runs_its_chip_s_code_with_its_own_name_and_sizes(capability, arch, monkeypatch):
+    major, minor = capability
+    device = SimpleNamespace(
+        name="a GPU", major=major, minor=minor, multi_processor_count=7, shared_memory_per_block_optin=99 << 10
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    chip = chip_of.__wrapped__(torch.device("cuda", 0))
+    assert (chip.arch, chip.name, chip.multiprocessors, chip.shared) == (arch, "a GPU", 7, 99 << 10)
+    for kind in KINDS:
+        problem = replace(LAYER, kind=kind)
+        assert tiles.shared_bytes(problem, choose(problem, chip), chip) <= 99 << 10
 
 
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', '{"a": {"box": [1, 2, 3]}}', "[]"])
@@ -66,7 +107,7 @@ def test_a_broken_file_of_tiles_is_named(tmp_path, monkeypatch, content):
     path.write_text(content)
     tiles.tuned.cache_clear()
     with pytest.raises(ValueError, match=r"gpu\.json"):
-        tiles.tile_for(LAYER, "sm_90", "gpu")
+        tiles.tile_for(LAYER, replace(CHIPS["sm_90"], name="gpu"))
 
 
 @pytest.mark.parametrize(("module", "code"), [("dwc_kernels.tune", 2), ("benchmarks.gpu", 0)])
