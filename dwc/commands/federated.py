@@ -177,13 +177,14 @@ def _kit_arguments(parser: ArgumentParser) -> None:
 
 def _simulate_arguments(parser: ArgumentParser) -> None:
     """Run whole rounds on this machine, on simulated sites, and plan for more."""
-    from dwc.federated.simulation import SimulationSettings
+    from dwc.federated.settings import SimulationSettings
 
     parser.add_class_arguments(SimulationSettings)
 
 
 def _simulate(values: Namespace) -> None:
-    from dwc.federated.simulation import SimulationSettings, simulate
+    from dwc.federated.settings import SimulationSettings
+    from dwc.federated.simulation import simulate
 
     parser = new_parser("federated simulate", "")
     parser.add_class_arguments(SimulationSettings)

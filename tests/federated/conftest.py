@@ -1,8 +1,12 @@
 """A guard for everything that a test starts: no address but loopback."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
+
+needs_flare = ["test_federated_command.py", "test_loopback.py", "test_service.py", "test_simulation.py"]
+collect_ignore = [] if find_spec("nvflare") else needs_flare  # pip install 'dwc[federated]'
 
 GUARD = """
 import os, socket

@@ -18,8 +18,6 @@ from dwc.files import load_tensors
 from dwc.posterior import Posterior
 from tests.made_posteriors import a_prior, a_site
 
-pytest.importorskip("nvflare", reason="pip install 'dwc[federated]'")
-
 AGREEMENT = {
     "name": "brains", "server": "localhost", "sites": ["north", "east"], "prior": "q.safetensors", "rounds": 3,
     "quorum": 1, "grace_hours": 12, "training": {"epochs": 2, "lr": 0.01},

@@ -25,7 +25,6 @@ from dwc.federated.lock import held
 from dwc.posterior import Posterior
 from dwc.training import train
 
-pytest.importorskip("nvflare", reason="pip install 'dwc[federated]'")
 pytest_plugins = ["tests.tiny_runs"]
 pytestmark = [pytest.mark.loopback, pytest.mark.usefixtures("one_thread", "offline")]
 

@@ -16,8 +16,6 @@ from dwc.federated.project import Project
 from dwc.federated.spool import Spool
 from tests.made_posteriors import a_prior
 
-pytest.importorskip("nvflare", reason="pip install 'dwc[federated]'")
-
 ENGINE = """echo $$ >> engines
 exec sleep {seconds}
 """

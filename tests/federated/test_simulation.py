@@ -7,7 +7,6 @@ from dwc import cli
 from dwc.federated.planning import plan
 from dwc.posterior import Posterior
 
-pytest.importorskip("nvflare", reason="pip install 'dwc[federated]'")
 pytestmark = pytest.mark.usefixtures("offline")
 
 
