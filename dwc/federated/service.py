@@ -51,12 +51,11 @@ def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
         keep()
         while True:
             began = time.monotonic()
-            one_pass = subprocess.Popen(words)
-            while one_pass.poll() is None:
-                time.sleep(1)
-                # A pass whose server was restarted waits for a job that will never end.
-                if keep() or time.monotonic() > began + 2 * _pass_limit(kit):
-                    one_pass.kill()
+            with _ended(subprocess.Popen(words)) as one_pass:
+                while one_pass.poll() is None and time.monotonic() < began + 2 * _pass_limit(kit):
+                    time.sleep(1)
+                    if keep():  # a pass whose server was restarted waits for a job that will never end
+                        break
             _clear_runs(kit)
             while time.monotonic() < began + every_s:
                 keep()
@@ -198,6 +197,16 @@ def _kept_running(kit: Path) -> Iterator[Any]:
                 process.wait(timeout=2 * _LOOK_S)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+@contextmanager
+def _ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    """A process that does not outlive the block."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 @contextmanager
