@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 test = ["hypothesis", "monai", "niimath", "pytest", "pytest-benchmark", "pytest-xdist"]
+federated = ["nvflare>=2.9,<2.10"]
 triton = ["triton>=3.3; platform_system == 'Linux'"]
 
 setup(
@@ -34,9 +35,10 @@ setup(
         "jsonargparse[signatures]>=4.49",
     ],
     extras_require={
+        "federated": federated,
         "triton": triton,
         "test": test,
-        "dev": [*test, *triton, "ruff"],
+        "dev": [*test, *federated, *triton, "ruff"],
     },
     entry_points={"console_scripts": ["dwc = dwc.cli:main"]},
     classifiers=[

@@ -96,8 +96,16 @@ class Consolidation:
         """S, the sites that are in; those inside consolidated posteriors count each."""
         return len(self._members)
 
-    def add(self, site: Posterior) -> None:
+    def add(self, site: Posterior, *, prior: Posterior | None = None) -> None:
         """Multiply a site's posterior in and divide by the prior (Eq. 11).
+
+        Parameters
+        ----------
+        site : Posterior
+            What the site's data have made of the prior.
+        prior : Posterior, optional
+            The one that the site trained from, if that is an earlier one: a site that answers after its round has been
+            consolidated brings the same factor q_s / q_0, whatever it is multiplied to.
 
         Raises
         ------
@@ -105,13 +113,13 @@ class Consolidation:
             If the site's prior, architecture, label map, preprocessing or tensors are not this prior's, a value is not
             finite, a sigma is not in (0, sigma_0], or the site is in already.
         """
-        self._check(site)
+        prior = self.prior if prior is None else prior
+        self._check(site, prior)
         members = _members(site)
         if members.keys() & self._members.keys():
             raise InputError(f"{site.name}: this site is in already; give each site's posterior once")
-        self._accumulate(site, factor=1.0)
+        self._accumulate(site, prior, factor=1.0)
         self._members.update(members)
-        prior = self.prior
         tensors = {
             name: (
                 site.sigma[name].double().pow(-2).sum().item(),
@@ -122,22 +130,23 @@ class Consolidation:
         }
         self._rows[frozenset(members)] = (site.name, tensors)
 
-    def remove(self, site: Posterior) -> None:
-        """Divide a site's posterior out again, with the power it has here, and multiply by the prior.
+    def remove(self, site: Posterior, *, prior: Posterior | None = None) -> None:
+        """Divide a site's posterior out again, with the power it has here, and multiply by the prior; as `add`.
 
         Raises
         ------
         InputError
             If the site is not in, or its removal leaves a precision <= 0.
         """
-        self._check(site)
+        prior = self.prior if prior is None else prior
+        self._check(site, prior)
         members = _members(site)
         if not members.keys() <= self._members.keys():
             raise InputError(f"{site.name}: this site is not in and cannot be removed; give one of the sites added")
         powers = [self._members[digest].temper / member.temper for digest, member in members.items()]
         if not all(math.isclose(power, powers[0], rel_tol=1e-12) for power in powers):
             raise InputError(f"{site.name}: its sites have other powers here than in it; remove them one by one")
-        self._accumulate(site, factor=-powers[0])
+        self._accumulate(site, prior, factor=-powers[0])
         for digest in members:
             del self._members[digest]
         self._rows = {came: row for came, row in self._rows.items() if not came & members.keys()}
@@ -230,14 +239,15 @@ class Consolidation:
             parts.append(sum(_two_sum((temper * total, temper * error), ours)))
         return tuple(parts)
 
-    def _check(self, site: Posterior) -> None:
+    def _check(self, site: Posterior, prior: Posterior) -> None:
         if not site.validate().is_bayesian:
             raise InputError(f"{site.name}: a MAP network has no standard deviations; train with --mode vcl")
         trained_from = site.metadata.get("prior_sha256")
-        if trained_from != self._prior_sha256:
+        prior_sha256 = self._prior_sha256 if prior is self.prior else prior.sha256
+        if trained_from != prior_sha256:
             raise InputError(
-                f"{site.name}: was trained from prior {str(trained_from)[:12]}, not from {self.prior.name} "
-                f"({self._prior_sha256[:12]}); give the prior that the sites started from"
+                f"{site.name}: was trained from prior {str(trained_from)[:12]}, not from {prior.name} "
+                f"({prior_sha256[:12]}); give the prior that the sites started from"
             )
         for key in _SHARED:
             if site.shared(key) != self.prior.shared(key):
@@ -246,9 +256,9 @@ class Consolidation:
                     f"{site.name}: {key.replace('_', ' ')} {brief(theirs)} differs from the prior's {brief(ours)}; "
                     "give sites trained alike"
                 )
-        if odd := site.mu.keys() ^ self.prior.mu.keys():
-            raise InputError(f"{site.name}: {min(odd)} is not in both this file and {self.prior.name}")
-        for name, sigma_0 in self.prior.sigma.items():
+        if odd := site.mu.keys() ^ prior.mu.keys():
+            raise InputError(f"{site.name}: {min(odd)} is not in both this file and {prior.name}")
+        for name, sigma_0 in prior.sigma.items():
             if site.mu[name].shape != sigma_0.shape:
                 raise InputError(
                     f"{site.name}: {name} has shape {list(site.mu[name].shape)}, not {list(sigma_0.shape)}"
@@ -259,11 +269,11 @@ class Consolidation:
                     "where Eq. 17 may not be defined; train with --mode vcl, which keeps sigma <= sigma_0"
                 )
 
-    def _accumulate(self, site: Posterior, *, factor: float) -> None:
+    def _accumulate(self, site: Posterior, prior: Posterior, *, factor: float) -> None:
         """Add factor * (site - prior); nothing changes if any precision of Eq. 17 would not stay positive."""
         updated = {}
         for name, sums in self._sums.items():
-            parts = zip(sums, _natural(site, name), _natural(self.prior, name), strict=True)
+            parts = zip(sums, _natural(site, name), _natural(prior, name), strict=True)
             new = tuple(_two_sum(_two_sum(total, factor * theirs), -factor * ours) for total, theirs, ours in parts)
             precision = self._eta(name, new, 1.0)[1]
             self._refuse_improper(site.name, name, precision, "where Eq. 17 is not defined", "leave this site out")

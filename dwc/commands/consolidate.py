@@ -26,6 +26,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--prior", type=Path, required=True, help="the posterior that every site started from")
     parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     parser.add_argument(
+        "--earlier", type=Path, nargs="+", default=[], help="earlier priors, of sites that answered after their round"
+    )
+    parser.add_argument(
         "--without", type=Path, nargs="+", default=[], help="sites to take out again, of those in consolidated files"
     )
     parser.add_argument(
@@ -46,8 +49,10 @@ def main(arguments: Sequence[str]) -> None:
     if choose is None and values.data is not None:
         raise InputError(f"--data {values.data}: serves --temper auto alone; leave it out or give --temper auto")
     consolidation = Consolidation(Posterior.load(values.prior)).tempered(1.0 if choose else values.temper)
+    earlier = {prior.sha256: prior for prior in map(Posterior.load, values.earlier)}
     for path in values.sites:
-        consolidation.add(Posterior.load(path))
+        site = Posterior.load(path)
+        consolidation.add(site, prior=earlier.get(site.metadata.get("prior_sha256")))
     for path in values.without:
         consolidation.remove(Posterior.load(path))
     if choose:

@@ -1,0 +1,201 @@
+"""`dwc federated`: the cycle over many sites, from start-up kits to the last round, and its simulation."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from dwc.commands.arguments import new_parser, parse
+from dwc.errors import InputError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one of the steps.
+
+    Raises
+    ------
+    InputError
+        If an argument or a file is wrong, or NVIDIA FLARE is not installed.
+    Interrupted
+        If a signal ended a service.
+    """
+    parser = new_parser("federated", "Run distributed weight consolidation over many sites, on NVIDIA FLARE.")
+    steps = parser.add_subcommands(dest="step")
+    for name, (add_arguments, _) in _STEPS.items():
+        step = new_parser(f"federated {name}", (add_arguments.__doc__ or "").rstrip("."))
+        add_arguments(step)
+        steps.add_subcommand(name, step, help=step.description)
+    values = parse(parser, arguments)
+    if find_spec("nvflare") is None:
+        raise InputError("NVIDIA FLARE is not installed: pip install 'dwc[federated]'")
+    own = values[values.step]
+    own.pop("config", None)
+    _STEPS[values.step][1](own)
+
+
+def _init_arguments(parser: ArgumentParser) -> None:
+    """Write the start-up kits of a project."""
+    parser.add_argument("project", type=Path, help="project.yml, what the consortium has agreed on")
+    parser.add_argument("--out", type=Path, default=Path("federation"), help="folder for the kits; keep it safe")
+
+
+def _init(values: Namespace) -> None:
+    from dwc.federated.provisioning import provision
+
+    project = _agreement(values.project)
+    kits = provision(project, values.out.absolute())
+    print(f"{kits / project.server}  the server's; next: dwc federated serve {kits / project.server}")
+    print(f"{kits / project.organizer}  the organizer's; it stays with the server's")
+    for site in project.sites:
+        print(f"{kits / site}  for {site}, over a safe channel")
+
+
+def _agreement(path: Path):
+    """The consortium's, checked."""
+    from dwc.federated.project import Project
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; see docs/federated.md for what is in it")
+    parser = new_parser("federated init", "")
+    parser.add_class_arguments(Project)
+    project = Project(**parser.instantiate(parse(parser, ["--config", str(path)])).as_dict())
+    return replace(project, prior=path.absolute().parent / project.prior).check()
+
+
+def _serve_arguments(parser: ArgumentParser) -> None:
+    """Run the server, and ask the sites again and again."""
+    _kit_arguments(parser)
+    parser.add_argument("--project", type=Path | None, default=None, help="project.yml, if it has changed since init")
+    parser.add_argument("--every_s", type=float, default=300.0, help="seconds from one pass over the sites to the next")
+
+
+def _serve(values: Namespace) -> None:
+    from dwc.federated.cycle import Cycle
+    from dwc.federated.exchange import folder_in
+    from dwc.federated.lock import held
+    from dwc.federated.service import admin_kit_of, serve
+
+    kit = values.kit.absolute()
+    if values.project is not None:
+        with held(folder_in(kit) / "lock") as alone:
+            if not alone:
+                raise InputError(f"{kit}: a pass is being made; try again when it has ended")
+            Cycle(folder_in(kit)).amend(_agreement(values.project))
+    serve(kit, (values.admin or admin_kit_of(kit)).absolute(), values.every_s)
+
+
+def _join_arguments(parser: ArgumentParser) -> None:
+    """Run a site: answer the server, train on the site's own scans."""
+    parser.add_argument("kit", type=Path, help="the site's start-up kit")
+    parser.add_argument("--data", type=Path | None, default=None, help="manifest of the site's scans; once is enough")
+    parser.add_argument("--settings", type=Path | None, default=None, help="YAML of dwc train settings of its own")
+    parser.add_argument(
+        "--command", type=list[str] | None, default=None,
+        help="what starts a training and lasts as long, as [sbatch, --wait, job.sh]; by default dwc train itself",
+    )  # fmt: skip
+
+
+def _join(values: Namespace) -> None:
+    from dwc.federated.exchange import folder_in
+    from dwc.federated.provisioning import TRAINING
+    from dwc.federated.service import join
+    from dwc.federated.spool import Spool
+
+    kit = values.kit.absolute()
+    folder = folder_in(kit)
+    if not (kit / "startup" / "fed_client.json").is_file():
+        raise InputError(f"{kit}: is no site's kit; give one written by dwc federated init")
+    if values.data is not None:
+        configs = [folder / TRAINING, *([values.settings.absolute()] if values.settings else [])]
+        words = [word for config in configs for word in ("--config", str(config))]
+        words += ["--mode", "vcl", "--data", str(values.data.absolute()), "--cache_dir", str(folder / "cache")]
+        _check_training(words)
+        Spool.create(folder, words, values.command)
+    elif values.settings or values.command:
+        raise InputError("--settings and --command go with --data; give the manifest of the site's scans too")
+    Spool(folder)
+    join(kit)
+
+
+def _check_training(words: list[str]) -> None:
+    """Refuse settings and data with which no training could begin, while a person is looking."""
+    from dwc.data.manifest import read_manifest
+    from dwc.settings import TrainSettings
+
+    parser = new_parser("train", "")
+    parser.add_class_arguments(TrainSettings)
+    settings = TrainSettings(**parse(parser, [*words, "--prior", "prior", "--out", "run"]).as_dict())
+    settings.check()
+    read_manifest(settings.data, seed=settings.seed, test_fraction=settings.test_fraction)
+
+
+def _round_arguments(parser: ArgumentParser) -> None:
+    """Make one pass over the sites now."""
+    _kit_arguments(parser)
+
+
+def _round(values: Namespace) -> None:
+    from dwc.federated.service import admin_kit_of, make_pass
+
+    kit = values.kit.absolute()
+    print(f"FLARE: {make_pass(kit, (values.admin or admin_kit_of(kit)).absolute())}")
+    _print_state(kit)
+
+
+def _status_arguments(parser: ArgumentParser) -> None:
+    """Print how far a server's cycle is."""
+    parser.add_argument("kit", type=Path, help="the server's start-up kit")
+    parser.add_argument("--json", type=bool, default=False, help="the whole state, for programs")
+
+
+def _status(values: Namespace) -> None:
+    from dwc.federated.cycle import read_state
+    from dwc.federated.exchange import folder_in
+
+    if values.json:
+        print(json.dumps(read_state(folder_in(values.kit)), indent=2))
+    else:
+        _print_state(values.kit)
+
+
+def _print_state(kit: Path) -> None:
+    from dwc.federated.cycle import describe, read_state
+    from dwc.federated.exchange import folder_in
+
+    print(describe(read_state(folder_in(kit))), flush=True)
+
+
+def _kit_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("kit", type=Path, help="the server's start-up kit")
+    parser.add_argument("--admin", type=Path | None, default=None, help="the organizer's; default: beside the server's")
+
+
+def _simulate_arguments(parser: ArgumentParser) -> None:
+    """Run whole rounds on this machine, on simulated sites, and plan for more."""
+    from dwc.federated.settings import SimulationSettings
+
+    parser.add_class_arguments(SimulationSettings)
+
+
+def _simulate(values: Namespace) -> None:
+    from dwc.federated.settings import SimulationSettings
+    from dwc.federated.simulation import simulate
+
+    parser = new_parser("federated simulate", "")
+    parser.add_class_arguments(SimulationSettings)
+    simulate(SimulationSettings(**parser.instantiate(values).as_dict()))
+
+
+_STEPS: dict[str, tuple[Callable[[ArgumentParser], None], Callable[[Namespace], None]]] = {
+    "init": (_init_arguments, _init),
+    "serve": (_serve_arguments, _serve),
+    "join": (_join_arguments, _join),
+    "status": (_status_arguments, _status),
+    "round": (_round_arguments, _round),
+    "simulate": (_simulate_arguments, _simulate),
+}

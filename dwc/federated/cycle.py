@@ -1,0 +1,284 @@
+"""The server's books: which prior is out, whose posterior has arrived, and when a round closes.
+
+A folder holds the priors `q0.safetensors`, `q1.safetensors`, ..., the posteriors `round-1/<site>.safetensors` and
+`state.json`, which is written last and whole: what it does not tell has not happened, and is done again. Nothing here
+sends or waits; `exchange` moves the messages, and every call may be repeated.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+from dwc.consolidation import Consolidation
+from dwc.errors import InputError
+from dwc.federated.project import Project
+from dwc.federated.wire import ANSWER, check, digest
+from dwc.files import open_folder, write_whole
+from dwc.posterior import Posterior
+
+__all__ = ["Cycle", "describe", "read_state"]
+
+_VERSION = 1
+_UNHEARD = {"state": "not heard of", "round": 0, "heard": None}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The books as they stand.
+
+    Raises
+    ------
+    InputError
+        If there are none.
+    """
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the server's kit") from error
+    except ValueError as error:
+        raise InputError(f"{path}: is no JSON ({error}); restore it from a backup") from error
+    if state.get("version") != _VERSION:
+        raise InputError(f"{path}: version {state.get('version')!r}, not {_VERSION}; use the dwc that it began with")
+    return state
+
+
+def describe(state: Mapping[str, Any]) -> str:
+    """The books for people: the round, and a line per site."""
+    project, number = state["project"], len(state["priors"])
+    open_round = f"round {number} of {project['rounds']} is open, from" if number <= project["rounds"] else "result is"
+    lines = [f"{project['name']}: {open_round} q{number - 1}.safetensors ({state['priors'][-1][:12]})"]
+    if state["quorum_since"]:
+        lines.append(f"quorum since {state['quorum_since']}, grace {project['grace_hours']:g} h")
+    width = max(map(len, state["sites"]))
+    for site, row in state["sites"].items():
+        entered = [str(row["round"]) for row in state["posteriors"] if row["site"] == site]
+        heard = f"{row['state']} (round {row['round']}), heard {row['heard']}" if row["heard"] else row["state"]
+        lines.append(f"  {site:<{width}}  {heard}; posteriors in: {', '.join(entered) or 'none'}")
+    lines += [f"refused: {row['reason']}" for row in state["refused"]]
+    return "\n".join(lines)
+
+
+class Cycle:
+    """The books in a folder, and what may be done to them. One process at a time (`lock.held`).
+
+    Parameters
+    ----------
+    folder : Path
+        Made by `Cycle.create`.
+
+    Raises
+    ------
+    InputError
+        If it holds no books.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = read_state(folder)
+        self.project = self.state["project"]
+        self._contents: dict[int, bytes] = {}
+
+    @classmethod
+    def create(cls, folder: Path, project: Project) -> "Cycle":
+        """Begin: round 1 is open, from the project's prior.
+
+        Raises
+        ------
+        InputError
+            If the prior is none, or the folder holds books already or cannot be written.
+        """
+        prior = Posterior.load(project.prior)
+        Consolidation(prior)  # refuses a MAP network
+        if (folder / "state.json").exists():
+            raise InputError(f"{folder / 'state.json'}: a cycle has begun here; give another folder")
+        open_folder(folder)
+        prior.save(folder / "q0.safetensors")
+        state = {
+            "version": _VERSION,
+            "project": project.to_json(),
+            "priors": [prior.sha256],  # of round 1, 2, ...; the last one is the result when all rounds are closed
+            "published": [_now().isoformat()],  # when
+            "quorum_since": None,
+            "posteriors": [],
+            "refused": [],
+            "sites": {site: dict(_UNHEARD) for site in project.sites},
+        }
+        _write(folder, state)
+        return cls(folder)
+
+    def amend(self, project: Project) -> None:
+        """Go on under a changed agreement: other sites, more rounds, another quorum; the prior is what it was.
+
+        Raises
+        ------
+        InputError
+            If it is another project's, leaves out a site that has handed in, or rounds that have closed.
+        """
+        if project.name != self.project["name"]:
+            raise InputError(f"project {project.name}: the books are of {self.project['name']}; give its project.yml")
+        if gone := sorted({row["site"] for row in self.state["posteriors"]} - {*project.sites}):
+            raise InputError(f"sites: {gone[0]} has handed in already; leave it in")
+        if project.rounds < (closed := len(self.state["priors"]) - 1):
+            raise InputError(f"rounds {project.rounds}: {closed} have closed already; give {closed} or more")
+        self.project = self.state["project"] = {**project.to_json(), "prior": self.project["prior"]}
+        self.state["sites"] = {site: self.state["sites"].get(site, dict(_UNHEARD)) for site in project.sites}
+        _write(self.folder, self.state)
+
+    @property
+    def round(self) -> int | None:
+        """The open round, from 1; None when all are closed."""
+        number = len(self.state["priors"])
+        return number if number <= self.project["rounds"] else None
+
+    @property
+    def result(self) -> Path:
+        """The newest consolidated posterior; before the first round closes, the prior."""
+        return self._prior_file(len(self.state["priors"]))
+
+    def question(self, site: str, *, with_prior: bool = False) -> dict[str, Any]:
+        """What the server asks a site: `wire.QUESTION`."""
+        number = self.round
+        question = {
+            "round": number or 0,
+            "prior_sha256": self.state["priors"][-1] if number else "",
+            "settled": {
+                row["file_sha256"]: row.get("reason", "")
+                for row in self.state["posteriors"] + self.state["refused"]
+                if row["site"] == site
+            },
+        }
+        return question | ({"prior": self._content(number)} if with_prior and number else {})
+
+    def receive(self, site: str, answer: Mapping[str, Any]) -> dict[str, Any]:
+        """Enter a site's answer; a posterior is checked and kept, once per site, round and prior.
+
+        Returns the answer. A posterior that does not belong is refused: the books say why, and the site is told.
+
+        Raises
+        ------
+        InputError
+            If the site is none of the project's or the message is none of ours.
+        """
+        if site not in self.project["sites"]:
+            raise InputError(f"{site}: is no site of {self.project['name']}; it is not listened to")
+        answer = check(answer, ANSWER)
+        self.state["sites"][site] = {"state": answer["state"], "round": answer["round"], "heard": _now().isoformat()}
+        if "posterior" in answer:
+            self._enter(site, answer["posterior"])
+        _write(self.folder, self.state)
+        return answer
+
+    def advance(self, now: datetime | None = None) -> bool:
+        """Close the open round if it is due, and publish the next prior; returns whether one was published.
+
+        A round is due when all sites have answered, or the quorum has and the grace is over. Late posteriors of earlier
+        rounds enter the round that closes next; after the last one they are added to its result.
+
+        Raises
+        ------
+        InputError
+            If a file has been tampered with.
+        """
+        now, state, number = now or _now(), self.state, self.round
+        waiting = [row for row in state["posteriors"] if row["counted_in"] is None]
+        if number is None:
+            return bool(waiting) and self._publish(self.project["rounds"], waiting)
+        n_here = sum(row["round"] == number for row in waiting)
+        if n_here < self.project["quorum"]:
+            return False
+        if state["quorum_since"] is None:
+            state["quorum_since"] = now.isoformat()
+            _write(self.folder, state)
+        until = datetime.fromisoformat(state["quorum_since"]) + timedelta(hours=self.project["grace_hours"])
+        if n_here < len(self.project["sites"]) and now < until:
+            return False
+        return self._publish(number, waiting)
+
+    def _publish(self, number: int, waiting: list[dict[str, Any]]) -> bool:
+        """Consolidate what counts in a round into the next prior (Eq. 17; S = the posteriors received)."""
+        rows = [row for row in self.state["posteriors"] if row["counted_in"] == number] + waiting
+        consolidation = Consolidation(self._prior(number)).tempered(self.project["temper"])
+        for row in sorted(rows, key=lambda row: (row["round"], row["site"])):
+            trained_from = None if row["round"] == number else self._prior(row["round"])
+            consolidation.add(Posterior.load(self.folder / row["file"]), prior=trained_from)
+        posterior = consolidation.posterior()
+        posterior.save(self._prior_file(number + 1))
+        for row in waiting:
+            row["counted_in"] = number
+        self.state["priors"][number:] = [posterior.sha256]
+        self.state["published"][number:] = [_now().isoformat()]
+        self.state["quorum_since"] = None
+        _write(self.folder, self.state)
+        return True
+
+    def _enter(self, site: str, content: bytes) -> None:
+        """Keep a posterior's file and note it, or note why not."""
+        row = {"site": site, "file_sha256": digest(content), "received": _now().isoformat(), "bytes": len(content)}
+        incoming = self.folder / f"incoming-{site}.safetensors"
+        write_whole(incoming, content)
+        try:
+            posterior = Posterior.load(incoming)
+            row |= {"round": self._round_of(posterior), "prior_sha256": posterior.metadata["prior_sha256"]}
+            row |= {"sha256": posterior.sha256, "n_volumes": posterior.metadata.get("n_volumes")}
+            if any(_same(row, other) for other in self.state["posteriors"]):
+                return  # sent again, because our receipt was lost
+            self._check(site, row, posterior)
+            row |= {"file": f"round-{row['round']}/{site}.safetensors", "counted_in": None}
+            (self.folder / f"round-{row['round']}").mkdir(exist_ok=True)
+            os.replace(incoming, self.folder / row["file"])
+            self.state["posteriors"].append(row)
+        except InputError as error:
+            row["reason"] = str(error).replace(str(incoming), f"{site}'s posterior")
+            if row["file_sha256"] not in {other["file_sha256"] for other in self.state["refused"]}:
+                self.state["refused"].append(row)
+        finally:
+            incoming.unlink(missing_ok=True)
+
+    def _round_of(self, posterior: Posterior) -> int:
+        """The round of the prior that a posterior was trained from: its key, whatever the site says."""
+        trained_from = posterior.metadata.get("prior_sha256")
+        opened = self.state["priors"][: self.project["rounds"]]
+        if trained_from not in opened:
+            raise InputError(f"{posterior.name}: was trained from prior {str(trained_from)[:12]}, none of ours")
+        return opened.index(trained_from) + 1
+
+    def _check(self, site: str, row: dict[str, Any], posterior: Posterior) -> None:
+        """Refuse what Eq. 17 does not allow, and what would count a site's scans twice."""
+        for other in self.state["posteriors"]:
+            if other["site"] == site and other["round"] == row["round"]:
+                raise InputError(f"{posterior.name}: another one of round {row['round']} is in; a site counts once")
+            if other["site"] == site and other["round"] > row["round"]:
+                raise InputError(f"{posterior.name}: of round {row['round']}, but one of round {other['round']} is in")
+            if other["sha256"] == row["sha256"]:
+                raise InputError(f"{posterior.name}: is the posterior of {other['site']}; each counts once")
+        Consolidation(self._prior(row["round"])).add(posterior)
+
+    def _content(self, number: int) -> bytes:
+        """A round's prior as a file's bytes, in memory once for all sites that ask."""
+        if self._contents.keys() != {number}:
+            self._contents = {number: self._prior_file(number).read_bytes()}
+        return self._contents[number]
+
+    def _prior_file(self, number: int) -> Path:
+        return self.folder / f"q{number - 1}.safetensors"
+
+    def _prior(self, number: int) -> Posterior:
+        prior = Posterior.load(self._prior_file(number))
+        if prior.sha256 != self.state["priors"][number - 1]:
+            raise InputError(f"{prior.name}: is not the prior that was published; restore it from a backup")
+        return prior
+
+
+def _same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(row[key] == other[key] for key in ("site", "round", "prior_sha256", "sha256"))
+
+
+def _write(folder: Path, state: Mapping[str, Any]) -> None:
+    write_whole(folder / "state.json", json.dumps(state, indent=2).encode())
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc).replace(microsecond=0)

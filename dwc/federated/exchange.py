@@ -1,0 +1,145 @@
+"""The two classes that NVIDIA FLARE runs, the only ones its allow-list holds: `Exchange` asks, `Site` answers.
+
+One job is one pass over the sites: every site is asked, who wants the prior is given it, what is handed in is entered
+in the books, and the round closes if it is due. A pass lasts as long as messages do, never as long as training, and
+leaves everything that matters on disk; killed anywhere, the next one makes up for it.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.controller_spec import Task, TaskCompletionStatus
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.impl.controller import Controller
+from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
+from nvflare.apis.signal import Signal
+
+from dwc.errors import InputError
+from dwc.federated.cycle import Cycle
+from dwc.federated.lock import held
+from dwc.federated.spool import Spool
+from dwc.federated.wire import ASK, GIVE
+
+__all__ = ["ALLOWED", "FOLDER", "SERVER", "Exchange", "Site", "folder_in"]
+
+ALLOWED = ("dwc.federated.exchange.Exchange", "dwc.federated.exchange.Site")
+FOLDER = "DWC_FEDERATED"  # environment: a folder with one for each participant, in place of the kits'
+SERVER = "server"
+_LOOK_S = 0.1
+
+
+def folder_in(kit: Path) -> Path:
+    """Where a participant keeps its books: in its start-up kit."""
+    return kit / "cycle"
+
+
+class Exchange(Controller):
+    """Server: passes over the sites.
+
+    Parameters
+    ----------
+    passes : int
+        How many, at most; one, but for simulations.
+    pause_s : float
+        Between them.
+    """
+
+    def __init__(self, passes: int = 1, pause_s: float = 0.0) -> None:
+        super().__init__(task_check_period=_LOOK_S)
+        self.passes = passes
+        self.pause_s = pause_s
+
+    def start_controller(self, fl_ctx: FLContext) -> None:
+        """Nothing to begin with: each pass reads the books."""
+
+    def stop_controller(self, fl_ctx: FLContext) -> None:
+        """Nothing to end with: each pass has written the books."""
+
+    def process_result_of_unknown_task(
+        self, client: Any, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
+    ) -> None:
+        """An answer to a question that is no longer open; the site will be asked again."""
+        self.log_info(fl_ctx, f"{client.name} answers too late; it will be asked again")
+
+    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        """Make the passes."""
+        folder = _folder(fl_ctx, SERVER)
+        with held(folder / "lock") as alone:
+            if not alone:
+                self.log_info(fl_ctx, "another pass is at work; this one has nothing to do")
+                return
+            for number in range(self.passes):
+                cycle = Cycle(folder)
+                self._pass(cycle, abort_signal, fl_ctx)
+                if abort_signal.triggered or (self.passes > 1 and cycle.round is None):
+                    return
+                if number + 1 < self.passes:
+                    time.sleep(self.pause_s)
+
+    def _pass(self, cycle: Cycle, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        """Ask every site that is there; all wait for the slowest, but no longer than an answer may take."""
+        sites = {client.name for client in self._engine.get_clients()}.intersection(cycle.project["sites"])
+        open_tasks = {site: self._send(ASK, cycle, site, fl_ctx) for site in sorted(sites)}
+        while open_tasks and not abort_signal.triggered:
+            time.sleep(_LOOK_S)
+            for site, task in list(open_tasks.items()):
+                if task.completion_status is None:
+                    continue
+                del open_tasks[site]
+                if self._receive(cycle, site, task, fl_ctx) == "no prior":
+                    open_tasks[site] = self._send(GIVE, cycle, site, fl_ctx)
+        if cycle.advance():
+            self.log_info(fl_ctx, f"published {cycle.result}")
+
+    def _send(self, name: str, cycle: Cycle, site: str, fl_ctx: FLContext) -> Task:
+        data = Shareable()
+        data.update(cycle.question(site, with_prior=name == GIVE))
+        task = Task(name, data, timeout=max(1, round(cycle.project["answer_timeout_s"])))
+        self.send(task, fl_ctx, targets=[site])
+        return task
+
+    def _receive(self, cycle: Cycle, site: str, task: Task, fl_ctx: FLContext) -> str | None:
+        """Enter the answer in the books; the site's new state, None if there was no answer."""
+        result = task.client_tasks[-1].result if task.client_tasks else None
+        if task.completion_status != TaskCompletionStatus.OK or not isinstance(result, Shareable):
+            self.log_info(fl_ctx, f"{site}: no answer ({task.completion_status})")
+            return None
+        if result.get_return_code() != ReturnCode.OK:
+            self.log_info(fl_ctx, f"{site}: {result.get_return_code()}; its own log tells why")
+            return None
+        try:
+            return cycle.receive(site, own_entries(result))["state"]
+        except InputError as error:
+            self.log_error(fl_ctx, str(error))
+            return None
+
+
+class Site(Executor):
+    """Site: answers from its spool, at once; its name is the one in its certificate."""
+
+    def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        """Answer a question. What goes wrong is told in the site's own log, not to the server."""
+        try:
+            answer = Spool(_folder(fl_ctx, fl_ctx.get_identity_name())).answer(own_entries(shareable))
+        except InputError as error:
+            self.log_error(fl_ctx, str(error), fire_event=False)
+            return make_reply(ReturnCode.EXECUTION_EXCEPTION)
+        self.log_info(fl_ctx, f"round {answer['round']}: {answer['state']}", fire_event=False)
+        reply = make_reply(ReturnCode.OK)
+        reply.update(answer)
+        return reply
+
+
+def own_entries(message: Shareable) -> dict[str, Any]:
+    """A message without FLARE's headers."""
+    return {key: value for key, value in message.items() if key != ReservedHeaderKey.HEADERS}
+
+
+def _folder(fl_ctx: FLContext, participant: str) -> Path:
+    if root := os.environ.get(FOLDER):
+        return Path(root) / participant
+    return folder_in(Path(fl_ctx.get_engine().get_workspace().get_root_dir()))

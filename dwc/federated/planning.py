@@ -1,0 +1,85 @@
+"""What a cycle would ask of a server with many sites: measured at a size that fits here, carried on to larger ones.
+
+A posterior of the full network is written, read, checked and consolidated for real; what would not fit is in
+proportion to it, and the table says which is which. Links are computed from the payload alone.
+"""
+
+import math
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from dwc.consolidation import Consolidation
+from dwc.meshnet import MeshNet
+from dwc.posterior import Posterior
+
+__all__ = ["plan"]
+
+_MEASURED = 10  # sites
+
+
+def plan(sites: Sequence[int], *, n_classes: int, width: int, link_mbit_s: float) -> pd.DataFrame:
+    """A row per number of sites, for one round with all of them.
+
+    Columns: ``payload_mb`` (one posterior; as much comes to a site as leaves it), ``server_traffic_gb`` (both ways),
+    ``link_s`` (that traffic at the server's link, if nothing else is on it), ``consolidation_s``, ``memory_mb`` (of the
+    process that consolidates, whatever the number of sites), ``in_flight_mb`` (more, if all posteriors arrive at once),
+    ``disk_gb`` and ``basis``, measured or extrapolated.
+
+    Parameters
+    ----------
+    sites : sequence of int
+        Numbers of sites.
+    n_classes, width : int
+        Of the network.
+    link_mbit_s : float
+        The server's link.
+    """
+    # In a process of its own, whose peak of memory is not that of whatever ran here before.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        payload, seconds, memory = pool.submit(_measure, min(_MEASURED, *sites), n_classes, width).result()
+    rows = [
+        {
+            "sites": n,
+            "payload_mb": payload / 1e6,
+            "server_traffic_gb": 2 * n * payload / 1e9,
+            "link_s": 2 * n * payload * 8 / (link_mbit_s * 1e6),
+            "consolidation_s": n * seconds,
+            "memory_mb": memory / 1e6,
+            "in_flight_mb": n * payload / 1e6,
+            "disk_gb": (n + 1) * payload / 1e9,
+            "basis": "measured" if n <= _MEASURED else f"extrapolated from {min(_MEASURED, *sites)}",
+        }
+        for n in sites
+    ]
+    return pd.DataFrame(rows).set_index("sites")
+
+
+def _measure(n_sites: int, n_classes: int, width: int) -> tuple[int, float, int]:
+    """Bytes of a posterior, seconds that each site costs to check and consolidate, and bytes of memory at the peak."""
+    torch.manual_seed(0)
+    prior = Posterior.from_model(MeshNet(n_classes, width))
+    metadata = {**prior.metadata, "prior_sha256": prior.sha256, "n_volumes": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{number}.safetensors" for number in range(n_sites)]
+        for number, path in enumerate(files):
+            sigma = {name: sigma * (1 - 0.5 * (number + 1) / n_sites) for name, sigma in prior.sigma.items()}
+            Posterior(prior.mu, sigma, metadata).save(path)
+        began = time.monotonic()
+        consolidation = Consolidation(prior)
+        for path in files:
+            Consolidation(prior).add(Posterior.load(path))  # the check on arrival
+            consolidation.add(Posterior.load(path))
+        consolidation.posterior()
+        seconds = (time.monotonic() - began) / n_sites
+        payload = math.ceil(sum(path.stat().st_size for path in files) / n_sites)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return payload, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,108 @@
+"""From a consortium's agreement to start-up kits: certificates, addresses and folders, one kit per participant.
+
+FLARE's own provisioning writes them, from a project file that is kept beside them. What is added is a lifetime of the
+certificates that outlasts a study, the server's books and, for each site, the training settings that all share. The
+certificate authority is made once and kept: a site that joins later invalidates nobody's kit.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from nvflare.lighter.constants import CtxKey
+from nvflare.lighter.entity import Participant
+from nvflare.lighter.impl.cert import CertBuilder
+from nvflare.lighter.prov_utils import prepare_builders
+from nvflare.lighter.provision import prepare_project
+from nvflare.lighter.provisioner import Provisioner
+
+from dwc.consolidation import Consolidation
+from dwc.errors import InputError
+from dwc.federated.cycle import Cycle
+from dwc.federated.exchange import folder_in
+from dwc.federated.project import Project
+from dwc.files import open_folder, write_whole
+from dwc.posterior import Posterior
+
+__all__ = ["TRAINING", "LastingCertificates", "provision"]
+
+TRAINING = "training.yml"
+_LIGHTER = "nvflare.lighter.impl"
+
+
+class LastingCertificates(CertBuilder):
+    """FLARE's certificates; those of the participants last as long as the root's, not 360 days."""
+
+    def _generate_cert(self, *identities: Any, server: Participant | None = None, **options: Any) -> Any:
+        if self.root_cert is None:
+            options["valid_days"] = self.root_valid_days
+        else:
+            options["not_valid_after"] = self.root_cert.not_valid_after_utc
+        return CertBuilder._generate_cert(*identities, server=server, **options)
+
+
+def provision(project: Project, out: Path) -> Path:
+    """Write the kits, `out/<name>/prod_00/<participant>/`, and begin the cycle in the server's.
+
+    Called again with more sites, it writes all kits anew beside the old ones, which stay valid; the books are begun
+    only where there are none.
+
+    Raises
+    ------
+    InputError
+        If the prior is none, the folder cannot be written, or FLARE refuses.
+    """
+    Consolidation(Posterior.load(project.prior))  # refuses what is no prior, before anything is written
+    open_folder(out)
+    flare = _flare_project(project)
+    write_whole(out / "flare.yml", yaml.safe_dump(flare, sort_keys=False).encode())
+    log = _Log()
+    context = Provisioner(str(out), prepare_builders(flare)).provision(prepare_project(flare), logger=log)
+    if context.get(CtxKey.BUILD_ERROR):
+        raise InputError(f"{out / 'flare.yml'}: FLARE's provisioning failed: {'; '.join(log.errors)}")
+    kits = Path(context.get_result_location())
+    for site in project.sites:
+        folder = folder_in(kits / site)
+        folder.mkdir()
+        write_whole(folder / TRAINING, yaml.safe_dump(project.training, sort_keys=False).encode())
+    Cycle.create(folder_in(kits / project.server), project)
+    return kits
+
+
+def _flare_project(project: Project) -> dict[str, Any]:
+    """What FLARE's provisioning reads."""
+    participants = [
+        {"name": project.server, "type": "server", "org": project.name, "fed_learn_port": project.port},
+        *({"name": site, "type": "client", "org": project.name} for site in project.sites),
+        {"name": project.organizer, "type": "admin", "org": project.name, "role": "project_admin"},
+    ]
+    days = round(project.certificate_years * 365.25)
+    builders = {
+        f"{_LIGHTER}.workspace.WorkspaceBuilder": {"template_file": ["master_template.yml"]},
+        f"{_LIGHTER}.static_file.StaticFileBuilder": {"config_folder": "config"},
+        f"{__name__}.LastingCertificates": {"root_valid_days": max(1, days)},
+        f"{_LIGHTER}.signature.SignatureBuilder": {},
+    }
+    return {
+        "api_version": 3,
+        "name": project.name,
+        "description": "distributed weight consolidation",
+        "participants": participants,
+        "builders": [{"path": path, "args": arguments} for path, arguments in builders.items()],
+    }
+
+
+class _Log:
+    """What FLARE's provisioning has to say; errors are kept."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def debug(self, message: str) -> None:
+        """Not kept."""
+
+    info = warning = debug
+
+    def error(self, message: str) -> None:
+        """Kept for the one line that a person sees."""
+        self.errors.append(message)

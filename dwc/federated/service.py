@@ -1,0 +1,236 @@
+"""The processes of a server and of a site: FLARE's, kept alive, and the passes that the server makes.
+
+Each pass is a job of its own, submitted through FLARE's API by a process of its own with a time limit, so that nothing
+that hangs can hold up the cycle: what FLARE says about a job is only printed, progress is what the books tell. All
+here may be killed at any moment and started again.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from dwc.errors import InputError, Interrupted
+from dwc.federated.cycle import read_state
+from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, folder_in
+from dwc.federated.lock import start_once
+from dwc.files import write_whole
+
+__all__ = ["admin_kit_of", "configure", "join", "make_pass", "serve", "write_job"]
+
+_KEEP_RUNS = 20  # folders of past jobs in a kit
+_START_UP_S = 120.0  # that FLARE may take for a job, apart from the answers
+_LOOK_S = 5.0
+_MAY = ("submit_job", "manage_job", "download_job", "view", "operate")  # the organizer; nobody else is an admin
+_MAY_NOT = ("byoc", "shell_commands", "clone_job", "server-predeployed-flwr")
+_RESOURCES = "nvflare.app_common.resource_{0}s.passthrough_resource_{0}.PassthroughResource{1}"
+
+
+def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
+    """Run the server and make a pass every `every_s` seconds, until stopped.
+
+    Raises
+    ------
+    InputError
+        If the kit is none of a server's.
+    Interrupted
+        When stopped by a signal.
+    """
+    read_state(folder_in(kit))
+    configure(kit)
+    words = [sys.executable, "-m", "dwc.cli", "federated", "round", str(kit), "--admin", str(admin_kit)]
+    with _stopped_by_signals(), _kept_running(kit) as keep:
+        keep()
+        while True:
+            began = time.monotonic()
+            with _ended(subprocess.Popen(words)) as one_pass:
+                while one_pass.poll() is None and time.monotonic() < began + 2 * _pass_limit(kit):
+                    time.sleep(1)
+                    if keep():  # a pass whose server was restarted waits for a job that will never end
+                        break
+            _clear_runs(kit)
+            while time.monotonic() < began + every_s:
+                keep()
+                time.sleep(min(_LOOK_S, every_s))
+
+
+def join(kit: Path) -> None:
+    """Run a site, until stopped; its trainers go on when it is.
+
+    Raises
+    ------
+    InputError
+        If the kit is none of a site's.
+    Interrupted
+        When stopped by a signal.
+    """
+    configure(kit)
+    with _stopped_by_signals(), _kept_running(kit) as keep:
+        while True:
+            keep()
+            _clear_runs(kit)
+            time.sleep(_LOOK_S)
+
+
+def make_pass(kit: Path, admin_kit: Path) -> str:
+    """Submit one pass over the sites and wait for it, but not for ever; returns what FLARE says of it.
+
+    Raises
+    ------
+    InputError
+        If the server cannot be reached or refuses.
+    """
+    from nvflare.fuel.flare_api.flare_api import JobTimeout, new_secure_session
+
+    state, limit = read_state(folder_in(kit)), _pass_limit(kit)
+    job = write_job(Exchange(), folder_in(kit) / "jobs", state["project"]["answer_timeout_s"])
+    try:
+        session = new_secure_session(state["project"]["organizer"], str(admin_kit), timeout=_LOOK_S)
+        try:
+            job_id = session.submit_job(str(job))
+            try:
+                status = session.wait_for_job(job_id, timeout=limit, poll_interval=0.5)["status"]
+                return status if status.endswith("COMPLETED") else f"{status}, see {kit / 'engine.log'}"
+            except JobTimeout:
+                session.abort_job(job_id)
+                raise
+        finally:
+            session.close()
+    except Exception as error:  # FLARE raises many kinds, and its own server may be down
+        raise InputError(
+            f"{admin_kit}: no pass was made ({type(error).__name__}: {' '.join(str(error).split())}); try again"
+        ) from error
+
+
+def write_job(exchange: Exchange, folder: Path, answer_timeout_s: float) -> Path:
+    """Write the definition of a FLARE job, which holds no code: only the names of two classes installed everywhere."""
+    from nvflare.job_config.api import FedJob
+
+    job = FedJob("dwc", min_clients=1)
+    job.set_app_packages(["dwc"])
+    job.to_server(exchange)
+    job.to_clients(Site())
+    # FLARE's own limits are seconds, in which no prior or posterior crosses a slow link.
+    job.to_clients({"get_task_timeout": answer_timeout_s, "submit_task_result_timeout": answer_timeout_s})
+    job.export_job(str(folder))
+    return folder / job.name
+
+
+def admin_kit_of(kit: Path) -> Path:
+    """The organizer's kit, where it lies beside the server's."""
+    return kit.parent / read_state(folder_in(kit))["project"]["organizer"]
+
+
+def configure(kit: Path) -> None:
+    """Write a kit's policy, `local/resources.json` and `authorization.json`: FLARE's defaults, but for what may run.
+
+    Only `ALLOWED` may run: nobody brings code along, nobody has a shell, not even the organizer. A site sends no logs;
+    its GPUs are left to its trainer. The server keeps its jobs in the kit, not under /tmp.
+
+    Raises
+    ------
+    InputError
+        If it is no kit or cannot be written.
+    """
+    path = kit / "local" / "resources.json.default"
+    try:
+        resources = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a kit written by dwc federated init") from error
+    resources["class_allow_list"] = list(ALLOWED)
+    components = {component["id"]: component for component in resources["components"]}
+    if "servers" in resources:
+        resources["servers"][0]["max_num_clients"] = 10_000
+        storage = resources["snapshot_persistor"]["args"]["storage"]
+        storage["args"]["root_dir"] = str(kit / "store" / "snapshots")
+        components["job_manager"]["args"]["uri_root"] = str(kit / "store" / "jobs")
+        components.pop("log_receiver", None)
+    else:
+        resources["allow_log_streaming"] = False
+        components.pop("site_log_streamer", None)
+        for role in ("manager", "consumer"):
+            path_of = _RESOURCES.format(role, role.title())
+            components[f"resource_{role}"] = {"id": f"resource_{role}", "path": path_of, "args": {}}
+    resources["components"] = list(components.values())
+    write_whole(kit / "local" / "resources.json", json.dumps(resources, indent=2).encode())
+    permissions = {right: "any" if right in _MAY else "none" for right in (*_MAY, *_MAY_NOT)}
+    policy = {"format_version": "1.0", "permissions": {"project_admin": permissions}}
+    write_whole(kit / "local" / "authorization.json", json.dumps(policy, indent=2).encode())
+
+
+def _pass_limit(kit: Path) -> float:
+    """Seconds that a pass may take: a question and a prior to the slowest site, and FLARE's own start."""
+    return _START_UP_S + 2 * read_state(folder_in(kit))["project"]["answer_timeout_s"]
+
+
+@contextmanager
+def _kept_running(kit: Path) -> Iterator[Any]:
+    """A function that starts FLARE's process unless it runs, and tells whether; it ends with the block."""
+    words = ["bash", kit / "startup" / "sub_start.sh", "--once"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop(FOLDER, None)
+    started: list[subprocess.Popen] = []
+
+    def keep() -> bool:
+        while started and started[-1].poll() is not None:
+            started.pop()
+        process = start_once(words, folder_in(kit) / "engine.lock", kit / "engine.log", cwd=kit, env=environment)
+        if process:
+            started.append(process)
+            print(f"{kit.name}: FLARE starts, its log is {kit / 'engine.log'}", flush=True)
+        return process is not None
+
+    try:
+        yield keep
+    finally:
+        for process in started:
+            process.terminate()
+            try:
+                process.wait(timeout=2 * _LOOK_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@contextmanager
+def _ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    """A process that does not outlive the block."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(number, f"stopped by {signal.Signals(number).name}; start it again at any time")
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _clear_runs(kit: Path) -> None:
+    """Remove the folders of past jobs but the last few; FLARE keeps one for each."""
+    runs = [path for path in kit.iterdir() if path.is_dir() and _is_job_id(path.name)]
+    for path in sorted(runs, key=lambda path: path.stat().st_mtime)[:-_KEEP_RUNS]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_job_id(name: str) -> bool:
+    try:
+        return str(UUID(name)) == name
+    except ValueError:
+        return False

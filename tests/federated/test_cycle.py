@@ -1,0 +1,279 @@
+import json
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from dwc import cli
+from dwc.errors import InputError
+from dwc.federated.cycle import Cycle
+from dwc.federated.project import Project
+from dwc.posterior import Posterior
+from tests.made_posteriors import a_prior, a_site
+
+NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    prior = tmp_path / "prior.safetensors"
+    a_prior().save(prior)
+    return Project("brains", "localhost", ["north", "east", "west"], prior, rounds=2, quorum=2, grace_hours=24).check()
+
+
+@pytest.fixture
+def cycle(project, tmp_path) -> Cycle:
+    return Cycle.create(tmp_path / "server", project)
+
+
+def file_of(posterior: Posterior, folder: Path) -> bytes:
+    path = folder / "made.safetensors"
+    posterior.save(path)
+    return path.read_bytes()
+
+
+def trained(cycle: Cycle, seed: int, number: int = 1, **changes) -> dict:
+    """A site's answer with a posterior trained from the prior of a round."""
+    prior = Posterior.load(cycle.folder / f"q{number - 1}.safetensors")
+    content = file_of(a_site(prior, seed, **changes), cycle.folder)
+    return {"state": "trained", "round": number, "prior_sha256": prior.sha256, "posterior": content}
+
+
+def by_hand(cycle: Cycle, number: int, sites: list[str], *flags: str) -> Posterior:
+    """The result of `dwc consolidate` on the server's files."""
+    out = cycle.folder / "by_hand.safetensors"
+    words = [*(str(cycle.folder / site) for site in sites), "--prior", str(cycle.folder / f"q{number - 1}.safetensors")]
+    assert cli.main(["consolidate", *words, *flags, "--out", str(out)]) == 0
+    return Posterior.load(out)
+
+
+def test_a_round_closes_when_all_sites_have_answered_with_what_consolidate_gives_by_hand(cycle):
+    for seed, site in enumerate(("north", "east", "west")):
+        assert not cycle.advance(NOW)
+        cycle.receive(site, trained(cycle, seed))
+    assert cycle.advance(NOW)
+    assert cycle.round == 2
+    files = [f"round-1/{site}.safetensors" for site in ("west", "north", "east")]
+    assert Posterior.load(cycle.result).sha256 == by_hand(cycle, 1, files).sha256
+    assert cycle.question("north")["prior_sha256"] == Posterior.load(cycle.folder / "q1.safetensors").sha256
+
+
+def test_with_its_quorum_a_round_waits_for_the_grace_and_goes_on_without_the_rest(cycle):
+    cycle.receive("north", trained(cycle, 0))
+    assert not cycle.advance(NOW + timedelta(days=30))  # no quorum, no haste
+    cycle.receive("west", trained(cycle, 1))
+    assert not cycle.advance(NOW)
+    assert not cycle.advance(NOW + timedelta(hours=23))
+    assert cycle.advance(NOW + timedelta(hours=24))
+    posterior = Posterior.load(cycle.result)
+    assert len(posterior.metadata["sites"]) == 2
+    assert posterior.sha256 == by_hand(cycle, 1, ["round-1/north.safetensors", "round-1/west.safetensors"]).sha256
+
+
+def test_a_late_posterior_enters_the_round_that_closes_next_once(cycle):
+    late = trained(cycle, 2)
+    for seed, site in enumerate(("north", "west")):
+        cycle.receive(site, trained(cycle, seed))
+    cycle.advance(NOW)
+    assert cycle.advance(NOW + timedelta(days=2))
+    for _ in range(2):  # sent again, as when the receipt was lost
+        cycle.receive("east", late)
+    for seed, site in enumerate(("north", "west")):
+        cycle.receive(site, trained(cycle, 3 + seed, number=2))
+    cycle.advance(NOW)
+    assert cycle.advance(NOW + timedelta(days=2))
+    files = ["round-1/east.safetensors", "round-2/north.safetensors", "round-2/west.safetensors"]
+    result = Posterior.load(cycle.result)
+    assert result.sha256 == by_hand(cycle, 2, files, "--earlier", str(cycle.folder / "q0.safetensors")).sha256
+    prior, site, q_0 = Posterior.load(cycle.folder / "q1.safetensors"), late_posterior(cycle), a_prior()
+    added = [Posterior.load(cycle.folder / f"round-2/{site}.safetensors") for site in ("north", "west")]
+    for name in prior.mu:  # the natural parameters, by the formula
+        precision = site.sigma[name].double().pow(-2) - q_0.sigma[name].double().pow(-2)
+        precision += sum(other.sigma[name].double().pow(-2) for other in added) - prior.sigma[name].double().pow(-2)
+        assert result.sigma[name].double().pow(-2).allclose(precision, rtol=1e-6)
+
+
+def late_posterior(cycle: Cycle) -> Posterior:
+    return Posterior.load(cycle.folder / "round-1/east.safetensors")
+
+
+def test_a_late_posterior_is_added_to_the_result_when_all_rounds_are_closed(cycle):
+    for number in (1, 2):
+        for seed, site in enumerate(("north", "west")):
+            cycle.receive(site, trained(cycle, 10 * number + seed, number=number))
+        cycle.advance(NOW)
+        assert cycle.advance(NOW + timedelta(days=2))
+    assert cycle.round is None
+    assert not cycle.advance(NOW)
+    cycle.receive("east", trained(cycle, 5, number=2))
+    assert cycle.advance(NOW)
+    assert not cycle.advance(NOW)
+    files = [f"round-2/{site}.safetensors" for site in ("north", "west", "east")]
+    assert Posterior.load(cycle.result).sha256 == by_hand(cycle, 2, files).sha256
+    assert cycle.state["priors"][-1] == Posterior.load(cycle.result).sha256
+
+
+def test_a_late_posterior_is_refused_once_its_scans_are_in_through_a_later_round(cycle):
+    late = trained(cycle, 7)
+    for seed, site in enumerate(("north", "west")):
+        cycle.receive(site, trained(cycle, seed))
+    cycle.advance(NOW)
+    cycle.advance(NOW + timedelta(days=2))
+    cycle.receive("east", trained(cycle, 4, number=2))
+    cycle.receive("east", late)
+    assert [row["round"] for row in cycle.state["posteriors"] if row["site"] == "east"] == [2]
+    assert "of round 1, but one of round 2 is in" in cycle.state["refused"][-1]["reason"]
+
+
+def grown(prior: Posterior) -> Posterior:
+    site = a_site(prior, 1)
+    return Posterior(site.mu, {name: 2 * sigma for name, sigma in prior.sigma.items()}, site.metadata)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda prior: a_site(prior, 1, prior_sha256="00"), "was trained from prior 00, none of ours"),
+        (lambda prior: a_site(prior, 1, architecture={"width": 9}), "architecture width 9 differs"),
+        (lambda prior: a_site(prior, 1, label_map={"sha256": "cd"}), "label map sha256 cd differs"),
+        (lambda prior: Posterior(a_site(prior, 1).mu, {}, a_site(prior, 1).metadata), "a MAP network"),
+        (grown, "sigma exceeds the prior's"),
+    ],
+)
+def test_what_does_not_belong_is_refused_and_the_site_is_told_why(cycle, make, reason):
+    content = file_of(make(Posterior.load(cycle.folder / "q0.safetensors")), cycle.folder)
+    for _ in range(2):
+        cycle.receive("north", {"state": "trained", "round": 1, "prior_sha256": "", "posterior": content})
+    assert cycle.state["posteriors"] == []
+    assert len(cycle.state["refused"]) == 1
+    (told,) = cycle.question("north")["settled"].values()
+    assert told.startswith("north's posterior: ")
+    assert reason in told
+    assert cycle.question("east")["settled"] == {}  # a site hears of its own files alone
+    assert not list(cycle.folder.glob("*incoming*"))
+
+
+def test_half_a_file_is_refused(cycle):
+    answer = trained(cycle, 0)
+    cycle.receive("north", answer | {"posterior": answer["posterior"][:-9]})
+    assert "truncated" in cycle.state["refused"][0]["reason"]
+
+
+def test_a_site_counts_once_and_not_with_anothers_posterior(cycle):
+    answer = trained(cycle, 0)
+    cycle.receive("north", answer)
+    cycle.receive("north", trained(cycle, 1))
+    cycle.receive("east", answer)
+    assert [row["site"] for row in cycle.state["posteriors"]] == ["north"]
+    reasons = [row["reason"] for row in cycle.state["refused"]]
+    assert "another one of round 1 is in" in reasons[0]
+    assert "is the posterior of north" in reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("site", "change", "message"),
+    [
+        ("south", {}, "is no site of brains"),
+        ("north", {"scans": b"..."}, "unexpected entry 'scans'"),
+        ("north", {"posterior": "a path"}, "unexpected entry 'posterior' of type str"),
+        ("north", {"state": "patient 17"}, "none of ours"),
+    ],
+)
+def test_what_is_not_in_the_agreement_is_not_even_read(cycle, site, change, message):
+    before = (cycle.folder / "state.json").read_bytes()
+    with pytest.raises(InputError, match=message):
+        cycle.receive(site, {"state": "idle", "round": 0, "prior_sha256": "", **change})
+    assert (cycle.folder / "state.json").read_bytes() == before
+
+
+def test_after_a_kill_between_any_two_writes_the_same_bits_come_out(project, tmp_path, monkeypatch):
+    whole = Cycle.create(tmp_path / "whole", project)
+    run(whole)
+    writes = count_writes(monkeypatch, tmp_path, project)
+    for at in range(1, writes + 1):
+        folder = tmp_path / f"cut-{at}"
+        Cycle.create(folder, project)
+        with monkeypatch.context() as patch:
+            kill_at(patch, at)
+            with pytest.raises(KeyboardInterrupt):
+                run(Cycle(folder))
+        run(Cycle(folder))
+        again = Cycle(folder)
+        assert again.state["priors"] == whole.state["priors"]
+        assert [row["site"] for row in again.state["posteriors"]] == ["north", "east", "west"]
+
+
+def run(cycle: Cycle) -> None:
+    for seed, site in enumerate(("north", "east", "west")):
+        cycle.receive(site, trained(cycle, seed))
+    cycle.advance(NOW)
+
+
+def kill_at(patch, at: int | None) -> list[int]:
+    """The process dies before its write number `at`; returns the number of writes so far."""
+    import dwc.federated.cycle as room
+    import dwc.files
+
+    seen, write = [0], dwc.files.write_whole
+
+    def counted(path, content):
+        if "made" not in Path(path).name:
+            seen[0] += 1
+            if seen[0] == at:
+                raise KeyboardInterrupt
+        write(path, content)
+
+    patch.setattr(dwc.files, "write_whole", counted)
+    patch.setattr(room, "write_whole", counted)
+    return seen
+
+
+def count_writes(monkeypatch, tmp_path, project) -> int:
+    with monkeypatch.context() as patch:
+        cycle = Cycle.create(tmp_path / "count", project)
+        seen = kill_at(patch, None)
+        run(cycle)
+    return seen[0]
+
+
+def test_the_state_is_json_that_a_person_can_read(cycle):
+    cycle.receive("north", {"state": "training", "round": 1, "prior_sha256": cycle.state["priors"][0]})
+    state = json.loads((cycle.folder / "state.json").read_text())
+    assert state["sites"]["north"]["state"] == "training"
+    assert state["project"]["quorum"] == 2
+
+
+def test_a_changed_agreement_lets_sites_and_rounds_in_and_loses_nothing(cycle, project):
+    cycle.receive("north", trained(cycle, 0))
+    more = {**project.to_json(), "sites": ["north", "east", "west", "south"], "rounds": 5, "quorum": 3}
+    cycle.amend(Project(**more))
+    again = Cycle(cycle.folder)
+    again.receive("south", trained(again, 1))
+    assert [row["site"] for row in again.state["posteriors"]] == ["north", "south"]
+    assert not again.advance(NOW)  # the new quorum
+    with pytest.raises(InputError, match="north has handed in already"):
+        again.amend(Project(**{**more, "sites": ["east", "west", "south"]}))
+    with pytest.raises(InputError, match="the books are of brains"):
+        again.amend(Project(**{**more, "name": "hearts"}))
+
+
+def test_a_cycle_is_not_begun_twice_in_one_folder(cycle, project):
+    with pytest.raises(InputError, match="a cycle has begun here"):
+        Cycle.create(cycle.folder, project)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quorum": 4}, "quorum 4: give 1 to 3"),
+        ({"sites": ["north", "North", "west"]}, "'north' is taken"),
+        ({"sites": ["../etc", "b", "c"]}, "'../etc': give letters"),
+        ({"rounds": 0}, "rounds 0"),
+        ({"training": {"data": "x"}}, "'data' is no setting that sites share"),
+        ({"grace_hours": -1.0}, "grace_hours"),
+        ({"organizer": "me"}, "e-mail"),
+    ],
+)
+def test_an_agreement_that_cannot_be_meant_is_refused(project, change, message):
+    with pytest.raises(InputError, match=message):
+        Project(**{**project.to_json(), **change}).check()

@@ -1,0 +1,220 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from cryptography import x509
+
+from dwc import cli
+from dwc.commands import federated as command
+from dwc.federated.cycle import Cycle
+from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, folder_in, own_entries
+from dwc.federated.project import Project
+from dwc.federated.service import _clear_runs, configure, write_job
+from dwc.federated.spool import Spool
+from dwc.federated.wire import ANSWER, ASK
+from dwc.files import load_tensors
+from dwc.posterior import Posterior
+from tests.made_posteriors import a_prior, a_site
+
+AGREEMENT = {
+    "name": "brains", "server": "localhost", "sites": ["north", "east"], "prior": "q.safetensors", "rounds": 3,
+    "quorum": 1, "grace_hours": 12, "training": {"epochs": 2, "lr": 0.01},
+}  # fmt: skip
+
+
+@pytest.fixture
+def agreement(tmp_path) -> Path:
+    a_prior().save(tmp_path / "q.safetensors")
+    path = tmp_path / "project.yml"
+    path.write_text(yaml.safe_dump(AGREEMENT))
+    return path
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    a_prior().save(folder / "q.safetensors")
+    (folder / "project.yml").write_text(yaml.safe_dump(AGREEMENT))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kits(project) -> Path:
+    assert cli.main(["federated", "init", str(project / "project.yml"), "--out", str(project / "out")]) == 0
+    return project / "out" / "brains" / "prod_00"
+
+
+def certificate(path: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+def test_init_writes_a_kit_for_each_participant_and_begins_the_cycle(kits, capsys):
+    assert {path.name for path in kits.iterdir()} == {"localhost", "north", "east", "organizer@dwc.org"}
+    assert yaml.safe_load((kits / "north" / "cycle" / "training.yml").read_text()) == AGREEMENT["training"]
+    capsys.readouterr()
+    assert cli.main(["federated", "status", str(kits / "localhost")]) == 0
+    out = capsys.readouterr().out
+    assert "brains: round 1 of 3 is open, from q0.safetensors" in out
+    assert "north  not heard of" in out
+    assert cli.main(["federated", "status", str(kits / "localhost"), "--json", "true"]) == 0
+    assert json.loads(capsys.readouterr().out)["project"]["quorum"] == 1
+
+
+def test_certificates_last_for_years_and_survive_a_site_that_joins_later(kits, project):
+    paths = [
+        kits / "localhost/startup/server.crt",
+        kits / "north/startup/client.crt",
+        kits / "north/startup/rootCA.pem",
+    ]
+    for path in paths:
+        found = certificate(path)
+        assert (found.not_valid_after_utc - found.not_valid_before_utc).days in (3651, 3652, 3653)
+    more = project / "more.yml"
+    more.write_text(yaml.safe_dump({**AGREEMENT, "sites": ["north", "east", "west"]}))
+    assert cli.main(["federated", "init", str(more), "--out", str(project / "out")]) == 0
+    again = kits.parent / "prod_01"
+    for path in paths:
+        assert (again / path.relative_to(kits)).read_bytes() == path.read_bytes()
+    assert (again / "west/startup/client.crt").exists()
+
+
+def test_only_our_two_classes_may_run_and_nobody_has_a_shell_or_brings_code(kits):
+    for participant in ("localhost", "north"):
+        configure(kits / participant)
+        local = kits / participant / "local"
+        resources = json.loads((local / "resources.json").read_text())
+        assert resources["class_allow_list"] == list(ALLOWED)
+        assert resources["class_list_enforcement_mode"] == "enforce"
+        rights = json.loads((local / "authorization.json").read_text())["permissions"]
+        assert rights.keys() == {"project_admin"}
+        assert {rights["project_admin"][right] for right in ("byoc", "shell_commands", "clone_job")} == {"none"}
+    assert "/tmp/nvflare" not in (kits / "localhost" / "local" / "resources.json").read_text()
+    site = json.loads((kits / "north" / "local" / "resources.json").read_text())
+    assert site["allow_log_streaming"] is False
+    assert "log_streamer" not in json.dumps(site["components"])
+
+
+def test_a_job_holds_names_and_no_code(tmp_path):
+    job = write_job(Exchange(), tmp_path, 600.0)
+    files = sorted(path for path in job.rglob("*") if path.is_file())
+    assert {path.suffix for path in files} == {".json"}
+    text = " ".join(path.read_text() for path in files)
+    assert all(name in text for name in ALLOWED)
+    assert '"get_task_timeout": 600.0' in text
+
+
+class Context:
+    """As much of FLARE's context as a site's class looks at."""
+
+    def get_identity_name(self) -> str:
+        return "north"
+
+
+@pytest.fixture
+def exchanged(tmp_path, monkeypatch):
+    """What the site's class replies to the server's questions, through FLARE's own serialization."""
+    from nvflare.apis.shareable import Shareable
+    from nvflare.apis.signal import Signal
+    from nvflare.apis.utils.decomposers import flare_decomposers
+    from nvflare.fuel.utils import fobs
+
+    flare_decomposers.register()
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr(Site, "log_info", lambda *arguments, **options: None)
+    monkeypatch.setattr(Site, "log_error", lambda *arguments, **options: None)
+
+    def exchange(question: dict) -> Shareable:
+        data = Shareable()
+        data.update(question)
+        sent = fobs.loads(fobs.dumps(data))
+        return fobs.loads(fobs.dumps(Site().execute(ASK, sent, Context(), Signal())))
+
+    return exchange
+
+
+def test_on_the_wire_are_the_agreed_keys_and_in_the_file_the_posterior_and_its_header(exchanged, tmp_path):
+    a_prior().save(tmp_path / "q.safetensors")
+    cycle = Cycle.create(tmp_path / "server", Project("brains", "localhost", ["north"], tmp_path / "q.safetensors"))
+    write = "import sys, pathlib; pathlib.Path('made.safetensors').rename(sys.argv[-2] + '/posterior.safetensors')"
+    spool = Spool.create(tmp_path / "north", [], [sys.executable, "-c", write])
+    a_site(a_prior(), 1).save(spool.folder / "made.safetensors")
+    replies = [exchanged(cycle.question("north")), exchanged(cycle.question("north", with_prior=True))]
+    posterior = next(spool.folder.glob("round-1-*")) / "run" / "posterior.safetensors"
+    while not posterior.exists():
+        pass
+    replies.append(exchanged(cycle.question("north")))
+    assert [reply["state"] for reply in replies] == ["no prior", "started", "trained"]
+    for reply in replies:
+        assert own_entries(reply).keys() <= ANSWER.keys()
+        assert str(tmp_path) not in repr(reply)
+    sent = tmp_path / "sent.safetensors"
+    sent.write_bytes(replies[-1]["posterior"])
+    tensors, header = load_tensors(sent)
+    assert tensors.keys() == {f"{name}.{kind}" for name in a_prior().mu for kind in ("mu", "sigma")}
+    assert header.keys() == Posterior.load(posterior).metadata.keys()
+
+
+def test_what_goes_wrong_at_a_site_is_not_told_to_the_server(exchanged, tmp_path):
+    reply = exchanged({"round": 1, "prior_sha256": "0" * 64, "settled": {}})  # the site has no spool
+    assert own_entries(reply) == {}
+    assert reply.get_return_code() == "EXECUTION_EXCEPTION"
+    assert str(tmp_path) not in repr(reply)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quorum": 3}, "quorum 3: give 1 to 2"),
+        ({"rounds": "many"}, "rounds"),
+        ({"quorom": 2}, "quorom"),
+        ({"prior": "none.safetensors"}, "none.safetensors: no such file"),
+        ({"sites": ["../north"]}, "'../north'"),
+        ({"training": {"prior": "x"}}, "'prior' is no setting that sites share"),
+    ],
+)
+def test_a_bad_agreement_is_one_line_and_leaves_no_kits(agreement, tmp_path, capsys, change, message):
+    agreement.write_text(yaml.safe_dump({**AGREEMENT, **change}))
+    assert cli.main(["federated", "init", str(agreement), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["join", "{kits}/localhost"], "is no site's kit"),
+        (["join", "{kits}/north"], "write it with dwc federated join"),
+        (["join", "{kits}/north", "--data", "none.csv"], "none.csv"),
+        (["join", "{kits}/north", "--command", "[sbatch]"], "go with --data"),
+        (["serve", "{kits}/north"], "give the server's kit"),
+        (["status", "{kits}"], "give the server's kit"),
+        (["init", "none.yml"], "none.yml: no such file"),
+        (["dance"], "dance"),
+    ],
+)
+def test_what_a_service_cannot_begin_with_is_one_line(kits, capsys, words, message):
+    capsys.readouterr()
+    assert cli.main(["federated", *(word.format(kits=kits) for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_without_flare_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert cli.main(["federated", "status", "kit"]) == 2
+    assert capsys.readouterr().err == "dwc: NVIDIA FLARE is not installed: pip install 'dwc[federated]'\n"
+
+
+def test_folders_of_past_jobs_are_cleared_and_nothing_else(tmp_path):
+    jobs = [tmp_path / f"{number:08x}-0000-4000-8000-000000000000" for number in range(30)]
+    for path in (*jobs, folder_in(tmp_path), tmp_path / "startup"):
+        path.mkdir()
+    _clear_runs(tmp_path)
+    assert sum(path.exists() for path in jobs) == 20
+    assert folder_in(tmp_path).exists()
+    assert (tmp_path / "startup").exists()

@@ -1,0 +1,97 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dwc.errors import Interrupted
+from dwc.federated import service
+from dwc.federated.cycle import Cycle
+from dwc.federated.lock import held
+from dwc.federated.project import Project
+from dwc.federated.spool import Spool
+from tests.made_posteriors import a_prior
+
+ENGINE = """echo $$ >> engines
+exec sleep {seconds}
+"""
+PASS = """#!/bin/sh
+echo pass >> {folder}/passes
+[ $(wc -l < {folder}/passes) -ge 2 ] && kill -TERM $PPID
+exec sleep 600
+"""
+
+
+def kit_in(folder: Path, seconds: float) -> Path:
+    """A kit whose FLARE is a process that does nothing for so many seconds."""
+    for part in ("startup", "local", "cycle"):
+        (folder / part).mkdir(parents=True)
+    (folder / "startup" / "fed_client.json").touch()
+    (folder / "startup" / "sub_start.sh").write_text(ENGINE.format(seconds=seconds))
+    (folder / "local" / "resources.json.default").write_text(json.dumps({"components": []}))
+    return folder
+
+
+def engines(kit: Path) -> list[int]:
+    path = kit / "engines"
+    return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def running(kit: Path) -> bool:
+    with held(kit / "cycle" / "engine.lock") as free:
+        return not free
+
+
+def wait_until(true) -> None:
+    until = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def join(kit: Path) -> subprocess.Popen:
+    words = [sys.executable, "-m", "dwc.cli", "federated", "join", str(kit)]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_flare_is_started_again_found_again_and_ended_with_its_service(tmp_path):
+    kit = kit_in(tmp_path / "north", 600)
+    Spool.create(kit / "cycle", [])
+    first = join(kit)
+    wait_until(lambda: engines(kit))
+    os.kill(engines(kit)[0], signal.SIGKILL)
+    wait_until(lambda: len(engines(kit)) == 2)
+    first.kill()
+    first.communicate()
+    assert running(kit)  # the service is dead, FLARE is not
+    second = join(kit)
+    time.sleep(3)
+    assert len(engines(kit)) == 2  # it is found, not started a second time
+    os.kill(engines(kit)[1], signal.SIGKILL)
+    wait_until(lambda: len(engines(kit)) == 3)
+    second.send_signal(signal.SIGTERM)
+    _, error = second.communicate(timeout=60)
+    assert second.returncode == 143
+    assert error.splitlines()[-1] == "dwc: stopped by SIGTERM; start it again at any time"
+    assert not running(kit)
+
+
+def test_a_pass_that_hangs_after_its_server_was_restarted_is_ended_and_the_next_one_begins(tmp_path, monkeypatch):
+    kit = kit_in(tmp_path / "server", 2)
+    a_prior().save(tmp_path / "q.safetensors")
+    (kit / "cycle").rmdir()
+    Cycle.create(kit / "cycle", Project("brains", "localhost", ["north"], tmp_path / "q.safetensors"))
+    python = tmp_path / "python"
+    python.write_text(PASS.format(folder=tmp_path))
+    python.chmod(0o755)
+    monkeypatch.setattr(service.sys, "executable", str(python))
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        service.serve(kit, tmp_path / "admin", 0.1)
+    assert time.monotonic() - began < 120  # not the 600 s of the pass that hung
+    assert len((tmp_path / "passes").read_text().splitlines()) == 2
+    assert not running(kit)

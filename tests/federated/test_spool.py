@@ -1,0 +1,177 @@
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dwc.errors import InputError
+from dwc.federated.cycle import Cycle
+from dwc.federated.project import Project
+from dwc.federated.spool import Spool
+from dwc.federated.wire import ANSWER, check, digest
+from dwc.posterior import Posterior
+from tests.made_posteriors import a_prior, a_site
+
+# Stands in for dwc train: waits to be let go, then leaves a posterior of its prior; it notes each start.
+TRAINER = """
+import os, sys, time
+from pathlib import Path
+folder = Path.cwd()
+words = dict(zip(sys.argv[1:-1:2], sys.argv[2::2]))
+run = Path(words["--out"])
+with (folder / "starts").open("a") as file:
+    file.write(f"{os.getpid()} {os.getpgrp()} {run.parent.name}\\n")
+while not (folder / "go").exists():
+    time.sleep(0.01)
+os.rename(folder / "made.safetensors", run / "posterior.safetensors")
+"""
+
+
+@pytest.fixture
+def spool(tmp_path):
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    yield Spool.create(tmp_path / "site", [], [sys.executable, str(tmp_path / "trainer.py")])
+    (tmp_path / "site" / "go").touch()
+    for pid, *_ in starts(Spool(tmp_path / "site")):
+        wait_until(lambda pid=pid: not alive(pid))
+
+
+@pytest.fixture
+def cycle(tmp_path) -> Cycle:
+    a_prior().save(tmp_path / "prior.safetensors")
+    project = Project("brains", "localhost", ["north", "east"], tmp_path / "prior.safetensors", rounds=2, quorum=1)
+    return Cycle.create(tmp_path / "server", project)
+
+
+def starts(spool: Spool) -> list[tuple[int, int, str]]:
+    path = spool.folder / "starts"
+    rows = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+    return [(int(pid), int(group), task) for pid, group, task in rows]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(true) -> None:
+    until = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def let_finish(spool: Spool, posterior: Posterior) -> None:
+    """The trainer that runs ends with this posterior."""
+    pid = starts(spool)[-1][0]
+    posterior.save(spool.folder / "made.safetensors")
+    (spool.folder / "go").touch()
+    wait_until(lambda: not alive(pid))
+    (spool.folder / "go").unlink()
+
+
+def begin(spool: Spool, cycle: Cycle) -> None:
+    assert spool.answer(cycle.question("north", with_prior=True))["state"] == "started"
+    wait_until(lambda: starts(spool))
+
+
+def test_a_site_asks_for_the_prior_trains_hands_in_and_rests(spool, cycle):
+    question = cycle.question("north")
+    assert spool.answer(question)["state"] == "no prior"
+    begin(spool, cycle)
+    assert spool.answer(question)["state"] == "training"
+    let_finish(spool, a_site(a_prior(), 1))
+    for _ in range(2):  # until the receipt comes
+        answer = spool.answer(question)
+        assert answer["state"] == "trained"
+        cycle.receive("north", answer)
+    assert spool.answer(cycle.question("north"))["state"] == "idle"
+    assert len(starts(spool)) == 1
+    assert len(cycle.state["posteriors"]) == 1
+
+
+def test_the_trainer_leads_its_own_process_group_and_is_not_asked_to_wait_for(spool, cycle):
+    begin(spool, cycle)
+    pid, group, _ = starts(spool)[0]
+    assert pid == group
+    assert group != os.getpgrp()
+
+
+def test_a_killed_trainer_is_started_again_and_a_living_one_is_not(spool, cycle):
+    begin(spool, cycle)
+    assert [spool.answer(cycle.question("north"))["state"] for _ in range(3)] == ["training"] * 3
+    os.killpg(starts(spool)[0][1], signal.SIGKILL)
+    wait_until(lambda: not alive(starts(spool)[0][0]))
+    assert spool.answer(cycle.question("north"))["state"] == "started"
+    wait_until(lambda: len(starts(spool)) == 2)
+    assert spool.answer(cycle.question("north"))["state"] == "training"
+
+
+def test_a_site_finishes_the_round_it_is_at_before_it_takes_the_next(spool, cycle):
+    begin(spool, cycle)
+    other = a_site(a_prior(), 2)
+    other.save(cycle.folder / "other.safetensors")
+    content = (cycle.folder / "other.safetensors").read_bytes()
+    cycle.receive("east", {"state": "trained", "round": 1, "prior_sha256": "", "posterior": content})
+    assert cycle.advance()
+    question = cycle.question("north")
+    assert question["round"] == 2
+    answer = spool.answer(question)
+    assert (answer["state"], answer["round"]) == ("training", 1)
+    let_finish(spool, a_site(a_prior(), 1))
+    cycle.receive("north", spool.answer(question))
+    assert spool.answer(cycle.question("north"))["state"] == "no prior"
+    assert cycle.state["posteriors"][-1]["round"] == 1
+
+
+def test_a_refused_posterior_is_put_aside_with_the_reason(spool, cycle):
+    begin(spool, cycle)
+    let_finish(spool, a_site(a_prior(seed=9), 1))
+    cycle.receive("north", spool.answer(cycle.question("north")))
+    assert spool.answer(cycle.question("north"))["state"] == "idle"
+    (settled,) = spool.folder.glob("round-*/settled")
+    assert "none of ours" in settled.read_text()
+
+
+def test_a_prior_that_is_not_the_one_it_names_is_no_work(spool, cycle):
+    question = cycle.question("north", with_prior=True) | {"prior_sha256": "0" * 64}
+    with pytest.raises(InputError, match="not what the message names"):
+        spool.answer(question)
+    assert starts(spool) == []
+    assert spool.answer(cycle.question("north"))["state"] == "no prior"
+
+
+def test_a_digest_that_leads_out_of_the_folder_is_refused(spool, cycle):
+    question = cycle.question("north", with_prior=True) | {"prior_sha256": "x/../../../tmp"}
+    with pytest.raises(InputError, match="no SHA-256 digest"):
+        spool.answer(question)
+    assert not list(spool.folder.glob("round-*"))
+
+
+def test_nothing_but_the_agreed_entries_leaves_a_site_and_no_path_is_in_them(spool, cycle):
+    answers = [spool.answer(cycle.question("north"))]
+    begin(spool, cycle)
+    answers.append(spool.answer(cycle.question("north")))
+    posterior = a_site(a_prior(), 1)
+    let_finish(spool, posterior)
+    answers.append(spool.answer(cycle.question("north")))
+    for answer in answers:
+        assert check(answer, ANSWER) == answer
+        assert str(spool.folder).encode() not in repr(answer).encode()
+    sent = cycle.folder / "sent.safetensors"
+    sent.write_bytes(answers[-1]["posterior"])
+    assert Posterior.load(sent).sha256 == posterior.sha256
+
+
+def test_a_command_that_is_not_there_is_named_in_one_line(tmp_path, cycle):
+    spool = Spool.create(tmp_path / "site", [], ["no-such-program"])
+    with pytest.raises(InputError, match="no-such-program: cannot be started"):
+        spool.answer(cycle.question("north", with_prior=True))
+
+
+def test_a_file_is_known_by_its_bytes():
+    assert digest(b"a") != digest(b"b")
