@@ -8,11 +8,11 @@ class InputError(ValueError):
 
 
 class Interrupted(Exception):
-    """A signal ended a run after a whole step; its checkpoint is on disk and the message says how to resume."""
+    """A signal ended a run at a whole step, with its state on disk: where it stands, and how to go on."""
 
-    def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
+    def __init__(self, signal_number: int, stopped: str, remedy: str) -> None:
+        super().__init__(f"{stopped}; {remedy}")
+        self.signal_number, self.stopped = signal_number, stopped
 
 
 def brief(value: object) -> str:

@@ -230,7 +230,7 @@ class _Run:
             self._save()
             raise Interrupted(
                 number,
-                f"stopped by {signal.Signals(number).name} after step {self.state.step} of {self.total_steps}; "
+                f"stopped by {signal.Signals(number).name} after step {self.state.step} of {self.total_steps}",
                 f"resume with: dwc train --config {self.out / 'config.yaml'} --resume",
             )
 

@@ -168,7 +168,9 @@ def test_a_signal_ends_the_demo_as_it_ends_training(tmp_path, monkeypatch, capsy
     words = ["--grid_size", "32", "--voxel_size", "6.0", "--width", "2", "--dilations", "[1]", "--n_test", "1"]
     words += ["--n_train", '{"H": 1, "N": 1, "B": 1, "W": 1}', "--out", str(tmp_path / "demo")]
     assert cli.main(["demo", *words]) == 143
-    assert capsys.readouterr().err.splitlines()[-1].startswith("dwc: stopped by SIGTERM after step 1 of ")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("dwc: H MAP stopped by SIGTERM after step 1 of ")
+    assert last.endswith("; the same command goes on with the study")
 
 
 def test_consolidate_writes_a_prior_and_prints_each_sites_weight(networks, tmp_path):

@@ -214,8 +214,8 @@ class Networks:
         try:
             train(settings, resume=folder.exists())
         except Interrupted as stop:
-            done = f"{network.name} stopped after {self.steps(network)} logged steps"
-            raise Interrupted(stop.signal_number, f"{done}; the same command goes on with the study") from None
+            where = f"{network.name} {stop.stopped}"
+            raise Interrupted(stop.signal_number, where, "the same command goes on with the study") from None
 
     def _compute(self, network: Network, folder: Path) -> None:
         posteriors = (Posterior.load(self.file(parent)) for parent in network.parents)  # one at a time in memory

@@ -212,7 +212,7 @@ def _ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
-        raise Interrupted(number, f"stopped by {signal.Signals(number).name}; start it again at any time")
+        raise Interrupted(number, f"stopped by {signal.Signals(number).name}", "start it again at any time")
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
