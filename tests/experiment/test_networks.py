@@ -116,7 +116,7 @@ def test_a_study_stopped_in_a_network_goes_on_there_and_ends_with_the_same_bits(
 
     def stop_after_an_epoch(run, *arguments):
         save(run, *arguments)
-        raise Interrupted(15, "stopped")
+        raise Interrupted(15, "stopped by SIGTERM after step 1 of 2", "resume with: dwc train")
 
     with monkeypatch.context() as patch:
         patch.setattr(_Run, "_save", stop_after_an_epoch)
