@@ -180,6 +180,7 @@ class _Points:
         self.size = [2 * (t + transform.overlap) * d for t, d in zip(tiles, dilation, strict=True)]
         (_, th, tw), (_, dh, dw) = tiles, dilation
         self.slab = (th, dh, tw, dw)
+        self.padded = torch.zeros(*self.size, channels, dtype=torch.float32)  # its border stays 0
         self.along_d = _scratch(4, *self.size[1:], channels)
         self.along_dh = _scratch(4, 4, th, dh, self.size[2], channels)
         self.points = _scratch(4, 4, 4, *self.slab, channels)
@@ -188,10 +189,9 @@ class _Points:
         """Each slab of a volume [C, D, H, W]: tile and phase along D, and points [64, tiles, C] until the next slab."""
         slices, combine, _ = self.transform
         dd, dh, dw = self.dilation
-        padded = torch.zeros(*self.size, len(sample), dtype=torch.float32)
         inside = tuple(slice(p, p + s) for p, s in zip(padding, sample.shape[1:], strict=True))
-        padded[inside] = sample.permute(1, 2, 3, 0)
-        planes = slices(padded, 0, dd)
+        self.padded[inside] = sample.permute(1, 2, 3, 0)
+        planes = slices(self.padded, 0, dd)
         for t, phase in product(*map(range, planes[0].shape[:2])):
             combine([p[t, phase] for p in planes], self.along_d.unbind(0))
             combine(slices(self.along_d, 1, dh), self.along_dh.unbind(1))
