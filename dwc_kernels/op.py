@@ -134,7 +134,6 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, g, _):
-    g = g.contiguous(memory_format=torch.channels_last_3d)  # once, as both gradients want it
     x, r, weight_mu, weight_sigma, bias_sigma = ctx.saved_tensors
     dx = dmu = dsigma = db_mu = db_sigma = None
     if ctx.needs_input_grad[0]:
