@@ -83,7 +83,7 @@ class TrainSettings:
         fp32, or bf16 for autocast.
     activation_checkpointing
         Compute the hidden layers a second time in the backward, with the same noise, instead of keeping all that it
-        needs: 0.61 of a step's memory at its peak, one forward more, the same result.
+        needs: 0.6 of a step's memory at its peak, one forward more, the same result.
     """
 
     mode: Literal["map", "vi", "vcl", "finetune"] = "map"
