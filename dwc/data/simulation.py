@@ -141,7 +141,7 @@ def write_site(
     grid : Grid
         Size and voxel size of the volumes.
     seed : int
-        Another seed gives other subjects and scans.
+        Another seed gives other scans, and other heads; of anatomies, another division among sites and splits.
     anatomies : path
         A folder of label volumes (`*.nii.gz`, codes as in `simulate`) to take instead of the phantom, each centred on
         its brain. Every site takes its own fifth of them, some for testing and the others for training; where there
@@ -164,7 +164,7 @@ def write_site(
         )
     heads = _phantoms(site, n_train, n_test, grid, seed)
     if anatomies is not None:
-        heads = _anatomies(site, n_train, n_test, grid, Path(anatomies))
+        heads = _anatomies(site, n_train, n_test, grid, Path(anatomies), seed)
     label_map = LabelMap.load("fifty")
     affine = grid.affine(np.zeros(3))
     try:
@@ -207,12 +207,14 @@ def _phantoms(site: Site, n_train: int, n_test: int, grid: Grid, seed: int) -> I
 
 
 def _anatomies(
-    site: Site, n_train: int, n_test: int, grid: Grid, folder: Path
+    site: Site, n_train: int, n_test: int, grid: Grid, folder: Path, seed: int
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     names = list(load_sites())
     if site.name not in names:
         raise InputError(f"site {site.name!r} has no anatomies of its own; choose one of {', '.join(names)}")
-    mine = sorted(folder.glob("*.nii.gz"))[names.index(site.name) :: len(names)]
+    paths = sorted(folder.glob("*.nii.gz"))
+    order = np.random.default_rng(seed).permutation(len(paths))  # the same at all sites, so that they share none
+    mine = [paths[i] for i in order[names.index(site.name) :: len(names)]]
     n_for_test = min(n_test, max(1, len(mine) // 3)) if n_test else 0
     if len(mine) - n_for_test < bool(n_train) or not mine:
         raise InputError(

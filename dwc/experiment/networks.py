@@ -56,12 +56,15 @@ class Network:
         Whose scans it is trained on; None for computed networks.
     parents : tuple of Network
         The network it starts from, if any; of a combined network the prior and the sites' networks.
+    stage : str
+        The setting of the study that says how it is trained; by default that of its mode.
     """
 
     name: str
     mode: Literal["map", "vi", "vcl", "finetune", "consolidated", "average", "untrained"]
     site: str | None = None
     parents: tuple["Network", ...] = ()
+    stage: str = ""
 
     @property
     def is_trained(self) -> bool:
@@ -69,9 +72,9 @@ class Network:
         return self.mode not in _COMPUTED
 
 
-def map_network(site: str) -> Network:
+def map_network(site: str, stage: str = "map") -> Network:
     """A plain network of a site."""
-    return Network(f"{site} MAP", "map", site)
+    return Network(f"{site} MAP", "map", site, stage=stage)
 
 
 def variational(site: str) -> Network:
@@ -160,7 +163,7 @@ class Networks:
             content: dict[str, Any] = {"format": _FORMAT, "mode": network.mode}
             content["parents"] = [self.key(parent) for parent in network.parents]
             if network.is_trained:
-                settings = self.settings.training(network.mode).to_json()
+                settings = self.settings.training(network.mode, self.stage(network)).to_json()
                 content["settings"] = {name: value for name, value in settings.items() if name not in _NO_CONTENT}
                 content["label_map"] = self._label_map.sha256
                 content["scans"] = self._digest(network.site)
@@ -201,7 +204,7 @@ class Networks:
 
     def stage(self, network: Network) -> Stage:
         """How it is trained."""
-        return getattr(self.settings, network.mode)
+        return self.settings.stage(network.stage or network.mode)
 
     def _make(self, network: Network) -> None:
         print(f"{'training' if network.is_trained else 'computing'} {network.name}", flush=True)
@@ -210,7 +213,8 @@ class Networks:
             self._compute(network, folder)
             return
         start = {"init" if network.mode == "vi" else "prior": self.file(parent) for parent in network.parents}
-        settings = self.settings.training(network.mode, data=self.manifests[network.site], out=folder, **start)
+        paths = dict(data=self.manifests[network.site], out=folder, **start)
+        settings = self.settings.training(network.mode, self.stage(network), **paths)
         try:
             train(settings, resume=folder.exists())
         except Interrupted as stop:

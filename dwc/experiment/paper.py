@@ -47,7 +47,7 @@ def _rows() -> tuple[Row, ...]:
         row(joint, "consolidated", f"{joint.name} (DWC w/o FT)"),
         Row("Ensemble", "ensemble", tuple(maps)),
         row(dwc, "dwc", f"{dwc.name} (DWC)"),
-        row(map_network(POOLED), "pooled"),
+        row(map_network(POOLED, "pooled"), "pooled"),
     )
 
 

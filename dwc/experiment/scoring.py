@@ -114,6 +114,7 @@ class Scores:
             "format": _FORMAT,
             "networks": [self.networks.key(network) for network in row.networks],
             "volumes": self.held_out[site].digest,
+            "names": [[scan.subject, scan.image.name] for scan in self.held_out[site].scans],
             "n_samples": self.settings.n_samples,
             "seed": self.settings.seed,
             "precision": self.settings.precision,

@@ -21,7 +21,7 @@ TRAINING_SITES = (ORIGIN, *SITES)
 ALL_SITES = (*TRAINING_SITES, UNSEEN)
 PRESETS = ("smoke", "small", "cpu", "paper")
 STUDIES = ("paper", "many-sites", "rounds", "leave-one-out", "tempering")
-_STAGES = ("map", "vi", "vcl", "finetune")
+_MODES = {"map": "map", "pooled": "map", "vi": "vi", "vcl": "vcl", "finetune": "finetune"}  # of each stage
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ class StudySettings:
         Sub-volumes per step.
     map
         How the MAP networks are trained.
+    pooled
+        How the MAP network of all sites' scans is trained; by default as the others.
     vi
         How the variational network of H is trained.
     vcl
@@ -144,6 +146,7 @@ class StudySettings:
     dilations: tuple[int, ...] = (1, 2, 4, 8)
     batch_size: int = 4
     map: Stage = Stage(steps=600, lr=1e-2)
+    pooled: Stage | None = None
     vi: Stage = Stage(steps=300, lr=3e-3, rho_lr=3e-2)
     vcl: Stage = Stage(steps=300, lr=3e-3, rho_lr=3e-2)
     finetune: Stage = Stage(steps=100, lr=1e-3, rho_lr=1e-2)
@@ -201,18 +204,21 @@ class StudySettings:
         if self.grid_size % SIDE or self.grid_size < SIDE:
             raise InputError(f"--grid_size {self.grid_size}: give a multiple of {SIDE} voxels")
         LabelMap.load(self.label_map)
-        for mode in _STAGES:
-            stage: Stage = getattr(self, mode)
+        for name, mode in _MODES.items():
+            stage = self.stage(name)
             if min(stage.steps, stage.epochs) < 1:
-                raise InputError(f"--{mode}.steps {stage.steps}, epochs {stage.epochs}: give positive numbers")
+                raise InputError(f"--{name}.steps {stage.steps}, epochs {stage.epochs}: give positive numbers")
             if stage.steps % stage.epochs:
-                raise InputError(f"--{mode}.epochs {stage.epochs}: does not divide its {stage.steps} steps evenly")
+                raise InputError(f"--{name}.epochs {stage.epochs}: does not divide its {stage.steps} steps evenly")
             start = {"prior": self.out} if mode in ("vcl", "finetune") else {}
-            self.training(mode, data=self.out, out=self.out, **start).check()
+            self.training(mode, stage, data=self.out, out=self.out, **start).check()
 
-    def training(self, mode: str, **paths: Path) -> TrainSettings:
+    def stage(self, name: str) -> Stage:
+        """How networks of a kind are trained: map, pooled, vi, vcl or finetune."""
+        return getattr(self, name) or self.map  # pooled may be left to map
+
+    def training(self, mode: str, stage: Stage, **paths: Path) -> TrainSettings:
         """The trainer's settings of a mode; `paths` are data, out, and prior or init."""
-        stage: Stage = getattr(self, mode)
         return TrainSettings(
             mode=mode, **paths, cache_dir=self.cache_dir, lr=stage.lr, rho_lr=stage.rho_lr, schedule=stage.schedule,
             epochs=stage.epochs, steps_per_epoch=stage.steps // stage.epochs, stop_at_plateau=stage.stop_at_plateau,

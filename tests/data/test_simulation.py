@@ -149,6 +149,15 @@ def test_real_anatomies_are_divided_among_sites_and_splits(anatomies, tmp_path):
     assert all(len(owner) == 1 for owner in owners.values())
 
 
+def test_another_seed_divides_the_anatomies_anew(anatomies, tmp_path):
+    """So that several seeds of a study do not all test on the same heads."""
+    tested = set()
+    for seed in range(8):
+        manifest = write_site(tmp_path / str(seed), "H", 1, 1, grid=GRID, seed=seed, anatomies=anatomies)
+        tested |= {scan.subject for scan in read_manifest(manifest) if scan.split == "test"}
+    assert len(tested) > 3
+
+
 def test_an_anatomy_is_centred_on_its_brain(anatomies):
     codes = simulation._load_anatomy(anatomies / "sub-00.nii.gz", Grid(64, 3.0))
     where = np.argwhere((codes > 0) & (codes < 50) & (codes != 12))
