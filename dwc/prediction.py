@@ -161,8 +161,9 @@ def predict_volume(
         torch.inference_mode(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
-        tqdm(total=len(cubes), desc=progress, unit="sub-volume", disable=None if progress else True, dynamic_ncols=True)
-        as bar,
+        tqdm(
+            total=len(cubes), desc=progress, unit="sub-volume", disable=None if progress else True, dynamic_ncols=True
+        ) as bar,
     ):
         for start in range(0, len(cubes), _SUB_VOLUMES_PER_PASS):
             here = slice(start, start + _SUB_VOLUMES_PER_PASS)
