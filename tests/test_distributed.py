@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dwc import cli, distributed, launcher, plan
+from dwc import cli, distributed, launcher, plan, training
 from dwc.errors import InputError
 from dwc.files import load_tensors
 from dwc.runtime import choose_device, seed_of
@@ -140,6 +140,7 @@ def test_ranks_that_outlive_their_launcher_keep_their_run_folder(settings, tmp_p
     orphans = processes_with(str(tmp_path / "run"))
     try:
         assert len(orphans) == 2
+        monkeypatch.setattr(training, "_WORKERS_END_S", 0.0)
         with pytest.raises(InputError, match="another dwc train is at work in it"):
             train(run, resume=True)
     finally:

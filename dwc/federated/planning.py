@@ -44,8 +44,9 @@ def plan(sites: Sequence[int], *, n_classes: int, width: int, link_mbit_s: float
         The server's link.
     """
     # In a process of its own, whose peak of memory is not that of whatever ran here before.
+    n_measured = min(_MEASURED, *sites)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        payload, seconds, memory = pool.submit(_measure, min(_MEASURED, *sites), n_classes, width).result()
+        payload, seconds, memory = pool.submit(_measure, n_measured, n_classes, width).result()
     rows = [
         {
             "sites": n,
@@ -56,7 +57,7 @@ def plan(sites: Sequence[int], *, n_classes: int, width: int, link_mbit_s: float
             "memory_mb": memory / 1e6,
             "in_flight_mb": n * payload / 1e6,
             "disk_gb": (n + 1) * payload / 1e9,
-            "basis": "measured" if n <= _MEASURED else f"extrapolated from {min(_MEASURED, *sites)}",
+            "basis": "measured" if n == n_measured else f"extrapolated from {n_measured}",
         }
         for n in sites
     ]

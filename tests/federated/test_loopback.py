@@ -21,7 +21,7 @@ import yaml
 
 from dwc import cli
 from dwc.consolidation import consolidate
-from dwc.federated.lock import held
+from dwc.lock import held
 from dwc.posterior import Posterior
 from dwc.training import train
 

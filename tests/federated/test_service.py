@@ -11,9 +11,9 @@ import pytest
 from dwc.errors import Interrupted
 from dwc.federated import service
 from dwc.federated.cycle import Cycle
-from dwc.federated.lock import held
 from dwc.federated.project import Project
 from dwc.federated.spool import Spool
+from dwc.lock import held
 from tests.made_posteriors import a_prior
 
 ENGINE = """echo $$ >> engines
