@@ -126,27 +126,44 @@ def test_a_killed_rank_ends_all_and_resuming_is_exact_to_the_bit(settings, tmp_p
 
 def test_ranks_that_outlive_their_launcher_keep_their_run_folder(settings, tmp_path, monkeypatch):
     run = replace(settings, batch_size=2, epochs=100_000, out=tmp_path / "run", cache_dir=tmp_path / "cache")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dwc.train"]
-    with (tmp_path / "log").open("wb") as log:
-        start = subprocess.Popen([*words, *flags(run)], env=environment, cwd=ROOT, stdout=log, stderr=log)
-    ended = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoint.safetensors").exists():
-        assert start.poll() is None
-        assert time.monotonic() < ended
-        time.sleep(0.1)
-    start.kill()
-    start.wait()
+    launched = training_ranks(run, tmp_path / "log")
+    launched.kill()
+    launched.wait()
     orphans = processes_with(str(tmp_path / "run"))
     try:
         assert len(orphans) == 2
-        monkeypatch.setattr(training, "_WORKERS_END_S", 0.0)
-        with pytest.raises(InputError, match="another dwc train is at work in it"):
-            train(run, resume=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "_WORKERS_END_S", 0.0)
+            with pytest.raises(InputError, match="another dwc train is at work in it"):
+                train(run, resume=True)
     finally:
         for pid in orphans:
             os.kill(pid, signal.SIGKILL)
     train(replace(run, epochs=1), resume=True)  # their lock went with them
+
+
+def test_a_signal_to_the_launcher_leaves_a_whole_checkpoint(settings, tmp_path):
+    run = replace(settings, batch_size=2, epochs=100_000, out=tmp_path / "run", cache_dir=tmp_path / "cache")
+    launched = training_ranks(run, tmp_path / "log")
+    launched.send_signal(signal.SIGTERM)
+    launched.wait(120)
+    (line,) = re.findall(r"dwc: stopped by SIGTERM after step (\d+) of", (tmp_path / "log").read_text())
+    assert load_tensors(tmp_path / "run" / "checkpoint.safetensors")[1]["state"]["step"] == int(line)
+    assert not processes_with(str(tmp_path / "run"))
+
+
+def training_ranks(run: TrainSettings, log: Path) -> subprocess.Popen:
+    """torchrun with two ranks that have come to their first checkpoint."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dwc.train"]
+    with log.open("wb") as output:
+        launched = subprocess.Popen([*words, *flags(run)], env=environment, cwd=ROOT, stdout=output, stderr=output)
+    until = time.monotonic() + 240
+    while not (run.out / "checkpoint.safetensors").exists():
+        assert launched.poll() is None, log.read_text()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    return launched
 
 
 def processes_with(word: str) -> list[int]:

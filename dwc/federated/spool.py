@@ -127,7 +127,7 @@ class Spool:
         task = self._task(question)
         if (task / "task.json").exists():
             return
-        (task / "run").mkdir(parents=True, exist_ok=True)
+        task.mkdir(parents=True, exist_ok=True)
         write_whole(task / "prior.safetensors", question["prior"])
         found = Posterior.load(task / "prior.safetensors").sha256
         if found != question["prior_sha256"]:
@@ -139,6 +139,7 @@ class Spool:
         """Start the trainer, unless it runs."""
         words = [*self._command, "--stream", stream_of(self.name), "--prior", task / "prior.safetensors"]
         words += ["--out", task / "run", "--resume"]
+        (task / "run").mkdir(exist_ok=True)  # --resume wants a folder; a person may have taken it away to start anew
         trainer = start_once(words, task / "trainer.lock", task / "trainer.log", cwd=self.folder)
         return "training" if trainer is None else "started"
 

@@ -163,6 +163,18 @@ def test_a_round_that_is_given_up_is_left_and_the_next_one_taken(spool, cycle):
     assert spool.answer(cycle.question("north"))["state"] == "no prior"
 
 
+def test_a_training_whose_run_folder_is_taken_away_starts_anew(spool, cycle):
+    begin(spool, cycle)
+    os.killpg(starts(spool)[0][1], signal.SIGKILL)
+    wait_until(lambda: not alive(starts(spool)[0][0]))
+    (task,) = spool.folder.glob("round-1-*")
+    (task / "run").rmdir()
+    assert spool.answer(cycle.question("north"))["state"] == "started"
+    wait_until(lambda: len(starts(spool)) == 2)
+    let_finish(spool, a_site(a_prior(), 1))
+    assert spool.answer(cycle.question("north"))["state"] == "trained"
+
+
 def test_each_site_draws_noise_of_its_own_the_same_at_each_start(tmp_path, cycle):
     streams = []
     for name in ("north", "east", "north"):
