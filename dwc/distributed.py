@@ -8,6 +8,7 @@ the number of ranks. The first rank writes and speaks for all. What is shared ou
 import contextlib
 import json
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from inspect import signature
@@ -29,6 +30,7 @@ _T = TypeVar("_T")
 # Ranks wait for each other while a cohort is prepared; a rank that dies is noticed at once, by torchrun and by gloo.
 _PATIENCE = timedelta(hours=12)
 _A_MOMENT = timedelta(seconds=10)
+_AT_MOST = 400  # characters of a library's error: its cause, not the stack below
 _BUFFERS = "forward_sync_buffers"  # what newer versions of PyTorch call broadcast_buffers
 
 
@@ -56,7 +58,8 @@ def ranks() -> Iterator[None]:
     Raises
     ------
     InputError
-        If another rank has ended before its work was done. That rank tells why: see `say_once`.
+        If another rank has ended before its work was done, or cannot be reached. A rank that ends tells why itself, see
+        `say_once`; of a network or a full disk only the library's words tell, so the line carries them.
     """
     if launcher.processes() == 1 or dist.is_initialized():
         yield
@@ -72,7 +75,8 @@ def ranks() -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))):
             raise
         raise InputError(
-            "another process of this run has ended before its work was done; start it again, a training with --resume"
+            "the processes of this run have lost each other; start it again, a training with --resume "
+            f"({textwrap.shorten(str(error), _AT_MOST, placeholder=' ...')})"
         ) from error
     dist.destroy_process_group()  # after an error there is nobody left to agree on it with
 

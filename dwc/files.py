@@ -19,9 +19,19 @@ import torch
 
 from dwc.errors import InputError
 
-__all__ = ["canonical_json", "check_suffix", "load_tensors", "open_folder", "save_tensors", "write_whole"]
+__all__ = [
+    "PARTS",
+    "canonical_json",
+    "check_suffix",
+    "load_tensors",
+    "open_folder",
+    "save_tensors",
+    "sweep",
+    "write_whole",
+]
 
 _HEADER = "dwc"
+PARTS = ".*.part"  # temporary names, which a kill -9 in the middle of a write leaves behind
 
 
 def canonical_json(value: Any) -> str:
@@ -63,6 +73,12 @@ def write_whole(path: str | Path, content: bytes) -> None:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+def sweep(folder: Path) -> None:
+    """Clear away what a kill has left of unfinished writes, in a folder where nobody else writes now."""
+    for part in folder.glob(PARTS):
+        part.unlink(missing_ok=True)
 
 
 def check_suffix(path: str | Path) -> Path:
@@ -138,8 +154,9 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
         raise InputError(f"{path}: truncated or not a safetensors file ({error}); copy or write it again") from error
     try:
         header = json.loads(metadata[_HEADER])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: has no dwc header; give a file written by dwc") from error
+        canonical_json(header)  # refuses the NaN and infinity that Python's JSON lets in
+    except (KeyError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: has no dwc header that is JSON; give a file written by dwc") from error
     if not isinstance(header, dict):
         raise InputError(f"{path}: its dwc header is not a JSON object; give a file written by dwc")
     return tensors, header

@@ -19,15 +19,15 @@ from dwc.data.manifest import Scan, has_split_column, read_manifest
 from dwc.data.subvolumes import SIDE, SubVolumes
 from dwc.distributed import world_size
 from dwc.errors import InputError
-from dwc.files import write_whole
+from dwc.files import PARTS, sweep, write_whole
 from dwc.meshnet import DILATIONS, checked_architecture, describe
 from dwc.posterior import Posterior
 from dwc.runtime import choose_device
 from dwc.settings import TrainSettings
 
-__all__ = ["Plan", "bind", "plan_run"]
+__all__ = ["LOCK", "Plan", "bind", "labelled_scans", "plan_run"]
 
-_LEFTOVERS = ".*.part"  # what a kill -9 in the middle of a write leaves behind
+LOCK = ".lock"  # in a run folder, held by the process that writes there
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ class Plan:
         """
         text = yaml.safe_dump(self.settings.to_json(), sort_keys=False)
         write_whole(self.settings.out / "config.yaml", text.encode())
-        for part in self.settings.out.glob(_LEFTOVERS):
-            part.unlink(missing_ok=True)
+        sweep(self.settings.out)
 
 
 def plan_run(settings: TrainSettings, *, resume: bool = False) -> Plan:
@@ -124,13 +123,7 @@ def plan_run(settings: TrainSettings, *, resume: bool = False) -> Plan:
             f"--batch_size {settings.batch_size}: is fewer than the {world_size()} processes; give each a sub-volume, "
             f"or start fewer"
         )
-    scans = read_manifest(settings.data, seed=settings.seed, test_fraction=settings.test_fraction)
-    for scan in scans:
-        if scan.label is None:
-            raise InputError(f"{settings.data}: {scan.image} has no label; training needs one for each scan")
-    train_scans, test_scans = ([scan for scan in scans if scan.split == part] for part in ("train", "test"))
-    if not train_scans:
-        raise InputError(f"{settings.data}: has no scan to train on; set split to train for some")
+    train_scans, test_scans = labelled_scans(settings)
     path = settings.out / "checkpoint.safetensors"
     checkpoint = load_checkpoint(path) if resume and path.exists() else None
     plan = Plan(settings, base, label_map, grid, train_scans, test_scans, device, checkpoint)
@@ -140,10 +133,29 @@ def plan_run(settings: TrainSettings, *, resume: bool = False) -> Plan:
     return plan
 
 
+def labelled_scans(settings: TrainSettings) -> tuple[list[Scan], list[Scan]]:
+    """The scans to train on and those held out.
+
+    Raises
+    ------
+    InputError
+        If the manifest is wrong, a scan has no label, or none is left to train on.
+    """
+    scans = read_manifest(settings.data, seed=settings.seed, test_fraction=settings.test_fraction)
+    for scan in scans:
+        if scan.label is None:
+            raise InputError(f"{settings.data}: {scan.image} has no label; training needs one for each scan")
+    train_scans, test_scans = ([scan for scan in scans if scan.split == part] for part in ("train", "test"))
+    if not train_scans:
+        raise InputError(f"{settings.data}: has no scan to train on; set split to train for some")
+    return train_scans, test_scans
+
+
 def _check_folder(out: Path, *, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; give a folder as --out")
-    found = {path.name for path in out.iterdir() if not path.match(_LEFTOVERS)} - {"cache"} if out.exists() else set()
+    files = out.iterdir() if out.exists() else ()
+    found = {path.name for path in files if not path.match(PARTS)} - {"cache", LOCK}
     if found and not resume:
         raise InputError(f"{out}: is not empty; give another --out, or add --resume to go on with the run in it")
     if resume and not out.exists():
@@ -218,8 +230,9 @@ def _check_checkpoint(plan: Plan, path: Path) -> None:
     if plan.checkpoint is None:
         return
     ours, theirs = binding(plan), plan.checkpoint[1]["binding"]
+    names = [name for name in {**ours, **theirs} if name != "data"]  # of which `bind` knows more
     differing = [
-        f"{name} {theirs.get(name)!r}, now {ours.get(name)!r}" for name in ours if theirs.get(name) != ours[name]
+        f"{name} {theirs.get(name)!r}, now {ours.get(name)!r}" for name in names if theirs.get(name) != ours.get(name)
     ]
     if differing:
         raise InputError(

@@ -148,6 +148,11 @@ class Posterior:
         for key in ("architecture", "label_map", "preprocessing", "training"):
             if not isinstance(header.get(key) or {}, dict):
                 raise InputError(f"{path}: its header's {key} is no JSON object; write the file again with dwc train")
+        n_volumes = header.get("n_volumes")
+        if n_volumes is not None and (type(n_volumes) is not int or n_volumes < 0):
+            raise InputError(
+                f"{path}: its header's n_volumes {str(n_volumes)[:20]!r} is no count; write it again with dwc train"
+            )
         parts: dict[str, dict[str, Tensor]] = {"mu": {}, "sigma": {}}
         for full_name, tensor in tensors.items():
             name, _, kind = full_name.rpartition(".")

@@ -73,6 +73,9 @@ class TrainSettings:
     seed
         Fixes the initial weights, the order of the data, the noise and, where the manifest has no split column, the
         split; it must be that of --prior or --init then.
+    stream
+        Which of many streams of noise the run draws from, under the same seed. Sites that train from one prior take
+        different ones; `dwc federated` gives each its own.
     workers
         Processes that load data, for each that trains; the result does not depend on them.
     cache_dir
@@ -107,6 +110,7 @@ class TrainSettings:
     validation_sub_volumes: int = 512
     test_fraction: float = 0.1
     seed: int = 0
+    stream: int = 0
     workers: int = 0
     cache_dir: Path | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -162,8 +166,8 @@ class TrainSettings:
             raise InputError(f"--dilations {list(self.dilations)}: give positive numbers, such as [1,1,1,2,4,8,1]")
         if self.plateau_window < 20 or self.plateau_window % 20:
             raise InputError(f"--plateau_window {self.plateau_window}: give a positive multiple of 20 steps")
-        if min(self.seed, self.workers, self.validation_sub_volumes) < 0:
-            raise InputError("--seed, --workers and --validation_sub_volumes: give numbers >= 0")
+        if min(self.seed, self.stream, self.workers, self.validation_sub_volumes) < 0:
+            raise InputError("--seed, --stream, --workers and --validation_sub_volumes: give numbers >= 0")
         if self.schedule == "one_cycle" and self.stop_at_plateau:
             raise InputError("--stop_at_plateau true: a one_cycle schedule ends by itself; leave one of the two out")
 
@@ -178,4 +182,6 @@ class TrainSettings:
         values = {name: value for name, value in self.to_json().items() if name not in _FREE}
         if self.schedule != "constant":
             values["epochs"] = self.epochs  # a cycle's length decides every step of it
+        if not self.stream:
+            del values["stream"]  # only a run that has one tells of it
         return values

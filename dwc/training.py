@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,11 @@ from dwc.data.subvolumes import SIDE, SubVolumes, prepare
 from dwc.errors import InputError, Interrupted
 from dwc.files import open_folder
 from dwc.journal import Journal
+from dwc.lock import held
 from dwc.meshnet import MeshNet
 from dwc.metrics import mean_dice
 from dwc.objective import Objective, SigmaProjection, negative_log_prior
-from dwc.plan import Plan, bind, plan_run
+from dwc.plan import LOCK, Plan, bind, plan_run
 from dwc.plateau import Plateau
 from dwc.posterior import Posterior
 from dwc.runtime import seed_of
@@ -39,6 +41,8 @@ from dwc.validation import draw_sub_volumes, validation_confusion
 from dwc_kernels import FFGConv3d
 
 __all__ = ["TrainSettings", "train"]
+
+_WORKERS_END_S = 10.0  # in which a killed run's data workers, which hold its lock too, find out and end
 
 
 def train(settings: TrainSettings, *, resume: bool = False) -> Posterior:
@@ -66,7 +70,8 @@ def train(settings: TrainSettings, *, resume: bool = False) -> Posterior:
     Raises
     ------
     InputError
-        Before any work, if anything given is wrong; later if the loss diverges or the disk is full.
+        Before any work, if anything given is wrong or another process trains in the run folder; later if the loss
+        diverges or the disk is full.
     Interrupted
         After SIGINT or SIGTERM, with a whole checkpoint on disk.
     """
@@ -74,15 +79,31 @@ def train(settings: TrainSettings, *, resume: bool = False) -> Posterior:
         plan = plan_run(settings, resume=resume)
         distributed.barrier()  # before any rank writes where another still looks
         open_folder(settings.out)
-        data, held_out = (
-            prepare(scans, plan.label_map, plan.grid, plan.cache_dir) for scans in (plan.train_scans, plan.test_scans)
-        )
-        bound_to = bind(plan, data, held_out)
-        if distributed.is_main():
-            plan.write_config()  # only now, when no bad input is left, is the folder a run's
-        devices = [plan.device] if plan.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-            return _Run(plan, data, held_out, bound_to).finish()
+        with _alone_in(settings.out):
+            data, held_out = (
+                prepare(part, plan.label_map, plan.grid, plan.cache_dir) for part in (plan.train_scans, plan.test_scans)
+            )
+            bound_to = bind(plan, data, held_out)
+            if distributed.is_main():
+                plan.write_config()  # only now, when no bad input is left, is the folder a run's
+            devices = [plan.device] if plan.device.type == "cuda" else []
+            with (
+                torch.random.fork_rng(devices=devices),
+                torch.backends.cudnn.flags(deterministic=True, benchmark=False),
+            ):
+                return _Run(plan, data, held_out, bound_to).finish()
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Hold the run folder's lock, on the rank that writes there: ranks live on when their launcher is killed."""
+    if not distributed.is_main():
+        yield
+        return
+    with held(out / LOCK, _WORKERS_END_S) as alone:
+        if not alone:
+            raise InputError(f"{out}: another dwc train is at work in it; wait until it has ended, or end it")
+        yield
 
 
 @dataclass
@@ -179,7 +200,7 @@ class _Run:
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor
         # The first rank's seed is that of a run in one process: seed_of counts no zeros at the end.
-        torch.manual_seed(seed_of(settings.seed, state.step, distributed.rank()))
+        torch.manual_seed(seed_of(settings.seed, state.step, distributed.rank(), settings.stream))
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         logits = self._logits(self.replica, images.to(device, non_blocking=True))

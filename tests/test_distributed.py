@@ -1,18 +1,21 @@
 """Many processes on one machine, started as a user starts them; a start costs seconds, so each proves much."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dwc import cli, distributed, launcher, plan
+from dwc import cli, distributed, launcher, plan, training
 from dwc.errors import InputError
 from dwc.files import load_tensors
 from dwc.runtime import choose_device, seed_of
@@ -111,7 +114,7 @@ def test_a_killed_rank_ends_all_and_resuming_is_exact_to_the_bit(settings, tmp_p
     assert printed == f"{tmp_path / 'whole' / 'posterior.safetensors'}  (steps 6, no plateau seen)\n"
 
     _, _, error = torchrun(PROGRAM, "mishap", 5, "SIGKILL", 0, *cut, n=3)
-    ends_in(error, "another process of this run has ended before its work was done; start it again")
+    ends_in(error, r"the processes of this run have lost each other; start it again, a training with --resume \(.*gloo")
     assert exit_codes(error) <= {2, -9, -15}
     assert load_tensors(tmp_path / "cut" / "checkpoint.safetensors")[1]["state"]["step"] == 4
 
@@ -119,6 +122,71 @@ def test_a_killed_rank_ends_all_and_resuming_is_exact_to_the_bit(settings, tmp_p
     assert code == 0, error
     for name in ("posterior.safetensors", "checkpoint.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_ranks_that_outlive_their_launcher_keep_their_run_folder(settings, tmp_path, monkeypatch):
+    run = replace(settings, batch_size=2, epochs=100_000, out=tmp_path / "run", cache_dir=tmp_path / "cache")
+    launched = training_ranks(run, tmp_path / "log")
+    launched.kill()
+    launched.wait()
+    orphans = processes_with(str(tmp_path / "run"))
+    try:
+        assert len(orphans) == 2
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "_WORKERS_END_S", 0.0)
+            with pytest.raises(InputError, match="another dwc train is at work in it"):
+                train(run, resume=True)
+    finally:
+        for pid in orphans:
+            os.kill(pid, signal.SIGKILL)
+    train(replace(run, epochs=1), resume=True)  # their lock went with them
+
+
+def test_a_signal_to_the_launcher_leaves_a_whole_checkpoint(settings, tmp_path):
+    run = replace(settings, batch_size=2, epochs=100_000, out=tmp_path / "run", cache_dir=tmp_path / "cache")
+    launched = training_ranks(run, tmp_path / "log")
+    launched.send_signal(signal.SIGTERM)
+    launched.wait(120)
+    (line,) = re.findall(r"dwc: stopped by SIGTERM after step (\d+) of", (tmp_path / "log").read_text())
+    assert load_tensors(tmp_path / "run" / "checkpoint.safetensors")[1]["state"]["step"] == int(line)
+    assert not processes_with(str(tmp_path / "run"))
+
+
+def training_ranks(run: TrainSettings, log: Path) -> subprocess.Popen:
+    """torchrun with two ranks that have come to their first checkpoint."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dwc.train"]
+    with log.open("wb") as output:
+        launched = subprocess.Popen([*words, *flags(run)], env=environment, cwd=ROOT, stdout=output, stderr=output)
+    until = time.monotonic() + 240
+    while not (run.out / "checkpoint.safetensors").exists():
+        assert launched.poll() is None, log.read_text()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    return launched
+
+
+def processes_with(word: str) -> list[int]:
+    """Those that were started with this word."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if word.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("cause", ["NCCL error in: x.cpp\nLast error: No space left on device", "[gloo] refused"])
+def test_an_error_of_the_network_is_told_in_its_own_words(monkeypatch, cause):
+    def fail(*arguments, **options):
+        raise RuntimeError(f"{cause}\nException raised from {'a very long stack ' * 100}")
+
+    monkeypatch.setattr(launcher, "processes", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "init_process_group", fail)
+    with pytest.raises(InputError) as error, distributed.ranks():
+        pass
+    assert " ".join(cause.split()) in str(error.value)
+    assert len(str(error.value)) < 520
 
 
 def test_a_scan_that_one_rank_cannot_read_ends_all_in_one_line(settings, site, tmp_path):
@@ -131,7 +199,7 @@ def test_a_scan_that_one_rank_cannot_read_ends_all_in_one_line(settings, site, t
     assert (code, printed) == (1, "")
     ends_in(error, r"bad\.nii\.gz: truncated or damaged")
     assert 2 in exit_codes(error)
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"cache"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"cache", ".lock"}
 
 
 def test_ranks_share_the_scans_to_predict(networks, site, tmp_path, capsys):

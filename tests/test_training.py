@@ -13,6 +13,7 @@ from dwc import checkpoint, journal, training
 from dwc.data.labels import LabelMap
 from dwc.errors import InputError, Interrupted
 from dwc.files import load_tensors
+from dwc.lock import held
 from dwc.posterior import Posterior
 from dwc.training import learning_rate_factor, train
 
@@ -74,7 +75,8 @@ def test_training_lowers_the_loss_and_the_run_folder_tells_it(settings, tmp_path
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert rows[-1]["dice_with_background"] > rows[0]["dice_with_background"]
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.yaml", "log.jsonl", "tensorboard", "checkpoint.safetensors", "posterior.safetensors"}
+    files = {"config.yaml", "log.jsonl", "tensorboard", "checkpoint.safetensors", "posterior.safetensors"}
+    assert names == {*files, ".lock"}
 
 
 def test_log_and_tensorboard_follow_each_layers_distance_from_its_prior(settings, networks, tmp_path):
@@ -98,6 +100,29 @@ def test_the_number_of_workers_changes_no_bit(settings, networks, tmp_path):
     runs = [train(replace(vcl, out=tmp_path / str(workers), workers=workers)) for workers in (0, 2)]
     assert runs[0].sha256 == runs[1].sha256
     assert rows_of(tmp_path / "0") == rows_of(tmp_path / "2")
+
+
+def test_a_stream_is_other_noise_on_the_same_split_and_a_run_keeps_its_own(settings, tmp_path):
+    vi = replace(settings, mode="vi", epochs=1)
+    runs = [train(replace(vi, stream=stream, out=tmp_path / str(stream))) for stream in (0, 7, 8)]
+    assert len({run.sha256 for run in runs}) == 3
+    assert [run.metadata["training"].get("stream") for run in runs] == [None, 7, 8]
+    bindings = [load_tensors(tmp_path / str(n) / "checkpoint.safetensors")[1]["state"]["binding"] for n in (0, 7)]
+    assert bindings[0]["data"] == bindings[1]["data"]
+    with pytest.raises(InputError, match="stream 7, now None"):
+        train(replace(vi, out=tmp_path / "7"), resume=True)
+
+
+def test_a_run_folder_is_one_runs_at_a_time(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_WORKERS_END_S", 0.0)
+    run = replace(settings, epochs=1, out=tmp_path / "run")
+    train(run)
+    with held(tmp_path / "run" / ".lock"):
+        before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+        with pytest.raises(InputError, match=r"run: another dwc train is at work in it; wait until it has ended"):
+            train(replace(run, epochs=2), resume=True)
+        assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
+    train(replace(run, epochs=2), resume=True)
 
 
 def test_the_seed_decides_and_the_callers_random_numbers_stay_untouched(settings, tmp_path):

@@ -5,11 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from dwc.commands.arguments import new_parser, parse
 from dwc.errors import InputError
+from dwc.settings import TrainSettings
 
 __all__ = ["main"]
 
@@ -45,14 +48,18 @@ def _init_arguments(parser: ArgumentParser) -> None:
 
 
 def _init(values: Namespace) -> None:
-    from dwc.federated.provisioning import provision
+    from dwc.federated.provisioning import FIRST, provision
 
     project = _agreement(values.project)
     kits = provision(project, values.out.absolute())
-    print(f"{kits / project.server}  the server's; next: dwc federated serve {kits / project.server}")
-    print(f"{kits / project.organizer}  the organizer's; it stays with the server's")
+    if kits.name == FIRST:
+        print(f"{kits / project.server}  the server's; next: dwc federated serve {kits / project.server}")
+        print(f"{kits / project.organizer}  the organizer's; it stays with the server's")
+    else:
+        books = kits.parent / FIRST / project.server
+        print(f"the cycle goes on in the server's first kit; next: dwc federated amend {books} {values.project}")
     for site in project.sites:
-        print(f"{kits / site}  for {site}, over a safe channel")
+        print(f"{kits / site}  for {site}, {'' if kits.name == FIRST else 'if it has none yet, '}over a safe channel")
 
 
 def _agreement(path: Path):
@@ -70,30 +77,43 @@ def _agreement(path: Path):
 def _serve_arguments(parser: ArgumentParser) -> None:
     """Run the server, and ask the sites again and again."""
     _kit_arguments(parser)
-    parser.add_argument("--project", type=Path | None, default=None, help="project.yml, if it has changed since init")
     parser.add_argument("--every_s", type=float, default=300.0, help="seconds from one pass over the sites to the next")
 
 
 def _serve(values: Namespace) -> None:
-    from dwc.federated.cycle import Cycle
-    from dwc.federated.exchange import folder_in
-    from dwc.federated.lock import held
     from dwc.federated.service import admin_kit_of, serve
 
     kit = values.kit.absolute()
-    if values.project is not None:
-        with held(folder_in(kit) / "lock") as alone:
-            if not alone:
-                raise InputError(f"{kit}: a pass is being made; try again when it has ended")
-            Cycle(folder_in(kit)).amend(_agreement(values.project))
     serve(kit, (values.admin or admin_kit_of(kit)).absolute(), values.every_s)
+
+
+def _amend_arguments(parser: ArgumentParser) -> None:
+    """Change the sites, rounds, quorum, grace or answer_timeout_s of a cycle that is under way."""
+    parser.add_argument("kit", type=Path, help="the server's start-up kit; its server may be running")
+    parser.add_argument("project", type=Path, help="project.yml as it is now")
+
+
+def _amend(values: Namespace) -> None:
+    from dwc.federated.cycle import Cycle
+    from dwc.federated.exchange import folder_in
+    from dwc.federated.service import pass_limit
+    from dwc.lock import held
+
+    kit, project = values.kit.absolute(), _agreement(values.project)
+    with held(folder_in(kit) / "lock", pass_limit(kit)) as alone:
+        if not alone:
+            raise InputError(f"{kit}: a pass over the sites has not ended; try again")
+        Cycle(folder_in(kit)).amend(project)
+    _print_state(kit)
 
 
 def _join_arguments(parser: ArgumentParser) -> None:
     """Run a site: answer the server, train on the site's own scans."""
     parser.add_argument("kit", type=Path, help="the site's start-up kit")
     parser.add_argument("--data", type=Path | None, default=None, help="manifest of the site's scans; once is enough")
-    parser.add_argument("--settings", type=Path | None, default=None, help="YAML of dwc train settings of its own")
+    parser.add_argument(
+        "--settings", type=Path | None, default=None, help="YAML of the site's own: device, workers, cache_dir, ..."
+    )
     parser.add_argument(
         "--command", type=list[str] | None, default=None,
         help="what starts a training and lasts as long, as [sbatch, --wait, job.sh]; by default dwc train itself",
@@ -105,33 +125,60 @@ def _join(values: Namespace) -> None:
     from dwc.federated.provisioning import TRAINING
     from dwc.federated.service import join
     from dwc.federated.spool import Spool
+    from dwc.files import write_whole
+    from dwc.runtime import choose_device
 
     kit = values.kit.absolute()
     folder = folder_in(kit)
     if not (kit / "startup" / "fed_client.json").is_file():
         raise InputError(f"{kit}: is no site's kit; give one written by dwc federated init")
     if values.data is not None:
-        configs = [folder / TRAINING, *([values.settings.absolute()] if values.settings else [])]
-        words = [word for config in configs for word in ("--config", str(config))]
-        words += ["--mode", "vcl", "--data", str(values.data.absolute()), "--cache_dir", str(folder / "cache")]
-        _check_training(words)
-        Spool.create(folder, words, values.command)
+        own = _own(values.settings)
+        words = ["--cache_dir", str(folder / "cache"), "--config", str(folder / TRAINING)]
+        words += ["--mode", "vcl", "--data", str(values.data.absolute())]
+        settings = _checked_training([*words, *(["--config", str(values.settings)] if own else [])])
+        if values.command is None:  # elsewhere there may be other devices
+            choose_device(settings.device)
+        resolved = {name: value for name, value in settings.to_json().items() if name in own}
+        write_whole(folder / "own.yml", yaml.safe_dump(resolved).encode())  # paths hold wherever a trainer starts
+        Spool.create(folder, [*words, "--config", str(folder / "own.yml")], values.command)
     elif values.settings or values.command:
         raise InputError("--settings and --command go with --data; give the manifest of the site's scans too")
     Spool(folder)
     join(kit)
 
 
-def _check_training(words: list[str]) -> None:
-    """Refuse settings and data with which no training could begin, while a person is looking."""
-    from dwc.data.manifest import read_manifest
-    from dwc.settings import TrainSettings
+def _own(path: Path | None) -> dict[str, Any]:
+    """The settings in a site's own file."""
+    from dwc.federated.project import OWN
+
+    if path is None:
+        return {}
+    try:
+        own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be read ({reason}); give a YAML file of settings") from error
+    if not isinstance(own, dict):
+        raise InputError(f"{path}: holds no settings; give lines such as device: cuda")
+    if odd := sorted(own.keys() - {*OWN}, key=str):
+        raise InputError(f"{path}: {odd[0]!r} is not a site's own to set, but {', '.join(OWN)}; leave it out")
+    return own
+
+
+def _checked_training(words: list[str]) -> TrainSettings:
+    """The settings; refuses those and data with which no training could begin, while a person is looking."""
+    from dwc.data.labels import LabelMap
+    from dwc.plan import labelled_scans
 
     parser = new_parser("train", "")
     parser.add_class_arguments(TrainSettings)
     settings = TrainSettings(**parse(parser, [*words, "--prior", "prior", "--out", "run"]).as_dict())
     settings.check()
-    read_manifest(settings.data, seed=settings.seed, test_fraction=settings.test_fraction)
+    labelled_scans(settings)
+    if settings.label_map is not None:
+        LabelMap.load(settings.label_map)
+    return settings
 
 
 def _round_arguments(parser: ArgumentParser) -> None:
@@ -194,6 +241,7 @@ def _simulate(values: Namespace) -> None:
 _STEPS: dict[str, tuple[Callable[[ArgumentParser], None], Callable[[Namespace], None]]] = {
     "init": (_init_arguments, _init),
     "serve": (_serve_arguments, _serve),
+    "amend": (_amend_arguments, _amend),
     "join": (_join_arguments, _join),
     "status": (_status_arguments, _status),
     "round": (_round_arguments, _round),

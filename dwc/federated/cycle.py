@@ -7,7 +7,8 @@ sends or waits; `exchange` moves the messages, and every call may be repeated.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 from dwc.consolidation import Consolidation
 from dwc.errors import InputError
 from dwc.federated.project import Project
-from dwc.federated.wire import ANSWER, check, digest
-from dwc.files import open_folder, write_whole
+from dwc.federated.wire import ANSWER, HEADER, check, digest
+from dwc.files import open_folder, sweep, write_whole
 from dwc.posterior import Posterior
 
 __all__ = ["Cycle", "describe", "read_state"]
 
-_VERSION = 1
+_VERSION = 2
+_MAY_CHANGE = {"sites", "rounds", "quorum", "grace_hours", "answer_timeout_s"}  # while a cycle is under way
 _UNHEARD = {"state": "not heard of", "round": 0, "heard": None}
 
 
@@ -50,14 +52,15 @@ def describe(state: Mapping[str, Any]) -> str:
     project, number = state["project"], len(state["priors"])
     open_round = f"round {number} of {project['rounds']} is open, from" if number <= project["rounds"] else "result is"
     lines = [f"{project['name']}: {open_round} q{number - 1}.safetensors ({state['priors'][-1][:12]})"]
-    if state["quorum_since"]:
-        lines.append(f"quorum since {state['quorum_since']}, grace {project['grace_hours']:g} h")
+    if since := _quorum_since(state):
+        lines.append(f"quorum since {since}, grace {project['grace_hours']:g} h")
     width = max(map(len, state["sites"]))
     for site, row in state["sites"].items():
         entered = [str(row["round"]) for row in state["posteriors"] if row["site"] == site]
         heard = f"{row['state']} (round {row['round']}), heard {row['heard']}" if row["heard"] else row["state"]
         lines.append(f"  {site:<{width}}  {heard}; posteriors in: {', '.join(entered) or 'none'}")
     lines += [f"refused: {row['reason']}" for row in state["refused"]]
+    lines += [f"in the last pass: {trouble}" for trouble in state["trouble"]]
     return "\n".join(lines)
 
 
@@ -78,6 +81,7 @@ class Cycle:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.state = read_state(folder)
+        sweep(folder)
         self.project = self.state["project"]
         self._contents: dict[int, bytes] = {}
 
@@ -101,29 +105,36 @@ class Cycle:
             "project": project.to_json(),
             "priors": [prior.sha256],  # of round 1, 2, ...; the last one is the result when all rounds are closed
             "published": [_now().isoformat()],  # when
-            "quorum_since": None,
             "posteriors": [],
             "refused": [],
+            "trouble": [],  # of the last pass: what a person has to see to
             "sites": {site: dict(_UNHEARD) for site in project.sites},
         }
         _write(folder, state)
         return cls(folder)
 
     def amend(self, project: Project) -> None:
-        """Go on under a changed agreement: other sites, more rounds, another quorum; the prior is what it was.
+        """Go on under a changed agreement: other sites, rounds, quorum, grace or time for an answer.
 
         Raises
         ------
         InputError
-            If it is another project's, leaves out a site that has handed in, or rounds that have closed.
+            If anything else is changed, which kits, sites or closed rounds would not know of, or if it leaves out a
+            site that has handed in or a round that has begun.
         """
-        if project.name != self.project["name"]:
-            raise InputError(f"project {project.name}: the books are of {self.project['name']}; give its project.yml")
+        if self.round is None:
+            self.advance()  # a late posterior belongs to the result, before that is the prior of one more round
+        agreed = json.loads(json.dumps(project.to_json()))
+        for name in sorted(agreed.keys() - _MAY_CHANGE - {"prior"}):
+            if agreed[name] != self.project[name]:
+                raise InputError(f"{name} {agreed[name]}: the books have {self.project[name]} for good; put that back")
+        if (prior := Posterior.load(project.prior)).sha256 != self.state["priors"][0]:
+            raise InputError(f"prior {prior.name}: is not the one that the cycle began with; put that back")
         if gone := sorted({row["site"] for row in self.state["posteriors"]} - {*project.sites}):
             raise InputError(f"sites: {gone[0]} has handed in already; leave it in")
-        if project.rounds < (closed := len(self.state["priors"]) - 1):
-            raise InputError(f"rounds {project.rounds}: {closed} have closed already; give {closed} or more")
-        self.project = self.state["project"] = {**project.to_json(), "prior": self.project["prior"]}
+        if project.rounds < (begun := self.round or len(self.state["priors"]) - 1):
+            raise InputError(f"rounds {project.rounds}: round {begun} has begun already; give {begun} or more")
+        self.project = self.state["project"] = agreed
         self.state["sites"] = {site: self.state["sites"].get(site, dict(_UNHEARD)) for site in project.sites}
         _write(self.folder, self.state)
 
@@ -160,7 +171,8 @@ class Cycle:
         Raises
         ------
         InputError
-            If the site is none of the project's or the message is none of ours.
+            If the site is none of the project's, the message is none of ours, or the server's own files are at fault:
+            nothing is entered then, and the site will send it again.
         """
         if site not in self.project["sites"]:
             raise InputError(f"{site}: is no site of {self.project['name']}; it is not listened to")
@@ -182,20 +194,24 @@ class Cycle:
         InputError
             If a file has been tampered with.
         """
-        now, state, number = now or _now(), self.state, self.round
-        waiting = [row for row in state["posteriors"] if row["counted_in"] is None]
+        now, number = now or _now(), self.round
+        waiting = [row for row in self.state["posteriors"] if row["counted_in"] is None]
         if number is None:
             return bool(waiting) and self._publish(self.project["rounds"], waiting)
-        n_here = sum(row["round"] == number for row in waiting)
-        if n_here < self.project["quorum"]:
+        since = _quorum_since(self.state)
+        if since is None:
             return False
-        if state["quorum_since"] is None:
-            state["quorum_since"] = now.isoformat()
-            _write(self.folder, state)
-        until = datetime.fromisoformat(state["quorum_since"]) + timedelta(hours=self.project["grace_hours"])
+        until = datetime.fromisoformat(since) + timedelta(hours=self.project["grace_hours"])
+        n_here = sum(row["round"] == number for row in waiting)
         if n_here < len(self.project["sites"]) and now < until:
             return False
         return self._publish(number, waiting)
+
+    def note(self, trouble: list[str]) -> None:
+        """Keep what went wrong in a pass for those who ask for the state."""
+        if trouble != self.state["trouble"]:
+            self.state["trouble"] = trouble
+            _write(self.folder, self.state)
 
     def _publish(self, number: int, waiting: list[dict[str, Any]]) -> bool:
         """Consolidate what counts in a round into the next prior (Eq. 17; S = the posteriors received)."""
@@ -210,32 +226,42 @@ class Cycle:
             row["counted_in"] = number
         self.state["priors"][number:] = [posterior.sha256]
         self.state["published"][number:] = [_now().isoformat()]
-        self.state["quorum_since"] = None
         _write(self.folder, self.state)
         return True
 
     def _enter(self, site: str, content: bytes) -> None:
         """Keep a posterior's file and note it, or note why not."""
+        if digest(content) in self.question(site)["settled"]:
+            return  # sent again, because our receipt was lost
         row = {"site": site, "file_sha256": digest(content), "received": _now().isoformat(), "bytes": len(content)}
-        incoming = self.folder / f"incoming-{site}.safetensors"
+        incoming = self.folder / f".incoming-{site}.part"
         write_whole(incoming, content)
         try:
-            posterior = Posterior.load(incoming)
-            row |= {"round": self._round_of(posterior), "prior_sha256": posterior.metadata["prior_sha256"]}
-            row |= {"sha256": posterior.sha256, "n_volumes": posterior.metadata.get("n_volumes")}
-            if any(_same(row, other) for other in self.state["posteriors"]):
-                return  # sent again, because our receipt was lost
-            self._check(site, row, posterior)
+            row |= self._checked(site, incoming)
             row |= {"file": f"round-{row['round']}/{site}.safetensors", "counted_in": None}
             (self.folder / f"round-{row['round']}").mkdir(exist_ok=True)
             os.replace(incoming, self.folder / row["file"])
             self.state["posteriors"].append(row)
-        except InputError as error:
-            row["reason"] = str(error).replace(str(incoming), f"{site}'s posterior")
-            if row["file_sha256"] not in {other["file_sha256"] for other in self.state["refused"]}:
-                self.state["refused"].append(row)
+        except _Refused as error:
+            self.state["refused"].append({**row, "reason": str(error)})
         finally:
             incoming.unlink(missing_ok=True)
+
+    def _checked(self, site: str, incoming: Path) -> dict[str, Any]:
+        """What the books tell of a posterior, if it belongs; `_Refused` if not.
+
+        The round that it would close is consolidated on trial: what is let in here must not stop `advance` later.
+        """
+        with _blamed_on(site, incoming):
+            posterior = Posterior.load(incoming)
+            row = {"round": self._round_of(posterior), "prior_sha256": posterior.metadata["prior_sha256"]}
+            row |= {"sha256": posterior.sha256, "n_volumes": posterior.metadata.get("n_volumes")}
+        trial = Consolidation(self._prior(row["round"])).tempered(self.project["temper"])
+        with _blamed_on(site, incoming):
+            self._check(site, row, posterior)
+            trial.add(posterior)
+            trial.posterior()
+        return row
 
     def _round_of(self, posterior: Posterior) -> int:
         """The round of the prior that a posterior was trained from: its key, whatever the site says."""
@@ -246,7 +272,9 @@ class Cycle:
         return opened.index(trained_from) + 1
 
     def _check(self, site: str, row: dict[str, Any], posterior: Posterior) -> None:
-        """Refuse what Eq. 17 does not allow, and what would count a site's scans twice."""
+        """Refuse what would count a site's scans twice, and a header with more in it than was agreed on."""
+        if odd := sorted(posterior.metadata.keys() - HEADER):
+            raise InputError(f"{posterior.name}: its header has {odd[0]!r}; hand in what dwc train wrote, and no more")
         for other in self.state["posteriors"]:
             if other["site"] == site and other["round"] == row["round"]:
                 raise InputError(f"{posterior.name}: another one of round {row['round']} is in; a site counts once")
@@ -254,11 +282,11 @@ class Cycle:
                 raise InputError(f"{posterior.name}: of round {row['round']}, but one of round {other['round']} is in")
             if other["sha256"] == row["sha256"]:
                 raise InputError(f"{posterior.name}: is the posterior of {other['site']}; each counts once")
-        Consolidation(self._prior(row["round"])).add(posterior)
 
     def _content(self, number: int) -> bytes:
         """A round's prior as a file's bytes, in memory once for all sites that ask."""
         if self._contents.keys() != {number}:
+            self._prior(number)  # a damaged one is not sent
             self._contents = {number: self._prior_file(number).read_bytes()}
         return self._contents[number]
 
@@ -272,8 +300,27 @@ class Cycle:
         return prior
 
 
-def _same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(row[key] == other[key] for key in ("site", "round", "prior_sha256", "sha256"))
+class _Refused(InputError):
+    """What a site has handed in does not belong."""
+
+
+@contextmanager
+def _blamed_on(site: str, incoming: Path) -> Iterator[None]:
+    """What is wrong with a file is its site's to mend, in words that name no path of ours; a failing disk is not."""
+    try:
+        yield
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        reason = str(error).replace(str(incoming), f"{site}'s posterior").replace(f"{incoming.parent}/", "")
+        raise _Refused(reason) from error
+
+
+def _quorum_since(state: Mapping[str, Any]) -> str | None:
+    """When the posterior arrived with which the open round had its quorum; None if it has none."""
+    number, quorum = len(state["priors"]), state["project"]["quorum"]
+    received = sorted(row["received"] for row in state["posteriors"] if row["round"] == number)
+    return received[quorum - 1] if len(received) >= quorum else None
 
 
 def _write(folder: Path, state: Mapping[str, Any]) -> None:

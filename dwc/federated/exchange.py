@@ -7,6 +7,8 @@ leaves everything that matters on disk; killed anywhere, the next one makes up f
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ from nvflare.apis.signal import Signal
 
 from dwc.errors import InputError
 from dwc.federated.cycle import Cycle
-from dwc.federated.lock import held
 from dwc.federated.spool import Spool
 from dwc.federated.wire import ASK, GIVE
+from dwc.lock import held
 
 __all__ = ["ALLOWED", "FOLDER", "SERVER", "Exchange", "Site", "folder_in"]
 
@@ -81,7 +83,8 @@ class Exchange(Controller):
                     time.sleep(self.pause_s)
 
     def _pass(self, cycle: Cycle, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Ask every site that is there; all wait for the slowest, but no longer than an answer may take."""
+        """Ask every site that is there; a pass lasts as long as its slowest answer, but a due round closes before."""
+        trouble: list[str] = []
         sites = {client.name for client in self._engine.get_clients()}.intersection(cycle.project["sites"])
         open_tasks = {site: self._send(ASK, cycle, site, fl_ctx) for site in sorted(sites)}
         while open_tasks and not abort_signal.triggered:
@@ -90,10 +93,27 @@ class Exchange(Controller):
                 if task.completion_status is None:
                     continue
                 del open_tasks[site]
-                if self._receive(cycle, site, task, fl_ctx) == "no prior":
-                    open_tasks[site] = self._send(GIVE, cycle, site, fl_ctx)
-        if cycle.advance():
-            self.log_info(fl_ctx, f"published {cycle.result}")
+                with self._noted(trouble, fl_ctx):
+                    if self._receive(cycle, site, task, fl_ctx) == "no prior":
+                        open_tasks[site] = self._send(GIVE, cycle, site, fl_ctx)
+                self._advance(cycle, trouble, fl_ctx)
+        self._advance(cycle, trouble, fl_ctx)  # a grace may be over though nobody answers
+        cycle.note(trouble)
+
+    def _advance(self, cycle: Cycle, trouble: list[str], fl_ctx: FLContext) -> None:
+        with self._noted(trouble, fl_ctx):
+            if cycle.advance():
+                self.log_info(fl_ctx, f"published {cycle.result}")
+
+    @contextmanager
+    def _noted(self, trouble: list[str], fl_ctx: FLContext) -> Iterator[None]:
+        """One site's message, or one damaged file, does not keep the other sites from being heard."""
+        try:
+            yield
+        except InputError as error:
+            self.log_error(fl_ctx, str(error))
+            if str(error) not in trouble:
+                trouble.append(str(error))
 
     def _send(self, name: str, cycle: Cycle, site: str, fl_ctx: FLContext) -> Task:
         data = Shareable()
@@ -111,11 +131,7 @@ class Exchange(Controller):
         if result.get_return_code() != ReturnCode.OK:
             self.log_info(fl_ctx, f"{site}: {result.get_return_code()}; its own log tells why")
             return None
-        try:
-            return cycle.receive(site, own_entries(result))["state"]
-        except InputError as error:
-            self.log_error(fl_ctx, str(error))
-            return None
+        return cycle.receive(site, own_entries(result))["state"]
 
 
 class Site(Executor):
@@ -124,7 +140,8 @@ class Site(Executor):
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Answer a question. What goes wrong is told in the site's own log, not to the server."""
         try:
-            answer = Spool(_folder(fl_ctx, fl_ctx.get_identity_name())).answer(own_entries(shareable))
+            name = fl_ctx.get_identity_name()
+            answer = Spool(_folder(fl_ctx, name), name).answer(own_entries(shareable))
         except InputError as error:
             self.log_error(fl_ctx, str(error), fire_event=False)
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)

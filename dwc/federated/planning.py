@@ -1,7 +1,7 @@
 """What a cycle would ask of a server with many sites: measured at a size that fits here, carried on to larger ones.
 
-A posterior of the full network is written, read, checked and consolidated for real; what would not fit is in
-proportion to it, and the table says which is which. Links are computed from the payload alone.
+Posteriors of the full network are entered in a server's books and consolidated for real; what would not fit is in
+proportion to them, and the table says which is which. Links are computed from the payload alone.
 """
 
 import math
@@ -17,7 +17,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from dwc.consolidation import Consolidation
+from dwc.federated.cycle import Cycle
+from dwc.federated.project import Project
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
 
@@ -30,8 +31,9 @@ def plan(sites: Sequence[int], *, n_classes: int, width: int, link_mbit_s: float
     """A row per number of sites, for one round with all of them.
 
     Columns: ``payload_mb`` (one posterior; as much comes to a site as leaves it), ``server_traffic_gb`` (both ways),
-    ``link_s`` (that traffic at the server's link, if nothing else is on it), ``consolidation_s``, ``memory_mb`` (of the
-    process that consolidates, whatever the number of sites), ``in_flight_mb`` (more, if all posteriors arrive at once),
+    ``link_s`` (that traffic at the server's link, if nothing else is on it), ``consolidation_s`` (with the books),
+    ``memory_mb`` (of a process that does nothing else, whatever the number of sites; FLARE's own comes on top),
+    ``in_flight_mb`` (more, if all posteriors arrive at once),
     ``disk_gb`` and ``basis``, measured or extrapolated.
 
     Parameters
@@ -44,8 +46,9 @@ def plan(sites: Sequence[int], *, n_classes: int, width: int, link_mbit_s: float
         The server's link.
     """
     # In a process of its own, whose peak of memory is not that of whatever ran here before.
+    n_measured = min(_MEASURED, *sites)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        payload, seconds, memory = pool.submit(_measure, min(_MEASURED, *sites), n_classes, width).result()
+        payload, seconds, memory = pool.submit(_measure, n_measured, n_classes, width).result()
     rows = [
         {
             "sites": n,
@@ -56,7 +59,7 @@ def plan(sites: Sequence[int], *, n_classes: int, width: int, link_mbit_s: float
             "memory_mb": memory / 1e6,
             "in_flight_mb": n * payload / 1e6,
             "disk_gb": (n + 1) * payload / 1e9,
-            "basis": "measured" if n <= _MEASURED else f"extrapolated from {min(_MEASURED, *sites)}",
+            "basis": "measured" if n == n_measured else f"extrapolated from {n_measured}",
         }
         for n in sites
     ]
@@ -68,18 +71,20 @@ def _measure(n_sites: int, n_classes: int, width: int) -> tuple[int, float, int]
     torch.manual_seed(0)
     prior = Posterior.from_model(MeshNet(n_classes, width))
     metadata = {**prior.metadata, "prior_sha256": prior.sha256, "n_volumes": 1}
+    sites = [f"site-{number}" for number in range(1, n_sites + 1)]
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{number}.safetensors" for number in range(n_sites)]
-        for number, path in enumerate(files):
-            sigma = {name: sigma * (1 - 0.5 * (number + 1) / n_sites) for name, sigma in prior.sigma.items()}
+        path = Path(folder) / "file.safetensors"
+        prior.save(path)
+        cycle = Cycle.create(Path(folder) / "books", Project("plan", "localhost", sites, path))
+        seconds = 0.0
+        for number, site in enumerate(sites, 1):
+            sigma = {name: sigma * (1 - 0.5 * number / n_sites) for name, sigma in prior.sigma.items()}
             Posterior(prior.mu, sigma, metadata).save(path)
-        began = time.monotonic()
-        consolidation = Consolidation(prior)
-        for path in files:
-            Consolidation(prior).add(Posterior.load(path))  # the check on arrival
-            consolidation.add(Posterior.load(path))
-        consolidation.posterior()
-        seconds = (time.monotonic() - began) / n_sites
-        payload = math.ceil(sum(path.stat().st_size for path in files) / n_sites)
+            answer = {"state": "trained", "round": 1, "prior_sha256": prior.sha256, "posterior": path.read_bytes()}
+            began = time.monotonic()
+            cycle.receive(site, answer)
+            cycle.advance()  # with the last one, the round closes
+            seconds += time.monotonic() - began
+        payload = math.ceil(sum(row["bytes"] for row in cycle.state["posteriors"]) / n_sites)
     unit = 1 if sys.platform == "darwin" else 1024
-    return payload, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return payload, seconds / n_sites, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

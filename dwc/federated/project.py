@@ -13,10 +13,12 @@ from typing import Any
 from dwc.errors import InputError
 from dwc.settings import TrainSettings
 
-__all__ = ["Project"]
+__all__ = ["OWN", "Project"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")  # of a certificate, a host and a file
-_LOCAL = ("mode", "data", "out", "prior", "init", "cache_dir", "workers", "device")
+_LOCAL = ("mode", "data", "out", "prior", "init", "cache_dir", "workers", "device", "stream")
+# What a site may set for itself: where and how it computes, nothing that decides what comes out.
+OWN = ("device", "workers", "cache_dir", "activation_checkpointing", "label_map")
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from dwc.federated.project import Project
 from dwc.files import open_folder, write_whole
 from dwc.posterior import Posterior
 
-__all__ = ["TRAINING", "LastingCertificates", "provision"]
+__all__ = ["FIRST", "TRAINING", "LastingCertificates", "provision"]
 
 TRAINING = "training.yml"
+FIRST = "prod_00"  # FLARE's name for the first kits; the server's holds the books
 _LIGHTER = "nvflare.lighter.impl"
 
 
@@ -44,15 +45,17 @@ class LastingCertificates(CertBuilder):
 def provision(project: Project, out: Path) -> Path:
     """Write the kits, `out/<name>/prod_00/<participant>/`, and begin the cycle in the server's.
 
-    Called again with more sites, it writes all kits anew beside the old ones, which stay valid; the books are begun
-    only where there are none.
+    Called again with more sites, it writes all kits anew in `prod_01`, ...; the first ones stay valid, and the cycle
+    goes on in the first server's: the later one has no books.
 
     Raises
     ------
     InputError
-        If the prior is none, the folder cannot be written, or FLARE refuses.
+        If the prior is none, the training is not on its split, the folder cannot be written, or FLARE refuses.
     """
-    Consolidation(Posterior.load(project.prior))  # refuses what is no prior, before anything is written
+    prior = Posterior.load(project.prior)
+    Consolidation(prior)  # refuses what is no prior, before anything is written
+    training = _on_the_priors_split(project, prior)
     open_folder(out)
     flare = _flare_project(project)
     write_whole(out / "flare.yml", yaml.safe_dump(flare, sort_keys=False).encode())
@@ -64,9 +67,22 @@ def provision(project: Project, out: Path) -> Path:
     for site in project.sites:
         folder = folder_in(kits / site)
         folder.mkdir()
-        write_whole(folder / TRAINING, yaml.safe_dump(project.training, sort_keys=False).encode())
-    Cycle.create(folder_in(kits / project.server), project)
+        write_whole(folder / TRAINING, yaml.safe_dump(training, sort_keys=False).encode())
+    if kits.name == FIRST:
+        Cycle.create(folder_in(kits / project.server), project)
     return kits
+
+
+def _on_the_priors_split(project: Project, prior: Posterior) -> dict[str, Any]:
+    """The shared settings, with seed and fraction of the prior's split: where a manifest has none, they must be."""
+    made = prior.metadata.get("training") or {}
+    split = {name: made[name] for name in ("seed", "test_fraction") if name in made}
+    for name, value in split.items():
+        if project.training.get(name, value) != value:
+            raise InputError(
+                f"training: {name} {project.training[name]}: {project.prior} was trained with {value}; leave it out"
+            )
+    return {**split, **project.training}
 
 
 def _flare_project(project: Project) -> dict[str, Any]:

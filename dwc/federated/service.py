@@ -6,11 +6,13 @@ here may be killed at any moment and started again.
 """
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +23,15 @@ from uuid import UUID
 from dwc.errors import InputError, Interrupted
 from dwc.federated.cycle import read_state
 from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, folder_in
-from dwc.federated.lock import start_once
 from dwc.files import write_whole
+from dwc.lock import start_once
 
-__all__ = ["admin_kit_of", "configure", "join", "make_pass", "serve", "write_job"]
+__all__ = ["admin_kit_of", "configure", "join", "make_pass", "pass_limit", "serve", "write_job"]
 
 _KEEP_RUNS = 20  # folders of past jobs in a kit
 _START_UP_S = 120.0  # that FLARE may take for a job, apart from the answers
 _LOOK_S = 5.0
+_CONNECT_S = 60.0  # that FLARE's server may take to come up
 _MAY = ("submit_job", "manage_job", "download_job", "view", "operate")  # the organizer; nobody else is an admin
 _MAY_NOT = ("byoc", "shell_commands", "clone_job", "server-predeployed-flwr")
 _RESOURCES = "nvflare.app_common.resource_{0}s.passthrough_resource_{0}.PassthroughResource{1}"
@@ -40,10 +43,12 @@ def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
     Raises
     ------
     InputError
-        If the kit is none of a server's.
+        If the kit is none of a server's, or there is no time between passes.
     Interrupted
         When stopped by a signal.
     """
+    if not 0 < every_s < math.inf:
+        raise InputError(f"--every_s {every_s}: give a positive number of seconds")
     read_state(folder_in(kit))
     configure(kit)
     words = [sys.executable, "-m", "dwc.cli", "federated", "round", str(kit), "--admin", str(admin_kit)]
@@ -52,11 +57,12 @@ def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
         while True:
             began = time.monotonic()
             with _ended(subprocess.Popen(words)) as one_pass:
-                while one_pass.poll() is None and time.monotonic() < began + 2 * _pass_limit(kit):
+                while one_pass.poll() is None and time.monotonic() < began + 2 * pass_limit(kit):
                     time.sleep(1)
                     if keep():  # a pass whose server was restarted waits for a job that will never end
                         break
             _clear_runs(kit)
+            _clear_runs(kit / "store" / "jobs")
             while time.monotonic() < began + every_s:
                 keep()
                 time.sleep(min(_LOOK_S, every_s))
@@ -86,28 +92,36 @@ def make_pass(kit: Path, admin_kit: Path) -> str:
     Raises
     ------
     InputError
-        If the server cannot be reached or refuses.
+        If the server cannot be reached or refuses, or the pass fails.
     """
-    from nvflare.fuel.flare_api.flare_api import JobTimeout, new_secure_session
+    from nvflare.fuel.flare_api import flare_api
 
-    state, limit = read_state(folder_in(kit)), _pass_limit(kit)
-    job = write_job(Exchange(), folder_in(kit) / "jobs", state["project"]["answer_timeout_s"])
+    if not (admin_kit / "startup" / "fed_admin.json").is_file():
+        raise InputError(f"{admin_kit}: is not the organizer's kit; give it as --admin")
+    project = read_state(folder_in(kit))["project"]
     try:
-        session = new_secure_session(state["project"]["organizer"], str(admin_kit), timeout=_LOOK_S)
+        session = flare_api.new_secure_session(project["organizer"], str(admin_kit), timeout=_CONNECT_S)
         try:
-            job_id = session.submit_job(str(job))
+            with tempfile.TemporaryDirectory() as folder:
+                job_id = session.submit_job(str(write_job(Exchange(), Path(folder), project["answer_timeout_s"])))
             try:
-                status = session.wait_for_job(job_id, timeout=limit, poll_interval=0.5)["status"]
-                return status if status.endswith("COMPLETED") else f"{status}, see {kit / 'engine.log'}"
-            except JobTimeout:
+                status = session.wait_for_job(job_id, timeout=pass_limit(kit), poll_interval=0.5)["status"]
+            except flare_api.JobTimeout:
                 session.abort_job(job_id)
                 raise
         finally:
             session.close()
-    except Exception as error:  # FLARE raises many kinds, and its own server may be down
+    except Exception as error:
+        if not type(error).__module__.startswith("nvflare."):  # FLARE raises many kinds of its own
+            raise
         raise InputError(
             f"{admin_kit}: no pass was made ({type(error).__name__}: {' '.join(str(error).split())}); try again"
         ) from error
+    if not status.endswith("COMPLETED"):
+        raise InputError(
+            f"{kit}: FLARE calls the pass {status}; see {kit / 'engine.log'}, and the state for what came in"
+        )
+    return status
 
 
 def write_job(exchange: Exchange, folder: Path, answer_timeout_s: float) -> Path:
@@ -166,7 +180,7 @@ def configure(kit: Path) -> None:
     write_whole(kit / "local" / "authorization.json", json.dumps(policy, indent=2).encode())
 
 
-def _pass_limit(kit: Path) -> float:
+def pass_limit(kit: Path) -> float:
     """Seconds that a pass may take: a question and a prior to the slowest site, and FLARE's own start."""
     return _START_UP_S + 2 * read_state(folder_in(kit))["project"]["answer_timeout_s"]
 
@@ -222,9 +236,9 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _clear_runs(kit: Path) -> None:
-    """Remove the folders of past jobs but the last few; FLARE keeps one for each."""
-    runs = [path for path in kit.iterdir() if path.is_dir() and _is_job_id(path.name)]
+def _clear_runs(folder: Path) -> None:
+    """Remove the folders of past jobs but the last few; FLARE keeps one for each, and another in the server's store."""
+    runs = [path for path in folder.glob("*") if path.is_dir() and _is_job_id(path.name)]
     for path in sorted(runs, key=lambda path: path.stat().st_mtime)[:-_KEEP_RUNS]:
         shutil.rmtree(path, ignore_errors=True)
 

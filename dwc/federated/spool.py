@@ -2,7 +2,8 @@
 
 Each round has a folder, `round-1-<prior>/`, with the prior, the run folder of `dwc train`, its log and the lock that
 the trainer holds while it lives. The trainer is a process group of its own: it outlives whoever started it, and is
-started again, to resume, if it ends without a posterior. A site works on one round at a time, the oldest first.
+started again, to resume, if it ends without a posterior. A site works on one round at a time, the oldest first. What
+has been handed in the server's books tell, not this folder; a round that a person gives up has a file `given-up`.
 """
 
 import json
@@ -14,14 +15,19 @@ from typing import Any
 import yaml
 
 from dwc.errors import InputError
-from dwc.federated.lock import held, start_once
 from dwc.federated.wire import QUESTION, check, digest
-from dwc.files import open_folder, write_whole
+from dwc.files import open_folder, sweep, write_whole
+from dwc.lock import held, start_once
 from dwc.posterior import Posterior
 
-__all__ = ["TRAINER", "Spool"]
+__all__ = ["TRAINER", "Spool", "stream_of"]
 
 TRAINER = (sys.executable, "-m", "dwc.train")
+
+
+def stream_of(site: str) -> int:
+    """The stream of noise that is a site's own: all sites train under one seed, as it splits their scans too."""
+    return int(digest(site.encode())[:8], 16)
 
 
 class Spool:
@@ -31,6 +37,8 @@ class Spool:
     ----------
     folder : Path
         With `site.yml` in it, as `Spool.create` writes it.
+    name : str
+        The site's, as its certificate has it.
 
     Raises
     ------
@@ -38,8 +46,8 @@ class Spool:
         If it has none.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, name: str = "") -> None:
+        self.folder, self.name = folder, name
         path = folder / "site.yml"
         try:
             self.site = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -56,7 +64,7 @@ class Spool:
         folder : Path
             Where.
         arguments : list of str
-            Of `dwc train`; the prior and the run folder are added to them.
+            Of `dwc train`; the prior, the run folder and the site's stream of noise are added to them.
         command : list of str, optional
             What they are given to, and what must last as long as the training does: ``sbatch --wait job.sh``,
             ``systemd-run --user --scope dwc train``, ``torchrun --nproc-per-node 4 -m dwc.train``. By default
@@ -84,6 +92,8 @@ class Spool:
         with held(self.folder / "lock") as alone:
             if not alone:  # another exchange that has not ended yet does this
                 return _answer("idle", question)
+            for place in (self.folder, *self._tasks()):
+                sweep(place)
             if "prior" in question:
                 self._take(question)
             return self._next(question)
@@ -91,7 +101,7 @@ class Spool:
     def _next(self, question: Mapping[str, Any]) -> dict[str, Any]:
         for task in self._tasks():
             key = json.loads((task / "task.json").read_text(encoding="utf-8"))
-            if (task / "settled").exists():
+            if (task / "given-up").exists():
                 continue
             path = task / "run" / "posterior.safetensors"
             if not path.exists():
@@ -99,7 +109,8 @@ class Spool:
             content = path.read_bytes()
             if (reason := question["settled"].get(digest(content))) is None:
                 return _answer("trained", key) | {"posterior": content}
-            write_whole(task / "settled", reason.encode())
+            if reason:
+                write_whole(task / "refused", reason.encode())  # for people
         wanted = question["round"] and not (self._task(question) / "task.json").exists()
         return _answer("no prior" if wanted else "idle", question)
 
@@ -116,7 +127,7 @@ class Spool:
         task = self._task(question)
         if (task / "task.json").exists():
             return
-        (task / "run").mkdir(parents=True, exist_ok=True)
+        task.mkdir(parents=True, exist_ok=True)
         write_whole(task / "prior.safetensors", question["prior"])
         found = Posterior.load(task / "prior.safetensors").sha256
         if found != question["prior_sha256"]:
@@ -126,7 +137,9 @@ class Spool:
 
     def _train(self, task: Path) -> str:
         """Start the trainer, unless it runs."""
-        words = [*self._command, "--prior", task / "prior.safetensors", "--out", task / "run", "--resume"]
+        words = [*self._command, "--stream", stream_of(self.name), "--prior", task / "prior.safetensors"]
+        words += ["--out", task / "run", "--resume"]
+        (task / "run").mkdir(exist_ok=True)  # --resume wants a folder; a person may have taken it away to start anew
         trainer = start_once(words, task / "trainer.lock", task / "trainer.log", cwd=self.folder)
         return "training" if trainer is None else "started"
 

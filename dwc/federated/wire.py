@@ -11,7 +11,7 @@ from typing import Any
 
 from dwc.errors import InputError
 
-__all__ = ["ANSWER", "ASK", "GIVE", "QUESTION", "STATES", "check", "digest"]
+__all__ = ["ANSWER", "ASK", "GIVE", "HEADER", "QUESTION", "STATES", "check", "digest"]
 
 _DIGEST = re.compile(r"([0-9a-f]{64})?")
 ASK, GIVE = "ask", "give"  # the two tasks: how far are you; here is the prior
@@ -27,6 +27,10 @@ ANSWER = {
     "prior_sha256": str,
     "posterior": bytes,  # with state "trained": the file
 }
+HEADER = {  # of a posterior's file, as dwc train writes it; a site sends no other and no consolidated one
+    "format_version", "package_version", "architecture", "label_map", "preprocessing", "n_volumes", "prior_sha256",
+    "training",
+}  # fmt: skip
 STATES = {
     "no prior": "asks for the round's prior",
     "started": "has just started its trainer, or started it again",

@@ -5,7 +5,10 @@ from importlib.util import find_spec
 
 import pytest
 
-needs_flare = ["test_federated_command.py", "test_loopback.py", "test_service.py", "test_federated_simulation.py"]
+needs_flare = [
+    "test_exchange.py", "test_federated_command.py", "test_loopback.py", "test_service.py",
+    "test_federated_simulation.py",
+]  # fmt: skip
 collect_ignore = [] if find_spec("nvflare") else needs_flare  # pip install 'dwc[federated]'
 
 GUARD = """

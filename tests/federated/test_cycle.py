@@ -1,4 +1,5 @@
 import json
+import os
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -6,12 +7,21 @@ import pytest
 
 from dwc import cli
 from dwc.errors import InputError
-from dwc.federated.cycle import Cycle
+from dwc.federated import cycle as room
+from dwc.federated.cycle import Cycle, describe
 from dwc.federated.project import Project
 from dwc.posterior import Posterior
 from tests.made_posteriors import a_prior, a_site
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """A clock that stands still until it is set."""
+    now = [NOW]
+    monkeypatch.setattr(room, "_now", lambda: now[0])
+    return now
 
 
 @pytest.fixture
@@ -130,6 +140,12 @@ def grown(prior: Posterior) -> Posterior:
     return Posterior(site.mu, {name: 2 * sigma for name, sigma in prior.sigma.items()}, site.metadata)
 
 
+def other_tensors(prior: Posterior) -> Posterior:
+    site = a_site(prior, 1)
+    mu, sigma = ({**tensors, "layers.1.bias": tensors["layers.0.bias"].clone()} for tensors in (site.mu, site.sigma))
+    return Posterior(mu, sigma, site.metadata)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -138,6 +154,11 @@ def grown(prior: Posterior) -> Posterior:
         (lambda prior: a_site(prior, 1, label_map={"sha256": "cd"}), "label map sha256 cd differs"),
         (lambda prior: Posterior(a_site(prior, 1).mu, {}, a_site(prior, 1).metadata), "a MAP network"),
         (grown, "sigma exceeds the prior's"),
+        (lambda prior: a_site(prior, 1, sites=[{"sha256": "00", "n_volumes": 1}]), "its header has 'sites'"),
+        (lambda prior: a_site(prior, 1, subjects=["patient 17"]), "its header has 'subjects'"),
+        (lambda prior: a_site(prior, 1, n_volumes="many"), "n_volumes 'many' is no count"),
+        (lambda prior: a_site(prior, 1, n_volumes=-1), "n_volumes '-1' is no count"),
+        (other_tensors, "layers.1.bias is not in both this file and q0.safetensors"),
     ],
 )
 def test_what_does_not_belong_is_refused_and_the_site_is_told_why(cycle, make, reason):
@@ -149,14 +170,89 @@ def test_what_does_not_belong_is_refused_and_the_site_is_told_why(cycle, make, r
     (told,) = cycle.question("north")["settled"].values()
     assert told.startswith("north's posterior: ")
     assert reason in told
+    assert str(cycle.folder) not in told
     assert cycle.question("east")["settled"] == {}  # a site hears of its own files alone
     assert not list(cycle.folder.glob("*incoming*"))
 
 
-def test_half_a_file_is_refused(cycle):
+@pytest.mark.parametrize("spoil", [lambda _: b"", lambda _: b"x" * 100, lambda content: content[:-9]])
+def test_what_is_no_posterior_or_half_of_one_is_refused(cycle, spoil):
     answer = trained(cycle, 0)
-    cycle.receive("north", answer | {"posterior": answer["posterior"][:-9]})
-    assert "truncated" in cycle.state["refused"][0]["reason"]
+    cycle.receive("north", answer | {"posterior": spoil(answer["posterior"])})
+    assert "truncated or not a safetensors file" in cycle.state["refused"][0]["reason"]
+
+
+@pytest.mark.parametrize(("number", "spoilt"), [(123, b"NaN"), (12345, b"9e999")])
+def test_a_header_that_is_no_json_is_refused(cycle, number, spoilt):
+    answer = trained(cycle, 0, n_volumes=number)
+    content = answer["posterior"].replace(b":%d" % number, b":" + spoilt)
+    assert content != answer["posterior"]
+    cycle.receive("north", answer | {"posterior": content})
+    assert "no dwc header that is JSON" in cycle.state["refused"][0]["reason"]
+
+
+def test_a_fault_of_the_server_refuses_nobodys_posterior(cycle, monkeypatch):
+    answer, prior = trained(cycle, 0), cycle.folder / "q0.safetensors"
+    whole = prior.read_bytes()
+    prior.write_bytes(whole[:-9])
+    with pytest.raises(InputError, match=r"q0\.safetensors: truncated"):
+        cycle.receive("north", answer)
+    with pytest.raises(InputError, match=r"q0\.safetensors: truncated"):
+        cycle.question("north", with_prior=True)
+    prior.write_bytes(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.safe_open", unreadable)
+        with pytest.raises(InputError, match="Input/output error"):
+            cycle.receive("north", answer)
+    assert cycle.question("north")["settled"] == {}
+    cycle.receive("north", answer)
+    assert [row["site"] for row in cycle.state["posteriors"]] == ["north"]
+    assert cycle.state["refused"] == []
+
+
+def unreadable(*arguments, **options):
+    raise OSError(5, "Input/output error")
+
+
+def test_sites_that_send_the_same_bytes_are_each_told(cycle):
+    answer = trained(cycle, 0)
+    for site in ("north", "east", "west"):
+        cycle.receive(site, answer)
+    (file,) = cycle.question("north")["settled"]
+    assert cycle.question("north")["settled"] == {file: ""}
+    for site in ("east", "west"):
+        assert "is the posterior of north" in cycle.question(site)["settled"][file]
+
+
+def test_the_same_posterior_in_other_bytes_is_settled_too(cycle):
+    answer = trained(cycle, 0)
+    size = int.from_bytes(answer["posterior"][:8], "little")
+    again = (size + 8).to_bytes(8, "little") + answer["posterior"][8 : 8 + size] + b" " * 8
+    again += answer["posterior"][8 + size :]
+    for content in (answer["posterior"], again, again):
+        cycle.receive("north", answer | {"posterior": content})
+    assert len(cycle.state["posteriors"]) == len(cycle.state["refused"]) == 1
+    assert len(cycle.question("north")["settled"]) == 2
+
+
+def test_the_grace_counts_from_the_posterior_that_made_the_quorum(cycle, project, clock):
+    cycle.amend(Project(**{**project.to_json(), "quorum": 1}))
+    cycle.receive("north", trained(cycle, 0))
+    assert "quorum since 2026-01-01" in describe(cycle.state)
+    cycle.amend(project)  # of two
+    assert "quorum since" not in describe(cycle.state)
+    clock[0] = NOW + timedelta(days=10)
+    cycle.receive("east", trained(cycle, 1))
+    assert not cycle.advance(clock[0])
+    assert not cycle.advance(clock[0] + timedelta(hours=23))
+    assert cycle.advance(clock[0] + timedelta(hours=24))
+
+
+def test_what_went_wrong_in_a_pass_is_told_until_one_goes_well(cycle):
+    cycle.note(["q0.safetensors: truncated"])
+    assert "in the last pass: q0.safetensors: truncated" in describe(Cycle(cycle.folder).state)
+    cycle.note([])
+    assert "in the last pass" not in describe(Cycle(cycle.folder).state)
 
 
 def test_a_site_counts_once_and_not_with_anothers_posterior(cycle):
@@ -186,21 +282,26 @@ def test_what_is_not_in_the_agreement_is_not_even_read(cycle, site, change, mess
     assert (cycle.folder / "state.json").read_bytes() == before
 
 
-def test_after_a_kill_between_any_two_writes_the_same_bits_come_out(project, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 and up, where threads run
+def test_after_a_kill_in_the_middle_of_any_write_the_same_bits_come_out(project, tmp_path):
     whole = Cycle.create(tmp_path / "whole", project)
     run(whole)
-    writes = count_writes(monkeypatch, tmp_path, project)
-    for at in range(1, writes + 1):
-        folder = tmp_path / f"cut-{at}"
+    at, ended = 0, 9
+    while ended:
+        folder, at = tmp_path / f"cut-{at}", at + 1
         Cycle.create(folder, project)
-        with monkeypatch.context() as patch:
-            kill_at(patch, at)
-            with pytest.raises(KeyboardInterrupt):
-                run(Cycle(folder))
+        if (child := os.fork()) == 0:
+            die_in_write(at)
+            run(Cycle(folder))
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert bool(list(folder.glob(".*.part"))) == bool(ended)  # what nobody could clear away
         run(Cycle(folder))
         again = Cycle(folder)
         assert again.state["priors"] == whole.state["priors"]
         assert [row["site"] for row in again.state["posteriors"]] == ["north", "east", "west"]
+        assert {path.name for path in folder.iterdir()} == {path.name for path in whole.folder.iterdir()}
+    assert at > 10  # a file as it comes in and at its place, and the state, three times; then a prior, and the state
 
 
 def run(cycle: Cycle) -> None:
@@ -209,31 +310,18 @@ def run(cycle: Cycle) -> None:
     cycle.advance(NOW)
 
 
-def kill_at(patch, at: int | None) -> list[int]:
-    """The process dies before its write number `at`; returns the number of writes so far."""
-    import dwc.federated.cycle as room
-    import dwc.files
+def die_in_write(at: int) -> None:
+    """This process ends, as by a kill -9, when file number `at` is written but has not got its name."""
+    replace, seen = os.replace, [0]
 
-    seen, write = [0], dwc.files.write_whole
-
-    def counted(path, content):
-        if "made" not in Path(path).name:
+    def counted(source, target):
+        if "made" not in Path(target).name:
             seen[0] += 1
             if seen[0] == at:
-                raise KeyboardInterrupt
-        write(path, content)
+                os._exit(9)
+        replace(source, target)
 
-    patch.setattr(dwc.files, "write_whole", counted)
-    patch.setattr(room, "write_whole", counted)
-    return seen
-
-
-def count_writes(monkeypatch, tmp_path, project) -> int:
-    with monkeypatch.context() as patch:
-        cycle = Cycle.create(tmp_path / "count", project)
-        seen = kill_at(patch, None)
-        run(cycle)
-    return seen[0]
+    os.replace = counted
 
 
 def test_the_state_is_json_that_a_person_can_read(cycle):
@@ -253,8 +341,43 @@ def test_a_changed_agreement_lets_sites_and_rounds_in_and_loses_nothing(cycle, p
     assert not again.advance(NOW)  # the new quorum
     with pytest.raises(InputError, match="north has handed in already"):
         again.amend(Project(**{**more, "sites": ["east", "west", "south"]}))
-    with pytest.raises(InputError, match="the books are of brains"):
-        again.amend(Project(**{**more, "name": "hearts"}))
+    again.amend(Project(**{**more, "rounds": 1}))
+    assert again.round == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "hearts"}, "name hearts: the books have brains for good"),
+        ({"training": {"lr": 0.5}}, "training"),
+        ({"organizer": "joe@dwc.org"}, "organizer"),
+        ({"temper": 0.5}, "temper"),
+        ({"server": "elsewhere"}, "server"),
+        ({"port": 8003}, "port"),
+        ({"certificate_years": 1.0}, "certificate_years"),
+    ],
+)
+def test_what_kits_and_closed_rounds_would_not_know_of_cannot_be_changed(cycle, project, change, message):
+    before = (cycle.folder / "state.json").read_bytes()
+    with pytest.raises(InputError, match=message):
+        cycle.amend(Project(**{**project.to_json(), **change}))
+    a_prior(seed=9).save(project.prior)
+    with pytest.raises(InputError, match="is not the one that the cycle began with"):
+        cycle.amend(project)
+    assert (cycle.folder / "state.json").read_bytes() == before
+
+
+def test_a_round_that_has_begun_is_not_taken_back(cycle, project):
+    for seed, site in enumerate(("north", "east", "west")):
+        cycle.receive(site, trained(cycle, seed))
+    assert cycle.advance(NOW)
+    with pytest.raises(InputError, match="rounds 1: round 2 has begun already; give 2 or more"):
+        cycle.amend(Project(**{**project.to_json(), "rounds": 1}))
+    for seed, site in enumerate(("north", "east", "west")):
+        cycle.receive(site, trained(cycle, 3 + seed, number=2))
+    assert cycle.advance(NOW)
+    cycle.amend(Project(**{**project.to_json(), "rounds": 3}))
+    assert cycle.round == 3
 
 
 def test_a_cycle_is_not_begun_twice_in_one_folder(cycle, project):

@@ -1,5 +1,6 @@
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from cryptography import x509
 
 from dwc import cli
 from dwc.commands import federated as command
+from dwc.federated import service
 from dwc.federated.cycle import Cycle
 from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, folder_in, own_entries
 from dwc.federated.project import Project
@@ -15,6 +17,7 @@ from dwc.federated.service import _clear_runs, configure, write_job
 from dwc.federated.spool import Spool
 from dwc.federated.wire import ANSWER, ASK
 from dwc.files import load_tensors
+from dwc.lock import held
 from dwc.posterior import Posterior
 from tests.made_posteriors import a_prior, a_site
 
@@ -78,6 +81,120 @@ def test_certificates_last_for_years_and_survive_a_site_that_joins_later(kits, p
     for path in paths:
         assert (again / path.relative_to(kits)).read_bytes() == path.read_bytes()
     assert (again / "west/startup/client.crt").exists()
+
+
+def test_a_site_that_joins_later_begins_no_second_cycle(project, capsys):
+    words = ["federated", "init", str(project / "project.yml"), "--out", str(project / "later")]
+    assert cli.main(words) == 0
+    books = project / "later" / "brains" / "prod_00" / "localhost"
+    assert f"next: dwc federated serve {books}" in capsys.readouterr().out
+    more = project / "later.yml"
+    more.write_text(yaml.safe_dump({**AGREEMENT, "sites": ["north", "east", "west"]}))
+    words[2] = str(more)
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert f"next: dwc federated amend {books} {more}\n" in said
+    assert "federated serve" not in said
+    assert not folder_in(project / "later" / "brains" / "prod_01" / "localhost").exists()
+    assert cli.main(["federated", "amend", str(books), str(more)]) == 0
+    assert "west   not heard of" in capsys.readouterr().out
+
+
+def test_a_change_waits_for_the_pass_that_is_being_made_but_not_for_ever(kits, project, capsys, monkeypatch):
+    words = ["federated", "amend", str(kits / "localhost"), str(project / "project.yml")]
+    with held(folder_in(kits / "localhost") / "lock"):
+        monkeypatch.setattr(service, "pass_limit", lambda kit: 0.5)
+        assert cli.main(words) == 2
+        assert "a pass over the sites has not ended; try again" in capsys.readouterr().err
+        monkeypatch.setattr(service, "pass_limit", lambda kit: 60)
+        waiting = threading.Thread(target=lambda: cli.main(words))
+        waiting.start()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert "round 1 of 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("training", "written"),
+    [({"lr": 0.01}, {"seed": 5, "test_fraction": 0.2, "lr": 0.01}), ({"seed": 5}, {"seed": 5, "test_fraction": 0.2})],
+)
+def test_sites_train_on_the_priors_split(agreement, tmp_path, training, written):
+    prior = a_prior()
+    made = {**prior.metadata, "training": {"seed": 5, "test_fraction": 0.2, "lr": 1.0}}
+    Posterior(prior.mu, prior.sigma, made).save(tmp_path / "q.safetensors")
+    agreement.write_text(yaml.safe_dump({**AGREEMENT, "training": training}))
+    assert cli.main(["federated", "init", str(agreement), "--out", str(tmp_path / "out")]) == 0
+    path = tmp_path / "out" / "brains" / "prod_00" / "north" / "cycle" / "training.yml"
+    assert yaml.safe_load(path.read_text()) == written
+
+
+def test_another_split_than_the_priors_is_refused_before_any_kit_is_written(agreement, tmp_path, capsys):
+    prior = a_prior()
+    Posterior(prior.mu, prior.sigma, {**prior.metadata, "training": {"seed": 5}}).save(tmp_path / "q.safetensors")
+    agreement.write_text(yaml.safe_dump({**AGREEMENT, "training": {"seed": 6}}))
+    assert cli.main(["federated", "init", str(agreement), "--out", str(tmp_path / "out")]) == 2
+    assert "q.safetensors was trained with 5; leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Writes a manifest of scans that are files, but no images."""
+    (tmp_path / "scan.nii.gz").touch()
+
+    def write(*rows: str) -> Path:
+        path = tmp_path / "manifest.csv"
+        path.write_text("\n".join(["image,label,split", *rows]))
+        return path
+
+    return write
+
+
+TRAIN = "scan.nii.gz,scan.nii.gz,train"
+
+
+@pytest.mark.parametrize(
+    ("rows", "own", "message"),
+    [
+        (["scan.nii.gz,,train"], "", "has no label"),
+        (["scan.nii.gz,scan.nii.gz,test"], "", "has no scan to train on"),
+        ([TRAIN], "lr: 7.0", "'lr' is not a site's own to set"),
+        ([TRAIN], "seed: 3", "'seed' is not a site's own to set"),
+        ([TRAIN], "device: cuda", "PyTorch finds no GPU here"),
+        ([TRAIN], "device: tpu", "device"),
+        ([TRAIN], "label_map: none.tsv", "none.tsv"),
+        ([TRAIN], "- device", "holds no settings"),
+        ([TRAIN], "{", "cannot be read"),
+    ],
+)
+def test_what_could_never_train_is_refused_when_a_site_joins(
+    kits, manifest, tmp_path, capsys, monkeypatch, rows, own, message
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    capsys.readouterr()
+    (tmp_path / "own.yml").write_text(own)
+    words = ["join", str(kits / "north"), "--data", str(manifest(*rows)), "--settings", str(tmp_path / "own.yml")]
+    assert cli.main(["federated", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (folder_in(kits / "north") / "site.yml").exists()
+
+
+def test_a_sites_own_settings_hold_wherever_its_trainer_starts(kits, manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "join", lambda kit: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yml").write_text("{device: cuda, cache_dir: conformed}")
+    words = ["join", str(kits / "east"), "--data", str(manifest(TRAIN)), "--settings", "own.yml"]
+    words += ["--command", "[sbatch, --wait, job.sh]"]  # where there is a GPU
+    assert cli.main(["federated", *words]) == 0
+    folder = folder_in(kits / "east")
+    (tmp_path / "own.yml").unlink()
+    monkeypatch.chdir("/")
+    settings = command._checked_training(yaml.safe_load((folder / "site.yml").read_text())["arguments"])
+    assert (settings.device, settings.cache_dir) == ("cuda", tmp_path / "conformed")
+    assert (settings.epochs, settings.lr) == (2, 0.01)  # as agreed
 
 
 def test_only_our_two_classes_may_run_and_nobody_has_a_shell_or_brings_code(kits):
@@ -193,6 +310,9 @@ def test_a_bad_agreement_is_one_line_and_leaves_no_kits(agreement, tmp_path, cap
         (["serve", "{kits}/north"], "give the server's kit"),
         (["status", "{kits}"], "give the server's kit"),
         (["init", "none.yml"], "none.yml: no such file"),
+        (["serve", "{kits}/localhost", "--every_s", "0"], "--every_s 0.0: give a positive number"),
+        (["round", "{kits}/localhost", "--admin", "{kits}/north"], "is not the organizer's kit"),
+        (["amend", "{kits}/north", "{kits}/../../../project.yml"], "give the server's kit"),
         (["dance"], "dance"),
     ],
 )

@@ -31,8 +31,8 @@ def test_three_sites_and_one_round_in_the_simulator_give_what_consolidate_gives_
 
 
 def test_the_plan_says_what_is_measured_and_what_is_not():
-    table = plan([2, 100], n_classes=3, width=2, link_mbit_s=8.0)
-    assert list(table["basis"]) == ["measured", "extrapolated from 2"]
+    table = plan([2, 9, 100], n_classes=3, width=2, link_mbit_s=8.0)
+    assert list(table["basis"]) == ["measured", "extrapolated from 2", "extrapolated from 2"]
     assert table.loc[100, "link_s"] == pytest.approx(100 * 2 * table.loc[2, "payload_mb"])
     assert table.loc[100, "memory_mb"] == table.loc[2, "memory_mb"]  # sites stream through
     assert table.loc[100, "consolidation_s"] == pytest.approx(50 * table.loc[2, "consolidation_s"])

@@ -1,7 +1,8 @@
 """The real thing on one machine: provisioned server and sites as processes, mTLS on loopback, kills and a freeze.
 
 `pytest -m loopback`; to take every other network away too:
-`unshare --net sh -c 'ip link set lo up && pytest -m loopback'` (as root).
+`unshare --net sh -c 'ip link set lo up && pytest -m loopback'` (as root). The moments of the kills are
+other ones in each run; a run that fails prints the DWC_TEST_SEED that repeats them.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import random
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -21,14 +23,15 @@ import yaml
 
 from dwc import cli
 from dwc.consolidation import consolidate
-from dwc.federated.lock import held
+from dwc.federated.spool import stream_of
+from dwc.lock import held
 from dwc.posterior import Posterior
 from dwc.training import train
 
 pytest_plugins = ["tests.tiny_runs"]
 pytestmark = [pytest.mark.loopback, pytest.mark.usefixtures("one_thread", "offline")]
 
-SITES = {"north": 1, "east": 2, "west": 3}  # name: seed
+SITES = ("north", "east", "west")
 TRAINING = {"lr": 1e-2, "rho_lr": 3e-2, "batch_size": 1, "epochs": 40, "steps_per_epoch": 2}
 LIMIT_S = 1200
 
@@ -39,12 +42,12 @@ class Federation:
     def __init__(self, folder: Path, prior: Path, data: Path, name: str = "brains") -> None:
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+            self.port = free.getsockname()[1]
         self.folder, self.data = folder, data
         folder.mkdir()
         agreement = {
-            "name": name, "server": "localhost", "sites": list(SITES), "prior": str(prior), "rounds": 2, "port": port,
-            "answer_timeout_s": 30, "training": TRAINING,
+            "name": name, "server": "localhost", "sites": list(SITES), "prior": str(prior), "rounds": 2,
+            "port": self.port, "answer_timeout_s": 30, "training": TRAINING,
         }  # fmt: skip
         (folder / "project.yml").write_text(yaml.safe_dump(agreement))
         assert cli.main(["federated", "init", str(folder / "project.yml"), "--out", str(folder / "kits")]) == 0
@@ -61,7 +64,7 @@ class Federation:
 
     def join(self, site: str) -> None:
         own = self.folder / f"{site}.yml"
-        own.write_text(yaml.safe_dump({"seed": SITES[site], "device": "cpu"}))
+        own.write_text(yaml.safe_dump({"device": "cpu"}))
         self.start("join", str(self.kits / site), "--data", str(self.data), "--settings", str(own))
 
     def state(self) -> dict:
@@ -119,19 +122,46 @@ def undisturbed(settings, prior: Posterior, folder: Path) -> Posterior:
         path = folder / f"prior-{number}.safetensors"
         prior.save(path)
         sites = []
-        for site, seed in SITES.items():
-            vcl = replace(settings, mode="vcl", prior=path, seed=seed, out=folder / f"{site}-{number}", **TRAINING)
-            sites.append(train(replace(vcl, label_map=None, grid_size=None, width=None, dilations=None)))
+        for site in SITES:
+            vcl = replace(settings, mode="vcl", prior=path, stream=stream_of(site), **TRAINING)
+            vcl = replace(vcl, label_map=None, grid_size=None, width=None, dilations=None)
+            sites.append(train(replace(vcl, out=folder / f"{site}-{number}")))
         prior = consolidate(prior, sites)
     return prior
 
 
+def kill_a_site_and_its_trainer(federation: Federation) -> None:
+    """As when the power fails: service, FLARE and trainer; then the power is back."""
+    federation.signal("north", signal.SIGKILL)
+    (task,) = federation.tasks("north", 1)
+    wait_until(lambda: is_free(task / "trainer.lock"), "the trainer's lock is free", 30)
+    assert not (task / "run" / "posterior.safetensors").exists()  # it was at work
+    federation.join("north")
+
+
+def kill_the_server_and_restore_its_books(federation: Federation, backup: bytes) -> None:
+    """From a backup of before any posterior had arrived: receipts that were given are lost."""
+    federation.signal("localhost", signal.SIGKILL)
+    wait_until(lambda: not federation.processes("localhost"), "the server is dead", 30)
+    assert federation.state()["posteriors"]
+    (federation.server / "cycle" / "state.json").write_bytes(backup)
+    federation.serve()
+
+
+def epochs_of(federation: Federation, site: str) -> int:
+    paths = [task / "run" / "log.jsonl" for task in federation.tasks(site, 1)]
+    return sum(path.read_bytes().count(b"\n") for path in paths if path.exists())
+
+
 def test_two_rounds_through_kills_and_a_freeze_end_at_the_undisturbed_bits(federation, networks, settings, tmp_path):
+    seed = int(os.environ.get("DWC_TEST_SEED", random.SystemRandom().randrange(10**6)))
+    rng = random.Random(seed)
+    epoch, delay = rng.randint(1, TRAINING["epochs"] // 2), rng.uniform(0, 20)
+    print(f"DWC_TEST_SEED={seed}: north dies in epoch {epoch}, the server {delay:.1f} s after a posterior has arrived")
+    backup = (federation.server / "cycle" / "state.json").read_bytes()
     federation.serve()
     for site in SITES:
         federation.join(site)
-    rng = random.Random(0)
-    moments = {name: rng.uniform(0, 10) for name in ("server", "north")}
 
     wait_until(lambda: list(federation.kits.glob("west/cycle/round-1-*/run/config.yaml")), "west has begun")
     west = [
@@ -141,16 +171,19 @@ def test_two_rounds_through_kills_and_a_freeze_end_at_the_undisturbed_bits(feder
         os.kill(pid, signal.SIGSTOP)
     frozen = time.monotonic()
 
-    wait_until(lambda: list(federation.kits.glob("north/cycle/round-1-*/run/checkpoint.safetensors")), "north trains")
-    time.sleep(moments["north"])
-    federation.signal("north", signal.SIGKILL)  # service, FLARE and trainer, as when the power fails
-    (task,) = federation.tasks("north", 1)
-    wait_until(lambda: is_free(task / "trainer.lock"), "the trainer's lock is free", 30)
-    assert not (task / "run" / "posterior.safetensors").exists()  # it was at work
-    time.sleep(moments["server"])
-    federation.signal("localhost", signal.SIGKILL)
-    federation.serve()
-    federation.join("north")
+    killed, arrived = set(), None
+    until = time.monotonic() + LIMIT_S
+    while killed != {"north", "server"}:  # in the order that comes
+        assert time.monotonic() < until
+        time.sleep(0.05)
+        if "north" not in killed and epochs_of(federation, "north") >= epoch:
+            kill_a_site_and_its_trainer(federation)
+            killed.add("north")
+        if arrived is None and federation.state()["posteriors"]:
+            arrived = time.monotonic()
+        if "server" not in killed and arrived is not None and time.monotonic() > arrived + delay:
+            kill_the_server_and_restore_its_books(federation, backup)
+            killed.add("server")
 
     time.sleep(max(0.0, frozen + 80 - time.monotonic()))
     for pid in west:
@@ -167,6 +200,23 @@ def test_two_rounds_through_kills_and_a_freeze_end_at_the_undisturbed_bits(feder
     result = Posterior.load(federation.server / "cycle" / "q2.safetensors")
     (tmp_path / "by_hand").mkdir()
     assert result.sha256 == undisturbed(settings, networks["vi"], tmp_path / "by_hand").sha256
+
+
+def is_let_in(port: int, kit: Path | None) -> bool:
+    """Whether the server talks to whoever holds a kit, or nothing."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is the server that is to be choosy
+    if kit is not None:
+        context.load_cert_chain(kit / "startup" / "client.crt", kit / "startup" / "client.key")
+    try:
+        with (
+            socket.create_connection(("localhost", port), timeout=30) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as tls,
+        ):
+            tls.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            return bool(tls.recv(1))
+    except (ssl.SSLError, ConnectionError):
+        return False
 
 
 def with_code(job: Path, mark: Path) -> Path:
@@ -201,11 +251,19 @@ def test_a_stranger_is_not_let_in_and_brings_no_code(federation, networks, setti
         return federation.state()["sites"]["east"]["heard"] is not None
 
     wait_until(answered, "east is heard", 240)
+    assert is_let_in(federation.port, federation.kits / "west")
+    assert not is_let_in(federation.port, stranger)
+    assert not is_let_in(federation.port, None)
+    log = stranger / "engine.log"
+    wait_until(lambda: "CERTIFICATE_VERIFY_FAILED" in log.read_text(), "the stranger has tried", 60)
     session = new_secure_session("organizer@dwc.org", str(admin), timeout=30)
     try:
         assert [client.name for client in session.get_connected_client_list()] == ["east"]
         job = with_code(federation.folder / "code", tmp_path / "ran")
         status = session.wait_for_job(session.submit_job(str(job)), timeout=240)["status"]
+        shut_out = [sys.executable, "-m", "nvflare.cli", "system", "disable-client", "east", "--force"]
+        subprocess.run([*shut_out, "--startup-kit", str(admin)], check=True)
+        assert session.get_connected_client_list() == []
     finally:
         session.close()
     assert not status.endswith("COMPLETED")

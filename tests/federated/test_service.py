@@ -7,13 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
+from nvflare.fuel.flare_api import flare_api
 
+from dwc import cli
 from dwc.errors import Interrupted
 from dwc.federated import service
 from dwc.federated.cycle import Cycle
-from dwc.federated.lock import held
 from dwc.federated.project import Project
 from dwc.federated.spool import Spool
+from dwc.lock import held
 from tests.made_posteriors import a_prior
 
 ENGINE = """echo $$ >> engines
@@ -80,11 +82,71 @@ def test_flare_is_started_again_found_again_and_ended_with_its_service(tmp_path)
     assert not running(kit)
 
 
-def test_a_pass_that_hangs_after_its_server_was_restarted_is_ended_and_the_next_one_begins(tmp_path, monkeypatch):
-    kit = kit_in(tmp_path / "server", 2)
-    a_prior().save(tmp_path / "q.safetensors")
+def server_in(folder: Path) -> Path:
+    """A server's kit with its books, beside the organizer's."""
+    kit = kit_in(folder / "server", 2)
+    a_prior().save(folder / "q.safetensors")
     (kit / "cycle").rmdir()
-    Cycle.create(kit / "cycle", Project("brains", "localhost", ["north"], tmp_path / "q.safetensors"))
+    Cycle.create(kit / "cycle", Project("brains", "localhost", ["north"], folder / "q.safetensors"))
+    (folder / "organizer@dwc.org" / "startup").mkdir(parents=True)
+    (folder / "organizer@dwc.org" / "startup" / "fed_admin.json").touch()
+    return kit
+
+
+class Session:
+    """FLARE's, with a job that ends as it is told to."""
+
+    def __init__(self, end) -> None:
+        self.end, self.jobs = end, []
+
+    def submit_job(self, path: str) -> str:
+        assert list(Path(path).rglob("config_fed_server.json"))
+        self.jobs.append(Path(path))
+        return "1"
+
+    def wait_for_job(self, job_id: str, **options) -> dict:
+        return {"status": self.end()}
+
+    def close(self) -> None:
+        pass
+
+
+def not_connected() -> str:
+    raise flare_api.NoConnection("cannot connect\nto server")
+
+
+def our_fault() -> str:
+    raise KeyError("status")
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "message"),
+    [
+        (lambda: "FINISHED:COMPLETED", 0, ""),
+        (lambda: "FINISHED:EXECUTION_EXCEPTION", 2, "FLARE calls the pass FINISHED:EXECUTION_EXCEPTION; see "),
+        (not_connected, 2, "no pass was made (NoConnection: cannot connect to server); try again"),
+    ],
+)
+def test_a_pass_that_fails_is_told_to_whoever_asked_for_it(tmp_path, monkeypatch, capsys, end, code, message):
+    kit, session = server_in(tmp_path), Session(end)
+    monkeypatch.setattr(flare_api, "new_secure_session", lambda *arguments, **options: session)
+    assert cli.main(["federated", "round", str(kit)]) == code
+    assert message in capsys.readouterr().err
+    assert not session.jobs[0].exists()  # nothing is left that another pass could write to as well
+
+
+def test_a_fault_of_ours_is_not_taken_for_flares(tmp_path, monkeypatch):
+    kit = server_in(tmp_path)
+    monkeypatch.setattr(flare_api, "new_secure_session", lambda *arguments, **options: Session(our_fault))
+    with pytest.raises(KeyError):
+        service.make_pass(kit, tmp_path / "organizer@dwc.org")
+
+
+def test_a_pass_that_hangs_after_its_server_was_restarted_is_ended_and_the_next_one_begins(tmp_path, monkeypatch):
+    kit = server_in(tmp_path)
+    past = [kit / "store" / "jobs" / f"{number:08x}-0000-4000-8000-000000000000" for number in range(30)]
+    for job in past:
+        job.mkdir(parents=True)
     python = tmp_path / "python"
     python.write_text(PASS.format(folder=tmp_path))
     python.chmod(0o755)
@@ -94,4 +156,5 @@ def test_a_pass_that_hangs_after_its_server_was_restarted_is_ended_and_the_next_
         service.serve(kit, tmp_path / "admin", 0.1)
     assert time.monotonic() - began < 120  # not the 600 s of the pass that hung
     assert len((tmp_path / "passes").read_text().splitlines()) == 2
+    assert sum(job.exists() for job in past) == 20
     assert not running(kit)

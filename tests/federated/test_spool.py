@@ -133,8 +133,75 @@ def test_a_refused_posterior_is_put_aside_with_the_reason(spool, cycle):
     let_finish(spool, a_site(a_prior(seed=9), 1))
     cycle.receive("north", spool.answer(cycle.question("north")))
     assert spool.answer(cycle.question("north"))["state"] == "idle"
-    (settled,) = spool.folder.glob("round-*/settled")
-    assert "none of ours" in settled.read_text()
+    (refused,) = spool.folder.glob("round-*/refused")
+    assert "none of ours" in refused.read_text()
+
+
+def test_a_site_sends_again_what_a_server_restored_from_a_backup_has_forgotten(spool, cycle):
+    backup = (cycle.folder / "state.json").read_bytes()
+    begin(spool, cycle)
+    let_finish(spool, a_site(a_prior(), 1))
+    cycle.receive("north", spool.answer(cycle.question("north")))
+    assert spool.answer(cycle.question("north"))["state"] == "idle"
+    (cycle.folder / "state.json").write_bytes(backup)
+    restored = Cycle(cycle.folder)
+    restored.receive("north", spool.answer(restored.question("north")))
+    (row,), (first,) = restored.state["posteriors"], cycle.state["posteriors"]
+    assert row["file_sha256"] == first["file_sha256"]
+    assert len(starts(spool)) == 1
+
+
+def test_a_round_that_is_given_up_is_left_and_the_next_one_taken(spool, cycle):
+    begin(spool, cycle)
+    (task,) = spool.folder.glob("round-1-*")
+    (task / "given-up").touch()
+    assert spool.answer(cycle.question("north"))["state"] == "idle"
+    a_site(a_prior(), 2).save(cycle.folder / "other.safetensors")
+    content = (cycle.folder / "other.safetensors").read_bytes()
+    cycle.receive("east", {"state": "trained", "round": 1, "prior_sha256": "", "posterior": content})
+    assert cycle.advance()
+    assert spool.answer(cycle.question("north"))["state"] == "no prior"
+
+
+def test_a_training_whose_run_folder_is_taken_away_starts_anew(spool, cycle):
+    begin(spool, cycle)
+    os.killpg(starts(spool)[0][1], signal.SIGKILL)
+    wait_until(lambda: not alive(starts(spool)[0][0]))
+    (task,) = spool.folder.glob("round-1-*")
+    (task / "run").rmdir()
+    assert spool.answer(cycle.question("north"))["state"] == "started"
+    wait_until(lambda: len(starts(spool)) == 2)
+    let_finish(spool, a_site(a_prior(), 1))
+    assert spool.answer(cycle.question("north"))["state"] == "trained"
+
+
+def test_each_site_draws_noise_of_its_own_the_same_at_each_start(tmp_path, cycle):
+    streams = []
+    for name in ("north", "east", "north"):
+        folder = tmp_path / f"{name}-{len(streams)}"
+        Spool.create(folder, [], ["echo"])
+        Spool(folder, name).answer(cycle.question(name, with_prior=True))
+        (log,) = folder.glob("round-1-*/trainer.log")
+        wait_until(lambda log=log: "--resume" in log.read_text())
+        streams.append(log.read_text().split()[1])
+    assert streams[0] == streams[2] != streams[1]
+
+
+def test_what_a_kill_left_of_a_write_is_cleared_away(spool, cycle):
+    begin(spool, cycle)
+    (task,) = spool.folder.glob("round-1-*")
+    parts = [spool.folder / ".site.yml.x.part", task / ".prior.safetensors.x.part"]
+    for part in parts:
+        part.touch()
+    spool.answer(cycle.question("north"))
+    assert not any(part.exists() for part in parts)
+
+
+def test_a_log_that_cannot_be_written_is_not_taken_for_a_program_that_cannot_start(spool, cycle):
+    task = spool.folder / f"round-1-{cycle.state['priors'][0][:12]}"
+    (task / "trainer.log").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"trainer\.log: cannot be written"):
+        spool.answer(cycle.question("north", with_prior=True))
 
 
 def test_a_prior_that_is_not_the_one_it_names_is_no_work(spool, cycle):

@@ -1,0 +1,101 @@
+"""One process at a time: a lock that the kernel frees when its holder ends, however it ends.
+
+A process id written to a file can outlive its process and be given to another; an flock cannot. A child that is handed
+the descriptor holds the lock for as long as it lives, which is how what runs on its own is found again.
+"""
+
+import fcntl
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dwc.errors import InputError
+
+__all__ = ["held", "hold", "start_once"]
+
+
+_LOOK_S = 0.2
+
+
+def hold(path: Path, patience_s: float = 0.0) -> int | None:
+    """Descriptor of the lock file, which holds the lock until it is closed; None if another process holds it.
+
+    Parameters
+    ----------
+    path : Path
+        The lock file, made if need be.
+    patience_s : float
+        Seconds to wait for another process to let go.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be written or its file system keeps no locks.
+    """
+    until = time.monotonic() + patience_s
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    os.close(descriptor)
+                    return None
+            time.sleep(_LOOK_S)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be locked ({error.strerror}); give a writable folder on a file system that keeps locks"
+        ) from error
+
+
+@contextmanager
+def held(path: Path, patience_s: float = 0.0) -> Iterator[bool]:
+    """Hold the lock within a block; the block is told whether it does."""
+    descriptor = hold(path, patience_s)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def start_once(words: Sequence[str | Path], lock: Path, log: Path, **options) -> subprocess.Popen | None:
+    """Start a process that holds the lock while it lives, in a process group of its own; None if one holds it.
+
+    Parameters
+    ----------
+    words : sequence
+        Program and arguments.
+    lock, log : Path
+        The lock file; where its output is added.
+    **options
+        Of `subprocess.Popen`.
+
+    Raises
+    ------
+    InputError
+        If the program cannot be started or the log cannot be written.
+    """
+    descriptor = hold(lock)
+    if descriptor is None:
+        return None
+    try:
+        output = log.open("ab")
+    except OSError as error:
+        os.close(descriptor)
+        raise InputError(f"{log}: cannot be written ({error.strerror}); make it writable") from error
+    try:
+        return subprocess.Popen(
+            [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True, pass_fds=[descriptor], **options,
+        )  # fmt: skip
+    except OSError as error:
+        raise InputError(f"{words[0]}: cannot be started ({error.strerror}); give a program that can") from error
+    finally:
+        output.close()
+        os.close(descriptor)  # the child's copy holds it from here on
