@@ -4,7 +4,7 @@ The settings are plain values, written to the study's config.yaml. The room chec
 trainer's settings; which networks there are, and what is compared, is decided in `paper` and `studies`.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ TRAINING_SITES = (ORIGIN, *SITES)
 ALL_SITES = (*TRAINING_SITES, UNSEEN)
 PRESETS = ("smoke", "small", "cpu", "paper")
 STUDIES = ("paper", "many-sites", "rounds", "leave-one-out", "tempering")
-_STAGES = ("map", "vi", "vcl", "finetune")
+_MODES = {"map": "map", "pooled": "map", "vi": "vi", "vcl": "vcl", "finetune": "finetune"}  # of each stage
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class ManySites:
     n_scored: int = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """Settings of a study; its folder keeps them as config.yaml.
+    """Settings of a study; its folder keeps them as config.yaml. What a study is made of has its values in the presets.
 
     Parameters
     ----------
@@ -107,6 +107,8 @@ class StudySettings:
         Sub-volumes per step.
     map
         How the MAP networks are trained.
+    pooled
+        How the MAP network of all sites' scans is trained; by default as the others.
     vi
         How the variational network of H is trained.
     vcl
@@ -134,23 +136,24 @@ class StudySettings:
     out: Path = Path("experiment")
     manifests: dict[str, Path] | None = None
     anatomies: Path | None = None
-    n_train: dict[str, int] = field(default_factory=lambda: {"H": 14, "N": 17, "B": 3, "W": 2})
-    n_test: dict[str, int] = field(default_factory=lambda: {"H": 5, "N": 6, "B": 1, "W": 1, "A": 5})
+    n_train: dict[str, int]
+    n_test: dict[str, int]
     test_fraction: float = 0.1
-    label_map: str = "coarse"
-    grid_size: int = 64
-    voxel_size: float = 3.0
-    width: int = 16
-    dilations: tuple[int, ...] = (1, 2, 4, 8)
-    batch_size: int = 4
-    map: Stage = Stage(steps=600, lr=1e-2)
-    vi: Stage = Stage(steps=300, lr=3e-3, rho_lr=3e-2)
-    vcl: Stage = Stage(steps=300, lr=3e-3, rho_lr=3e-2)
-    finetune: Stage = Stage(steps=100, lr=1e-3, rho_lr=1e-2)
+    label_map: str
+    grid_size: int
+    voxel_size: float
+    width: int
+    dilations: tuple[int, ...]
+    batch_size: int
+    map: Stage
+    pooled: Stage | None = None
+    vi: Stage
+    vcl: Stage
+    finetune: Stage
     rounds: int = 3
     many_sites: ManySites = ManySites()
-    validation_sub_volumes: int = 32
-    n_samples: int = 10
+    validation_sub_volumes: int
+    n_samples: int
     seed: int = 0
     workers: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -201,18 +204,26 @@ class StudySettings:
         if self.grid_size % SIDE or self.grid_size < SIDE:
             raise InputError(f"--grid_size {self.grid_size}: give a multiple of {SIDE} voxels")
         LabelMap.load(self.label_map)
-        for mode in _STAGES:
-            stage: Stage = getattr(self, mode)
+        for name, mode in _MODES.items():
+            stage = self.stage(name)
             if min(stage.steps, stage.epochs) < 1:
-                raise InputError(f"--{mode}.steps {stage.steps}, epochs {stage.epochs}: give positive numbers")
+                raise InputError(f"--{name}.steps {stage.steps}, epochs {stage.epochs}: give positive numbers")
             if stage.steps % stage.epochs:
-                raise InputError(f"--{mode}.epochs {stage.epochs}: does not divide its {stage.steps} steps evenly")
+                raise InputError(f"--{name}.epochs {stage.epochs}: does not divide its {stage.steps} steps evenly")
             start = {"prior": self.out} if mode in ("vcl", "finetune") else {}
-            self.training(mode, data=self.out, out=self.out, **start).check()
+            self.training(mode, stage, data=self.out, out=self.out, **start).check()
 
-    def training(self, mode: str, **paths: Path) -> TrainSettings:
+    def stage(self, name: str) -> Stage:
+        """How networks of a kind are trained: map, pooled, control, vi, vcl or finetune."""
+        return getattr(self, name) or self.map  # pooled may be left to map
+
+    @property
+    def control(self) -> Stage:
+        """How the MAP networks are trained that VCL's are set against: with VCL's number of steps."""
+        return replace(self.map, steps=self.vcl.steps, epochs=self.vcl.epochs, stop_at_plateau=False)
+
+    def training(self, mode: str, stage: Stage, **paths: Path) -> TrainSettings:
         """The trainer's settings of a mode; `paths` are data, out, and prior or init."""
-        stage: Stage = getattr(self, mode)
         return TrainSettings(
             mode=mode, **paths, cache_dir=self.cache_dir, lr=stage.lr, rho_lr=stage.rho_lr, schedule=stage.schedule,
             epochs=stage.epochs, steps_per_epoch=stage.steps // stage.epochs, stop_at_plateau=stage.stop_at_plateau,
