@@ -353,3 +353,9 @@ def test_what_cannot_be_meant_is_named_in_one_line_before_any_work(tmp_path, arg
 def test_other_scans_than_those_in_the_folder_are_refused(smoke, capsys):
     assert command(smoke, "--seed", "1") == 2
     assert "other scans" in capsys.readouterr().err
+
+
+def test_the_help_tells_the_values_of_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        main(["experiment", "--preset", "smoke", "--help"])
+    assert "default: {'H': 4, 'N': 5, 'B': 1, 'W': 1}" in " ".join(capsys.readouterr().out.split())
