@@ -141,7 +141,7 @@ def _dice(results: Results) -> _Section:
         f"Dice in %, mean over the classes of a volume's truth without background, then over held-out volumes.{spread} "
         f"{AVERAGE}: each volume of {', '.join(results.groups.get(AVERAGE, []))} counts the same. Bold: the best of a "
         "column. Steps in all: with those of the networks it starts from. The plain average has no standard deviations "
-        "and predicts at its means, as MAP networks do; the other rows from H on average samples.",
+        "and predicts at its means, as MAP networks do; variational networks average samples.",
     ]
     header = ["network", *table.columns, *(name for name, _ in efforts)]
     picture = None
