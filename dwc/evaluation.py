@@ -4,6 +4,7 @@ Volumes are scored on the networks' conformed grid, where they were trained, and
 The counting is `metrics`'; which scans a network has never seen is decided here.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,15 +134,15 @@ def score_volumes(
 def per_class(scores: Sequence[Score], label_map: LabelMap, grid: Grid) -> pd.DataFrame:
     """A row per volume and class: site, subject, image, class, name, dice, truth_mm3, predicted_mm3.
 
-    Dice is empty where the truth has no voxel of the class.
+    Dice is empty where the truth has no voxel of the class. image is as in `per_volume`.
     """
     parts = []
-    for score in scores:
+    for score, who in zip(scores, _who(scores), strict=True):
         part = pd.DataFrame({"class": range(label_map.n_classes), "name": label_map.names})
         part["dice"] = dice(score.confusion).numpy()
         for column, axis in (("truth_mm3", 1), ("predicted_mm3", 0)):
             part[column] = score.confusion.sum(dim=axis).numpy() * grid.voxel_size**3
-        for position, (column, value) in enumerate(_who(score.scan).items()):
+        for position, (column, value) in enumerate(who.items()):
             part.insert(position, column, value)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
@@ -150,13 +151,14 @@ def per_class(scores: Sequence[Score], label_map: LabelMap, grid: Grid) -> pd.Da
 def per_volume(scores: Sequence[Score]) -> pd.DataFrame:
     """A row per volume: site, subject, image, n_classes (in its truth without background), dice, dice_with_background.
 
-    Both are means over the classes present in the truth, without and with class 0.
+    Both are means over the classes present in the truth, without and with class 0. image is the file's name; where that
+    does not tell volumes of a subject apart, it is the path from the folder that all images are in.
     """
     rows = []
-    for score in scores:
+    for score, who in zip(scores, _who(scores), strict=True):
         present = (score.confusion.sum(dim=1) > 0)[1:]
         means = {name: mean_dice(score.confusion, with_background=flag) for name, flag in _MEANS.items()}
-        rows.append({**_who(score.scan), "n_classes": int(present.sum()), **means})
+        rows.append({**who, "n_classes": int(present.sum()), **means})
     return pd.DataFrame(rows)
 
 
@@ -192,8 +194,17 @@ def summary(scores: Sequence[Score]) -> dict[str, Any]:
     }
 
 
-def _who(scan: Scan) -> dict[str, str]:
-    return {"site": scan.site, "subject": scan.subject, "image": scan.image.name}
+def _who(scores: Sequence[Score]) -> list[dict[str, str]]:
+    """What tells each volume from the others: a name of its own, since sessions often share that of the file."""
+    scans = [score.scan for score in scores]
+    names = [scan.image.name for scan in scans]
+    if len({(scan.site, scan.subject, name) for scan, name in zip(scans, names, strict=True)}) < len(scans):
+        paths = [os.path.abspath(scan.image) for scan in scans]
+        folder = os.path.commonpath(paths)
+        names = [os.path.relpath(path, folder) for path in paths]
+    return [
+        {"site": scan.site, "subject": scan.subject, "image": name} for scan, name in zip(scans, names, strict=True)
+    ]
 
 
 def _json(means: pd.Series) -> dict[str, float | None]:

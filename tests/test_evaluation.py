@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,16 @@ def score(site: str, subject: str, right: int, wrong: int, klass: int = 1) -> Sc
 def scores() -> list[Score]:
     """Dice 1 and 2/3 at H, 0 at N."""
     return [score("H", "h1", 10, 0), score("H", "h2", 5, 5), score("N", "n1", 0, 10)]
+
+
+def test_sessions_that_share_a_files_name_are_told_apart_by_their_folders(scores):
+    def session(number: int, name: str = "T1.mgz") -> Score:
+        scan = replace(scores[0].scan, image=Path(f"data/h1/ses-{number}/{name}"))
+        return replace(scores[0], scan=scan)
+
+    assert per_volume([session(1), session(2)])["image"].tolist() == ["ses-1/T1.mgz", "ses-2/T1.mgz"]
+    assert per_class([session(1), session(2)], COARSE, GRID)["image"].nunique() == 2
+    assert per_volume([session(1), session(2, "b.mgz")])["image"].tolist() == ["T1.mgz", "b.mgz"]
 
 
 def test_each_volume_is_the_mean_over_the_classes_of_its_truth(scores):

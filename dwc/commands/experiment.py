@@ -31,8 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--pool", type=Path, nargs="*", default=[], metavar="OUT", help="folders of other seeds")
     parser.add_class_arguments(StudySettings)
     presets = [name for flag, name in pairwise(arguments) if flag == "--preset"]
-    preset = preset_file(presets[-1] if presets else "cpu")
-    arguments = ["--config", str(preset), *arguments]  # before all flags, which override it
+    parser.default_config_files = [str(preset_file(presets[-1] if presets else "cpu"))]
     values = parser.instantiate(parse(parser, arguments)).as_dict()
     study, only, dry_run, folders = (values.pop(name) for name in ("study", "only", "dry_run", "pool"))
     del values["preset"]

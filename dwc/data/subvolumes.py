@@ -27,7 +27,10 @@ from dwc.data.manifest import Scan
 from dwc.errors import InputError
 from dwc.files import write_whole
 
-__all__ = ["SIDE", "SubVolumes", "digest_of_scans", "join_volume", "moments", "prepare", "split_volume", "z_score"]
+__all__ = [
+    "SIDE", "SubVolumes", "digest_of_scans", "is_prepared", "join_volume", "moments", "prepare", "split_volume",
+    "z_score",
+]  # fmt: skip
 
 SIDE = 32  # voxels along each edge of a sub-volume
 _CACHE_FORMAT = 2  # raise it when the same inputs give other files
@@ -183,6 +186,18 @@ def prepare(
             f"{cache_dir}: cannot write the cache ({reason}); free space or choose another folder"
         ) from error
     return SubVolumes(scans, folders, label_map, grid)
+
+
+def is_prepared(scans: Sequence[Scan], label_map: LabelMap, grid: Grid, cache_dir: str | os.PathLike) -> bool:
+    """Whether `prepare` would find all of these scans in the cache; writes nothing.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read.
+    """
+    digests, cache_dir = _read_digests(Path(cache_dir)), Path(cache_dir)
+    return all(_is_whole(cache_dir / _key(scan, label_map, grid, digests), scan, grid) for scan in scans)
 
 
 def digest_of_scans(scans: Sequence[Scan], cache_dir: str | os.PathLike) -> str:

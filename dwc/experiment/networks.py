@@ -1,9 +1,10 @@
 """The networks of a study as a graph: each is trained once, from the networks it starts from, and never again.
 
-A network's run folder is named by what it is called and by a hash of all that it depends on: settings, scans and the
-networks before it. So another setting trains anew only what it changes, and a study that was killed goes on where it
-stopped, in the middle of a network if need be. Which networks a study needs is decided elsewhere; how one trains is
-`dwc.training`'s business, how several become one `dwc.consolidation`'s.
+A network's run folder is named by what it is called and by a hash of the settings, the scans and the networks before
+it. So another setting trains anew only what it changes, and a study that was killed goes on where it stopped, in the
+middle of a network if need be. The code is not in the hash: after a change of it, or of PyTorch, that gives other
+weights, raise `_FORMAT` or remove the study's networks/. Which networks a study needs is decided elsewhere; how one
+trains is `dwc.training`'s business, how several become one `dwc.consolidation`'s.
 """
 
 import hashlib
@@ -27,14 +28,16 @@ from dwc.experiment.study import Stage, StudySettings
 from dwc.files import canonical_json, open_folder, write_whole
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
+from dwc.runtime import choose_device
 from dwc.training import train
 
 __all__ = [
-    "Network", "Networks", "average", "consolidated", "finetuned", "map_network", "untrained", "variational", "vcl",
+    "Network", "Networks", "average", "consolidated", "control_network", "finetuned", "map_network", "untrained",
+    "variational", "vcl",
 ]  # fmt: skip
 
 _FORMAT = 1  # raise it when the same settings and data give other networks
-_NO_CONTENT = (  # what changes no weights, or stands in the hash by its content
+_NO_CONTENT = (  # what changes no weights, or stands in the hash by its content; device by its type
     "data", "out", "prior", "init", "cache_dir", "label_map", "workers", "device", "activation_checkpointing",
 )  # fmt: skip
 _COMPUTED = ("consolidated", "average", "untrained")
@@ -44,7 +47,8 @@ _COMPUTED = ("consolidated", "average", "untrained")
 class Network:
     """A network of a study: what it is called, and what it is made from.
 
-    Make one with `map_network`, `variational`, `vcl`, `finetuned`, `consolidated`, `average` or `untrained`.
+    Make one with `map_network`, `control_network`, `variational`, `vcl`, `finetuned`, `consolidated`, `average` or
+    `untrained`.
 
     Attributes
     ----------
@@ -75,6 +79,11 @@ class Network:
 def map_network(site: str, stage: str = "map") -> Network:
     """A plain network of a site."""
     return Network(f"{site} MAP", "map", site, stage=stage)
+
+
+def control_network(site: str) -> Network:
+    """A plain network of a site that takes as many steps as VCL's."""
+    return Network(f"{site} MAP control", "map", site, stage="control")
 
 
 def variational(site: str) -> Network:
@@ -158,7 +167,7 @@ class Networks:
         return list(order)
 
     def key(self, network: Network) -> str:
-        """SHA-256, hex, of all that the network's weights depend on."""
+        """SHA-256, hex, of all that the network's weights depend on but the code."""
         if network not in self._keys:
             content: dict[str, Any] = {"format": _FORMAT, "mode": network.mode}
             content["parents"] = [self.key(parent) for parent in network.parents]
@@ -167,6 +176,8 @@ class Networks:
                 content["settings"] = {name: value for name, value in settings.items() if name not in _NO_CONTENT}
                 content["label_map"] = self._label_map.sha256
                 content["scans"] = self._digest(network.site)
+                if (device := choose_device(self.settings.device).type) != "cpu":
+                    content["device"] = device  # it rounds otherwise
             self._keys[network] = hashlib.sha256(canonical_json(content).encode()).hexdigest()
         return self._keys[network]
 

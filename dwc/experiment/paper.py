@@ -1,5 +1,7 @@
 """The paper's study (McClure et al. 2018, sections 3.1 and 3.2): the rows of its Table 2, two more, what is compared.
 
+The plain average has no standard deviations and predicts at its means; variational networks average samples.
+
 `run` makes the sites, trains the networks, scores the rows and leaves tables and report in the study's folder. Each
 step is another room's; here it is decided which networks and comparisons there are.
 """
@@ -11,15 +13,17 @@ import pandas as pd
 import yaml
 
 from dwc.errors import InputError
-from dwc.experiment.cost import forecast
+from dwc.experiment.cost import estimate, what_is_left
 from dwc.experiment.networks import Network, Networks, average, consolidated, finetuned, map_network, variational, vcl
-from dwc.experiment.scoring import Kind, Row, Scores, write_table
+from dwc.experiment.scoring import Kind, Row, Scores
 from dwc.experiment.sites import POOLED, check_manifests, held_out_volumes, known_manifests, make_manifests, prepare_all
-from dwc.experiment.statistics import dice_table, paired_tests, plateau_step, plateau_table
+from dwc.experiment.speed import controls, speed_table
+from dwc.experiment.statistics import dice_table, paired_tests
 from dwc.experiment.study import ALL_SITES, ORIGIN, SITES, TRAINING_SITES, UNSEEN, StudySettings
 from dwc.files import open_folder, write_whole
 from dwc.report.figures import site_slices
 from dwc.report.html import write_report
+from dwc.tables import read_settings, write_table
 
 __all__ = ["COMPARISONS", "ROWS", "choose_rows", "keep_config", "run", "tests_as_text"]
 
@@ -52,11 +56,14 @@ def _rows() -> tuple[Row, ...]:
 
 
 ROWS = _rows()
-_DWC, _POOLED = (next(row for row in ROWS if row.kind == kind) for kind in ("dwc", "pooled"))
+_DWC, _POOLED, _JOINT, _AVERAGE = (
+    next(row for row in ROWS if row.kind == kind) for kind in ("dwc", "pooled", "consolidated", "average")
+)
 _CHAINS = tuple(row.name for row in ROWS if row.kind == "chain")
 COMPARISONS = (
     *((_DWC.name, row.name) for row in ROWS if row.kind in ("ensemble", "chain")),
     _CHAINS[::-1],  # whether their order matters
+    (_JOINT.name, _AVERAGE.name),  # samples of the consolidated network against the average at its means
 )
 CALIBRATED = ("pooled", "ensemble", "dwc")  # kinds
 
@@ -104,15 +111,20 @@ def run(settings: StudySettings, *, only: Sequence[str] = (), dry_run: bool = Fa
     _check_folder(settings)
     check_manifests(settings)
     if dry_run:
-        pooled = settings.out / "sites" / POOLED / "manifest.csv"
-        print(forecast(settings, {**known_manifests(settings), POOLED: pooled}, rows).lines(each=True))
-        return
-    keep_config(settings)
-    manifests = make_manifests(settings)
-    prepare_all(settings, manifests)
-    print(forecast(settings, manifests, rows).lines(each=False), flush=True)
+        manifests = {**known_manifests(settings), POOLED: settings.out / "sites" / POOLED / "manifest.csv"}
+    else:
+        keep_config(settings)
+        manifests = make_manifests(settings)
+        prepare_all(settings, manifests)
     networks = Networks(settings, manifests)
-    for network in networks.needed(network for row in rows for network in row.networks):
+    needed = networks.needed(network for row in rows for network in row.networks)
+    needed = networks.needed([*needed, *controls(settings, needed)])
+    left = what_is_left(networks, needed, rows)
+    print(left.lines(each=dry_run), flush=True)
+    print(estimate(settings, left), flush=True)
+    if dry_run:
+        return
+    for network in needed:
         networks.get(network)
     scores = Scores(networks, {site: held_out_volumes(settings, site, manifests[site]) for site in ALL_SITES})
     for row in rows:
@@ -136,7 +148,7 @@ def keep_config(settings: StudySettings) -> None:
 def _check_folder(settings: StudySettings) -> None:
     path, values = settings.out / "config.yaml", settings.to_json()
     simulated = settings.out / "sites" / ORIGIN
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() and simulated.exists() else values
+    before = read_settings(path) if path.exists() and simulated.exists() else values
     for name in _SCANS:
         if before.get(name) != values[name]:
             raise InputError(
@@ -147,7 +159,7 @@ def _check_folder(settings: StudySettings) -> None:
 
 def _report(settings: StudySettings, networks: Networks, scores: Scores) -> None:
     """Write and print the tables of all rows that are scored, and the report."""
-    out, rows = settings.out, [row for row in ROWS if scores.is_scored(row)]
+    out, rows = settings.out, [row for row in ROWS if not scores.missing(row)]
     volumes = scores.table("volumes", rows)
     write_table(out / "rows.csv", _effort(networks, rows))
     write_table(out / "volumes.csv", volumes)
@@ -156,13 +168,8 @@ def _report(settings: StudySettings, networks: Networks, scores: Scores) -> None
     write_table(out / "tests.csv", tests := paired_tests(volumes, COMPARISONS))
     calibrated = [row for row in rows if row.kind in CALIBRATED]
     _keep(out / "calibration.csv", scores.table("calibration", calibrated) if calibrated else pd.DataFrame())
-    pairs = [(map_network(site), vcl(variational(ORIGIN), site)) for site in SITES]
-    pairs = [pair for pair in pairs if all(map(networks.is_done, pair))]
-    plateaus = plateau_table(
-        [(b.site, networks.log(a), networks.log(b)) for a, b in pairs], settings.map.schedule, settings.vcl.schedule
-    )
-    _keep(out / "plateaus.csv", plateaus)
-    text = _as_text(table, tests, plateaus, volumes)
+    _keep(out / "speed.csv", speed := speed_table(networks))
+    text = _as_text(table, tests, speed, volumes)
     write_whole(out / "table.txt", f"{text}\n".encode())
     if _DWC in rows and _POOLED in rows:
         _pictures(settings, scores, volumes)
@@ -183,7 +190,7 @@ def _effort(networks: Networks, rows: Sequence[Row]) -> pd.DataFrame:
     lines = []
     for row in rows:
         files = ";".join(str(networks.file(network).relative_to(networks.settings.out)) for network in row.networks)
-        plateaus = [plateau_step(networks.log(n), networks.stage(n).schedule) for n in row.networks if n.is_trained]
+        plateaus = [log[-1]["plateau_step"] for network in row.networks if (log := networks.log(network))]
         lines.append(
             {
                 "row": row.name,
@@ -198,7 +205,7 @@ def _effort(networks: Networks, rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(lines).astype({"plateau_step": "Int64"})
 
 
-def _as_text(table: pd.DataFrame, tests: pd.DataFrame, plateaus: pd.DataFrame, volumes: pd.DataFrame) -> str:
+def _as_text(table: pd.DataFrame, tests: pd.DataFrame, speed: pd.DataFrame, volumes: pd.DataFrame) -> str:
     """The tables for people."""
     counts = volumes.groupby(["row", "site"], sort=False).size().groupby("site", sort=False).first()
     numbers = ", ".join(f"{site} {n}" for site, n in counts.items())
@@ -209,8 +216,9 @@ def _as_text(table: pd.DataFrame, tests: pd.DataFrame, plateaus: pd.DataFrame, v
         "",
         tests_as_text(tests),
     ]
-    if len(plateaus):
-        parts += ["", "Steps to the plateau, MAP and VCL", plateaus.to_string(index=False, na_rep="-")]
+    if len(speed):
+        shown = speed.dropna(axis="columns", how="all").to_string(index=False, float_format="%.4f", na_rep="-")
+        parts += ["", "MAP from scratch and VCL from H's network: Dice at equal steps, and steps to a Dice", shown]
     return "\n".join(parts)
 
 
@@ -218,7 +226,10 @@ def tests_as_text(tests: pd.DataFrame) -> str:
     """The paired tests for people, in points of Dice in %."""
     points = {name: 100 * tests[name] for name in ("mean_difference", "ci_low", "ci_high")}
     table = tests.assign(**points).to_string(index=False, float_format="%.3g", na_rep="-")
-    return f"Paired two-tailed t-tests across volumes: differences in points, 95 % interval, effect size d_z\n{table}"
+    return (
+        f"{len(tests)} paired two-tailed t-tests across volumes and across subjects (each with the mean over its "
+        f"volumes),\nnot corrected for their number: differences in points, 95 % interval, effect size d_z\n{table}"
+    )
 
 
 def _pictures(settings: StudySettings, scores: Scores, volumes: pd.DataFrame) -> None:

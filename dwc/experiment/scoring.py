@@ -17,12 +17,13 @@ import pandas as pd
 from dwc.data.subvolumes import SubVolumes
 from dwc.evaluation import calibration, per_class, per_volume, score_volumes
 from dwc.experiment.networks import Network, Networks
-from dwc.files import canonical_json, open_folder, write_whole
+from dwc.files import canonical_json, open_folder
 from dwc.meshnet import MeshNet
 from dwc.prediction import predict_volume
 from dwc.runtime import choose_device
+from dwc.tables import read_table, write_table
 
-__all__ = ["Kind", "Row", "Scores", "write_table"]
+__all__ = ["Kind", "Row", "Scores"]
 
 Kind = Literal["map", "vi", "vcl", "chain", "consolidated", "average", "ensemble", "dwc", "pooled"]
 _FORMAT = 1  # raise it when the same networks and volumes give other scores
@@ -64,7 +65,7 @@ class Scores:
 
     def score(self, row: Row) -> None:
         """Score a row at every site where that is not done yet."""
-        missing = [site for site in self.held_out if not self._is_done(row, site)]
+        missing = self.missing(row)
         if missing:
             print(f"scoring {row.name} on {', '.join(missing)}", flush=True)
             models = self._models(row)
@@ -81,16 +82,14 @@ class Scores:
             for name in _TABLES:
                 write_table(folder / f"{name}.csv", tables[name])
 
-    def is_scored(self, row: Row) -> bool:
-        """Whether the row is scored at every site."""
-        return all(self._is_done(row, site) for site in self.held_out)
+    def missing(self, row: Row) -> list[str]:
+        """The sites where the row is not scored yet."""
+        return [site for site in self.held_out if not self._is_done(row, site)]
 
     def table(self, name: Literal["volumes", "classes", "calibration"], rows: Iterable[Row]) -> pd.DataFrame:
         """A table over rows and sites: the column row, and those that `evaluation` gives."""
         parts = [
-            pd.read_csv(self._folder(row, site) / f"{name}.csv", dtype={"subject": str, "site": str}).assign(
-                row=row.name
-            )
+            read_table(self._folder(row, site) / f"{name}.csv").assign(row=row.name)
             for row in rows
             for site in self.held_out
         ]
@@ -125,14 +124,3 @@ class Scores:
 
     def _is_done(self, row: Row, site: str) -> bool:
         return (self._folder(row, site) / f"{_TABLES[-1]}.csv").exists()
-
-
-def write_table(path: Path, table: pd.DataFrame, *, index: bool = False) -> None:
-    """Write a CSV, whole; numbers with six digits.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written.
-    """
-    write_whole(path, table.to_csv(index=index, float_format="%.6g").encode())

@@ -6,7 +6,7 @@ Every scan is read and conformed here, before the first network trains. The room
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from dwc.data.conform import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan, read_manifest
 from dwc.data.simulation import write_site
-from dwc.data.subvolumes import SubVolumes, prepare
+from dwc.data.subvolumes import SubVolumes, is_prepared, prepare
 from dwc.errors import InputError
 from dwc.experiment.study import ALL_SITES, TRAINING_SITES, UNSEEN, StudySettings
 from dwc.files import open_folder, write_whole
@@ -22,6 +22,7 @@ from dwc.files import open_folder, write_whole
 __all__ = [
     "POOLED",
     "check_manifests",
+    "held_out_if_prepared",
     "held_out_scans",
     "held_out_volumes",
     "known_manifests",
@@ -95,15 +96,33 @@ def held_out_volumes(settings: StudySettings, site: str, manifest: Path) -> SubV
     return _prepare(settings, [replace(scan, site=site) for scan in held_out_scans(settings, site, manifest)])
 
 
+def held_out_if_prepared(settings: StudySettings, manifests: Mapping[str, Path]) -> dict[str, SubVolumes]:
+    """`held_out_volumes` of those sites whose scans are there and prepared; writes nothing."""
+    label_map, grid = LabelMap.load(settings.label_map), Grid(settings.grid_size, settings.voxel_size)
+    return {
+        site: held_out_volumes(settings, site, manifests[site])
+        for site in ALL_SITES
+        if manifests[site].exists()
+        and is_prepared(held_out_scans(settings, site, manifests[site]), label_map, grid, settings.cache_dir)
+    }
+
+
 def check_manifests(settings: StudySettings) -> None:
-    """Check the manifests that are given, before anything is written: readable, with labels, scans in each part.
+    """Check the manifests that are given, before anything is written.
+
+    Each is readable, with labels and scans in each part, and no image stands in two of them, under whatever name of a
+    folder: a scan that one site trains on might be another's to test on. Copies of a file are not found.
 
     Raises
     ------
     InputError
         Naming the manifest.
     """
+    site_of: dict[Path, str] = {}
     for site, manifest in (settings.manifests or {}).items():
+        for scan in scans_of(settings, manifest):
+            if (other := site_of.setdefault(scan.image.resolve(), site)) != site:
+                raise InputError(f"{manifest}: {scan.image} is in the manifest of {other} too; give it to one site")
         if site != UNSEEN and not any(scan.split == "train" for scan in scans_of(settings, manifest)):
             raise InputError(f"{manifest}: has no scan to train on; set split to train for some")
         held_out_scans(settings, site, manifest)
@@ -118,12 +137,12 @@ def prepare_all(settings: StudySettings, manifests: dict[str, Path]) -> None:
         If a scan is bad or the cache cannot be written.
     """
     for manifest in manifests.values():
-        _prepare(settings, scans_of(settings, manifest))
+        _prepare(settings, scans_of(settings, manifest), progress=True)
 
 
-def _prepare(settings: StudySettings, scans: Sequence[Scan]) -> SubVolumes:
+def _prepare(settings: StudySettings, scans: Sequence[Scan], *, progress: bool = False) -> SubVolumes:
     grid = Grid(settings.grid_size, settings.voxel_size)
-    return prepare(scans, LabelMap.load(settings.label_map), grid, settings.cache_dir, progress=False)
+    return prepare(scans, LabelMap.load(settings.label_map), grid, settings.cache_dir, progress=progress)
 
 
 def _pool(settings: StudySettings, manifests: dict[str, Path]) -> Path:

@@ -24,7 +24,6 @@ from dwc.errors import InputError
 from dwc.evaluation import per_volume, score_volumes
 from dwc.experiment.networks import Network, Networks, consolidated, finetuned, variational, vcl
 from dwc.experiment.paper import keep_config
-from dwc.experiment.scoring import write_table
 from dwc.experiment.sites import held_out_scans, held_out_volumes, make_manifests
 from dwc.experiment.statistics import COLUMNS, dice_table
 from dwc.experiment.study import ALL_SITES, ORIGIN, SITES, TRAINING_SITES, UNSEEN, StudySettings
@@ -34,6 +33,7 @@ from dwc.metrics import paired_test
 from dwc.posterior import Posterior
 from dwc.report import studies as pictures
 from dwc.runtime import choose_device
+from dwc.tables import write_table
 from dwc.tempering import choose_temper
 
 __all__ = ["leave_one_out", "many_sites", "rounds", "run", "tempering"]

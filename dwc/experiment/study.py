@@ -4,7 +4,7 @@ The settings are plain values, written to the study's config.yaml. The room chec
 trainer's settings; which networks there are, and what is compared, is decided in `paper` and `studies`.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -74,9 +74,9 @@ class ManySites:
     n_scored: int = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """Settings of a study; its folder keeps them as config.yaml.
+    """Settings of a study; its folder keeps them as config.yaml. What a study is made of has its values in the presets.
 
     Parameters
     ----------
@@ -136,24 +136,24 @@ class StudySettings:
     out: Path = Path("experiment")
     manifests: dict[str, Path] | None = None
     anatomies: Path | None = None
-    n_train: dict[str, int] = field(default_factory=lambda: {"H": 14, "N": 17, "B": 3, "W": 2})
-    n_test: dict[str, int] = field(default_factory=lambda: {"H": 5, "N": 6, "B": 1, "W": 1, "A": 5})
+    n_train: dict[str, int]
+    n_test: dict[str, int]
     test_fraction: float = 0.1
-    label_map: str = "coarse"
-    grid_size: int = 64
-    voxel_size: float = 3.0
-    width: int = 16
-    dilations: tuple[int, ...] = (1, 2, 4, 8)
-    batch_size: int = 4
-    map: Stage = Stage(steps=600, lr=1e-2)
+    label_map: str
+    grid_size: int
+    voxel_size: float
+    width: int
+    dilations: tuple[int, ...]
+    batch_size: int
+    map: Stage
     pooled: Stage | None = None
-    vi: Stage = Stage(steps=300, lr=3e-3, rho_lr=3e-2)
-    vcl: Stage = Stage(steps=300, lr=3e-3, rho_lr=3e-2)
-    finetune: Stage = Stage(steps=100, lr=1e-3, rho_lr=1e-2)
+    vi: Stage
+    vcl: Stage
+    finetune: Stage
     rounds: int = 3
     many_sites: ManySites = ManySites()
-    validation_sub_volumes: int = 32
-    n_samples: int = 10
+    validation_sub_volumes: int
+    n_samples: int
     seed: int = 0
     workers: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -214,8 +214,13 @@ class StudySettings:
             self.training(mode, stage, data=self.out, out=self.out, **start).check()
 
     def stage(self, name: str) -> Stage:
-        """How networks of a kind are trained: map, pooled, vi, vcl or finetune."""
+        """How networks of a kind are trained: map, pooled, control, vi, vcl or finetune."""
         return getattr(self, name) or self.map  # pooled may be left to map
+
+    @property
+    def control(self) -> Stage:
+        """How the MAP networks are trained that VCL's are set against: with VCL's number of steps."""
+        return replace(self.map, steps=self.vcl.steps, epochs=self.vcl.epochs, stop_at_plateau=False)
 
     def training(self, mode: str, stage: Stage, **paths: Path) -> TrainSettings:
         """The trainer's settings of a mode; `paths` are data, out, and prior or init."""

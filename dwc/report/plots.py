@@ -197,7 +197,7 @@ def calibration_plot(
 
 
 def training_plot(
-    pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], plateaus: pd.DataFrame, path: str | Path
+    pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], speed: pd.DataFrame, path: str | Path
 ) -> Path:
     """Write a PNG with a column per site: training loss and validation Dice of its MAP and of its VCL network.
 
@@ -205,7 +205,7 @@ def training_plot(
     ----------
     pairs : mapping of str to (DataFrame, DataFrame)
         The lines of log.jsonl (step, nll, dice) of the MAP and of the VCL network, by the name of the site.
-    plateaus : DataFrame
+    speed : DataFrame
         site, map_plateau_step, vcl_plateau_step.
     path : path
         PNG to write.
@@ -216,7 +216,7 @@ def training_plot(
         If it cannot be written.
     """
     figure, axes = _figure(2, len(pairs), (1 + 3.6 * len(pairs), 6), sharex="col", sharey="row")
-    began = plateaus.set_index("site")
+    began = speed.set_index("site")
     for (loss, dice), (site, logs) in zip(axes.T, pairs.items(), strict=True):
         for kind, name, log in zip(("map", "vcl"), ("MAP", "VCL from H"), logs, strict=True):
             colour, marker = STYLE[kind]

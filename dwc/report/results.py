@@ -6,15 +6,14 @@ here, and whoever draws it says so.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from dwc.errors import InputError
+from dwc.tables import read_settings, read_table
 
 __all__ = ["AVERAGE", "INTEREST", "Results", "read_results"]
 
@@ -27,8 +26,9 @@ _TABLES = {  # and the columns without which they say nothing
     "calibration": ("row", "site", "kind", "bin", "n", "correct", "sum"),
     "table": ("row", AVERAGE),
     "table_sd": ("row", AVERAGE),
-    "tests": ("comparison", "columns", "n", "mean_difference", "ci_low", "ci_high", "t", "p", "effect_size"),
-    "plateaus": ("site", "map_plateau_step", "vcl_plateau_step", "plateau_speedup"),
+    "tests": ("comparison", "columns", "unit", "n", "mean_difference", "ci_low", "ci_high", "t", "p", "effect_size"),
+    "by_seed": ("comparison", "columns", "seed", "n", "mean_difference"),
+    "speed": ("site", "steps", "map_dice", "vcl_dice", "map_plateau_step", "vcl_plateau_step"),
 }
 
 
@@ -40,7 +40,7 @@ class Results:
     ----------
     out : Path
         The folder.
-    rows, volumes, classes, calibration, tests, plateaus : DataFrame or None
+    rows, volumes, classes, calibration, tests, by_seed, speed : DataFrame or None
         Of the files of these names.
     table, table_sd : DataFrame or None
         Mean Dice, 0..1, row by column, and its standard deviation over the seeds of a pooled study.
@@ -56,7 +56,8 @@ class Results:
     table: pd.DataFrame | None
     table_sd: pd.DataFrame | None
     tests: pd.DataFrame | None
-    plateaus: pd.DataFrame | None
+    by_seed: pd.DataFrame | None
+    speed: pd.DataFrame | None
     config: dict[str, Any]
 
     @property
@@ -85,11 +86,6 @@ class Results:
         names = [row for kind in kinds for row in self.rows.loc[self.rows["kind"] == kind, "row"]]
         return [name for name in names if name in self.table.index]
 
-    def by_seed(self, column: str) -> pd.DataFrame:
-        """Mean Dice of each row (columns) over the volumes of a column's sites under each seed (rows), pooled."""
-        part = self.volumes[self.volumes["site"].isin(self.groups[column])]
-        return part.groupby(["seed", "row"])["dice"].mean().unstack()
-
     def log(self, row: str) -> pd.DataFrame | None:
         """The training log of a row's network, a line per epoch; None where there is none, as for an ensemble."""
         files = self.rows.loc[self.rows["row"] == row, "networks"]
@@ -112,23 +108,10 @@ def read_results(out: str | Path) -> Results:
     if not out.is_dir():
         raise InputError(f"{out}: no such folder; give the folder of a study")
     config = out / "config.yaml"
-    try:
-        settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{config}: is not YAML; run the study again") from error
-    tables = {name: _read(out / f"{name}.csv", columns) for name, columns in _TABLES.items()}
+    settings = read_settings(config) if config.is_file() else {}
+    paths = {name: out / f"{name}.csv" for name in _TABLES}
+    tables = {name: read_table(path, _TABLES[name]) if path.is_file() else None for name, path in paths.items()}
+    tables = {name: None if table is None or table.empty else table for name, table in tables.items()}
     for name in ("table", "table_sd"):
         tables[name] = None if tables[name] is None else tables[name].set_index("row")
-    return Results(out, **tables, config=settings if isinstance(settings, dict) else {})
-
-
-def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
-    if not path.is_file():
-        return None
-    try:
-        table = pd.read_csv(path, dtype={"subject": str, "site": str}, keep_default_na=False, na_values=[""])
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not a table ({str(error).splitlines()[0]}); run the study again") from error
-    if missing := [name for name in columns if name not in table]:
-        raise InputError(f"{path}: has no column {', '.join(missing)}; run the study again")
-    return table if len(table) else None
+    return Results(out, **tables, config=settings)

@@ -8,7 +8,17 @@ import torch
 
 from dwc.errors import Interrupted
 from dwc.experiment import networks as room
-from dwc.experiment.networks import Networks, average, consolidated, finetuned, map_network, untrained, variational, vcl
+from dwc.experiment.networks import (
+    Networks,
+    average,
+    consolidated,
+    control_network,
+    finetuned,
+    map_network,
+    untrained,
+    variational,
+    vcl,
+)
 from dwc.experiment.sites import POOLED, make_manifests
 from dwc.experiment.study import Stage, StudySettings
 from dwc.posterior import Posterior
@@ -29,6 +39,7 @@ def settings(tmp_path_factory) -> StudySettings:
     stage = Stage(steps=2)
     return StudySettings(
         out=tmp_path_factory.mktemp("study"), n_train=dict.fromkeys("HNBW", 1), n_test=dict.fromkeys("HNBWA", 1),
+        label_map="coarse", validation_sub_volumes=32,
         grid_size=32, voxel_size=6.0, width=2, dilations=(1,), batch_size=1, map=stage, vi=stage, vcl=stage,
         finetune=stage, n_samples=1, device="cpu",
     )  # fmt: skip
@@ -68,6 +79,21 @@ def test_where_a_study_lies_and_computes_does_not_change_its_networks(settings, 
     ours = Networks(settings, manifests)
     theirs = Networks(replace(settings, out=tmp_path, workers=3, device="auto"), manifests)
     assert ours.key(DWC) == theirs.key(DWC)
+
+
+def test_another_kind_of_device_gives_other_networks(settings, manifests, monkeypatch):
+    ours = Networks(settings, manifests).key(DWC)
+    monkeypatch.setattr(room, "choose_device", lambda _: torch.device("cuda"))
+    assert Networks(settings, manifests).key(DWC) != ours
+
+
+def test_a_control_takes_the_steps_of_vcl_and_is_not_the_map_network(settings, manifests):
+    networks = Networks(replace(settings, vcl=Stage(steps=3)), manifests)
+    control = control_network("N")
+    assert networks.key(control) != networks.key(map_network("N"))
+    networks.get(control)
+    assert networks.steps(control) == 3
+    assert not Posterior.load(networks.file(control)).is_bayesian
 
 
 def test_steps_behind_a_network_count_each_that_it_starts_from_once(trained):

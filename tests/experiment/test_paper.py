@@ -1,14 +1,23 @@
 """`dwc experiment` runs the paper's study end to end, says beforehand what it costs, and goes on where it stopped."""
 
+import json
 import shutil
+import time
+from itertools import product
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from dwc.cli import main
+from dwc.experiment import cost
+from dwc.experiment.networks import map_network, variational
 from dwc.experiment.paper import COMPARISONS, ROWS, choose_rows
 from dwc.experiment.study import PRESETS, preset_file
+from dwc.tables import read_table, write_table
+from dwc.training import TrainSettings, train
 
 pytest_plugins = ["tests.tiny_runs"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,12 +93,39 @@ def test_the_steps_behind_each_row_are_told(smoke):
 def test_dwc_is_compared_with_the_ensemble_and_both_chains_and_they_with_each_other(smoke):
     tests = pd.read_csv(smoke / "tests.csv")
     pairs = {f"{DWC} - {row}" for row in ("Ensemble", "H->N->B->W", "H->W->B->N")}
-    assert {f"{a} - {b}" for a, b in COMPARISONS} == set(tests["comparison"]) == pairs | {"H->W->B->N - H->N->B->W"}
-    assert set(tests["columns"]) == {"H, N, B, W", "A"}
+    pairs |= {"H->W->B->N - H->N->B->W", "H->N+B+W (DWC w/o FT) - H->N+B+W (plain average)"}
+    assert {f"{a} - {b}" for a, b in COMPARISONS} == set(tests["comparison"]) == pairs
+    assert set(zip(tests["columns"], tests["unit"], strict=True)) == set(
+        product(("H, N, B, W", "A"), ("volume", "subject"))
+    )
+    assert "20 paired two-tailed t-tests" in (smoke / "table.txt").read_text()
 
 
-def test_plateaus_set_each_vcl_network_against_its_map_counterpart(smoke):
-    assert pd.read_csv(smoke / "plateaus.csv")["site"].tolist() == ["N", "B", "W"]
+def test_each_vcl_network_is_set_against_a_map_network_of_as_many_steps(smoke):
+    speed = pd.read_csv(smoke / "speed.csv")
+    assert speed["site"].tolist() == ["N", "B", "W"]
+    preset = yaml.safe_load(preset_file("smoke").read_text())
+    assert set(speed["steps"]) == {preset["vcl"]["steps"]}
+    assert set(speed["map_steps"]) == {preset["map"]["steps"]}
+    (log,) = (
+        json.loads(path.read_text().splitlines()[-1]) for path in smoke.glob("networks/N_MAP_control-*/log.jsonl")
+    )
+    assert speed["map_dice"].iloc[0] == pytest.approx(log["dice"], rel=1e-5)
+    assert speed[["map_plateau_step", "vcl_plateau_step"]].isna().all(axis=None)  # learning rates fall
+
+
+def test_the_dice_of_step_0_is_the_priors_as_training_would_log_it(smoke, monkeypatch):
+    monkeypatch.setattr("dwc.training._Run._step", lambda run, *_: setattr(run.state, "step", run.state.step + 1))
+    (prior,) = smoke.glob("networks/H-*/posterior.safetensors")
+    preset = yaml.safe_load(preset_file("smoke").read_text())
+    still = TrainSettings(
+        mode="vcl", data=smoke / "sites" / "W" / "manifest.csv", prior=prior, out=smoke / "still", epochs=1,
+        steps_per_epoch=1, cache_dir=smoke / "cache", validation_sub_volumes=preset["validation_sub_volumes"],
+    )  # fmt: skip
+    train(still)
+    logged = json.loads((smoke / "still" / "log.jsonl").read_text())["dice"]
+    start = pd.read_csv(smoke / "speed.csv").set_index("site").loc["W", "vcl_start_dice"]
+    assert start == pytest.approx(logged, rel=1e-5)
 
 
 def test_calibration_counts_every_voxel_of_three_rows(smoke, volumes):
@@ -119,20 +155,48 @@ def test_only_one_row_trains_and_scores_what_it_needs(tmp_path, capsys):
     assert command(out, "--map.steps", "2", "--map.epochs", "1", "--only", "h map") == 0
     assert len(list((out / "networks").iterdir())) == 1
     assert pd.read_csv(out / "table.csv")["row"].tolist() == ["H MAP"]
-    assert not (out / "plateaus.csv").exists()
+    assert not (out / "speed.csv").exists()
     assert (out / "report.html").is_file()
     assert "1 of 1 networks, 2 steps" in capsys.readouterr().out
 
 
-def test_a_dry_run_tells_what_is_left_and_writes_nothing(smoke, tmp_path, capsys):
+def test_a_dry_run_tells_what_is_left_and_writes_nothing(smoke, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dwc.experiment.cost._measure", lambda *_: (1.0, 0.1))
     assert command(tmp_path / "new", "--dry-run") == 0
     told = capsys.readouterr().out
-    assert "14 of 14 networks" in told
-    assert "15 rows on 8 volumes" in told
+    assert "17 of 17 networks" in told
+    assert "15 rows, 144 predictions" in told  # the ensemble's row has four networks; 8 volumes
     assert "estimated from" in told
     assert not (tmp_path / "new").exists()
+    before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*")}
     assert command(smoke, "--dry-run", "--vcl.steps", "12") == 0
-    assert "8 of 14 networks" in capsys.readouterr().out  # the seven of VCL and the fine-tuned one
+    told = capsys.readouterr().out
+    assert "11 of 17 networks" in told  # the seven of VCL, the fine-tuned one and the controls
+    assert "to score: 8 rows, 64 predictions" in told  # those and the two that are computed; MAP and H's are there
+    assert {path: path.stat().st_mtime_ns for path in smoke.rglob("*")} == before
+
+
+def test_a_study_that_is_done_has_nothing_left_and_measures_nothing(smoke, capsys, monkeypatch):
+    monkeypatch.setattr("dwc.experiment.cost._measure", lambda *_: pytest.fail("measured"))
+    assert command(smoke, "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert "0 of 17 networks" in told
+    assert "to score: 0 rows" in told
+    assert "nothing is left" in told
+
+
+def test_the_estimate_adds_steps_and_predictions_of_each_kind(monkeypatch):
+    monkeypatch.setattr(cost, "_measure", lambda _, bayesian, __: (2.0, 0.5) if bayesian else (1.0, 0.25))
+    settings = SimpleNamespace(device="cpu", n_samples=3, grid_size=64)
+    told = cost.estimate(settings, cost.Left({map_network("H"): 10, variational("H"): 20}, 2, {False: 1, True: 2}))
+    assert "training about 50 s, scoring about 26 s" in told  # 8 sub-volumes x (0.25 + 2 x 3 samples x 0.5)
+
+
+@pytest.mark.parametrize("slow_first", [0.05, 0.3])
+def test_the_call_that_warms_up_is_never_the_measure(slow_first, monkeypatch):
+    monkeypatch.setattr(cost, "_PATIENCE", 0.1)
+    calls = iter((slow_first, *[0.01] * 9))
+    assert cost._seconds(lambda: time.sleep(next(calls)), torch.device("cpu")) < 0.04
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -149,10 +213,67 @@ def test_seeds_are_pooled(smoke, volumes, tmp_path, capsys):
     assert (mean - one - 0.05).abs().max(axis=None) < 1e-5
     assert (sd - 0.1 / 2**0.5).abs().max(axis=None) < 1e-5
     tests = pd.read_csv(out / "tests.csv")
-    assert (tests["n"] == 2 * pd.read_csv(smoke / "tests.csv")["n"]).all()
+    assert (tests["n"] == 2 * pd.read_csv(smoke / "tests.csv")["n"]).all()  # a phantom is another head in each seed
     assert set(pd.read_csv(out / "volumes.csv")["seed"]) == {0, 1}
+    by_seed = pd.read_csv(out / "by_seed.csv")
+    assert set(by_seed["comparison"]) == set(tests["comparison"])
+    assert by_seed.groupby("seed")["n"].sum().tolist() == [5 * 8] * 2
+    assert yaml.safe_load((out / "config.yaml").read_text()) == {k: v for k, v in values.items() if k != "seed"}
     assert main(["experiment", "--pool", str(smoke), str(smoke), "--out", str(out)]) == 2
     assert "give each seed once" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_head_that_recurs_under_several_seeds_is_one_subject(smoke, tmp_path):
+    seeds = [tmp_path / f"seed-{seed}" for seed in (0, 1)]
+    values = yaml.safe_load((smoke / "config.yaml").read_text())
+    for seed, folder in enumerate(seeds):
+        shutil.copytree(smoke, folder, ignore=shutil.ignore_patterns("networks", "sites", "cache", "scores"))
+        (folder / "config.yaml").write_text(yaml.safe_dump({**values, "seed": seed, "anatomies": "heads"}))
+    out = tmp_path / "pooled"
+    assert main(["experiment", "--pool", *map(str, seeds), "--out", str(out)]) == 0
+    n = pd.read_csv(out / "tests.csv").groupby("unit")["n"].sum()
+    assert (n["volume"], n["subject"]) == (5 * 16, 5 * 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.yaml", None, "config.yaml: cannot be read"),
+        ("config.yaml", "a: [", "config.yaml: is not YAML"),
+        ("config.yaml", "", "config.yaml: holds no settings"),
+        ("volumes.csv", None, "volumes.csv: cannot be read"),
+        ("volumes.csv", "row\n", "volumes.csv: has no column site, subject"),
+    ],
+)
+def test_a_folder_that_lacks_a_file_is_not_pooled(tmp_path, capsys, name, content, message):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"seed: {seed}")
+        for table in ("table", "rows", "volumes", "classes"):
+            (folder / f"{table}.csv").write_text("row,kind,networks,site,subject,image,dice\n")
+    path = folders[1] / name
+    path.unlink() if content is None else path.write_text(content)
+    assert main(["experiment", "--pool", *map(str, folders), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_config_is_named(tmp_path, capsys):
+    (tmp_path / "sites" / "H").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("a: [")
+    assert command(tmp_path) == 2
+    assert "config.yaml: is not YAML" in capsys.readouterr().err
+
+
+def test_a_subject_called_na_keeps_its_name(tmp_path):
+    write_table(tmp_path / "a.csv", pd.DataFrame({"subject": ["NA", "x"], "dice": [0.5, None]}))
+    table = read_table(tmp_path / "a.csv", ("subject", "dice"))
+    assert table["subject"].tolist() == ["NA", "x"]
+    assert table["dice"].isna().tolist() == [False, True]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -167,11 +288,23 @@ def test_given_manifests_take_the_place_of_simulated_sites(smoke, tmp_path):
     assert not (tmp_path / "out" / "sites" / "H").exists()
 
 
+@pytest.mark.parametrize("twin", ["A", "W"])
+def test_an_image_in_the_manifests_of_two_sites_is_refused(smoke, tmp_path, capsys, twin):
+    manifests = {site: str(smoke / "sites" / site / "manifest.csv") for site in "HNBWA"}
+    manifests[twin] = manifests["N"]
+    config = tmp_path / "study.yaml"
+    config.write_text(yaml.safe_dump({"manifests": manifests}))
+    assert command(tmp_path / "out", "--config", str(config)) == 2
+    assert "too; give it to one site" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_that_ship_can_be_meant(preset, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dwc.experiment.cost._measure", lambda *_: (1.0, 0.1))
     assert main(["experiment", "--preset", preset, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
-    assert "14 of 14 networks" in capsys.readouterr().out
+    n = 14 if preset == "paper" else 17  # there plateaus compare, and MAP needs no control
+    assert f"{n} of {n} networks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("preset", "train", "test"), [("cpu", 60, 18), ("paper", 1, 1)])
@@ -208,7 +341,7 @@ def test_a_row_is_chosen_by_its_name_with_or_without_what_stands_in_brackets():
 )
 def test_what_cannot_be_meant_is_named_in_one_line_before_any_work(tmp_path, arguments, message, capsys, monkeypatch):
     monkeypatch.setattr("dwc.experiment.networks.train", None)
-    monkeypatch.setattr("dwc.experiment.paper.forecast", None)
+    monkeypatch.setattr("dwc.experiment.paper.what_is_left", None)
     start = [] if "--preset" in arguments else ["--preset", "smoke"]
     assert main(["experiment", *start, "--out", str(tmp_path / "out"), *arguments]) == 2
     error = capsys.readouterr().err
@@ -220,3 +353,9 @@ def test_what_cannot_be_meant_is_named_in_one_line_before_any_work(tmp_path, arg
 def test_other_scans_than_those_in_the_folder_are_refused(smoke, capsys):
     assert command(smoke, "--seed", "1") == 2
     assert "other scans" in capsys.readouterr().err
+
+
+def test_the_help_tells_the_values_of_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        main(["experiment", "--preset", "smoke", "--help"])
+    assert "default: {'H': 4, 'N': 5, 'B': 1, 'W': 1}" in " ".join(capsys.readouterr().out.split())

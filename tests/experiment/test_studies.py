@@ -28,7 +28,8 @@ def tiny(tmp_path_factory) -> StudySettings:
     stage = Stage(steps=2)
     return StudySettings(
         out=tmp_path_factory.mktemp("studies"), n_train={"H": 2, "N": 1, "B": 1, "W": 1},
-        n_test={"H": 2, "N": 1, "B": 1, "W": 1, "A": 1}, grid_size=32, voxel_size=6.0, width=2, dilations=(1,),
+        n_test={"H": 2, "N": 1, "B": 1, "W": 1, "A": 1}, label_map="coarse",
+        validation_sub_volumes=32, grid_size=32, voxel_size=6.0, width=2, dilations=(1,),
         batch_size=1, map=stage, vi=stage, vcl=stage, finetune=stage, n_samples=1, rounds=2,
         many_sites=ManySites(counts=(1, 2), n_train=1, n_scored=2), device="cpu",
     )  # fmt: skip

@@ -23,59 +23,78 @@ def edit(path, where, **values):
     table.to_csv(path, index=False)
 
 
-def compared(a, b, columns):
-    return lambda tests: (tests["comparison"] == f"{a} - {b}") & (tests["columns"] == columns)
+def compared(a, b, columns, unit="subject"):
+    return lambda tests: (tests["comparison"] == f"{a} - {b}") & (tests["columns"] == columns) & (tests["unit"] == unit)
 
 
 def test_numbers_in_the_papers_order_show_all_five_findings(tmp_path):
     found = judged(write_study(tmp_path))
     assert [finding.verdict for finding in found] == [HOLDS] * 5
-    assert "15 volumes" in found[ABOVE].evidence
-    assert "On A DWC is between them" in found[BETWEEN].evidence
-    assert "N 3.0 times, B 2.5 times, W 5.0 times" in found[FASTER].evidence
-    assert "MAP took 400 steps and VCL 150 in all" in found[FASTER].evidence
+    assert "15 subjects" in found[ABOVE].evidence
+    assert "On A DWC's mean is between them" in found[BETWEEN].evidence
+    assert found[FASTER].claim.startswith("VCL is ahead of MAP at equal steps")
+    assert "N VCL 60.0 (at step 0 40.0) and MAP 45.0 after 150, B VCL 55.0" in found[FASTER].evidence
+    assert "The steps of the prior network, from which VCL starts, are not counted." in found[FASTER].evidence
 
 
-def test_the_evidence_is_the_studys_own_test(tmp_path):
+def test_the_evidence_is_the_studys_own_test_across_subjects(tmp_path):
     out = write_study(tmp_path)
     values = dict(mean_difference=0.0123, ci_low=0.004, ci_high=0.021, p=0.0041, effect_size=0.87, n=13)
     edit(out / "tests.csv", compared(DWC, ENSEMBLE, TRAINED), **values)
-    evidence = judged(out)[ABOVE].evidence
-    assert evidence == (
+    edit(out / "tests.csv", compared(DWC, ENSEMBLE, TRAINED, "volume"), ci_low=-0.5, ci_high=-0.4)
+    finding = judged(out)[ABOVE]
+    assert finding.verdict == HOLDS
+    assert finding.evidence == (
         "H → N+B+W → H (DWC) against Ensemble on H, N, B, W: +1.23 points "
-        "(95 % interval +0.40 to +2.10; p = 0.004, d_z = 0.87, 13 volumes)."
+        "(95 % interval +0.40 to +2.10; p = 0.004, d_z = 0.87, 13 subjects)."
     )
 
 
 @pytest.mark.parametrize(
-    ("difference", "p", "above", "unseen"),
+    ("low", "high", "above", "unseen"),
     [
-        (0.02, 0.01, HOLDS, HOLDS),
-        (0.02, 0.4, NOT_SHOWN, HOLDS),
-        (-0.02, 0.4, DOES_NOT_HOLD, HOLDS),
-        (-0.02, 0.01, DOES_NOT_HOLD, DOES_NOT_HOLD),
-        (0.02, math.nan, NOT_TESTED, NOT_TESTED),
+        (0.001, 0.03, HOLDS, HOLDS),
+        (-0.001, 0.03, NOT_SHOWN, HOLDS),
+        (-0.009, 0.0, NOT_SHOWN, HOLDS),
+        (-0.02, 0.06, NOT_SHOWN, NOT_SHOWN),  # wide: few subjects make nothing sure
+        (-0.03, -0.001, DOES_NOT_HOLD, NOT_SHOWN),
+        (-0.03, -0.011, DOES_NOT_HOLD, DOES_NOT_HOLD),
+        (math.nan, math.nan, NOT_TESTED, NOT_TESTED),
     ],
 )
-def test_sign_and_p_decide_whether_dwc_is_above_the_ensemble_or_not_below_it(tmp_path, difference, p, above, unseen):
+def test_the_place_of_the_interval_decides_above_and_not_below(tmp_path, low, high, above, unseen):
     out = write_study(tmp_path)
-    values = dict(mean_difference=difference, p=p, ci_low=difference - 0.03, ci_high=difference + 0.03)
+    values = dict(mean_difference=0.0, p=math.nan if math.isnan(low) else 0.5, ci_low=low, ci_high=high)
     for columns in (TRAINED, "A"):
         edit(out / "tests.csv", compared(DWC, ENSEMBLE, columns), **values)
     found = judged(out)
     assert (found[ABOVE].verdict, found[UNSEEN].verdict) == (above, unseen)
-    if unseen == HOLDS and p == 0.4:
-        assert f"might be {100 * (0.03 - difference):.2f} points below" in found[UNSEEN].evidence
-    if math.isnan(p):
-        assert "too few volumes to test" in found[UNSEEN].evidence
+    if math.isnan(low):
+        assert "too few subjects to test" in found[UNSEEN].evidence
 
 
-def test_chains_that_end_alike_do_not_show_that_order_matters(tmp_path):
+@pytest.mark.parametrize(
+    ("trained", "unseen", "verdict"),
+    [
+        ((-0.01, 0.01), (-0.01, 0.01), NOT_SHOWN),
+        ((-0.01, 0.01), (-0.03, -0.01), HOLDS),
+        ((0.01, 0.02), (-0.01, 0.01), HOLDS),
+        ((-0.01, 0.01), (math.nan, math.nan), NOT_SHOWN),
+        ((math.nan, math.nan), (math.nan, math.nan), NOT_TESTED),
+    ],
+)
+def test_order_matters_if_an_interval_on_either_does_not_reach_over_0(tmp_path, trained, unseen, verdict):
     out = write_study(tmp_path)
-    edit(out / "tests.csv", compared(*CHAINS[::-1], TRAINED), p=0.3, mean_difference=0.001)
-    assert judged(out)[ORDER].verdict == NOT_SHOWN
+    for columns, (low, high) in ((TRAINED, trained), ("A", unseen)):
+        p = math.nan if math.isnan(low) else 0.5
+        edit(out / "tests.csv", compared(*CHAINS[::-1], columns), ci_low=low, ci_high=high, p=p)
+    assert judged(out)[ORDER].verdict == verdict
+
+
+def test_chains_that_were_not_compared_leave_order_untested(tmp_path):
+    out = write_study(tmp_path)
     tests = pd.read_csv(out / "tests.csv")
-    tests[~compared(*CHAINS[::-1], TRAINED)(tests)].to_csv(out / "tests.csv", index=False)
+    tests[tests["comparison"] != " - ".join(CHAINS[::-1])].to_csv(out / "tests.csv", index=False)
     finding = judged(out)[ORDER]
     assert finding.verdict == NOT_TESTED
     assert "on H, N, B, W has not been tested" in finding.evidence
@@ -85,21 +104,41 @@ def test_chains_that_end_alike_do_not_show_that_order_matters(tmp_path):
 def test_dwc_outside_the_chains_range_is_told_with_its_side(tmp_path, skill, where):
     finding = judged(write_study(tmp_path, skill={DWC: skill}))[BETWEEN]
     assert finding.verdict == DOES_NOT_HOLD
-    assert f"On A DWC is {where}" in finding.evidence
+    assert finding.claim.startswith("In the means")
+    assert f"On A DWC's mean is {where}" in finding.evidence
+    assert finding.evidence.count("95 % interval") == 4  # two chains, two groups of sites
 
 
 @pytest.mark.parametrize(
-    ("speedups", "verdict", "sentence"),
+    ("ours", "verdict", "sentence"),
     [
-        ([3.0, 2.0, 1.0], DOES_NOT_HOLD, "VCL is not faster on W."),
-        ([3.0, 2.0, math.nan], NOT_SHOWN, "Pairs of which one shows no plateau: W (1 of 1)."),
-        ([math.nan] * 3, NOT_TESTED, "Pairs of which one shows no plateau: N (1 of 1), B (1 of 1), W (1 of 1)."),
+        ([0.5, 0.46, 0.45], DOES_NOT_HOLD, "VCL is not above on W."),
+        ([0.5, 0.46, math.nan], NOT_SHOWN, "Not to be compared on W."),
+        ([math.nan] * 3, NOT_TESTED, "Not to be compared on N, B, W."),
     ],
 )
-def test_vcl_is_faster_only_where_the_steps_say_so(tmp_path, speedups, verdict, sentence):
+def test_vcl_is_ahead_only_where_its_dice_at_equal_steps_says_so(tmp_path, ours, verdict, sentence):
     out = write_study(tmp_path)
-    edit(out / "plateaus.csv", lambda table: table["site"].notna(), plateau_speedup=speedups)
+    edit(out / "speed.csv", lambda table: table["site"].notna(), vcl_dice=ours)
     finding = judged(out)[FASTER]
+    assert finding.verdict == verdict
+    assert sentence in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict", "sentence"),
+    [
+        ([100, 120, 60], HOLDS, "N 3.0 times, B 2.5 times, W 5.0 times"),
+        ([100, 120, 300], DOES_NOT_HOLD, "VCL is not sooner on W."),
+        ([100, 120, math.nan], NOT_SHOWN, "Not to be compared on W."),
+    ],
+)
+def test_plateaus_decide_where_a_study_tells_them(tmp_path, ours, verdict, sentence):
+    out = write_study(tmp_path)
+    everywhere = dict(map_plateau_step=300, vcl_plateau_step=ours, vcl_dice=0.1)
+    edit(out / "speed.csv", lambda table: table["site"].notna(), **everywhere)
+    finding = judged(out)[FASTER]
+    assert "to the plateau" in finding.claim
     assert finding.verdict == verdict
     assert sentence in finding.evidence
 
@@ -112,18 +151,18 @@ def test_rows_that_were_not_scored_leave_their_findings_untested_and_are_named(t
     assert [finding.verdict for finding in found] == [NOT_TESTED, NOT_TESTED, HOLDS, HOLDS, HOLDS]
     assert found[ABOVE].evidence == "It needs the scores of the ensemble."
     (out / "table.csv").unlink()
-    (out / "plateaus.csv").unlink()
+    (out / "speed.csv").unlink()
     found = judged(out)
     assert {finding.verdict for finding in found} == {NOT_TESTED}
     assert found[BETWEEN].evidence == "It needs the scores of DWC and both chains."
 
 
-def test_pooled_seeds_are_tested_together_and_counted_one_by_one(tmp_path):
+def test_seeds_are_counted_one_by_one_and_one_behind_is_named(tmp_path):
     out = write_pooled(tmp_path, seeds=3)
-    volumes = pd.read_csv(out / "volumes.csv")
-    worse = (volumes["row"] == DWC) & (volumes["seed"] == 1) & (volumes["site"] != "A")
-    volumes.loc[worse, "dice"] -= 0.3
-    volumes.to_csv(out / "volumes.csv", index=False)
+    edit(out / "by_seed.csv", lambda table: table["seed"] == 1, mean_difference=-0.3)
+    edit(out / "speed.csv", lambda table: (table["seed"] == 2) & (table["site"] == "B"), vcl_dice=0.1)
     found = judged(out)
-    assert "45 volumes), above in 2 of 3 seeds." in found[ABOVE].evidence
-    assert "means over 3 seeds" in found[FASTER].evidence
+    assert "15 subjects), above in 2 of 3 seeds." in found[ABOVE].evidence
+    assert found[FASTER].verdict == DOES_NOT_HOLD
+    assert "VCL is not above on B (seed 2)." in found[FASTER].evidence
+    assert "B VCL 40.0" in found[FASTER].evidence  # the mean over seeds

@@ -10,7 +10,9 @@ import pytest
 from dwc.errors import InputError
 from dwc.experiment.scoring import Kind
 from dwc.report import plots
+from dwc.report.findings import MARGIN
 from dwc.report.html import SITES_PICTURE, write_report
+from dwc.report.words import points
 from tests.report.studies import DWC, ENSEMBLE, ROWS, write_pooled, write_study
 
 PIXEL = base64.b64decode("iVBORw0KGgo=")
@@ -72,6 +74,23 @@ def test_every_finding_stands_there_with_its_verdict(page):
     assert verdicts == [("holds", "holds")] * 5
 
 
+def test_every_test_stands_there_with_its_unit_and_their_number_is_told(study, page):
+    tests = pd.read_csv(study / "tests.csv")
+    assert f"{len(tests)} two-tailed paired t-tests, not corrected for their number" in page
+    lines = re.findall(r'<td class="words">(volume|subject)</td><td>(\d+)</td>', page)
+    assert [(unit, int(n)) for unit, n in lines] == list(zip(tests["unit"], tests["n"], strict=True))
+
+
+def test_the_rules_of_the_verdicts_and_their_margin_are_told(page):
+    assert f"Not below: it lies above {points(-MARGIN)} points." in page
+    assert "predicts at its means" in page
+
+
+def test_dice_by_steps_are_in_per_cent_and_columns_without_a_number_are_left_out(page):
+    assert cells(page, "N") == ["150", "45.00", "60.00", "40.00", "400", "63.00", "60.00", "200", "50"]
+    assert "steps to the plateau</th>" not in page
+
+
 def test_the_same_tables_give_the_same_page(study, page):
     write_report(study)
     assert (study / "report.html").read_text(encoding="utf-8") == page
@@ -85,6 +104,10 @@ def test_pooled_seeds_show_mean_and_standard_deviation(tmp_path, quick_pictures)
     assert printed[4] == f"{100 * mean.loc[ENSEMBLE, 'Avg.']:.2f} ({100 * sd.loc[ENSEMBLE, 'Avg.']:.2f})"
     assert "3 seeds (0, 1, 2); held-out volumes: H 15, N 18, B 6, W 6, A 15" in page
     assert page.count("in the reports of the seeds") == 2
+    by_seed = pd.read_csv(out / "by_seed.csv")
+    first = by_seed[by_seed["comparison"] == by_seed["comparison"].iloc[0]]["mean_difference"].iloc[:3]
+    printed = "".join(f"<td>{points(value)}</td>" for value in first)
+    assert f'<td class="words">H, N, B, W</td>{printed}</tr>' in page
     assert re.search(r"<td class=\"words\">Ensemble</td><td>\d\.\d\d \(\d\.\d\d\)</td>", page)
 
 
@@ -104,14 +127,14 @@ def test_a_study_of_few_rows_shows_these_and_says_what_is_missing(tmp_path, quic
     for table in ("rows", "volumes", "classes", "table"):
         frame = pd.read_csv(out / f"{table}.csv")
         frame[frame["row"].isin(["H MAP", ENSEMBLE])].to_csv(out / f"{table}.csv", index=False)
-    for table in ("tests", "plateaus", "calibration"):
+    for table in ("tests", "speed", "calibration"):
         frame = pd.read_csv(out / f"{table}.csv")
         frame[:0].to_csv(out / f"{table}.csv", index=False)
     page = write_report(out).read_text(encoding="utf-8")
     assert {path.name for path in (out / "figures").iterdir()} == {"table.png", "classes.png"}
     assert "It needs the scores of DWC and both chains." in page
     assert "Not scored yet: pooled MAP, DWC." in page
-    assert "No site&#39;s MAP and VCL networks have both been trained." in page
+    assert "No site&#39;s MAP, VCL and control networks have all been trained." in page
     assert "They need DWC and the pooled MAP network." in page
 
 
