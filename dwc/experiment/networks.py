@@ -37,8 +37,8 @@ __all__ = [
 ]  # fmt: skip
 
 _FORMAT = 1  # raise it when the same settings and data give other networks
-_NO_CONTENT = (  # what changes no weights, or stands in the hash by its content; device by its type
-    "data", "out", "prior", "init", "cache_dir", "label_map", "workers", "device", "activation_checkpointing",
+_NO_CONTENT = (  # what changes no weights, a study never sets, or stands in the hash by its content or (device) type
+    "data", "out", "prior", "init", "cache_dir", "label_map", "workers", "device", "activation_checkpointing", "stream",
 )  # fmt: skip
 _COMPUTED = ("consolidated", "average", "untrained")
 
