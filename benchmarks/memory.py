@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory [--dtype bf16 fp32] [--samples 10]
 
-Fake tensors stand in for real ones, so every allocation that PyTorch's operators make is counted and none is made. The
+Meta tensors stand in for real ones, so every allocation that PyTorch's operators make is counted and none is made. The
 op's own operators allocate what their fake implementations say: y and r, which is what the Triton kernels allocate for
 voxels (beside them packed weights, of the size of the weights, and in the weight gradient the partial sums). Workspaces
 that libraries take within one operator, as cuDNN does, are in nobody's count.
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -63,7 +62,7 @@ class Ledger(TorchDispatchMode):
 
 
 def count(forward, inputs: list[torch.Tensor]) -> Count:
-    """Run forward and backward of a function of the inputs on fake tensors."""
+    """Run forward and backward of a function of the inputs on meta tensors."""
     with Ledger() as ledger:
         y = forward(*inputs)
         kept = ledger.now - y.untyped_storage().nbytes()
@@ -73,7 +72,7 @@ def count(forward, inputs: list[torch.Tensor]) -> Count:
 
 def count_layer(layer: Layer, dtype: torch.dtype, op, samples: int = SAMPLES) -> Count:
     """One layer with its bias; kept leaves out the output, which the next layer owns."""
-    with FakeTensorMode():
+    with torch.device("meta"):
         kernel = (layer.kernel,) * 3
         x = torch.empty(samples, layer.channels, *SIZE, dtype=dtype).to(memory_format=torch.channels_last_3d)
         shapes = [(layer.filters, layer.channels, *kernel)] * 2 + [(layer.filters,)] * 2
@@ -84,7 +83,7 @@ def count_layer(layer: Layer, dtype: torch.dtype, op, samples: int = SAMPLES) ->
 
 def count_step(dtype: torch.dtype, op, samples: int = SAMPLES) -> Count:
     """Forward, ReLUs, cross-entropy and backward of the whole network."""
-    with FakeTensorMode():
+    with torch.device("meta"):
         x = torch.empty(samples, 1, *SIZE, dtype=dtype).to(memory_format=torch.channels_last_3d)
         labels = torch.empty(samples, *SIZE, dtype=torch.int64)
         weights = []

@@ -19,11 +19,12 @@ from dwc.experiment.statistics import dice_table
 from dwc.experiment.study import ALL_SITES, ORIGIN, SITES, TRAINING_SITES, UNSEEN, Stage, StudySettings
 from dwc.files import open_folder, write_whole
 from dwc.report.figures import overlay
+from dwc.tables import read_settings
 
 __all__ = ["DemoSettings", "run"]
 
 _PICTURE, _WEIGHTS = "segmentation.png", "consolidation.csv"
-_MAP = Stage(steps=500, lr=1e-2)
+_MAP = Stage(steps=500, lr=3e-2)
 _VARIATIONAL = Stage(steps=150, lr=3e-3, rho_lr=3e-2)
 _FINETUNE = Stage(steps=60, lr=1e-3, rho_lr=1e-2)
 
@@ -168,7 +169,7 @@ def _keep_config(settings: DemoSettings, out: Path) -> None:
     values = {name: value for name, value in asdict(settings).items() if name != "out"}
     values["dilations"] = list(settings.dilations)
     path = out / "config.yaml"
-    if path.exists() and yaml.safe_load(path.read_text(encoding="utf-8")) != values:
+    if path.exists() and read_settings(path) != values:
         raise InputError(f"{path}: a demo with other settings lies here; give another --out or remove the folder")
     open_folder(out)
     write_whole(path, yaml.safe_dump(values, sort_keys=False).encode())

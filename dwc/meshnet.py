@@ -81,7 +81,7 @@ class MeshNet(nn.Module):
         Whether the means are weight-normalized, w = g v / |v| per filter, as the paper trained all networks.
     activation_checkpointing : bool
         Whether the backward computes each hidden layer again, with the noise it had, instead of keeping all that it
-        needs: half the memory between forward and backward, 0.61 at the peak, a forward more, and the same bits.
+        needs: half the memory between forward and backward, 0.6 at the peak, a forward more, and the same bits.
     """
 
     def __init__(

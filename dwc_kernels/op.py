@@ -13,7 +13,7 @@ from torch.library import custom_op
 
 from dwc_kernels import reference
 from dwc_kernels.geometry import output_size
-from dwc_kernels.reference import output_layout
+from dwc_kernels.reference import native, output_layout
 
 __all__ = ["ffg_conv3d"]
 
@@ -136,8 +136,12 @@ def _save(ctx, inputs, output):
 def _backward(ctx, g, _):
     x, r, weight_mu, weight_sigma, bias_sigma = ctx.saved_tensors
     dx = dmu = dsigma = db_mu = db_sigma = None
+    layout = output_layout(x)
+    if ctx.backend == "reference":  # both gradients want it: laid out once
+        g, x = native(g), native(x)
     if ctx.needs_input_grad[0]:
         dx = ffg_conv3d_grad_input(g, r, x, weight_mu, weight_sigma, *ctx.geometry, ctx.backend)
+        dx = dx.contiguous(memory_format=layout)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         dmu, dsigma = ffg_conv3d_grad_weight(g, r, x, weight_sigma, *ctx.geometry, ctx.backend)
     if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dwc_kernels import winograd
 from dwc_kernels.noise import normal
 
-__all__ = ["forward", "grad_input", "grad_weight", "multiplies_bf16", "output_layout"]
+__all__ = ["forward", "grad_input", "grad_weight", "multiplies_bf16", "native", "output_layout"]
 
 Triple = tuple[int, int, int]
 
@@ -37,7 +37,7 @@ def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 or slow_bf16 else dtype
 
 
-def _native(x: Tensor) -> Tensor:
+def native(x: Tensor) -> Tensor:
     """The layout that convolves fastest on the CPU; elsewhere as it is."""
     return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
 
@@ -70,7 +70,7 @@ def forward(
         the backward needs next to x; r is always channels_last_3d, and empty without ``keep_r``.
     """
     working = _working_dtype(x.dtype, x.device)
-    h, mu, sigma = (_native(t.to(working)) for t in (x, weight_mu, weight_sigma))
+    h, mu, sigma = (native(t.to(working)) for t in (x, weight_mu, weight_sigma))
     b_mu, b_var = (None, None) if bias_mu is None else (bias_mu.to(working), bias_sigma.to(working).square())
     y = _conv3d(h, mu, b_mu, stride, padding, dilation, groups)
     # Direct: Winograd's differences could make a variance that is nearly 0 negative.
@@ -82,17 +82,25 @@ def forward(
     if not keep_r:  # no backward will follow
         return y, x.new_empty(0)
     r = eps.div_(std).mul_(0.5).masked_fill_(std == 0, 0.0)
-    # Where std < 8e-6, 1 / std leaves fp16's range; saturated, r keeps the gradient finite.
-    largest = torch.finfo(x.dtype).max
-    return y, r.clamp_(-largest, largest).to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
+    if x.dtype == torch.float16:  # where std < 8e-6, 1 / std leaves its range; saturated, r keeps the gradient finite
+        r.clamp_(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
+    return y, r.to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
 
 
 def _conv3d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Triple, padding: Triple, dilation: Triple, groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+    times: Tensor | None = None,
 ) -> Tensor:
+    """conv3d(x, weight), or of x * times."""
     if not winograd.suits(x, weight.shape, stride, padding, dilation):
-        return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
-    y = winograd.convolve(x, weight, padding, dilation)
+        return F.conv3d(x if times is None else x * times, weight, bias, stride, padding, dilation, groups)
+    y = winograd.convolve(x, weight, padding, dilation, times)
     return y if bias is None else y.add_(bias.view(-1, 1, 1, 1))
 
 
@@ -109,24 +117,32 @@ def grad_input(
 ) -> Tensor:
     """dL/dx = convT(g, mu) + 2 x * convT(g * r, sigma^2), in the dtype and layout of x."""
     working = _working_dtype(x.dtype, x.device)
-    g, r, h, mu, sigma = (_native(t.to(working)) for t in (g, r, x, weight_mu, weight_sigma))
+    g, r, h, mu, sigma = (native(t.to(working)) for t in (g, r, x, weight_mu, weight_sigma))
     geometry = (stride, padding, dilation, groups)
-    dx = _transposed(g * r, sigma.square(), h.shape, *geometry).mul_(h).mul_(2.0)
-    dx += _transposed(g, mu, h.shape, *geometry)
+    dvar = _transposed(g, sigma.square(), h.shape, *geometry, times=r)
+    dx = _transposed(g, mu, h.shape, *geometry).addcmul_(dvar, h, value=2.0)
     return dx.to(x.dtype).contiguous(memory_format=output_layout(x))
 
 
 def _transposed(
-    g: Tensor, weight: Tensor, shape: torch.Size, stride: Triple, padding: Triple, dilation: Triple, groups: int
+    g: Tensor,
+    weight: Tensor,
+    shape: torch.Size,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+    times: Tensor | None = None,
 ) -> Tensor:
-    """The adjoint of conv3d(. , weight) applied to g."""
+    """The adjoint of conv3d(. , weight) applied to g, or to g * times."""
     reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
     if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0:
+        g = g if times is None else g * times
         return torch.nn.grad.conv3d_input(shape, weight, g, stride, padding, dilation, groups)
     # At stride 1 the adjoint is a convolution with the mirrored filter, inputs and outputs exchanged within a group.
     per_group = weight.unflatten(0, (groups, -1))  # [groups, F / groups, C / groups, kD, kH, kW]
-    mirrored = _native(per_group.transpose(1, 2).flatten(0, 1).flip(2, 3, 4))
-    return _conv3d(g, mirrored, None, stride, reach, dilation, groups)
+    mirrored = native(per_group.transpose(1, 2).flatten(0, 1).flip(2, 3, 4))
+    return _conv3d(g, mirrored, None, stride, reach, dilation, groups, times)
 
 
 def grad_weight(
@@ -141,11 +157,11 @@ def grad_weight(
 ) -> tuple[Tensor, Tensor]:
     """dL/dmu = corr(x, g) and dL/dsigma = 2 sigma * corr(x^2, g * r), in the dtype of weight_sigma."""
     working, shape = _working_dtype(x.dtype, x.device), weight_sigma.shape
-    g, r, h = (_native(t.to(working)) for t in (g, r, x))
+    g, r, h = (native(t.to(working)) for t in (g, r, x))
     wide = x.device.type == "cpu" and x.shape[1] * g.shape[1] >= _WIDE
     if winograd.suits(h, shape, stride, padding, dilation):
         dmu = winograd.correlate(h, g, padding, dilation)
-        dvar = winograd.correlate(h.square(), g * r, padding, dilation)
+        dvar = winograd.correlate(h, g, padding, dilation, x_times=h, g_times=r)
     elif wide and stride == (1, 1, 1) and groups == 1:
         dmu, dvar = _correlate_both(g, r, h, shape, padding, dilation)
     else:

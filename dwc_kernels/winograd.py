@@ -52,8 +52,8 @@ def suits(x: Tensor, weight_shape: Sequence[int], stride: Triple, padding: Tripl
     return tiles[1] * dilation[1] * tiles[2] * dilation[2] >= _TILES and points < 0.6 * direct
 
 
-def convolve(x: Tensor, weight: Tensor, padding: Triple, dilation: Triple) -> Tensor:
-    """conv3d(x, weight) at stride 1.
+def convolve(x: Tensor, weight: Tensor, padding: Triple, dilation: Triple, times: Tensor | None = None) -> Tensor:
+    """conv3d(x * times, weight) at stride 1; the product is formed on the way into the tiles.
 
     Parameters
     ----------
@@ -63,6 +63,8 @@ def convolve(x: Tensor, weight: Tensor, padding: Triple, dilation: Triple) -> Te
         fp32 [F, C, 3, 3, 3].
     padding, dilation : tuple of int
         As for conv3d.
+    times : Tensor, optional
+        As x; without it, x is convolved as it is.
 
     Returns
     -------
@@ -79,8 +81,8 @@ def convolve(x: Tensor, weight: Tensor, padding: Triple, dilation: Triple) -> Te
     along_d, along_dh = _scratch(2, *products.shape[1:]), _scratch(2, 2, *products.shape[2:])
     y = _scratch(len(x), *(2 * t * d for t, d in zip(tiles, dilation, strict=True)), n_filters)
     (td, th, tw), (dd, dh, dw) = tiles, dilation
-    for sample, tiled in zip(x, y.view(-1, td, 2, dd, th, 2, dh, tw, 2, dw, n_filters), strict=True):
-        for t, phase, transformed in points.of(sample, padding):
+    for n, tiled in enumerate(y.view(-1, td, 2, dd, th, 2, dh, tw, 2, dw, n_filters)):
+        for t, phase, transformed in points.of(x, times, n, padding):
             torch.bmm(transformed, filters, out=products.view(64, -1, n_filters))
             _outputs(products.unbind(0), along_d.unbind(0))
             _outputs(along_d.unbind(1), along_dh.unbind(1))
@@ -88,8 +90,15 @@ def convolve(x: Tensor, weight: Tensor, padding: Triple, dilation: Triple) -> Te
     return y[:, : out[0], : out[1], : out[2]].permute(0, 4, 1, 2, 3)
 
 
-def correlate(x: Tensor, g: Tensor, padding: Triple, dilation: Triple) -> Tensor:
-    """The weight gradient of conv3d(x, weight) at stride 1, where g is the gradient of its output.
+def correlate(
+    x: Tensor,
+    g: Tensor,
+    padding: Triple,
+    dilation: Triple,
+    x_times: Tensor | None = None,
+    g_times: Tensor | None = None,
+) -> Tensor:
+    """The weight gradient of conv3d(x * x_times, weight) at stride 1; g * g_times is the gradient of its output.
 
     Parameters
     ----------
@@ -99,6 +108,8 @@ def correlate(x: Tensor, g: Tensor, padding: Triple, dilation: Triple) -> Tensor
         fp32 [N, F, D', H', W'].
     padding, dilation : tuple of int
         As for conv3d.
+    x_times, g_times : Tensor, optional
+        As x and g.
 
     Returns
     -------
@@ -109,8 +120,8 @@ def correlate(x: Tensor, g: Tensor, padding: Triple, dilation: Triple) -> Tensor
     inputs = _Points(_INPUT, tiles, dilation, x.shape[1])
     gradients = _Points(_GRADIENT, tiles, dilation, g.shape[1])
     total = x.new_zeros(64, x.shape[1], g.shape[1])
-    for sample, gradient in zip(x, g, strict=True):
-        both = zip(inputs.of(sample, padding), gradients.of(gradient, (0, 0, 0)), strict=True)
+    for n in range(len(x)):
+        both = zip(inputs.of(x, x_times, n, padding), gradients.of(g, g_times, n, (0, 0, 0)), strict=True)
         for (_, _, left), (_, _, right) in both:
             total.baddbmm_(left.transpose(1, 2), right)
     m = x.new_tensor(_G)
@@ -185,18 +196,22 @@ class _Points:
         self.along_dh = _scratch(4, 4, th, dh, self.size[2], channels)
         self.points = _scratch(4, 4, 4, *self.slab, channels)
 
-    def of(self, sample: Tensor, padding: Triple) -> Iterator[tuple[int, int, Tensor]]:
-        """Each slab of a volume [C, D, H, W]: tile and phase along D, and points [64, tiles, C] until the next slab."""
+    def of(self, x: Tensor, times: Tensor | None, n: int, padding: Triple) -> Iterator[tuple[int, int, Tensor]]:
+        """Each slab of volume n: tile and phase along D, and points [64, tiles, C] that last until the next slab."""
         slices, combine, _ = self.transform
         dd, dh, dw = self.dilation
-        inside = tuple(slice(p, p + s) for p, s in zip(padding, sample.shape[1:], strict=True))
-        self.padded[inside] = sample.permute(1, 2, 3, 0)
+        inside = self.padded[tuple(slice(p, p + s) for p, s in zip(padding, x.shape[2:], strict=True))]
+        sample = x[n].permute(1, 2, 3, 0)
+        if times is None:
+            inside.copy_(sample)
+        else:
+            torch.mul(sample, times[n].permute(1, 2, 3, 0), out=inside)
         planes = slices(self.padded, 0, dd)
         for t, phase in product(*map(range, planes[0].shape[:2])):
             combine([p[t, phase] for p in planes], self.along_d.unbind(0))
             combine(slices(self.along_d, 1, dh), self.along_dh.unbind(1))
             combine(slices(self.along_dh, 4, dw), self.points.unbind(2))
-            yield t, phase, self.points.view(64, -1, len(sample))
+            yield t, phase, self.points.view(64, -1, x.shape[1])
 
 
 def _scratch(*shape: int) -> Tensor:

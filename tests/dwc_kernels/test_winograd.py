@@ -33,6 +33,17 @@ def test_sums_and_weight_gradients_equal_the_direct_ones(size, padding, dilation
     assert relative(winograd.correlate(x, g, padding, dilation), exact) < 2e-6
 
 
+def test_products_formed_on_the_way_are_the_products_formed_before():
+    torch.manual_seed(0)
+    size, *geometry = GEOMETRIES[1]
+    x, w = torch.randn(2, 5, *size), torch.randn(7, 5, 3, 3, 3)
+    y = winograd.convolve(x * x, w, *geometry)
+    assert torch.equal(winograd.convolve(x, w, *geometry, times=x), y)
+    g, r = torch.randn_like(y), torch.randn_like(y)
+    dw = winograd.correlate(x * x, g * r, *geometry)
+    assert torch.equal(winograd.correlate(x, g, *geometry, x_times=x, g_times=r), dw)
+
+
 @pytest.mark.parametrize("dilation", [1, 2, 4, 8])
 def test_a_wide_layer_errs_at_most_twice_as_much_as_direct_sums(dilation):
     torch.manual_seed(0)
