@@ -1,5 +1,6 @@
 """Packaging of dwc: what it is called, what it needs, which command it installs."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -11,7 +12,7 @@ triton = ["triton>=3.3; platform_system == 'Linux'"]
 
 setup(
     name="dwc",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (here / "dwc_kernels/__init__.py").read_text()).group(1),
     description="Distributed weight consolidation: train Bayesian 3D networks apart, consolidate them once",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -21,7 +22,7 @@ setup(
     packages=find_packages(include=["dwc", "dwc.*", "dwc_kernels", "dwc_kernels.*"]),
     package_data={"dwc.data": ["*.tsv"], "dwc.experiment": ["presets/*.yaml"], "dwc.report": ["*.html"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.13",
         "numpy",
         "scipy",
         "nibabel>=5",

@@ -53,11 +53,10 @@ def step(op, tensors, g, autocast, **options):
 
 
 def check(layer, dilation, autocast):
-    """On a corner of the volume, output and gradients agree with the fp64 composition's under the same noise."""
+    """On one sample, output and gradients agree with the fp64 composition's under the same noise."""
     (x, *parameters), g = layer
-    corner = (slice(1), slice(None), *(slice(12),) * 3)
-    tensors = [x.detach()[corner].requires_grad_(), *parameters]
-    g = g[corner].contiguous()
+    tensors = [x.detach()[:1].requires_grad_(), *parameters]
+    g = g[:1]
     eps = normal(g, 3)
     doubles = [t.detach().double().requires_grad_() for t in tensors]
     exact = step(composition, doubles, g.double(), False, eps=eps.double(), padding=dilation, dilation=dilation)

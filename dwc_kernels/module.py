@@ -235,8 +235,14 @@ class FFGConv3d(nn.Module):
         Raises
         ------
         ValueError
-            If the weight or the bias has another parametrization, which the means could not keep.
+            If the weight or the bias has another parametrization, which the means could not keep, or ``conv`` does
+            more than convolve: it has hooks (as pruning and the older `torch.nn.utils.weight_norm` are) or a forward
+            of its own.
         """
+        if conv._forward_pre_hooks or conv._forward_hooks:
+            raise ValueError(f"{conv} has forward hooks, which may change its weight; remove them first")
+        if any(getattr(type(conv), name) is not getattr(nn.Conv3d, name) for name in ("forward", "_conv_forward")):
+            raise ValueError(f"{type(conv).__name__} has a forward of its own; convert takes torch.nn.Conv3d")
         norm = _weight_norm(conv)
         layer = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,

@@ -2,7 +2,8 @@
 
 `dwc::ffg_conv3d` samples and returns (y, r); `dwc::ffg_conv3d_grad_input`, `..._grad_weight` and `..._grad_bias` are
 its backward, derived by hand (see `reference`) from x and r alone, and have no derivative themselves. Each forwards to
-the backend it is told; choosing one, checking arguments and casting under autocast are the work of `functional`.
+the backend it is told; choosing one, checking arguments and casting under autocast are the work of `functional`. The
+backward lays out for the reference what two of its operators read.
 """
 
 from collections.abc import Sequence
@@ -137,7 +138,7 @@ def _backward(ctx, g, _):
     x, r, weight_mu, weight_sigma, bias_sigma = ctx.saved_tensors
     dx = dmu = dsigma = db_mu = db_sigma = None
     layout = output_layout(x)
-    if ctx.backend == "reference":  # both gradients want it: laid out once
+    if ctx.backend == "reference" and any(ctx.needs_input_grad[:3]):  # once for both gradients
         g, x = native(g), native(x)
     if ctx.needs_input_grad[0]:
         dx = ffg_conv3d_grad_input(g, r, x, weight_mu, weight_sigma, *ctx.geometry, ctx.backend)

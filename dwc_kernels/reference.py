@@ -186,10 +186,11 @@ def _correlate_both(
     # Row v of the output meets row v + shift of the input: zeros behind a line also stand before the next one.
     tail = (kw - 1) * dw
     pitch = max(size[2] + pw, out_size[2] + tail - pw, out_size[2])
-    a = torch.zeros(2, size[0], size[1] * pitch + tail, c, dtype=x.dtype)
-    b = torch.zeros(2, out_size[0], out_size[1], pitch, n_filters, dtype=x.dtype)
+    a = torch.zeros(2, size[0], size[1] * pitch + tail, c, dtype=x.dtype, device=x.device)
+    b = torch.zeros(2, out_size[0], out_size[1], pitch, n_filters, dtype=x.dtype, device=x.device)
     a_lines = a[:, :, : size[1] * pitch].view(2, size[0], size[1], pitch, c)[..., pw : pw + size[2], :]
-    total = torch.zeros(kd, kh, kw, 2, c, n_filters, dtype=torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = torch.zeros(kd, kh, kw, 2, c, n_filters, dtype=wide, device=x.device)
     for sample in range(n):
         a_lines[0] = x[sample].permute(1, 2, 3, 0)
         torch.square(a_lines[0], out=a_lines[1])

@@ -191,7 +191,7 @@ class _Points:
         self.size = [2 * (t + transform.overlap) * d for t, d in zip(tiles, dilation, strict=True)]
         (_, th, tw), (_, dh, dw) = tiles, dilation
         self.slab = (th, dh, tw, dw)
-        self.padded = torch.zeros(*self.size, channels, dtype=torch.float32)  # its border stays 0
+        self.padded = _scratch(*self.size, channels).zero_()  # its border stays 0
         self.along_d = _scratch(4, *self.size[1:], channels)
         self.along_dh = _scratch(4, 4, th, dh, self.size[2], channels)
         self.points = _scratch(4, 4, 4, *self.slab, channels)
@@ -215,4 +215,4 @@ class _Points:
 
 
 def _scratch(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32)
+    return torch.empty(shape, dtype=torch.float32, device="cpu")

@@ -8,6 +8,8 @@ it opens them; it keeps no files.
 import gzip
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,7 +188,8 @@ def _open(path) -> nib.spatialimages.SpatialImage:
         raise InputError(f"{path}: {type(image).__name__} is not supported; convert it to .nii.gz")
     shape = image.shape
     if len(shape) > 3 and set(shape[3:]) == {1}:
-        image = squeeze_image(image)
+        with _reading(path):
+            image = squeeze_image(image)
     if len(image.shape) != 3:
         raise InputError(f"{path}: shape {shape} is {len(shape)}-D; give one 3-D volume")
     if 0 in shape:
@@ -201,15 +204,22 @@ def _open(path) -> nib.spatialimages.SpatialImage:
 def _load(path) -> nib.spatialimages.SpatialImage:
     """The checked 3-D image of a file, its voxels in memory."""
     image = _open(path)
-    try:
+    with _reading(path):
         _check_gzip(Path(path))
         data = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
-        raise InputError(f"{path}: truncated or damaged ({_line(error)}); copy the file again") from error
     if data.dtype.kind == "f" and not np.isfinite(data).all():
         count = data.size - np.count_nonzero(np.isfinite(data))
         raise InputError(f"{path}: {count} voxels are NaN or infinite; replace them, by 0 where there is no tissue")
     return _in_memory(image, data)
+
+
+@contextmanager
+def _reading(path) -> Iterator[None]:
+    """Name the file whose voxels cannot be read."""
+    try:
+        yield
+    except (OSError, EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
+        raise InputError(f"{path}: truncated or damaged ({_line(error)}); copy the file again") from error
 
 
 def _check_gzip(path: Path) -> None:

@@ -17,6 +17,7 @@ __all__ = ["Scan", "has_split_column", "read_manifest"]
 
 _COLUMNS = ("image", "label", "subject", "site", "split")
 _SPLITS = ("train", "test")
+_TEMPLATE = ("space-", "cohort-", "res-")  # entities of what was resampled
 _PREFERRED = "aparcaseg"  # the segmentation with all structures, where derivatives hold several
 
 
@@ -39,10 +40,10 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
     path : path
         A CSV with the columns `image,label[,subject,site,split]`, whose paths are relative to the CSV's folder; or a
         BIDS-derivatives folder, in which `sub-*/[ses-*/]anat/*_T1w.nii.gz` are the images and the `*_dseg.nii.gz` that
-        agree with them in every entity but `desc` the labels (`desc-aparcaseg` where there are several). An empty
-        label is a scan for prediction only. A missing subject is read from `sub-...` in the path of the image, or else
-        is the image's name, which then must not stand in two folders. A missing site is the name of the manifest's
-        folder.
+        agree with them in every entity but `desc` the labels (`desc-aparcaseg` where there are several). Images in a
+        template's space are left out where the scan that they were made from is there too. An empty label is a scan for
+        prediction only. A missing subject is read from `sub-...` in the path of the image, or else is the image's name,
+        which then must not stand in two folders. A missing site is the name of the manifest's folder.
     seed : int
         Fixes the split. Not used where there is a split column.
     test_fraction : float
@@ -164,10 +165,19 @@ def _from_bids(path: Path) -> list[Scan]:
         (label for folder in sorted(folders) for label in sorted(folder.glob("*_dseg.nii.gz"))), _acquisition
     )
     site = path.resolve().name
+    acquisitions = {_acquisition(image) for image in images}
     return [
         Scan(image, _choose(image, labels.get(_acquisition(image), [])), _bids_subject(image), site, "train")
         for image in sorted(images)
+        if not _is_resampled(image, acquisitions)
     ]
+
+
+def _is_resampled(image: Path, acquisitions: set) -> bool:
+    """Whether an image is another one of the folder brought to a template's space, and so no scan of its own."""
+    folder, entities = _acquisition(image)
+    native = frozenset(entity for entity in entities if not entity.startswith(_TEMPLATE))
+    return native != entities and (folder, native) in acquisitions
 
 
 def _acquisition(path: Path) -> tuple[Path, frozenset[str]]:

@@ -163,8 +163,9 @@ def test_a_gzipped_text_and_an_empty_file_are_no_volumes(tmp_path):
 
 @pytest.mark.parametrize("name", ["cut.nii.gz", "cut.nii"])
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.999])
-def test_a_truncated_file_is_named(save, name, kept):
-    path = save(name, VOXELS)
+@pytest.mark.parametrize("voxels", [VOXELS, VOXELS[..., None]], ids=["3-D", "4-D of one volume"])
+def test_a_truncated_file_is_named(save, name, kept, voxels):
+    path = save(name, voxels)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(InputError, match=rf"{name}: (truncated or damaged|not a NIfTI)") as caught:

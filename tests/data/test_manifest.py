@@ -146,17 +146,20 @@ def test_a_bids_folder_gives_images_with_the_labels_that_share_their_entities(tm
         "sub-01/anat/sub-01_T1w.nii.gz",
         "sub-01/anat/sub-01_desc-aseg_dseg.nii.gz",
         "sub-01/anat/sub-01_desc-aparcaseg_dseg.nii.gz",
-        "sub-01/anat/sub-01_space-MNI_dseg.nii.gz",
+        "sub-01/anat/sub-01_space-MNI_res-2_desc-preproc_T1w.nii.gz",
+        "sub-01/anat/sub-01_space-MNI_res-2_dseg.nii.gz",
         "sub-02/ses-1/anat/sub-02_ses-1_desc-preproc_T1w.nii.gz",
         "sub-02/ses-1/anat/sub-02_ses-1_dseg.nii.gz",
         "sub-02/ses-2/anat/sub-02_ses-2_T1w.nii.gz",
         "sub-02/func/sub-02_bold.nii.gz",
+        "sub-03/anat/sub-03_space-MNI_T1w.nii.gz",
     )
     scans = read_manifest(folder)
     assert [(scan.image.name, scan.label and scan.label.name, scan.subject, scan.site) for scan in scans] == [
         ("sub-01_T1w.nii.gz", "sub-01_desc-aparcaseg_dseg.nii.gz", "sub-01", "study"),
         ("sub-02_ses-1_desc-preproc_T1w.nii.gz", "sub-02_ses-1_dseg.nii.gz", "sub-02", "study"),
         ("sub-02_ses-2_T1w.nii.gz", None, "sub-02", "study"),
+        ("sub-03_space-MNI_T1w.nii.gz", None, "sub-03", "study"),
     ]
     assert scans[1].split == scans[2].split != scans[0].split
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
 from torch.distributions import Normal, kl_divergence
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from dwc_kernels import FFGConv3d, convert, gaussian_kl, inverse_softplus
@@ -152,6 +152,17 @@ def test_convert_keeps_shared_layers_shared_and_frozen_ones_frozen():
     assert model[0] is model[1][1]
     assert not model[0].weight_mu.requires_grad
     assert model[0].bias_mu.requires_grad
+
+
+def test_convert_refuses_what_does_more_than_convolve():
+    class Standardized(nn.Conv3d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+    with pytest.raises(ValueError, match="Standardized has a forward of its own"):
+        convert(nn.Sequential(Standardized(2, 2, 1)))
+    with pytest.raises(ValueError, match="forward hooks"):  # whose weight is stale after load_state_dict
+        convert(prune.l1_unstructured(nn.Conv3d(2, 2, 1), "weight", amount=1))
 
 
 def test_convert_refuses_a_parametrization_it_cannot_keep():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from benchmarks.composition import composition, saved_bytes
-from dwc_kernels import ffg_conv3d, reference
+from dwc_kernels import ffg_conv3d, reference, winograd
 from tests.dwc_kernels.problems import (
     assert_as_accurate_as_composition,
     assert_background_has_zero_gradient,
@@ -41,21 +41,25 @@ GEOMETRIES = {
     "depthwise": (dict(c=4, f=8, groups=4), dict(padding=2, dilation=2, groups=4)),
     "no bias, batch 3": (dict(bias=False, batch=3), dict(padding=1)),
 }
+WINOGRAD = {
+    f"Winograd, dilation {d}": (dict(c=64, f=64, size=(16, 16, 16), batch=1), dict(padding=d, dilation=d))
+    for d in (1, 2, 4)
+}
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("case", GEOMETRIES)
+@pytest.mark.parametrize("case", [*GEOMETRIES, *WINOGRAD])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_fp32_is_as_accurate_as_the_composition(case, layout):
-    arguments, geometry = GEOMETRIES[case]
+    arguments, geometry = (GEOMETRIES | WINOGRAD)[case]
     x, *rest = make(**arguments)
     assert_as_accurate_as_composition([in_layout(x, layout), *rest], **geometry)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("case", ["channels 21 -> 50", "dilation 8", "stride 2", "groups"])
+@pytest.mark.parametrize("case", ["channels 21 -> 50", "dilation 8", "stride 2", "groups", "Winograd, dilation 2"])
 def test_other_dtypes_are_as_accurate_as_the_composition(case, dtype):
-    arguments, geometry = GEOMETRIES[case]
+    arguments, geometry = (GEOMETRIES | WINOGRAD)[case]
     assert_as_accurate_as_composition(make(**arguments, dtype=dtype), **geometry)
 
 
@@ -64,6 +68,15 @@ def test_bf16_products_are_as_accurate_as_the_composition(case, monkeypatch):
     monkeypatch.setattr(reference, "multiplies_bf16", lambda: True)
     arguments, geometry = GEOMETRIES[case]
     assert_as_accurate_as_composition(make(**arguments, dtype=torch.bfloat16), **geometry)
+
+
+@pytest.mark.parametrize("case", WINOGRAD)
+def test_the_cases_of_winograd_take_it_in_forward_and_backward(case, monkeypatch):
+    arguments, geometry = WINOGRAD[case]
+    answers = []
+    monkeypatch.setattr(winograd, "suits", lambda *a, f=winograd.suits: answers.append(f(*a)) or answers[-1])
+    results(ffg_conv3d, make(**arguments), torch.ones(1, 64, 16, 16, 16), **geometry)
+    assert answers == [True] * 4  # the mean, g and g * r back to x, both to the weights
 
 
 def test_fp16_squares_neither_overflow_nor_vanish():
