@@ -110,8 +110,7 @@ def run(settings: DemoSettings) -> None:
         if network == joint:
             _show_weights(networks.folder(joint) / "weights.csv", out / _WEIGHTS)
     scores = Scores(networks, {site: held_out_volumes(study, site, manifests[site]) for site in ALL_SITES})
-    for row in rows:
-        scores.score(row)
+    scores.score(rows)
     table = dice_table(scores.table("volumes", rows)).rename_axis("network")
     write_whole(out / "table.csv", table.to_csv(float_format="%.4f").encode())
     _draw(scores, {"DWC": rows[-1], f"MAP {ORIGIN}": rows[1]}, out / _PICTURE)

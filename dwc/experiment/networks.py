@@ -26,6 +26,7 @@ from dwc.errors import Interrupted
 from dwc.experiment.sites import scans_of
 from dwc.experiment.study import Stage, StudySettings
 from dwc.files import canonical_json, open_folder, write_whole
+from dwc.lock import claimed
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
 from dwc.runtime import choose_device
@@ -138,7 +139,12 @@ class Networks:
         self._digests: dict[str, str] = {}
 
     def get(self, network: Network) -> Posterior:
-        """The network's posterior; trained now, after its parents, unless it lies there already.
+        """The network's posterior; made now, as `make` does, unless it lies there already."""
+        self.make([network])
+        return Posterior.load(self.file(network))
+
+    def make(self, networks: Iterable[Network]) -> None:
+        """Make networks and all that they start from; those that lie there already, or that another process makes, not.
 
         Raises
         ------
@@ -147,10 +153,9 @@ class Networks:
         Interrupted
             After a signal; called again, the study goes on.
         """
-        for needed in self.needed([network]):
-            if not self.is_done(needed):
-                self._make(needed)
-        return Posterior.load(self.file(network))
+        open_folder(self.settings.out / "networks")
+        for network in claimed(self.needed(networks), self.is_done, self._lock, self._is_ready):
+            self._make(network)
 
     def needed(self, networks: Iterable[Network]) -> list[Network]:
         """The networks and all that they start from, each once, parents first."""
@@ -216,6 +221,12 @@ class Networks:
     def stage(self, network: Network) -> Stage:
         """How it is trained."""
         return self.settings.stage(network.stage or network.mode)
+
+    def _lock(self, network: Network) -> Path:
+        return self.folder(network).with_suffix(".lock")
+
+    def _is_ready(self, network: Network) -> bool:
+        return all(self.is_done(parent) for parent in network.parents)
 
     def _make(self, network: Network) -> None:
         print(f"{'training' if network.is_trained else 'computing'} {network.name}", flush=True)

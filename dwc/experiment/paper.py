@@ -6,6 +6,7 @@ The plain average has no standard deviations and predicts at its means; variatio
 step is another room's; here it is decided which networks and comparisons there are.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dwc.experiment.speed import controls, speed_table
 from dwc.experiment.statistics import dice_table, paired_tests
 from dwc.experiment.study import ALL_SITES, ORIGIN, SITES, TRAINING_SITES, UNSEEN, StudySettings
 from dwc.files import open_folder, write_whole
+from dwc.lock import held
 from dwc.report.figures import site_slices
 from dwc.report.html import write_report
 from dwc.tables import read_settings, write_table
@@ -90,6 +92,8 @@ def choose_rows(names: Sequence[str]) -> tuple[Row, ...]:
 def run(settings: StudySettings, *, only: Sequence[str] = (), dry_run: bool = False) -> None:
     """Run the study, or what of it is not done yet, and print its table.
 
+    Processes that are given the same study at the same time share its networks and rows, and all print the table.
+
     Parameters
     ----------
     settings : StudySettings
@@ -113,9 +117,11 @@ def run(settings: StudySettings, *, only: Sequence[str] = (), dry_run: bool = Fa
     if dry_run:
         manifests = {**known_manifests(settings), POOLED: settings.out / "sites" / POOLED / "manifest.csv"}
     else:
-        keep_config(settings)
-        manifests = make_manifests(settings)
-        prepare_all(settings, manifests)
+        open_folder(settings.out)
+        with held(settings.out / ".lock", patience_s=math.inf):  # the scans are one process's work
+            keep_config(settings)
+            manifests = make_manifests(settings)
+            prepare_all(settings, manifests)
     networks = Networks(settings, manifests)
     needed = networks.needed(network for row in rows for network in row.networks)
     needed = networks.needed([*needed, *controls(settings, needed)])
@@ -124,11 +130,9 @@ def run(settings: StudySettings, *, only: Sequence[str] = (), dry_run: bool = Fa
     print(estimate(settings, left), flush=True)
     if dry_run:
         return
-    for network in needed:
-        networks.get(network)
+    networks.make(needed)
     scores = Scores(networks, {site: held_out_volumes(settings, site, manifests[site]) for site in ALL_SITES})
-    for row in rows:
-        scores.score(row)
+    scores.score(rows)
     _report(settings, networks, scores)
 
 

@@ -18,6 +18,7 @@ from dwc.data.subvolumes import SubVolumes
 from dwc.evaluation import calibration, per_class, per_volume, score_volumes
 from dwc.experiment.networks import Network, Networks
 from dwc.files import canonical_json, open_folder
+from dwc.lock import claimed
 from dwc.meshnet import MeshNet
 from dwc.prediction import predict_volume
 from dwc.runtime import choose_device
@@ -63,12 +64,18 @@ class Scores:
     def __init__(self, networks: Networks, held_out: Mapping[str, SubVolumes]) -> None:
         self.networks, self.held_out, self.settings = networks, dict(held_out), networks.settings
 
-    def score(self, row: Row) -> None:
-        """Score a row at every site where that is not done yet."""
-        missing = self.missing(row)
-        if missing:
-            print(f"scoring {row.name} on {', '.join(missing)}", flush=True)
-            models = self._models(row)
+    def score(self, rows: Iterable[Row]) -> None:
+        """Score rows at every site where that is not done yet, and no other process does it."""
+        open_folder(self.settings.out / "scores")
+        for row in claimed(rows, lambda row: not self.missing(row), self._lock):
+            self._score(row)
+
+    def _lock(self, row: Row) -> Path:
+        return self._folder(row, next(iter(self.held_out))).with_suffix(".lock")
+
+    def _score(self, row: Row) -> None:
+        missing, models = self.missing(row), self._models(row)
+        print(f"scoring {row.name} on {', '.join(missing)}", flush=True)
         for site in missing:
             data = self.held_out[site]
             scores = score_volumes(models, data, progress=False, **self._prediction())

@@ -1,7 +1,10 @@
 """`dwc experiment` runs the paper's study end to end, says beforehand what it costs, and goes on where it stopped."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from itertools import product
 from types import SimpleNamespace
@@ -51,6 +54,19 @@ def no_pictures(monkeypatch):
 @pytest.fixture
 def volumes(smoke) -> pd.DataFrame:
     return pd.read_csv(smoke / "volumes.csv")
+
+
+def test_two_processes_share_a_study_and_both_print_its_table(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = ["experiment", "--preset", "smoke", "--device", "cpu", "--out", tmp_path / "out", "--only", "Ensemble"]
+    words = [sys.executable, "-m", "dwc.cli", *map(str, words)]
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    made = [line for output in outputs for line in output.splitlines() if line.startswith(("simulating", "training"))]
+    assert sorted(made) == [*(f"simulating site {s}" for s in "ABHNW"), *(f"training {s} MAP" for s in "BHNW")]
+    assert sum("scoring Ensemble" in output for output in outputs) == 1
+    assert all("Dice in %" in output for output in outputs)
 
 
 def test_every_row_of_the_papers_table_is_there(smoke):
