@@ -153,7 +153,7 @@ class Networks:
         Interrupted
             After a signal; called again, the study goes on.
         """
-        open_folder(self.settings.out / "networks")
+        open_folder(self.settings.locks)
         for network in claimed(self.needed(networks), self.is_done, self._lock, self._is_ready):
             self._make(network)
 
@@ -223,7 +223,7 @@ class Networks:
         return self.settings.stage(network.stage or network.mode)
 
     def _lock(self, network: Network) -> Path:
-        return self.folder(network).with_suffix(".lock")
+        return self.settings.locks / self.folder(network).name
 
     def _is_ready(self, network: Network) -> bool:
         return all(self.is_done(parent) for parent in network.parents)

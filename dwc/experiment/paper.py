@@ -117,8 +117,8 @@ def run(settings: StudySettings, *, only: Sequence[str] = (), dry_run: bool = Fa
     if dry_run:
         manifests = {**known_manifests(settings), POOLED: settings.out / "sites" / POOLED / "manifest.csv"}
     else:
-        open_folder(settings.out)
-        with held(settings.out / ".lock", patience_s=math.inf):  # the scans are one process's work
+        open_folder(settings.locks)
+        with held(settings.locks / "scans", patience_s=math.inf):  # the scans are one process's work
             keep_config(settings)
             manifests = make_manifests(settings)
             prepare_all(settings, manifests)

@@ -66,12 +66,12 @@ class Scores:
 
     def score(self, rows: Iterable[Row]) -> None:
         """Score rows at every site where that is not done yet, and no other process does it."""
-        open_folder(self.settings.out / "scores")
+        open_folder(self.settings.locks)
         for row in claimed(rows, lambda row: not self.missing(row), self._lock):
             self._score(row)
 
     def _lock(self, row: Row) -> Path:
-        return self._folder(row, next(iter(self.held_out))).with_suffix(".lock")
+        return self.settings.locks / self._folder(row, next(iter(self.held_out))).name
 
     def _score(self, row: Row) -> None:
         missing, models = self.missing(row), self._models(row)

@@ -173,6 +173,11 @@ class StudySettings:
         """Folder of the conformed sub-volumes, shared by all networks."""
         return self.out / "cache"
 
+    @property
+    def locks(self) -> Path:
+        """Folder of the locks by which processes share the study."""
+        return self.out / ".locks"
+
     def check(self) -> None:
         """Refuse what cannot be meant.
 
