@@ -38,6 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=3, help="of a run, the first left out")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind")
     values = parser.parse_args(arguments)
+    if odd := [n for n in values.processes if n < 1 or values.batch_size % n]:
+        parser.error(f"--batch_size {values.batch_size}: is not shared evenly by {odd[0]} processes; give a multiple")
+    if values.device == "cuda" and max(values.processes) > torch.cuda.device_count():
+        parser.error(f"--processes {max(values.processes)}: PyTorch finds {torch.cuda.device_count()} GPUs here")
     kinds = [(n, together) for n in values.processes for together in (True, False) if together or n > 1]
     seconds = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
@@ -76,15 +80,24 @@ def _run(manifest: Path, out: Path, n: int, together: bool, values: argparse.Nam
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", *launch, *words, "--out", str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=_environment(None if together else i), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )
-        for folder in outs
+        for i, folder in enumerate(outs)
     ]  # fmt: skip
     codes = [process.wait() for process in processes]
     if any(codes):
         sys.exit(f"a run has failed; see it with: {' '.join(['python -m', *launch, *words, '--out', str(outs[0])])}")
     logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in outs]
     return [max(row["seconds"] for row in rows) / values.steps for rows in zip(*logs, strict=True)][1:]
+
+
+def _environment(gpu: int | None) -> dict[str, str]:
+    """One thread, and the one GPU of a process apart; `torchrun` gives each of those together its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+    return environment
 
 
 if __name__ == "__main__":

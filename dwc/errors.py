@@ -1,6 +1,6 @@
 """What ends a command in one line: input that a person can mend (exit code 2), or a signal (128 plus its number)."""
 
-__all__ = ["InputError", "Interrupted", "brief"]
+__all__ = ["InputError", "Interrupted", "brief", "one_line"]
 
 
 class InputError(ValueError):
@@ -18,3 +18,8 @@ class Interrupted(Exception):
 def brief(value: object) -> str:
     """A header's entry, short enough for a line of an error."""
     return ", ".join(f"{key} {str(part)[:20]}" for key, part in value.items()) if isinstance(value, dict) else "missing"
+
+
+def one_line(text: str) -> str:
+    """What others may have written, fit for a terminal and a log: printable, and no more than 400 characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:400])

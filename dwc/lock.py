@@ -1,21 +1,23 @@
 """One process at a time: a lock that the kernel frees when its holder ends, however it ends.
 
 A process id written to a file can outlive its process and be given to another; an flock cannot. A child that is handed
-the descriptor holds the lock for as long as it lives, which is how what runs on its own is found again.
+the descriptor holds the lock for as long as it lives, which is how what runs on its own is found again; the id in its
+lock file counts only while the lock is held.
 """
 
 import fcntl
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from dwc.errors import InputError
 
-__all__ = ["claimed", "held", "hold", "start_once"]
+__all__ = ["claimed", "end", "held", "hold", "start_once"]
 
 _T = TypeVar("_T")
 _LOOK_S = 0.2
@@ -104,6 +106,8 @@ def claimed(
 def start_once(words: Sequence[str | Path], lock: Path, log: Path, **options) -> subprocess.Popen | None:
     """Start a process that holds the lock while it lives, in a process group of its own; None if one holds it.
 
+    The lock file tells its id, for `end` and for people.
+
     Parameters
     ----------
     words : sequence
@@ -127,12 +131,32 @@ def start_once(words: Sequence[str | Path], lock: Path, log: Path, **options) ->
         os.close(descriptor)
         raise InputError(f"{log}: cannot be written ({error.strerror}); make it writable") from error
     try:
-        return subprocess.Popen(
+        _note(descriptor, 0)  # nobody takes the last one's id for this one's
+        process = subprocess.Popen(
             [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             start_new_session=True, pass_fds=[descriptor], **options,
         )  # fmt: skip
+        _note(descriptor, process.pid)
+        return process
     except OSError as error:
         raise InputError(f"{words[0]}: cannot be started ({error.strerror}); give a program that can") from error
     finally:
         output.close()
         os.close(descriptor)  # the child's copy holds it from here on
+
+
+def end(lock: Path, patience_s: float) -> None:
+    """End the process group that `start_once` has started with a lock, whoever called it; killed if it takes long."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with held(lock) as free:
+            if free or not (pid := int(lock.read_text() or 0)):
+                return
+            with suppress(ProcessLookupError):
+                os.killpg(pid, number)
+        with held(lock, patience_s):
+            pass
+
+
+def _note(descriptor: int, pid: int) -> None:
+    """Write a process id over the last one, in as many bytes: what has been written once, a full disk takes too."""
+    os.pwrite(descriptor, b"%-10d\n" % pid, 0)

@@ -25,6 +25,7 @@ from dwc_kernels import FFGConv3d, inverse_softplus
 __all__ = ["FORMAT_VERSION", "Posterior"]
 
 FORMAT_VERSION = 1
+_MANY = 2**53  # volumes; what every JSON reader takes for a whole number
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +150,7 @@ class Posterior:
             if not isinstance(header.get(key) or {}, dict):
                 raise InputError(f"{path}: its header's {key} is no JSON object; write the file again with dwc train")
         n_volumes = header.get("n_volumes")
-        if n_volumes is not None and (type(n_volumes) is not int or n_volumes < 0):
+        if n_volumes is not None and (type(n_volumes) is not int or not 0 <= n_volumes < _MANY):
             raise InputError(
                 f"{path}: its header's n_volumes {str(n_volumes)[:20]!r} is no count; write it again with dwc train"
             )

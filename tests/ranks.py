@@ -1,7 +1,7 @@
-"""What the tests of many processes start by torchrun: `dwc train` with a mishap in it, or gradients on record.
+"""What the tests of many processes start by torchrun: `dwc train` with a mishap in it, or facts on record.
 
 torchrun ... tests/ranks.py mishap STEP SIGNAL RANK ARGUMENTS_OF_DWC_TRAIN
-torchrun ... tests/ranks.py gradients FILE ARGUMENTS_OF_DWC_TRAIN
+torchrun ... tests/ranks.py facts FILE BATCH_SIZE DRAWS ARGUMENTS_OF_DWC_TRAIN
 """
 
 import hashlib

@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from dwc.commands.arguments import new_parser, parse
+from dwc.data.manifest import Scan
 from dwc.errors import InputError
 from dwc.settings import TrainSettings
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
         steps.add_subcommand(name, step, help=step.description)
     values = parse(parser, arguments)
     if find_spec("nvflare") is None:
-        raise InputError("NVIDIA FLARE is not installed: pip install 'dwc[federated]'")
+        raise InputError("NVIDIA FLARE is not installed: pip install '.[federated]' in the clone of dwc")
     own = values[values.step]
     own.pop("config", None)
     _STEPS[values.step][1](own)
@@ -110,14 +111,17 @@ def _amend(values: Namespace) -> None:
 def _join_arguments(parser: ArgumentParser) -> None:
     """Run a site: answer the server, train on the site's own scans."""
     parser.add_argument("kit", type=Path, help="the site's start-up kit")
-    parser.add_argument("--data", type=Path | None, default=None, help="manifest of the site's scans; once is enough")
+    parser.add_argument(
+        "--data", type=Path | None, default=None, help="manifest of the site's scans; once for each round"
+    )
     parser.add_argument(
         "--settings", type=Path | None, default=None, help="YAML of the site's own: device, workers, cache_dir, ..."
     )
     parser.add_argument(
         "--command", type=list[str] | None, default=None,
-        help="what starts a training and lasts as long, as [sbatch, --wait, job.sh]; by default dwc train itself",
+        help="what starts a training and lasts as long, as [sbatch, --wait, /srv/job.sh]; by default dwc train itself",
     )  # fmt: skip
+    parser.add_argument("--again", type=bool, default=False, help="train on scans that have counted in a round before")
 
 
 def _join(values: Namespace) -> None:
@@ -134,16 +138,17 @@ def _join(values: Namespace) -> None:
         raise InputError(f"{kit}: is no site's kit; give one written by dwc federated init")
     if values.data is not None:
         own = _own(values.settings)
-        words = ["--cache_dir", str(folder / "cache"), "--config", str(folder / TRAINING)]
-        words += ["--mode", "vcl", "--data", str(values.data.absolute())]
-        settings = _checked_training([*words, *(["--config", str(values.settings)] if own else [])])
+        words = ["--cache_dir", str(folder / "cache"), "--config", str(folder / TRAINING), "--mode", "vcl"]
+        more = ["--data", str(values.data.absolute()), *(["--config", str(values.settings)] if own else [])]
+        settings, scans = _checked_training([*words, *more])
         if values.command is None:  # elsewhere there may be other devices
             choose_device(settings.device)
+        words += ["--config", str(folder / "own.yml")]
+        Spool.create(folder, words, values.command, scans=scans, again=values.again)
         resolved = {name: value for name, value in settings.to_json().items() if name in own}
         write_whole(folder / "own.yml", yaml.safe_dump(resolved).encode())  # paths hold wherever a trainer starts
-        Spool.create(folder, [*words, "--config", str(folder / "own.yml")], values.command)
-    elif values.settings or values.command:
-        raise InputError("--settings and --command go with --data; give the manifest of the site's scans too")
+    elif values.settings or values.command or values.again:
+        raise InputError("--settings, --command and --again go with --data; give the manifest of the site's scans too")
     Spool(folder)
     join(kit)
 
@@ -166,8 +171,8 @@ def _own(path: Path | None) -> dict[str, Any]:
     return own
 
 
-def _checked_training(words: list[str]) -> TrainSettings:
-    """The settings; refuses those and data with which no training could begin, while a person is looking."""
+def _checked_training(words: list[str]) -> tuple[TrainSettings, list[Scan]]:
+    """Settings and scans; refuses those with which no training could begin, while a person is looking."""
     from dwc.data.labels import LabelMap
     from dwc.plan import labelled_scans
 
@@ -175,10 +180,10 @@ def _checked_training(words: list[str]) -> TrainSettings:
     parser.add_class_arguments(TrainSettings)
     settings = TrainSettings(**parse(parser, [*words, "--prior", "prior", "--out", "run"]).as_dict())
     settings.check()
-    labelled_scans(settings)
+    train_scans, test_scans = labelled_scans(settings)
     if settings.label_map is not None:
         LabelMap.load(settings.label_map)
-    return settings
+    return settings, train_scans + test_scans
 
 
 def _round_arguments(parser: ArgumentParser) -> None:

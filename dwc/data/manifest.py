@@ -5,15 +5,17 @@ A manifest is a CSV or a BIDS-derivatives folder. This room finds the files and 
 
 import csv
 import hashlib
+import io
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from dwc.errors import InputError
 
-__all__ = ["Scan", "has_split_column", "read_manifest"]
+__all__ = ["Scan", "as_csv", "has_split_column", "read_manifest"]
 
 _COLUMNS = ("image", "label", "subject", "site", "split")
 _SPLITS = ("train", "test")
@@ -84,6 +86,15 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
         if len(set(splits)) > 1:
             raise InputError(f"{path}: subject {subject} is in both train and test; give each subject one split")
     return scans
+
+
+def as_csv(scans: Iterable[Scan]) -> bytes:
+    """A manifest of the scans with absolute paths, which `read_manifest` reads as they are, split and all."""
+    rows = [[scan.image.absolute(), scan.label and scan.label.absolute(), scan.subject, scan.site, scan.split]
+            for scan in scans]  # fmt: skip
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([_COLUMNS, *rows])
+    return table.getvalue().encode()
 
 
 def has_split_column(path: str | os.PathLike) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dwc.consolidation import Consolidation
-from dwc.errors import InputError
+from dwc.errors import InputError, one_line
 from dwc.federated.project import Project
 from dwc.federated.wire import ANSWER, HEADER, check, digest
 from dwc.files import open_folder, sweep, write_whole
@@ -22,8 +22,10 @@ from dwc.posterior import Posterior
 
 __all__ = ["Cycle", "describe", "read_state"]
 
-_VERSION = 2
+_VERSION = 3
 _MAY_CHANGE = {"sites", "rounds", "quorum", "grace_hours", "answer_timeout_s"}  # while a cycle is under way
+_REFUSED = 100  # files of a site that are remembered as refused: one that sends junk does not fill the books
+_FAR = 1e9  # of the prior's sigmas that a mean moves, or fold that a sigma shrinks: no training does
 _UNHEARD = {"state": "not heard of", "round": 0, "heard": None}
 
 
@@ -80,10 +82,14 @@ class Cycle:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state = read_state(folder)
+        self.reload()
         sweep(folder)
-        self.project = self.state["project"]
         self._contents: dict[int, bytes] = {}
+
+    def reload(self) -> None:
+        """Forget what could not be written, as when the disk is full: the folder alone tells what has happened."""
+        self.state = read_state(self.folder)
+        self.project = self.state["project"]
 
     @classmethod
     def create(cls, folder: Path, project: Project) -> "Cycle":
@@ -108,6 +114,7 @@ class Cycle:
             "posteriors": [],
             "refused": [],
             "trouble": [],  # of the last pass: what a person has to see to
+            "traffic": {},  # by site and round: bytes of the messages to it and from it
             "sites": {site: dict(_UNHEARD) for site in project.sites},
         }
         _write(folder, state)
@@ -213,6 +220,11 @@ class Cycle:
             self.state["trouble"] = trouble
             _write(self.folder, self.state)
 
+    def count(self, site: str, number: int, to_site: int, from_site: int) -> None:
+        """Add to the bytes of a site's messages in a round; kept with the next answer that is entered."""
+        row = self.state["traffic"].setdefault(site, {}).setdefault(str(number), [0, 0])
+        row[:] = row[0] + to_site, row[1] + from_site
+
     def _publish(self, number: int, waiting: list[dict[str, Any]]) -> bool:
         """Consolidate what counts in a round into the next prior (Eq. 17; S = the posteriors received)."""
         rows = [row for row in self.state["posteriors"] if row["counted_in"] == number] + waiting
@@ -244,6 +256,9 @@ class Cycle:
             self.state["posteriors"].append(row)
         except _Refused as error:
             self.state["refused"].append({**row, "reason": str(error)})
+            mine = [row for row in self.state["refused"] if row["site"] == site]
+            if len(mine) > _REFUSED:
+                self.state["refused"].remove(mine[0])
         finally:
             incoming.unlink(missing_ok=True)
 
@@ -261,6 +276,7 @@ class Cycle:
             self._check(site, row, posterior)
             trial.add(posterior)
             trial.posterior()
+            _check_reach(posterior, trial.prior)
         return row
 
     def _round_of(self, posterior: Posterior) -> int:
@@ -313,7 +329,17 @@ def _blamed_on(site: str, incoming: Path) -> Iterator[None]:
         if isinstance(error.__cause__, OSError):
             raise
         reason = str(error).replace(str(incoming), f"{site}'s posterior").replace(f"{incoming.parent}/", "")
-        raise _Refused(reason) from error
+        raise _Refused(one_line(reason)) from error
+
+
+def _check_reach(posterior: Posterior, prior: Posterior) -> None:
+    """Refuse values so large or small that, with those of other sites, they leave the range of fp32."""
+    for name, sigma_0 in prior.sigma.items():
+        shift = (posterior.mu[name].double() - prior.mu[name]).abs()
+        if (shift > _FAR * sigma_0).any() or (posterior.sigma[name] < sigma_0 / _FAR).any():
+            raise InputError(
+                f"{posterior.name}: {name} is more than {_FAR:g} sigmas from the prior, or as much surer; train again"
+            )
 
 
 def _quorum_since(state: Mapping[str, Any]) -> str | None:

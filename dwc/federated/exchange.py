@@ -19,6 +19,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 from nvflare.apis.signal import Signal
+from nvflare.fuel.utils import fobs
 
 from dwc.errors import InputError
 from dwc.federated.cycle import Cycle
@@ -32,6 +33,7 @@ ALLOWED = ("dwc.federated.exchange.Exchange", "dwc.federated.exchange.Site")
 FOLDER = "DWC_FEDERATED"  # environment: a folder with one for each participant, in place of the kits'
 SERVER = "server"
 _LOOK_S = 0.1
+_AT_ONCE = 10  # priors on their way: a thousand would share the server's link, and none be there in time
 
 
 def folder_in(kit: Path) -> Path:
@@ -85,33 +87,42 @@ class Exchange(Controller):
     def _pass(self, cycle: Cycle, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Ask every site that is there; a pass lasts as long as its slowest answer, but a due round closes before."""
         trouble: list[str] = []
+        until = time.monotonic() + cycle.project["answer_timeout_s"]  # what is sent by then ends within `pass_limit`
         sites = {client.name for client in self._engine.get_clients()}.intersection(cycle.project["sites"])
         open_tasks = {site: self._send(ASK, cycle, site, fl_ctx) for site in sorted(sites)}
+        want_prior: list[str] = []
         while open_tasks and not abort_signal.triggered:
             time.sleep(_LOOK_S)
             for site, task in list(open_tasks.items()):
                 if task.completion_status is None:
                     continue
                 del open_tasks[site]
-                with self._noted(trouble, fl_ctx):
+                with self._noted(cycle, trouble, fl_ctx):
                     if self._receive(cycle, site, task, fl_ctx) == "no prior":
-                        open_tasks[site] = self._send(GIVE, cycle, site, fl_ctx)
+                        want_prior.append(site)
                 self._advance(cycle, trouble, fl_ctx)
+            if time.monotonic() < until:  # who has to wait for longer asks again in the next pass
+                free = _AT_ONCE - sum(task.name == GIVE for task in open_tasks.values())
+                for site in want_prior[:free]:
+                    with self._noted(cycle, trouble, fl_ctx):
+                        open_tasks[site] = self._send(GIVE, cycle, site, fl_ctx)
+                del want_prior[:free]
         self._advance(cycle, trouble, fl_ctx)  # a grace may be over though nobody answers
         cycle.note(trouble)
 
     def _advance(self, cycle: Cycle, trouble: list[str], fl_ctx: FLContext) -> None:
-        with self._noted(trouble, fl_ctx):
+        with self._noted(cycle, trouble, fl_ctx):
             if cycle.advance():
                 self.log_info(fl_ctx, f"published {cycle.result}")
 
     @contextmanager
-    def _noted(self, trouble: list[str], fl_ctx: FLContext) -> Iterator[None]:
-        """One site's message, or one damaged file, does not keep the other sites from being heard."""
+    def _noted(self, cycle: Cycle, trouble: list[str], fl_ctx: FLContext) -> Iterator[None]:
+        """One site's message, a damaged file or a full disk does not keep the other sites from being heard."""
         try:
             yield
         except InputError as error:
             self.log_error(fl_ctx, str(error))
+            cycle.reload()
             if str(error) not in trouble:
                 trouble.append(str(error))
 
@@ -131,6 +142,7 @@ class Exchange(Controller):
         if result.get_return_code() != ReturnCode.OK:
             self.log_info(fl_ctx, f"{site}: {result.get_return_code()}; its own log tells why")
             return None
+        cycle.count(site, task.data["round"], _size(task.data), _size(result))
         return cycle.receive(site, own_entries(result))["state"]
 
 
@@ -149,6 +161,11 @@ class Site(Executor):
         reply = make_reply(ReturnCode.OK)
         reply.update(answer)
         return reply
+
+
+def _size(message: Shareable) -> int:
+    """Bytes of a message as FLARE serializes it, headers and all."""
+    return len(fobs.dumps(message))
 
 
 def own_entries(message: Shareable) -> dict[str, Any]:

@@ -31,7 +31,8 @@ def plan(sites: Sequence[int], *, n_classes: int, width: int, link_mbit_s: float
     """A row per number of sites, for one round with all of them.
 
     Columns: ``payload_mb`` (one posterior; as much comes to a site as leaves it), ``server_traffic_gb`` (both ways),
-    ``link_s`` (that traffic at the server's link, if nothing else is on it), ``consolidation_s`` (with the books),
+    ``link_s`` (that traffic at the server's link, if nothing else is on it), ``answer_timeout_s`` (what the project's
+    must exceed if all posteriors arrive at once: half of that), ``consolidation_s`` (with the books),
     ``memory_mb`` (of a process that does nothing else, whatever the number of sites; FLARE's own comes on top),
     ``in_flight_mb`` (more, if all posteriors arrive at once),
     ``disk_gb`` and ``basis``, measured or extrapolated.
@@ -55,6 +56,7 @@ def plan(sites: Sequence[int], *, n_classes: int, width: int, link_mbit_s: float
             "payload_mb": payload / 1e6,
             "server_traffic_gb": 2 * n * payload / 1e9,
             "link_s": 2 * n * payload * 8 / (link_mbit_s * 1e6),
+            "answer_timeout_s": n * payload * 8 / (link_mbit_s * 1e6),
             "consolidation_s": n * seconds,
             "memory_mb": memory / 1e6,
             "in_flight_mb": n * payload / 1e6,

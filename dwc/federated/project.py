@@ -50,7 +50,8 @@ class Project:
     temper
         lambda of the consolidation, see `dwc consolidate --help`.
     answer_timeout_s
-        How long one exchange waits for a site: a posterior over the slowest link, no training.
+        How long one exchange waits for a site: for its posterior over its own link, or for those of all sites over the
+        server's, whichever takes longer; for no training.
     training
         Settings of `dwc train` that the sites share, such as epochs and lr; they go into each site's kit.
     """

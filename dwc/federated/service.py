@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dwc.errors import InputError, Interrupted
 from dwc.federated.cycle import read_state
 from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, folder_in
 from dwc.files import write_whole
-from dwc.lock import start_once
+from dwc.lock import end, held, start_once
 
 __all__ = ["admin_kit_of", "configure", "join", "make_pass", "pass_limit", "serve", "write_job"]
 
@@ -43,7 +43,7 @@ def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
     Raises
     ------
     InputError
-        If the kit is none of a server's, or there is no time between passes.
+        If the kit is none of a server's or is served already, or there is no time between passes.
     Interrupted
         When stopped by a signal.
     """
@@ -53,6 +53,8 @@ def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
     configure(kit)
     words = [sys.executable, "-m", "dwc.cli", "federated", "round", str(kit), "--admin", str(admin_kit)]
     with _stopped_by_signals(), _kept_running(kit) as keep:
+        if keep is None:
+            raise InputError(f"{kit}: is served already; end that process first")
         keep()
         while True:
             began = time.monotonic()
@@ -69,7 +71,7 @@ def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
 
 
 def join(kit: Path) -> None:
-    """Run a site, until stopped; its trainers go on when it is.
+    """Run a site, until stopped; its trainers go on when it is. Where it runs already, return.
 
     Raises
     ------
@@ -80,6 +82,9 @@ def join(kit: Path) -> None:
     """
     configure(kit)
     with _stopped_by_signals(), _kept_running(kit) as keep:
+        if keep is None:
+            print(f"{kit.name}: runs already, and goes on with what its folder now says")
+            return
         while True:
             keep()
             _clear_runs(kit)
@@ -186,31 +191,30 @@ def pass_limit(kit: Path) -> float:
 
 
 @contextmanager
-def _kept_running(kit: Path) -> Iterator[Any]:
-    """A function that starts FLARE's process unless it runs, and tells whether; it ends with the block."""
+def _kept_running(kit: Path) -> Iterator[Callable[[], bool] | None]:
+    """A function that starts FLARE's process unless it runs, and tells whether; None where another service has it.
+
+    The process ends with the block, though an earlier service, which was killed, may have started it.
+    """
+    lock = folder_in(kit) / "engine.lock"
     words = ["bash", kit / "startup" / "sub_start.sh", "--once"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     environment.pop(FOLDER, None)
-    started: list[subprocess.Popen] = []
 
     def keep() -> bool:
-        while started and started[-1].poll() is not None:
-            started.pop()
-        process = start_once(words, folder_in(kit) / "engine.lock", kit / "engine.log", cwd=kit, env=environment)
+        process = start_once(words, lock, kit / "engine.log", cwd=kit, env=environment)
         if process:
-            started.append(process)
             print(f"{kit.name}: FLARE starts, its log is {kit / 'engine.log'}", flush=True)
         return process is not None
 
-    try:
-        yield keep
-    finally:
-        for process in started:
-            process.terminate()
-            try:
-                process.wait(timeout=2 * _LOOK_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    with held(folder_in(kit) / "service.lock") as alone:
+        if not alone:
+            yield None
+            return
+        try:
+            yield keep
+        finally:
+            end(lock, 2 * _LOOK_S)
 
 
 @contextmanager

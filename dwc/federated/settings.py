@@ -21,7 +21,7 @@ class SimulationSettings:
     rounds
         How many.
     n_train
-        Training scans per site.
+        Training scans per site, other ones for each round.
     n_test
         Held-out scans per site, on which each round is scored.
     grid_size

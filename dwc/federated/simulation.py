@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -39,10 +40,13 @@ from dwc.training import train
 __all__ = ["simulate"]
 
 _PASSES = 100_000
+_LOOK_S = 0.2
 
 
 def simulate(settings: SimulationSettings) -> None:
-    """Run the rounds, print what each took and brought, and the plan; `rounds.csv` and `plan.csv` keep them.
+    """Run the rounds, print what each took and brought, and the plan.
+
+    `rounds.csv` and `plan.csv` keep the tables; `traffic.csv` has the bytes of each site and round.
 
     Raises
     ------
@@ -53,20 +57,19 @@ def simulate(settings: SimulationSettings) -> None:
     settings.check()
     open_folder(settings.out)
     names = [f"site-{number}" for number in range(1, settings.sites + 1)]
-    manifests = {name: _scans(settings, name, number) for number, name in enumerate(names)}
+    manifests = [
+        {name: _scans(settings, name, site, number) for site, name in enumerate(names)}
+        for number in range(1, settings.rounds + 1)
+    ]
     project = Project(
         "simulation", "localhost", names, _first_prior(settings), rounds=settings.rounds, training=settings.training()
     ).check()
     books = settings.out / "books"
     cycle = Cycle.create(books / SERVER, project)
-    for name in names:
-        words = ["--mode", "vcl", "--data", str(manifests[name]), "--device", "cpu"]
-        words += [word for key, value in project.training.items() for word in (f"--{key}", json.dumps(value))]
-        Spool.create(books / name, words)
-    _run_flare(settings, names, books)
+    _run_flare(settings, names, books, manifests)
     if (cycle := Cycle(cycle.folder)).round is not None:
         raise InputError(f"{settings.out / 'flare.log'}: the simulator ended in round {cycle.round}; it tells why")
-    rounds = _rounds(settings, cycle.folder, manifests)
+    rounds = _rounds(settings, cycle.folder, manifests[0])
     write_whole(settings.out / "rounds.csv", rounds.to_csv(float_format="%.4f").encode())
     print(rounds.to_string(float_format="%.3f", na_rep="-"))
     if settings.plan_sites:
@@ -79,13 +82,14 @@ def simulate(settings: SimulationSettings) -> None:
     print(f"\n{settings.out}")
 
 
-def _scans(settings: SimulationSettings, name: str, number: int) -> Path:
-    """A site's manifest; the scanners of `load_sites` take turns, each time with other subjects."""
+def _scans(settings: SimulationSettings, name: str, site: int, number: int) -> Path:
+    """A site's manifest of a round, each time with other subjects; the scanners of `load_sites` take turns."""
     kinds = list(load_sites())
-    turn, kind = divmod(number, len(kinds))
+    turn, kind = divmod(site, len(kinds))
     grid = Grid(settings.grid_size, settings.voxel_size)
-    folder = settings.out / "scans" / name
-    return write_site(folder, kinds[kind], settings.n_train, settings.n_test, grid=grid, seed=settings.seed + turn)
+    folder, seed = settings.out / "scans" / name / f"round-{number}", settings.seed + turn + 1000 * (number - 1)
+    n_test = settings.n_test if number == 1 else 0  # the same ones judge every round
+    return write_site(folder, kinds[kind], settings.n_train, n_test, grid=grid, seed=seed)
 
 
 def _first_prior(settings: SimulationSettings) -> Path:
@@ -103,8 +107,16 @@ def _first_prior(settings: SimulationSettings) -> Path:
     return settings.out / "origin" / "vi" / "posterior.safetensors"
 
 
-def _run_flare(settings: SimulationSettings, names: list[str], books: Path) -> None:
-    """All rounds as one job in the simulator, with a process for each site."""
+def _give_scans(settings: SimulationSettings, books: Path, manifests: dict[str, Path]) -> None:
+    """What `dwc federated join --data` does at each site, before a round."""
+    words = ["--mode", "vcl", "--device", "cpu"]
+    words += [word for key, value in settings.training().items() for word in (f"--{key}", json.dumps(value))]
+    for name, manifest in manifests.items():
+        Spool.create(books / name, words, scans=read_manifest(manifest))
+
+
+def _run_flare(settings: SimulationSettings, names: list[str], books: Path, manifests: list[dict[str, Path]]) -> None:
+    """All rounds as one job in the simulator, with a process for each site and new scans for each round."""
     workspace, log = settings.out / "flare", settings.out / "flare.log"
     (workspace / "local").mkdir(parents=True)
     policy = {"format_version": 2, "class_allow_list": list(ALLOWED)}
@@ -115,12 +127,17 @@ def _run_flare(settings: SimulationSettings, names: list[str], books: Path) -> N
     words = [sys.executable, "-m", "nvflare.cli", "simulator", str(job), "-w", str(workspace)]
     words += ["-c", ",".join(names), "-t", n, "-m", n]
     environment = {**os.environ, FOLDER: str(books)}
+    until, given = time.monotonic() + settings.limit_s, 0
     with log.open("wb") as output:
         flare = subprocess.Popen(words, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
-            flare.wait(settings.limit_s)
-        except subprocess.TimeoutExpired:
-            raise InputError(f"{log}: the rounds took more than {settings.limit_s:g} s; give more --limit_s") from None
+            while flare.poll() is None:
+                if given < min(len(read_state(books / SERVER)["priors"]), settings.rounds):
+                    _give_scans(settings, books, manifests[given])
+                    given += 1
+                if time.monotonic() > until:
+                    raise InputError(f"{log}: the rounds took more than {settings.limit_s:g} s; give more --limit_s")
+                time.sleep(_LOOK_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(flare.pid, signal.SIGKILL)
@@ -128,8 +145,10 @@ def _run_flare(settings: SimulationSettings, names: list[str], books: Path) -> N
 
 
 def _rounds(settings: SimulationSettings, folder: Path, manifests: dict[str, Path]) -> pd.DataFrame:
-    """A row per network q0, q1, ...: seconds of its round, posteriors in it, bytes per site, Dice."""
+    """A row per network q0, q1, ...: Dice; seconds of its round, posteriors in it, bytes of the site with the most."""
     state = read_state(folder)
+    traffic = _traffic(state)
+    write_whole(settings.out / "traffic.csv", traffic.to_csv().encode())
     grid, label_map = Grid(settings.grid_size, settings.voxel_size), LabelMap.load(settings.label_map)
     scans = [scan for manifest in manifests.values() for scan in read_manifest(manifest) if scan.split == "test"]
     held_out = prepare(scans, label_map, grid, settings.out / "cache", progress=False)
@@ -144,8 +163,17 @@ def _rounds(settings: SimulationSettings, folder: Path, manifests: dict[str, Pat
             row |= {
                 "seconds": (published[number] - published[number - 1]).total_seconds(),
                 "posteriors": len(entered),
-                "bytes_to_a_site": (folder / f"q{number - 1}.safetensors").stat().st_size,
-                "bytes_from_a_site": max(entry["bytes"] for entry in entered),
+                **traffic.xs(number, level="round").max().to_dict(),
             }
         rows.append(row)
     return pd.DataFrame(rows).set_index("network")
+
+
+def _traffic(state: dict) -> pd.DataFrame:
+    """A row per site and round: bytes of the messages, as FLARE serializes them, to the site and from it."""
+    rows = [
+        {"site": site, "round": int(number), "bytes_to_a_site": to_site, "bytes_from_a_site": from_site}
+        for site, rounds in state["traffic"].items()
+        for number, (to_site, from_site) in rounds.items()
+    ]
+    return pd.DataFrame(rows).set_index(["site", "round"]).sort_index()

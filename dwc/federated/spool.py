@@ -4,16 +4,22 @@ Each round has a folder, `round-1-<prior>/`, with the prior, the run folder of `
 the trainer holds while it lives. The trainer is a process group of its own: it outlives whoever started it, and is
 started again, to resume, if it ends without a posterior. A site works on one round at a time, the oldest first. What
 has been handed in the server's books tell, not this folder; a round that a person gives up has a file `given-up`.
+
+A round is trained on the scans that are the site's when it begins, and `scans.json` in its folder names them by their
+content: scans that have counted in one round are not trained on in another, unless a person says so.
 """
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dwc.data.manifest import Scan, as_csv
+from dwc.data.subvolumes import digest_of_scans
 from dwc.errors import InputError
 from dwc.federated.wire import QUESTION, check, digest
 from dwc.files import open_folder, sweep, write_whole
@@ -52,31 +58,56 @@ class Spool:
         try:
             self.site = yaml.safe_load(path.read_text(encoding="utf-8"))
             self._command = [*self.site["command"], *self.site["arguments"]]
+            self._begun_with = {name: self.site[name] for name in ("data", "scans")}
         except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
             raise InputError(f"{path}: cannot be read ({error}); write it with dwc federated join") from error
 
     @classmethod
-    def create(cls, folder: Path, arguments: list[str], command: list[str] | None = None) -> "Spool":
-        """Make the folder.
+    def create(
+        cls,
+        folder: Path,
+        arguments: list[str],
+        command: list[str] | None = None,
+        *,
+        scans: Sequence[Scan] = (),
+        again: bool = False,
+    ) -> "Spool":
+        """Make the folder, or change what the rounds that have not begun yet are trained on.
 
         Parameters
         ----------
         folder : Path
             Where.
         arguments : list of str
-            Of `dwc train`; the prior, the run folder and the site's stream of noise are added to them.
+            Of `dwc train`; the scans, the prior, the run folder and the site's stream of noise are added to them.
         command : list of str, optional
-            What they are given to, and what must last as long as the training does: ``sbatch --wait job.sh``,
-            ``systemd-run --user --scope dwc train``, ``torchrun --nproc-per-node 4 -m dwc.train``. By default
-            `TRAINER`.
+            What they are given to, and what must last as long as the training does: ``sbatch --wait /srv/job.sh``,
+            ``systemd-run --user --scope dwc train``, ``torchrun --standalone --nproc-per-node=4 -m dwc.train``. By
+            default `TRAINER`.
+        scans : sequence of Scan
+            The site's, of both parts of the split; each one to train on is read once, to know it by its content.
+        again : bool
+            Whether rounds may be trained on scans that have counted in one before.
 
         Raises
         ------
         InputError
-            If it cannot be written.
+            If it cannot be written, a scan cannot be read, or one has counted already.
         """
         open_folder(folder)
+        to_train = [replace(scan, label=None) for scan in scans if scan.split == "train"]  # the same with other labels
+        known = [digest_of_scans([scan], folder / "cache") for scan in to_train]
+        if (n := len(_counted(folder).intersection(known))) and not again:
+            raise InputError(
+                f"{folder}: {n} of {len(known)} scans have counted in an earlier round; give others, or --again true"
+            )
+        data = None
+        if scans:  # kept, so that a round goes on with what it began with, whatever becomes of the manifest
+            manifest = as_csv(scans)
+            data = str(folder / f"scans-{digest(manifest)[:12]}.csv")
+            write_whole(data, manifest)
         site = {"command": list(command or TRAINER), "arguments": list(arguments)}
+        site |= {"data": data, "scans": known, "again": again}
         write_whole(folder / "site.yml", yaml.safe_dump(site, sort_keys=False).encode())
         return cls(folder)
 
@@ -105,6 +136,8 @@ class Spool:
                 continue
             path = task / "run" / "posterior.safetensors"
             if not path.exists():
+                if not (task / "run").exists() and self._lacks_scans():
+                    return _answer("no scans", key)
                 return _answer(self._train(task), key)
             content = path.read_bytes()
             if (reason := question["settled"].get(digest(content))) is None:
@@ -112,7 +145,13 @@ class Spool:
             if reason:
                 write_whole(task / "refused", reason.encode())  # for people
         wanted = question["round"] and not (self._task(question) / "task.json").exists()
-        return _answer("no prior" if wanted else "idle", question)
+        if not wanted:
+            return _answer("idle", question)
+        return _answer("no scans" if self._lacks_scans() else "no prior", question)
+
+    def _lacks_scans(self) -> bool:
+        """Whether a round that began now would count scans a second time, and nobody has said that it may."""
+        return not self.site["again"] and not _counted(self.folder).isdisjoint(self.site["scans"])
 
     def _task(self, question: Mapping[str, Any]) -> Path:
         return self.folder / f"round-{question['round']}-{question['prior_sha256'][:12]}"
@@ -137,11 +176,21 @@ class Spool:
 
     def _train(self, task: Path) -> str:
         """Start the trainer, unless it runs."""
-        words = [*self._command, "--stream", stream_of(self.name), "--prior", task / "prior.safetensors"]
-        words += ["--out", task / "run", "--resume"]
-        (task / "run").mkdir(exist_ok=True)  # --resume wants a folder; a person may have taken it away to start anew
+        if not (task / "run").exists():  # it begins, or a person has taken it away to begin anew
+            write_whole(task / "scans.json", json.dumps(self._begun_with).encode())
+            (task / "run").mkdir()
+        data = json.loads((task / "scans.json").read_text(encoding="utf-8"))["data"]
+        words = [*self._command, *(["--data", data] if data else []), "--stream", stream_of(self.name)]
+        words += ["--prior", task / "prior.safetensors", "--out", task / "run", "--resume"]
         trainer = start_once(words, task / "trainer.lock", task / "trainer.log", cwd=self.folder)
         return "training" if trainer is None else "started"
+
+
+def _counted(folder: Path) -> set[str]:
+    """The scans of rounds that have a posterior, by their content; of one that was refused none has counted."""
+    done = [path.parents[1] for path in folder.glob("round-*/run/posterior.safetensors")]
+    entered = [task / "scans.json" for task in done if not (task / "refused").exists()]
+    return {scan for path in entered for scan in json.loads(path.read_text(encoding="utf-8"))["scans"]}
 
 
 def _answer(state: str, key: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ HEADER = {  # of a posterior's file, as dwc train writes it; a site sends no oth
 }  # fmt: skip
 STATES = {
     "no prior": "asks for the round's prior",
+    "no scans": "waits for scans that have not counted yet",
     "started": "has just started its trainer, or started it again",
     "training": "trains",
     "trained": "hands in its posterior",
@@ -50,11 +51,15 @@ def check(message: Mapping[str, Any], keys: Mapping[str, type]) -> dict[str, Any
     """
     for key, value in message.items():
         if key not in keys or type(value) is not keys[key]:
-            raise InputError(f"message: unexpected entry {key!r} of type {type(value).__name__}; use the same dwc")
+            raise InputError(
+                f"message: unexpected entry {str(key)[:40]!r} of type {type(value).__name__}; use the same dwc"
+            )
     if missing := [key for key, kind in keys.items() if kind is not bytes and key not in message]:
         raise InputError(f"message: {missing[0]!r} is missing; use the same dwc")
     if not _DIGEST.fullmatch(message["prior_sha256"]):  # it names a folder
         raise InputError("message: prior_sha256 is no SHA-256 digest; use the same dwc")
+    if not 0 <= message["round"] < 2**31:
+        raise InputError("message: round is no number of a round; use the same dwc")
     if keys is ANSWER and message["state"] not in STATES:
         raise InputError("message: a state that is none of ours; use the same dwc")
     return dict(message)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwc.data.manifest import Scan, _split_by_subject, read_manifest
+from dwc.data.manifest import Scan, _split_by_subject, as_csv, read_manifest
 from dwc.errors import InputError
 
 
@@ -170,3 +170,16 @@ def test_a_bids_folder_with_ambiguous_labels_or_no_images_is_refused(tmp_path):
     _touch(tmp_path, *(f"sub-1/anat/sub-1_{s}.nii.gz" for s in ("T1w", "dseg", "desc-aseg_dseg")))
     with pytest.raises(InputError, match="several segmentations fit"):
         read_manifest(tmp_path)
+
+
+def test_scans_written_as_a_manifest_are_read_as_they_are(tmp_path):
+    for name in ("a, b.nii.gz", "c.nii.gz"):
+        (tmp_path / name).touch()
+    scans = [
+        Scan(tmp_path / "a, b.nii.gz", tmp_path / "c.nii.gz", "one", "north", "train"),
+        Scan(tmp_path / "c.nii.gz", None, "two", "east", "test"),
+    ]
+    path = tmp_path / "elsewhere" / "scans.csv"
+    path.parent.mkdir()
+    path.write_bytes(as_csv(scans))
+    assert read_manifest(path) == scans

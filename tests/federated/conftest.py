@@ -1,15 +1,21 @@
-"""A guard for everything that a test starts: no address but loopback."""
+"""A cycle of three sites, and a guard for everything that a test starts: no address but loopback."""
 
 import os
 from importlib.util import find_spec
 
 import pytest
 
+from dwc.federated import cycle as room
+from dwc.federated.cycle import Cycle
+from dwc.federated.project import Project
+from tests.made_cycles import NOW
+from tests.made_posteriors import a_prior
+
 needs_flare = [
     "test_exchange.py", "test_federated_command.py", "test_loopback.py", "test_service.py",
     "test_federated_simulation.py",
 ]  # fmt: skip
-collect_ignore = [] if find_spec("nvflare") else needs_flare  # pip install 'dwc[federated]'
+collect_ignore = [] if find_spec("nvflare") else needs_flare  # pip install '.[federated]'
 
 GUARD = """
 import os, socket
@@ -42,3 +48,23 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
     assert not calls.exists(), calls.read_text()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is set."""
+    now = [NOW]
+    monkeypatch.setattr(room, "_now", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def project(tmp_path, clock) -> Project:
+    prior = tmp_path / "prior.safetensors"
+    a_prior().save(prior)
+    return Project("brains", "localhost", ["north", "east", "west"], prior, rounds=2, quorum=2, grace_hours=24).check()
+
+
+@pytest.fixture
+def cycle(project, tmp_path) -> Cycle:
+    return Cycle.create(tmp_path / "server", project)

@@ -6,12 +6,19 @@ import pytest
 from nvflare.apis.controller_spec import TaskCompletionStatus
 from nvflare.apis.shareable import make_reply
 from nvflare.apis.signal import Signal
+from nvflare.apis.utils.decomposers import flare_decomposers
+from nvflare.fuel.utils import fobs
 
+from dwc.errors import InputError
+from dwc.federated import cycle as books
 from dwc.federated import exchange as room
 from dwc.federated.cycle import Cycle, describe
 from dwc.federated.exchange import Exchange
 from dwc.federated.project import Project
+from dwc.federated.wire import GIVE
 from tests.made_posteriors import a_prior, a_site
+
+flare_decomposers.register()  # as FLARE does when it starts
 
 
 @pytest.fixture
@@ -32,16 +39,17 @@ class Pass(Exchange):
 
     def __init__(self, answers: dict[str, dict | None]) -> None:
         super().__init__()
-        self.answers, self.frozen, self.lines = answers, [], []
+        self.answers, self.frozen, self.sent, self.lines = answers, [], [], []
         self._engine = SimpleNamespace(get_clients=lambda: [SimpleNamespace(name=name) for name in answers])
 
     def send(self, task, fl_ctx, targets) -> None:
+        self.sent.append((task.name, targets[0]))
         answer = self.answers[targets[0]]
         if answer is None:
             self.frozen.append(task)
             return
         reply = make_reply("OK")
-        reply.update(answer)
+        reply.update(answer if task.name != GIVE else answer | {"state": "started"})
         task.client_tasks.append(SimpleNamespace(result=reply))
         task.completion_status = TaskCompletionStatus.OK
 
@@ -92,3 +100,96 @@ def test_a_round_that_cannot_close_is_told(cycle, monkeypatch):
     Pass({"west": posterior(cycle, 2)}).make(cycle)
     assert cycle.round == 1
     assert "north.safetensors: truncated" in describe(Cycle(cycle.folder).state)
+
+
+NO_PRIOR = {"state": "no prior", "round": 1, "prior_sha256": ""}
+
+
+@pytest.fixture
+def many(tmp_path) -> Cycle:
+    """A cycle of 25 sites."""
+    a_prior().save(tmp_path / "prior.safetensors")
+    sites = [f"site-{number}" for number in range(25)]
+    return Cycle.create(tmp_path / "many", Project("brains", "localhost", sites, tmp_path / "prior.safetensors"))
+
+
+class SlowLinks(Pass):
+    """Sites to which a prior is under way until the next look."""
+
+    def send(self, task, fl_ctx, targets) -> None:
+        super().send(task, fl_ctx, targets)
+        if task.name == GIVE:
+            task.completion_status = None
+            self.frozen.append(task)
+
+    def arrive(self) -> int:
+        for task in (arrived := self.frozen):
+            task.completion_status = TaskCompletionStatus.OK
+        self.frozen = []
+        return len(arrived)
+
+
+def test_priors_go_out_ten_at_a_time_and_reach_every_site(many, monkeypatch):
+    one_pass, under_way = SlowLinks(dict.fromkeys(many.project["sites"], NO_PRIOR)), []
+    monkeypatch.setattr(room.time, "sleep", lambda seconds: under_way.append(one_pass.arrive()))
+    one_pass.make(many)
+    assert [n for n in under_way if n] == [10, 10, 5]
+    assert sorted(site for name, site in one_pass.sent if name == GIVE) == sorted(many.project["sites"])
+    assert {row["state"] for row in many.state["sites"].values()} == {"started"}
+
+
+def test_who_gets_no_prior_while_a_pass_lasts_gets_it_in_the_next(many, monkeypatch):
+    now, sites = [0.0], dict.fromkeys(many.project["sites"], NO_PRIOR)
+    monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
+
+    def look(seconds):
+        now[0] += 300 if one_pass.arrive() else 1
+
+    monkeypatch.setattr(room.time, "sleep", look)
+    served = []
+    while sites:
+        one_pass = SlowLinks(sites)
+        one_pass.make(many)
+        served.append([site for name, site in one_pass.sent if name == GIVE])
+        sites = {site: answer for site, answer in sites.items() if site not in served[-1]}
+        assert len(served) < 9
+    assert [len(part) for part in served] == [20, 5]
+
+
+def test_what_a_full_disk_kept_from_the_books_has_not_happened(cycle, monkeypatch):
+    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
+    write = books.write_whole
+
+    def full(path, content):
+        if path.name == "state.json" and b'"counted_in": 1' in content:
+            raise InputError(f"{path}: cannot be written (No space left on device)")
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(books, "write_whole", full)
+        answers = {"east": posterior(cycle, 1), "north": posterior(cycle, 2), "west": NO_PRIOR}
+        one_pass = Pass(answers)
+        one_pass.make(cycle)
+    assert cycle.round == 1
+    assert cycle.state == Cycle(cycle.folder).state
+    assert "No space left on device" in describe(cycle.state)
+    Pass({"west": posterior(cycle, 3)}).make(cycle)
+    assert cycle.round == 2
+    assert {row["site"]: row["counted_in"] for row in cycle.state["posteriors"]} == {"north": 1, "east": 1, "west": 1}
+
+
+def test_the_bytes_of_the_messages_are_counted_by_site_and_round(cycle, monkeypatch):
+    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
+    Pass({"north": NO_PRIOR, "east": NO_PRIOR}).make(cycle)
+    prior = (cycle.folder / "q0.safetensors").stat().st_size
+    to_north, from_north = cycle.state["traffic"]["north"]["1"]
+    assert prior < to_north < prior + 2000  # two messages, one with the prior
+    reply = make_reply("OK")
+    reply.update(NO_PRIOR)
+    assert len(fobs.dumps(reply)) <= from_north / 2 + 10
+    answer = posterior(cycle, 1)
+    Pass({"north": answer}).make(cycle)
+    now = Cycle(cycle.folder).state["traffic"]
+    assert now["north"]["1"][1] > from_north + len(answer["posterior"])
+    assert now["north"]["1"][0] > to_north
+    assert now["east"]["1"][0] > prior

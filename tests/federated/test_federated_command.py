@@ -192,9 +192,30 @@ def test_a_sites_own_settings_hold_wherever_its_trainer_starts(kits, manifest, t
     folder = folder_in(kits / "east")
     (tmp_path / "own.yml").unlink()
     monkeypatch.chdir("/")
-    settings = command._checked_training(yaml.safe_load((folder / "site.yml").read_text())["arguments"])
+    site = yaml.safe_load((folder / "site.yml").read_text())
+    settings, scans = command._checked_training([*site["arguments"], "--data", site["data"]])
+    assert [scan.image for scan in scans] == [tmp_path / "scan.nii.gz"]
     assert (settings.device, settings.cache_dir) == ("cuda", tmp_path / "conformed")
     assert (settings.epochs, settings.lr) == (2, 0.01)  # as agreed
+
+
+def test_a_site_that_runs_is_given_its_next_scans_beside_it(kits, manifest, tmp_path, capsys):
+    kit, words = kits / "east", ["join", str(kits / "east"), "--data"]
+    with held(folder_in(kit) / "service.lock"):
+        for subject in ("one", "two"):
+            (tmp_path / "scan.nii.gz").write_text(subject)
+            assert cli.main(["federated", *words, str(manifest(TRAIN))]) == 0
+            assert "east: runs already" in capsys.readouterr().out
+    known = yaml.safe_load((folder_in(kit) / "site.yml").read_text())["scans"]
+    task = folder_in(kit) / "round-1-00"
+    (task / "run").mkdir(parents=True)
+    (task / "run" / "posterior.safetensors").touch()
+    (task / "scans.json").write_text(json.dumps({"scans": known}))
+    assert cli.main(["federated", *words, str(manifest(TRAIN))]) == 2
+    assert "1 of 1 scans have counted in an earlier round; give others, or --again true" in capsys.readouterr().err
+    with held(folder_in(kit) / "service.lock"):
+        assert cli.main(["federated", *words, str(manifest(TRAIN)), "--again", "true"]) == 0
+    assert yaml.safe_load((folder_in(kit) / "site.yml").read_text())["again"] is True
 
 
 def test_only_our_two_classes_may_run_and_nobody_has_a_shell_or_brings_code(kits):
@@ -307,6 +328,7 @@ def test_a_bad_agreement_is_one_line_and_leaves_no_kits(agreement, tmp_path, cap
         (["join", "{kits}/north"], "write it with dwc federated join"),
         (["join", "{kits}/north", "--data", "none.csv"], "none.csv"),
         (["join", "{kits}/north", "--command", "[sbatch]"], "go with --data"),
+        (["join", "{kits}/north", "--again", "true"], "go with --data"),
         (["serve", "{kits}/north"], "give the server's kit"),
         (["status", "{kits}"], "give the server's kit"),
         (["init", "none.yml"], "none.yml: no such file"),
@@ -327,7 +349,10 @@ def test_what_a_service_cannot_begin_with_is_one_line(kits, capsys, words, messa
 def test_without_flare_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     assert cli.main(["federated", "status", "kit"]) == 2
-    assert capsys.readouterr().err == "dwc: NVIDIA FLARE is not installed: pip install 'dwc[federated]'\n"
+    assert (
+        capsys.readouterr().err
+        == "dwc: NVIDIA FLARE is not installed: pip install '.[federated]' in the clone of dwc\n"
+    )
 
 
 def test_folders_of_past_jobs_are_cleared_and_nothing_else(tmp_path):

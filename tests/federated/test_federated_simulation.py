@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,30 +11,39 @@ from dwc.posterior import Posterior
 pytestmark = pytest.mark.usefixtures("offline")
 
 
-def test_three_sites_and_one_round_in_the_simulator_give_what_consolidate_gives_by_hand(tmp_path):
+def test_three_sites_and_two_rounds_in_the_simulator_give_what_consolidate_gives_by_hand(tmp_path):
     out = tmp_path / "simulation"
-    words = ["--sites", "3", "--rounds", "1", "--steps", "2", "--width", "2", "--dilations", "[1]", "--n_train", "1"]
+    words = ["--sites", "3", "--rounds", "2", "--steps", "2", "--width", "2", "--dilations", "[1]", "--n_train", "1"]
     words += ["--plan_sites", "[]", "--limit_s", "300", "--out", str(out)]
     assert cli.main(["federated", "simulate", *words]) == 0
     server = out / "books" / "server"
     state = json.loads((server / "state.json").read_text())
-    assert [row["site"] for row in sorted(state["posteriors"], key=lambda row: row["site"])] == [
-        "site-1", "site-2", "site-3",
-    ]  # fmt: skip
-    files = [str(server / row["file"]) for row in state["posteriors"]]
-    by_hand = tmp_path / "by_hand.safetensors"
-    assert cli.main(["consolidate", *files, "--prior", str(server / "q0.safetensors"), "--out", str(by_hand)]) == 0
-    assert Posterior.load(by_hand).sha256 == Posterior.load(server / "q1.safetensors").sha256
     table = pd.read_csv(out / "rounds.csv", index_col="network")
-    assert table.loc["q1", "posteriors"] == 3
-    assert table.loc["q1", "bytes_from_a_site"] == max(row["bytes"] for row in state["posteriors"])
-    assert 0 <= table.loc["q1", "dice"] <= 1
+    traffic = pd.read_csv(out / "traffic.csv", index_col=["round", "site"])
+    scans = []
+    for number in (1, 2):
+        rows = [row for row in state["posteriors"] if row["round"] == number]
+        assert sorted(row["site"] for row in rows) == ["site-1", "site-2", "site-3"]
+        files, prior = [str(server / row["file"]) for row in rows], str(server / f"q{number - 1}.safetensors")
+        by_hand = tmp_path / f"by_hand-{number}.safetensors"
+        assert cli.main(["consolidate", *files, "--prior", prior, "--out", str(by_hand)]) == 0
+        assert Posterior.load(by_hand).sha256 == Posterior.load(server / f"q{number}.safetensors").sha256
+        assert table.loc[f"q{number}", "posteriors"] == 3
+        assert 0 <= table.loc[f"q{number}", "dice"] <= 1
+        assert table.loc[f"q{number}", "bytes_from_a_site"] == traffic.loc[number, "bytes_from_a_site"].max()
+        for row in rows:
+            assert row["bytes"] < traffic.loc[(number, row["site"]), "bytes_from_a_site"] < row["bytes"] + 10**6
+            assert Path(prior).stat().st_size < traffic.loc[(number, row["site"]), "bytes_to_a_site"]
+        for path in out.glob(f"books/site-*/round-{number}-*/scans.json"):
+            scans += json.loads(path.read_text())["scans"]
+    assert len({*scans}) == len(scans) == 6  # each site and round has its own
 
 
 def test_the_plan_says_what_is_measured_and_what_is_not():
     table = plan([2, 9, 100], n_classes=3, width=2, link_mbit_s=8.0)
     assert list(table["basis"]) == ["measured", "extrapolated from 2", "extrapolated from 2"]
     assert table.loc[100, "link_s"] == pytest.approx(100 * 2 * table.loc[2, "payload_mb"])
+    assert table.loc[100, "answer_timeout_s"] == pytest.approx(table.loc[100, "link_s"] / 2)
     assert table.loc[100, "memory_mb"] == table.loc[2, "memory_mb"]  # sites stream through
     assert table.loc[100, "consolidation_s"] == pytest.approx(50 * table.loc[2, "consolidation_s"])
 

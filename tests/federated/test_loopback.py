@@ -65,7 +65,7 @@ class Federation:
     def join(self, site: str) -> None:
         own = self.folder / f"{site}.yml"
         own.write_text(yaml.safe_dump({"device": "cpu"}))
-        self.start("join", str(self.kits / site), "--data", str(self.data), "--settings", str(own))
+        self.start("join", str(self.kits / site), "--data", str(self.data), "--settings", str(own), "--again", "true")
 
     def state(self) -> dict:
         return json.loads((self.server / "cycle" / "state.json").read_text())

@@ -15,7 +15,7 @@ from dwc.federated import service
 from dwc.federated.cycle import Cycle
 from dwc.federated.project import Project
 from dwc.federated.spool import Spool
-from dwc.lock import held
+from dwc.lock import end, held, start_once
 from tests.made_posteriors import a_prior
 
 ENGINE = """echo $$ >> engines
@@ -73,13 +73,38 @@ def test_flare_is_started_again_found_again_and_ended_with_its_service(tmp_path)
     second = join(kit)
     time.sleep(3)
     assert len(engines(kit)) == 2  # it is found, not started a second time
-    os.kill(engines(kit)[1], signal.SIGKILL)
-    wait_until(lambda: len(engines(kit)) == 3)
+    third = subprocess.run(second.args, capture_output=True, text=True, timeout=60)
+    assert (third.returncode, third.stdout) == (0, "north: runs already, and goes on with what its folder now says\n")
+    assert running(kit)
     second.send_signal(signal.SIGTERM)
     _, error = second.communicate(timeout=60)
     assert second.returncode == 143
     assert error.splitlines()[-1] == "dwc: stopped by SIGTERM; start it again at any time"
     assert not running(kit)
+
+
+def test_what_ignores_that_it_is_to_end_is_killed_and_the_id_of_a_lock_that_is_free_is_nobodys(tmp_path):
+    lock, log = tmp_path / "lock", tmp_path / "log"
+    deaf = start_once(["bash", "-c", "trap '' TERM; echo up; sleep 600 & wait; sleep 600"], lock, log)
+    wait_until(lambda: log.read_text())
+    end(lock, 0.5)
+    assert deaf.wait(60) == -signal.SIGKILL
+    other = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    try:
+        lock.write_text(str(other.pid))
+        end(lock, 0.5)
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_kit_is_not_served_twice(tmp_path, capsys):
+    kit = server_in(tmp_path)
+    with held(kit / "cycle" / "service.lock"):
+        assert cli.main(["federated", "serve", str(kit)]) == 2
+    assert "is served already" in capsys.readouterr().err
+    assert not engines(kit)
 
 
 def server_in(folder: Path) -> Path:

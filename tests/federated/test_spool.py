@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dwc.data.manifest import Scan, read_manifest
 from dwc.errors import InputError
 from dwc.federated.cycle import Cycle
 from dwc.federated.project import Project
@@ -23,6 +24,8 @@ words = dict(zip(sys.argv[1:-1:2], sys.argv[2::2]))
 run = Path(words["--out"])
 with (folder / "starts").open("a") as file:
     file.write(f"{os.getpid()} {os.getpgrp()} {run.parent.name}\\n")
+with (folder / "data").open("a") as file:
+    file.write(words.get("--data", "") + "\\n")
 while not (folder / "go").exists():
     time.sleep(0.01)
 os.rename(folder / "made.safetensors", run / "posterior.safetensors")
@@ -173,6 +176,88 @@ def test_a_training_whose_run_folder_is_taken_away_starts_anew(spool, cycle):
     wait_until(lambda: len(starts(spool)) == 2)
     let_finish(spool, a_site(a_prior(), 1))
     assert spool.answer(cycle.question("north"))["state"] == "trained"
+
+
+@pytest.fixture
+def give(spool, tmp_path):
+    """Gives the site scans of this content to train on, as a person does with `join --data`."""
+
+    def give_scans(*contents: str, name: str = "", again: bool = False) -> None:
+        scans = [Scan(tmp_path / f"{name or content}.nii.gz", None, content, "north", "train") for content in contents]
+        for scan in scans:
+            scan.image.write_text(scan.subject)
+        Spool.create(spool.folder, [], [sys.executable, str(tmp_path / "trainer.py")], scans=scans, again=again)
+
+    return give_scans
+
+
+def hand_in_round_1(spool: Spool, cycle: Cycle) -> None:
+    begin(spool, cycle)
+    let_finish(spool, a_site(a_prior(), 1))
+    cycle.receive("north", spool.answer(cycle.question("north")))
+    assert cycle.advance()
+
+
+def trained_on(spool: Spool) -> list[list[str]]:
+    """The names of the scans that each trainer so far was given."""
+    lines = (spool.folder / "data").read_text().splitlines()
+    return [[scan.image.name.split(".")[0] for scan in read_manifest(line)] for line in lines]
+
+
+def test_scans_that_have_counted_in_a_round_are_not_trained_on_in_the_next_unless_a_person_says_so(spool, cycle, give):
+    give("a", "b")
+    hand_in_round_1(Spool(spool.folder), cycle)
+    for question in (cycle.question("north"), cycle.question("north", with_prior=True)):
+        assert Spool(spool.folder).answer(question)["state"] == "no scans"
+    assert len(starts(spool)) == 1
+    for change in ({}, {"name": "copied"}):
+        with pytest.raises(InputError, match="1 of 1 scans have counted in an earlier round"):
+            give("b", **change)
+    with pytest.raises(InputError, match="1 of 2 scans"):
+        give("b", "c")
+    give("b", again=True)
+    assert Spool(spool.folder).answer(cycle.question("north"))["state"] == "started"
+    wait_until(lambda: len(starts(spool)) == 2)
+    assert trained_on(spool) == [["a", "b"], ["b"]]
+
+
+def test_with_new_scans_a_site_that_waited_for_them_goes_on(spool, cycle, give):
+    give("a")
+    hand_in_round_1(Spool(spool.folder), cycle)
+    assert Spool(spool.folder).answer(cycle.question("north"))["state"] == "no scans"
+    give("c")
+    assert Spool(spool.folder).answer(cycle.question("north"))["state"] == "no prior"
+    assert Spool(spool.folder).answer(cycle.question("north", with_prior=True))["state"] == "started"
+    wait_until(lambda: len(starts(spool)) == 2)
+    assert trained_on(spool) == [["a"], ["c"]]
+
+
+def test_a_round_goes_on_with_the_scans_it_began_with_though_the_site_has_others_by_now(spool, cycle, give):
+    give("a")
+    begin(Spool(spool.folder), cycle)
+    give("b")
+    for n_starts in (2, 3):
+        os.killpg(starts(spool)[-1][1], signal.SIGKILL)
+        wait_until(lambda: not alive(starts(spool)[-1][0]))
+        assert Spool(spool.folder).answer(cycle.question("north"))["state"] == "started"
+        wait_until(lambda n=n_starts: len(starts(spool)) == n)
+        (run,) = spool.folder.glob("round-1-*/run")
+        run.rmdir()  # the second time it is to begin anew
+    assert trained_on(spool) == [["a"], ["a"], ["b"]]
+
+
+def test_the_scans_of_a_refused_posterior_have_not_counted(spool, cycle, give):
+    give("a")
+    begin(Spool(spool.folder), cycle)
+    let_finish(spool, a_site(a_prior(seed=9), 1))
+    cycle.receive("north", Spool(spool.folder).answer(cycle.question("north")))
+    assert cycle.state["refused"]
+    a_site(a_prior(), 2).save(cycle.folder / "other.safetensors")
+    content = (cycle.folder / "other.safetensors").read_bytes()
+    cycle.receive("east", {"state": "trained", "round": 1, "prior_sha256": "", "posterior": content})
+    assert cycle.advance()
+    assert Spool(spool.folder).answer(cycle.question("north"))["state"] == "no prior"
+    give("a")
 
 
 def test_each_site_draws_noise_of_its_own_the_same_at_each_start(tmp_path, cycle):

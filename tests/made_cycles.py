@@ -1,0 +1,23 @@
+"""What sites would send to a cycle's books, at a time that stands still."""
+
+from datetime import datetime, timezone
+from pathlib import Path
+
+from dwc.federated.cycle import Cycle
+from dwc.posterior import Posterior
+from tests.made_posteriors import a_site
+
+NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+def file_of(posterior: Posterior, folder: Path) -> bytes:
+    path = folder / "made.safetensors"
+    posterior.save(path)
+    return path.read_bytes()
+
+
+def trained(cycle: Cycle, seed: int, number: int = 1, **changes) -> dict:
+    """A site's answer with a posterior trained from the prior of a round."""
+    prior = Posterior.load(cycle.folder / f"q{number - 1}.safetensors")
+    content = file_of(a_site(prior, seed, **changes), cycle.folder)
+    return {"state": "trained", "round": number, "prior_sha256": prior.sha256, "posterior": content}
