@@ -92,7 +92,7 @@ def claimed(
     InputError
         If a lock file cannot be written.
     """
-    left = list(work)
+    left, told = list(work), False
     while left := [piece for piece in left if not is_done(piece)]:
         for piece in filter(is_ready, left):
             with held(lock(piece)) as mine:
@@ -100,6 +100,9 @@ def claimed(
                     yield piece
                     break
         else:
+            if not told:
+                print("waiting for what another process is at", flush=True)
+            told = True
             time.sleep(_LOOK_S)
 
 

@@ -6,7 +6,6 @@ The plain average has no standard deviations and predicts at its means; variatio
 step is another room's; here it is decided which networks and comparisons there are.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from dwc.experiment.speed import controls, speed_table
 from dwc.experiment.statistics import dice_table, paired_tests
 from dwc.experiment.study import ALL_SITES, ORIGIN, SITES, TRAINING_SITES, UNSEEN, StudySettings
 from dwc.files import open_folder, write_whole
-from dwc.lock import held
 from dwc.report.figures import site_slices
 from dwc.report.html import write_report
 from dwc.tables import read_settings, write_table
@@ -117,11 +115,9 @@ def run(settings: StudySettings, *, only: Sequence[str] = (), dry_run: bool = Fa
     if dry_run:
         manifests = {**known_manifests(settings), POOLED: settings.out / "sites" / POOLED / "manifest.csv"}
     else:
-        open_folder(settings.locks)
-        with held(settings.locks / "scans", patience_s=math.inf):  # the scans are one process's work
-            keep_config(settings)
-            manifests = make_manifests(settings)
-            prepare_all(settings, manifests)
+        keep_config(settings)
+        manifests = make_manifests(settings)
+        prepare_all(settings, manifests)
     networks = Networks(settings, manifests)
     needed = networks.needed(network for row in rows for network in row.networks)
     needed = networks.needed([*needed, *controls(settings, needed)])

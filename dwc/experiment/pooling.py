@@ -50,8 +50,12 @@ def pool(folders: Sequence[Path], out: Path) -> None:
     config, seeds = _settings(folders)
     tables = {name: _read(folders, seeds, name) for name in _TABLES}
     volumes = tables["volumes"]
-    if config.get("manifests") is None and config.get("anatomies") is None:  # another head under the same name
-        volumes["subject"] += " (seed " + volumes["seed"].astype(str) + ")"
+    if config.get("manifests") is None:
+        if config.get("anatomies") is None:  # another head under the same name
+            volumes["subject"] += " (seed " + volumes["seed"].astype(str) + ")"
+        else:  # seeds divide the anatomies anew, so one may come from several sites
+            names = zip(volumes["subject"], volumes["site"], strict=True)
+            volumes["anatomy"] = [subject.removeprefix(f"{site}-") for subject, site in names]
     averages = [dice_table(part) for _, part in volumes.groupby("seed", sort=False)]
     for folder, table in zip(folders, averages, strict=True):
         if list(table.index) != list(averages[0].index):

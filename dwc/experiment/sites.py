@@ -5,8 +5,10 @@ Every scan is read and conformed here, before the first network trains. The room
 
 import csv
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from dwc.data.subvolumes import SubVolumes, is_prepared, prepare
 from dwc.errors import InputError
 from dwc.experiment.study import ALL_SITES, TRAINING_SITES, UNSEEN, StudySettings
 from dwc.files import open_folder, write_whole
+from dwc.lock import held
 
 __all__ = [
     "POOLED",
@@ -28,6 +31,7 @@ __all__ = [
     "known_manifests",
     "make_manifests",
     "prepare_all",
+    "scans_held",
     "scans_of",
 ]
 
@@ -51,15 +55,28 @@ def make_manifests(settings: StudySettings) -> dict[str, Path]:
     """
     manifests = known_manifests(settings)
     grid = Grid(settings.grid_size, settings.voxel_size)
-    for site, manifest in manifests.items():
-        if settings.manifests is None and not manifest.exists():
-            print(f"simulating site {site}", flush=True)
-            write_site(
-                manifest.parent, site, settings.n_train.get(site, 0), settings.n_test[site], grid=grid,
-                seed=settings.seed, anatomies=settings.anatomies,
-            )  # fmt: skip
-    manifests[POOLED] = _pool(settings, manifests)
+    with scans_held(settings):
+        for site, manifest in manifests.items():
+            if settings.manifests is None and not manifest.exists():
+                print(f"simulating site {site}", flush=True)
+                write_site(
+                    manifest.parent, site, settings.n_train.get(site, 0), settings.n_test[site], grid=grid,
+                    seed=settings.seed, anatomies=settings.anatomies,
+                )  # fmt: skip
+        manifests[POOLED] = _pool(settings, manifests)
     return manifests
+
+
+def scans_held(settings: StudySettings) -> AbstractContextManager:
+    """Hold the study's scans, which one process makes and others wait for.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be written.
+    """
+    open_folder(settings.locks)
+    return held(settings.locks / "scans", patience_s=math.inf)
 
 
 def scans_of(settings: StudySettings, manifest: Path) -> list[Scan]:
@@ -136,8 +153,9 @@ def prepare_all(settings: StudySettings, manifests: dict[str, Path]) -> None:
     InputError
         If a scan is bad or the cache cannot be written.
     """
-    for manifest in manifests.values():
-        _prepare(settings, scans_of(settings, manifest), progress=True)
+    with scans_held(settings):
+        for manifest in manifests.values():
+            _prepare(settings, scans_of(settings, manifest), progress=True)
 
 
 def _prepare(settings: StudySettings, scans: Sequence[Scan], *, progress: bool = False) -> SubVolumes:

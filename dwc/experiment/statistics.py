@@ -38,8 +38,9 @@ def paired_tests(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.
     """Two-tailed paired t-tests of rows a against b, across volumes and across subjects.
 
     Volumes of one subject are not independent: sessions, deformed copies of one head, or one held-out scan that several
-    seeds' networks segmented. Across subjects, each counts once with the mean over its volumes at a site and over
-    seeds. Across volumes, as in the paper, each volume under each seed counts.
+    seeds' networks segmented. Across subjects, each counts once with the mean over its volumes. A column anatomy, where
+    there is one, tells subjects apart, else site and subject do. Across volumes, as in the paper, each volume under
+    each seed counts.
 
     Parameters
     ----------
@@ -54,7 +55,7 @@ def paired_tests(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.
         comparison ("a - b"), columns ("H, N, B, W" or "A"), unit ("volume" or "subject"; each counts the same, n of
         them), and the fields of `dwc.metrics.PairedTest`, differences in Dice.
     """
-    units = {"volume": _volume(volumes), "subject": _SUBJECT}
+    units = {"volume": _volume(volumes), "subject": ["anatomy"] if "anatomy" in volumes else _SUBJECT}
     tests = []
     for names, part in _comparisons(volumes, pairs):
         for unit, keys in units.items():

@@ -24,7 +24,7 @@ from dwc.errors import InputError
 from dwc.evaluation import per_volume, score_volumes
 from dwc.experiment.networks import Network, Networks, consolidated, finetuned, variational, vcl
 from dwc.experiment.paper import keep_config
-from dwc.experiment.sites import held_out_scans, held_out_volumes, make_manifests
+from dwc.experiment.sites import held_out_scans, held_out_volumes, make_manifests, scans_held
 from dwc.experiment.statistics import COLUMNS, dice_table
 from dwc.experiment.study import ALL_SITES, ORIGIN, SITES, TRAINING_SITES, UNSEEN, StudySettings
 from dwc.files import open_folder
@@ -115,6 +115,7 @@ def leave_one_out(settings: StudySettings, folder: Path) -> _Result:
     networks, held_out = _paper_sites(settings)
     origin = variational(ORIGIN)
     site_of = {str(networks.file(network)): network for network in _vcl_networks(origin)}
+    networks.make(site_of.values())
     consolidation = Consolidation(networks.get(origin))
     for network in site_of.values():
         consolidation.add(networks.get(network))
@@ -147,6 +148,7 @@ def tempering(settings: StudySettings, folder: Path) -> _Result:
     networks, held_out = _paper_sites(settings)
     validation, held_out[ORIGIN] = _halves(settings, networks)
     origin = variational(ORIGIN)
+    networks.make(_vcl_networks(origin))
     consolidation = Consolidation(networks.get(origin))
     for network in _vcl_networks(origin):
         consolidation.add(networks.get(network))
@@ -183,10 +185,8 @@ def many_sites(settings: StudySettings, folder: Path) -> _Result:
     held_out = {ORIGIN: others, "sites": _prepared(settings, of_sites), UNSEEN: unseen}
     volumes = [_score(settings, networks.get(origin), held_out, "0")]
     rows = [{"row": "0", "S": 0}]
-    files = []
-    for name in names:
-        networks.get(vcl(origin, name))
-        files.append(networks.file(vcl(origin, name)))
+    networks.make(vcl(origin, name) for name in names)
+    files = [networks.file(vcl(origin, name)) for name in names]
     for n_sites in counts:
         began = time.process_time()
         consolidation = Consolidation(networks.get(origin))
@@ -236,10 +236,11 @@ def _simulated_sites(settings: StudySettings) -> dict[str, Path]:
     for number in range(1, max(settings.many_sites.counts) + 1):
         site = _mixed_site(f"S{number:02d}", np.random.default_rng([settings.seed, number]))
         manifest = settings.out / "sites" / f"{site.name}-{settings.many_sites.n_train}" / "manifest.csv"
-        if not manifest.exists():
-            print(f"simulating site {site.name}", flush=True)
-            grid = Grid(settings.grid_size, settings.voxel_size)
-            write_site(manifest.parent, site, settings.many_sites.n_train, 1, grid=grid, seed=settings.seed)
+        with scans_held(settings):
+            if not manifest.exists():
+                print(f"simulating site {site.name}", flush=True)
+                grid = Grid(settings.grid_size, settings.voxel_size)
+                write_site(manifest.parent, site, settings.many_sites.n_train, 1, grid=grid, seed=settings.seed)
         manifests[site.name] = manifest
     return manifests
 

@@ -21,8 +21,9 @@ RULES = (
     "Verdicts on differences follow from 95 % intervals of paired t-tests across subjects, each with the mean Dice "
     f"over its volumes. Above: the interval lies above 0. Not below: it lies above {points(-MARGIN)} points. Not "
     "shown: it reaches over that line. Does not hold: it lies below that line. Order matters if an interval, on the "
-    "training sites or on the unseen one, does not reach over 0; otherwise that is not shown. What is said of means, "
-    "between the chains and by steps, is not tested. No test tells chance in training, which a seed's volumes share."
+    "training sites or on the unseen one, does not reach over 0; otherwise that is not shown. Between: by the means, "
+    "unless the intervals against both chains lie on one side of 0. By steps: not tested. No test tells chance in "
+    "training, which a seed's volumes share."
 )
 
 
@@ -75,14 +76,18 @@ def _between_the_chains(results: Results) -> Finding:
     claim = "In the means, DWC lies between the two chains, on the training sites' volumes and on the unseen site."
     if missing := _missing(results, dwc=1, chain=2):
         return Finding(claim, NOT_TESTED, missing)
-    (dwc, *chains), sentences, places = results.of_kind("dwc", "chain"), [], []
+    (dwc, *chains), sentences, places, outside = results.of_kind("dwc", "chain"), [], [], False
     for column in results.groups:
         ours, theirs = results.table.loc[dwc, column], results.table.loc[chains, column]
         places.append("above both" if ours > theirs.max() else "below both" if ours < theirs.min() else "between them")
         named = ", ".join(f"{printed(row)} {100 * dice:.2f}" for row, dice in theirs.items())
         sentences.append(f"On {_sites(results, column)} DWC's mean is {places[-1]}: DWC {100 * ours:.2f}, {named}.")
-        sentences += [_compared(results, dwc, chain, column)[1] for chain in chains]
-    return Finding(claim, HOLDS if set(places) == {"between them"} else DOES_NOT_HOLD, " ".join(sentences))
+        tests, compared = zip(*(_compared(results, dwc, chain, column) for chain in chains), strict=True)
+        sentences += compared
+        low, high = ([test[end] for test in tests if _has_interval(test)] for end in ("ci_low", "ci_high"))
+        outside |= len(low) == len(chains) and (min(low) > 0 or max(high) < 0)
+    verdict = DOES_NOT_HOLD if outside else HOLDS if set(places) == {"between them"} else NOT_SHOWN
+    return Finding(claim, verdict, " ".join(sentences))
 
 
 def _vcl_is_faster(results: Results) -> Finding:

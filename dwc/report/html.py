@@ -168,7 +168,7 @@ def _tests(results: Results) -> _Section:
     notes = [
         f"{len(body)} two-tailed paired t-tests, not corrected for their number: where there is no difference, one in "
         "twenty has p < 0.05. Differences in points of Dice in %; d_z is one in its own standard deviations. "
-        f"Across subjects each counts once, with the mean over its volumes at a site{recurring}."
+        f"Across subjects each counts once, with the mean over its volumes{recurring}."
     ]
     return _Section(title, notes, _Table(header, body, words=(1, 2)))
 

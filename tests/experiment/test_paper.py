@@ -241,12 +241,17 @@ def test_seeds_are_pooled(smoke, volumes, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_head_that_recurs_under_several_seeds_is_one_subject(smoke, tmp_path):
+def test_a_head_that_recurs_under_several_seeds_or_at_several_sites_is_one_subject(smoke, tmp_path):
     seeds = [tmp_path / f"seed-{seed}" for seed in (0, 1)]
     values = yaml.safe_load((smoke / "config.yaml").read_text())
     for seed, folder in enumerate(seeds):
         shutil.copytree(smoke, folder, ignore=shutil.ignore_patterns("networks", "sites", "cache", "scores"))
         (folder / "config.yaml").write_text(yaml.safe_dump({**values, "seed": seed, "anatomies": "heads"}))
+    volumes = pd.read_csv(seeds[1] / "volumes.csv")
+    head = volumes.loc[volumes["site"] == "H", "subject"].iloc[0].removeprefix("H-")
+    moved = volumes["site"] == "N"
+    volumes.loc[moved, "subject"] = f"N-{head}"  # N's head under the second seed is one of H's under the first
+    volumes.to_csv(seeds[1] / "volumes.csv", index=False)
     out = tmp_path / "pooled"
     assert main(["experiment", "--pool", *map(str, seeds), "--out", str(out)]) == 0
     n = pd.read_csv(out / "tests.csv").groupby("unit")["n"].sum()

@@ -102,11 +102,15 @@ def test_chains_that_were_not_compared_leave_order_untested(tmp_path):
 
 @pytest.mark.parametrize(("skill", "where"), [((0.85, 0.7), "above both"), ((0.5, 0.4), "below both")])
 def test_dwc_outside_the_chains_range_is_told_with_its_side(tmp_path, skill, where):
-    finding = judged(write_study(tmp_path, skill={DWC: skill}))[BETWEEN]
+    out = write_study(tmp_path, skill={DWC: skill})
+    finding = judged(out)[BETWEEN]
     assert finding.verdict == DOES_NOT_HOLD
     assert finding.claim.startswith("In the means")
     assert f"On A DWC's mean is {where}" in finding.evidence
     assert finding.evidence.count("95 % interval") == 4  # two chains, two groups of sites
+    for columns in (TRAINED, "A"):  # outside in the mean alone: an interval against one chain reaches over 0
+        edit(out / "tests.csv", compared(DWC, CHAINS[0], columns), ci_low=-0.01, ci_high=0.01)
+    assert judged(out)[BETWEEN].verdict == NOT_SHOWN
 
 
 @pytest.mark.parametrize(
