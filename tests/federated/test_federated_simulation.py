@@ -1,4 +1,6 @@
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -11,11 +13,15 @@ from dwc.posterior import Posterior
 pytestmark = pytest.mark.usefixtures("offline")
 
 
-def test_three_sites_and_two_rounds_in_the_simulator_give_what_consolidate_gives_by_hand(tmp_path):
+def test_three_sites_and_two_rounds_in_the_simulator_give_what_consolidate_gives_by_hand(tmp_path, monkeypatch):
+    environments, popen = [], subprocess.Popen
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: environments.append(k.get("env")) or popen(*a, **k))
     out = tmp_path / "simulation"
     words = ["--sites", "3", "--rounds", "2", "--steps", "2", "--width", "2", "--dilations", "[1]", "--n_train", "1"]
     words += ["--plan_sites", "[]", "--limit_s", "300", "--out", str(out)]
     assert cli.main(["federated", "simulate", *words]) == 0
+    assert int(environments[0]["OMP_NUM_THREADS"]) == max(1, os.cpu_count() // 3)  # sites share the cores
     server = out / "books" / "server"
     state = json.loads((server / "state.json").read_text())
     table = pd.read_csv(out / "rounds.csv", index_col="network")
