@@ -42,6 +42,9 @@ class SimulationSettings:
         Learning rate of rho.
     batch_size
         Sub-volumes per step.
+    temper
+        Power of each site in the consolidation, as in project.yml. 1 is Eq. 17; where trainings are too short to narrow
+        the posteriors, as here, it adds the sites' shifts up, and 1 over the number of sites averages them.
     pause_s
         From one pass over the sites to the next.
     limit_s
@@ -68,6 +71,7 @@ class SimulationSettings:
     lr: float = 1e-2
     rho_lr: float = 3e-2
     batch_size: int = 2
+    temper: float = 1.0
     pause_s: float = 1.0
     limit_s: float = 7200.0
     plan_sites: list[int] = field(default_factory=lambda: [10, 100, 1000])
@@ -85,7 +89,7 @@ class SimulationSettings:
         from dwc.data.labels import LabelMap  # here, so that help is quick
         from dwc.data.subvolumes import SIDE
 
-        for name in ("sites", "rounds", "n_train", "n_test", "steps", "limit_s", "link_mbit_s"):
+        for name in ("sites", "rounds", "n_train", "n_test", "steps", "temper", "limit_s", "link_mbit_s"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name} {getattr(self, name)}: give a positive number")
         if self.grid_size % SIDE or self.grid_size < SIDE:

@@ -62,8 +62,9 @@ def simulate(settings: SimulationSettings) -> None:
         for number in range(1, settings.rounds + 1)
     ]
     project = Project(
-        "simulation", "localhost", names, _first_prior(settings), rounds=settings.rounds, training=settings.training()
-    ).check()
+        "simulation", "localhost", names, _first_prior(settings), rounds=settings.rounds, temper=settings.temper,
+        training=settings.training(),
+    ).check()  # fmt: skip
     books = settings.out / "books"
     cycle = Cycle.create(books / SERVER, project)
     _run_flare(settings, names, books, manifests)

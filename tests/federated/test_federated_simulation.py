@@ -19,7 +19,7 @@ def test_three_sites_and_two_rounds_in_the_simulator_give_what_consolidate_gives
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: environments.append(k.get("env")) or popen(*a, **k))
     out = tmp_path / "simulation"
     words = ["--sites", "3", "--rounds", "2", "--steps", "2", "--width", "2", "--dilations", "[1]", "--n_train", "1"]
-    words += ["--plan_sites", "[]", "--limit_s", "300", "--out", str(out)]
+    words += ["--temper", "0.5", "--plan_sites", "[]", "--limit_s", "300", "--out", str(out)]
     assert cli.main(["federated", "simulate", *words]) == 0
     assert int(environments[0]["OMP_NUM_THREADS"]) == max(1, os.cpu_count() // 3)  # sites share the cores
     server = out / "books" / "server"
@@ -32,7 +32,7 @@ def test_three_sites_and_two_rounds_in_the_simulator_give_what_consolidate_gives
         assert sorted(row["site"] for row in rows) == ["site-1", "site-2", "site-3"]
         files, prior = [str(server / row["file"]) for row in rows], str(server / f"q{number - 1}.safetensors")
         by_hand = tmp_path / f"by_hand-{number}.safetensors"
-        assert cli.main(["consolidate", *files, "--prior", prior, "--out", str(by_hand)]) == 0
+        assert cli.main(["consolidate", *files, "--prior", prior, "--temper", "0.5", "--out", str(by_hand)]) == 0
         assert Posterior.load(by_hand).sha256 == Posterior.load(server / f"q{number}.safetensors").sha256
         assert table.loc[f"q{number}", "posteriors"] == 3
         assert 0 <= table.loc[f"q{number}", "dice"] <= 1
@@ -58,6 +58,7 @@ def test_the_plan_says_what_is_measured_and_what_is_not():
     ("words", "message"),
     [
         (["--sites", "0"], "--sites 0: give a positive number"),
+        (["--temper", "0"], "--temper 0.0: give a positive number"),
         (["--grid_size", "33"], "--grid_size 33: give a multiple of 32"),
         (["--plan_sites", "[0]"], "--plan_sites"),
     ],
