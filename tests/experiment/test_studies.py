@@ -117,6 +117,7 @@ def test_lambda_is_chosen_on_scans_that_are_not_scored(run, tiny):
     assert grid[grid["chosen"]]["log_likelihood"].item() == grid["log_likelihood"].max()
     raw = volumes(tiny, "tempering")
     assert raw[raw["column"] == "H"]["image"].nunique() == 1  # of two held-out scans, one chose
+    run("leave-one-out")
     everything = volumes(tiny, "leave-one-out")
     assert everything[everything["column"] == "H"]["image"].nunique() == 2
 
