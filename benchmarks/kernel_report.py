@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.kernel_report_compile import Compiled, compile_kernel
 from benchmarks.shapes import LAYERS, SAMPLES, SIZE, Layer
-from dwc.files import write_whole
+from dwc.base.files import write_whole
 from dwc_kernels.kernels.tiles import (
     CHIPS,
     KINDS,

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from dwc.data.conform import Grid
-from dwc.data.simulation import write_site
+from dwc.data.grid import Grid
+from dwc.simulation.scans import write_site
 
 __all__ = ["main", "table"]
 

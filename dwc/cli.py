@@ -9,8 +9,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from dwc import __version__, launcher
-from dwc.errors import InputError, Interrupted
+from dwc import __version__
+from dwc.base import launcher
+from dwc.base.errors import InputError, Interrupted
 
 __all__ = ["COMMANDS", "main"]
 
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _end(line: str, code: int) -> int:
     """Say why, in one line, and return the exit code."""
     if launcher.processes() > 1:
-        from dwc.distributed import say_once  # here, so that one process says it without PyTorch
+        from dwc.base.ranks import say_once  # here, so that one process says it without PyTorch
 
         say_once(f"dwc: {line}")
     else:

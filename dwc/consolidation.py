@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwc.errors import InputError, brief
+from dwc.base.errors import InputError, brief
 from dwc.posterior import Posterior
 
 __all__ = ["Consolidation", "LayerWeight", "consolidate"]

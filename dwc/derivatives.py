@@ -15,11 +15,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from dwc.data.conform import Grid, to_native
+from dwc.base.errors import InputError
+from dwc.base.files import write_whole
+from dwc.data.conform import to_native
+from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
-from dwc.errors import InputError
-from dwc.files import write_whole
-from dwc.metrics import volumes
+from dwc.metrics.confusion import volumes
 from dwc.prediction import Prediction
 
 __all__ = ["Derivatives", "find_scan", "name_derivatives", "write_derivatives"]

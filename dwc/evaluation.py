@@ -14,13 +14,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dwc.data.conform import Grid
+from dwc.base.errors import InputError
+from dwc.data.dataset import SubVolumes
+from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan, has_split_column, read_manifest
-from dwc.data.subvolumes import SubVolumes
-from dwc.errors import InputError
 from dwc.meshnet import MeshNet
-from dwc.metrics import CalibrationCounts, confusion_matrix, dice, mean_dice
+from dwc.metrics.calibration import CalibrationCounts
+from dwc.metrics.confusion import confusion_matrix, dice, mean_dice
 from dwc.posterior import Posterior
 from dwc.prediction import predict_volume
 

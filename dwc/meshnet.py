@@ -13,7 +13,7 @@ from torch.nn.functional import relu
 from torch.nn.utils.parametrizations import weight_norm as normalize_weight
 from torch.utils.checkpoint import checkpoint
 
-from dwc.errors import InputError
+from dwc.base.errors import InputError
 from dwc.posterior import Posterior
 from dwc_kernels import FFGConv3d
 

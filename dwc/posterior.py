@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dwc import __version__
-from dwc.errors import InputError
-from dwc.files import canonical_json, load_tensors, save_tensors
+from dwc.base.errors import InputError
+from dwc.base.files import canonical_json, load_tensors, save_tensors
 from dwc_kernels import FFGConv3d, inverse_softplus
 
 __all__ = ["FORMAT_VERSION", "Posterior"]

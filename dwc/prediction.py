@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dwc.data.conform import Grid
+from dwc.base.errors import InputError, brief
+from dwc.base.seeds import seed_of
+from dwc.data.cubes import join_volume, split_volume
+from dwc.data.grid import SIDE, Grid
+from dwc.data.intensity import moments, z_score
 from dwc.data.labels import SHIPPED, LabelMap
-from dwc.data.subvolumes import SIDE, join_volume, moments, split_volume, z_score
-from dwc.errors import InputError, brief
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
-from dwc.runtime import seed_of
 
 __all__ = ["Ensemble", "Prediction", "load_networks", "predict_volume"]
 

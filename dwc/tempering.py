@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dwc.base.seeds import seed_of
 from dwc.consolidation import Consolidation
-from dwc.data.subvolumes import SubVolumes
+from dwc.data.dataset import SubVolumes
 from dwc.meshnet import MeshNet
-from dwc.metrics import confusion_matrix, mean_dice
+from dwc.metrics.confusion import confusion_matrix, mean_dice
 from dwc.posterior import Posterior
-from dwc.runtime import seed_of
-from dwc.validation import draw_sub_volumes
+from dwc.training.validation import draw_sub_volumes
 
 __all__ = ["TemperScore", "choose_temper", "score_network", "table", "temper_grid"]
 

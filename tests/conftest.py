@@ -1,13 +1,18 @@
-"""Fixtures shared by all rooms."""
+"""Fixtures shared by all tests."""
 
 import os
+from pathlib import Path
 
 # Triton decides at its first import whether kernels are compiled or interpreted, and several libraries import it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from dwc.data.grid import Grid
 
 # Drawing examples takes as long as the machine is busy; no test judges time.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -24,3 +29,39 @@ def poisoned_memory():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def save(tmp_path):
+    """save(name, voxels, affine): write a NIfTI under tmp_path and return its path."""
+
+    def save(name: str, voxels: np.ndarray, affine: np.ndarray | None = None) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        affine = np.diag([2.0, 2, 2, 1]) if affine is None else affine
+        nib.save(nib.Nifti1Image(voxels, affine, dtype=voxels.dtype), path)
+        return path
+
+    return save
+
+
+@pytest.fixture
+def scan_pair(save):
+    """scan_pair(name, seed): an image and labels of it, conformed at 64^3 and 3 mm."""
+
+    def scan_pair(name: str, seed: int = 0) -> tuple[Path, Path]:
+        rng = np.random.default_rng(seed)
+        affine = Grid(64, 3.0).affine(np.zeros(3))
+        image = rng.integers(0, 256, (64, 64, 64), np.uint8)
+        labels = rng.choice(np.array([0, 2, 2, 31, 1035, 251], np.int16), (64, 64, 64))
+        return save(f"{name}_T1w.nii.gz", image, affine), save(f"{name}_dseg.nii.gz", labels, affine)
+
+    return scan_pair
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the folder with real scans is absent ({folder})")
+    return folder

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dwc.base.errors import InputError
 from dwc.consolidation import Consolidation, consolidate
-from dwc.errors import InputError
 from dwc.posterior import Posterior
 from tests.made_posteriors import HEADER, TENSORS, a_prior, a_site
 

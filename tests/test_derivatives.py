@@ -4,11 +4,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dwc.data.conform import Grid, conform_image
+from dwc.base.errors import InputError
+from dwc.base.files import open_folder
+from dwc.data.conform import conform_image
+from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.derivatives import find_scan, name_derivatives, write_derivatives
-from dwc.errors import InputError
-from dwc.files import open_folder
 from dwc.prediction import Prediction
 
 COARSE = LabelMap.load("coarse")

@@ -7,13 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-from dwc.data.conform import Grid
+from dwc.base.errors import InputError
+from dwc.data.cache import prepare
+from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan, read_manifest
-from dwc.data.subvolumes import prepare
-from dwc.errors import InputError
 from dwc.evaluation import Score, calibration, per_class, per_site, per_volume, scans_to_score, score_volumes, summary
-from dwc.metrics import CalibrationCounts, confusion_matrix
+from dwc.metrics.calibration import CalibrationCounts
+from dwc.metrics.confusion import confusion_matrix
 from dwc.posterior import Posterior
 from dwc.prediction import load_networks, predict_volume
 

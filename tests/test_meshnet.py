@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import Ledger
-from dwc.errors import InputError
+from dwc.base.errors import InputError
 from dwc.meshnet import DILATIONS, MeshNet
 from dwc.posterior import Posterior
 from dwc_kernels import FFGConv3d

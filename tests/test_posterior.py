@@ -3,7 +3,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from dwc.errors import InputError
+from dwc.base.errors import InputError
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
 from dwc_kernels import FFGConv3d

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from dwc.data.conform import Grid
+from dwc.base.errors import InputError
+from dwc.data.cache import prepare
+from dwc.data.cubes import join_volume, split_volume
+from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan
-from dwc.data.subvolumes import join_volume, prepare, split_volume
-from dwc.errors import InputError
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
 from dwc.prediction import load_networks, predict_volume

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from dwc import cli
-from dwc.data.conform import Grid, conform_image, conform_labels
+from dwc.data.conform import conform_image, conform_labels
+from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
-from dwc.metrics import confusion_matrix, dice
+from dwc.metrics.confusion import confusion_matrix, dice
 from dwc.report.figures import overlay
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "real"

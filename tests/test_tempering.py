@@ -9,16 +9,17 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from dwc.base.errors import InputError
+from dwc.base.seeds import seed_of
 from dwc.consolidation import Consolidation, consolidate
-from dwc.data.conform import Grid
+from dwc.data.cache import prepare
+from dwc.data.dataset import SubVolumes
+from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import read_manifest
-from dwc.data.subvolumes import SubVolumes, prepare
-from dwc.errors import InputError
 from dwc.meshnet import MeshNet
-from dwc.metrics import confusion_matrix, mean_dice
+from dwc.metrics.confusion import confusion_matrix, mean_dice
 from dwc.posterior import Posterior
-from dwc.runtime import seed_of
 from dwc.tempering import TemperScore, choose_temper, score_network, table, temper_grid
 from tests.made_posteriors import HEADER, TENSORS, a_prior, a_site
 

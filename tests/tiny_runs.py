@@ -13,8 +13,8 @@ import torch
 
 from dwc.consolidation import consolidate
 from dwc.posterior import Posterior
-from dwc.settings import TrainSettings
-from dwc.training import train
+from dwc.training.loop import train_network
+from dwc.training.settings import TrainSettings
 
 LIA = np.array([[-1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
 
@@ -65,12 +65,12 @@ def networks(settings, one_thread, tmp_path_factory) -> dict[str, Posterior]:
     def file_of(name: str) -> Path:
         return folder / name / "posterior.safetensors"
 
-    chain = {"map": train(replace(settings, epochs=1, out=folder / "map"))}
-    chain["vi"] = train(replace(short, mode="vi", init=file_of("map"), out=folder / "vi"))
+    chain = {"map": train_network(replace(settings, epochs=1, out=folder / "map"))}
+    chain["vi"] = train_network(replace(short, mode="vi", init=file_of("map"), out=folder / "vi"))
     for seed, name in enumerate(("a", "b")):
-        chain[name] = train(replace(short, mode="vcl", prior=file_of("vi"), seed=seed, out=folder / name))
+        chain[name] = train_network(replace(short, mode="vcl", prior=file_of("vi"), seed=seed, out=folder / name))
     chain["dwc"] = consolidate(chain["vi"], [chain["a"], chain["b"]])
     (folder / "dwc").mkdir()
     chain["dwc"].save(file_of("dwc"))
-    chain["finetune"] = train(replace(short, mode="finetune", prior=file_of("dwc"), out=folder / "finetune"))
+    chain["finetune"] = train_network(replace(short, mode="finetune", prior=file_of("dwc"), out=folder / "finetune"))
     return chain

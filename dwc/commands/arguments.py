@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, Namespace
 
-from dwc.errors import InputError
+from dwc.base.errors import InputError
 
 __all__ = ["new_parser", "parse"]
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from dwc.base.errors import InputError
+from dwc.base.files import check_suffix
 from dwc.commands.arguments import new_parser, parse
 from dwc.consolidation import Consolidation, LayerWeight
-from dwc.errors import InputError
-from dwc.files import check_suffix
 from dwc.posterior import Posterior
 
 __all__ = ["main"]
@@ -69,11 +69,11 @@ def main(arguments: Sequence[str]) -> None:
 def _chooser(values):
     """The function that chooses lambda, all that it needs checked before the first site is read."""
     from dwc import tempering  # after the arguments, so that help is quick
+    from dwc.base.devices import choose_device
+    from dwc.data.cache import prepare
     from dwc.data.manifest import has_split_column
-    from dwc.data.subvolumes import prepare
     from dwc.evaluation import scans_to_score
     from dwc.prediction import load_networks
-    from dwc.runtime import choose_device
 
     if values.data is None:
         raise InputError("--temper auto: needs the origin's scans to choose on; give --data manifest.csv, or a number")

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> None:
     InputError
         If an argument is wrong or the folder cannot be written.
     """
-    from dwc.demo import DemoSettings, run  # here, so that other commands start without PyTorch
+    from dwc.study.demo import DemoSettings, run  # here, so that other commands start without PyTorch
 
     parser = new_parser("demo", "Run the whole cycle on simulated sites: train apart, consolidate, fine-tune, compare.")
     parser.add_class_arguments(DemoSettings)

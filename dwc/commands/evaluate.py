@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from dwc.base.errors import InputError
 from dwc.commands.arguments import new_parser, parse
 from dwc.commands.predict import add_prediction_arguments, check_prediction_arguments
-from dwc.errors import InputError
 
 __all__ = ["main"]
 
@@ -45,10 +45,10 @@ def main(arguments: Sequence[str]) -> None:
             raise InputError(f"{path}: exists already; give another --out, or --overwrite true to replace it")
 
     from dwc import evaluation  # after the arguments, so that help is quick
-    from dwc.data.subvolumes import prepare
-    from dwc.files import open_folder, write_whole
+    from dwc.base.devices import choose_device
+    from dwc.base.files import open_folder, write_whole
+    from dwc.data.cache import prepare
     from dwc.prediction import load_networks
-    from dwc.runtime import choose_device
 
     device = choose_device(values.device)
     ensemble = load_networks(values.network, values.label_map)

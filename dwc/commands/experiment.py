@@ -5,8 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from dwc.base.errors import InputError
 from dwc.commands.arguments import new_parser, parse
-from dwc.errors import InputError
 
 __all__ = ["main"]
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> None:
     Interrupted
         If a signal ended a training.
     """
-    from dwc.experiment.study import PRESETS, STUDIES, StudySettings, preset_file  # here: other commands start fast
+    from dwc.study.settings import PRESETS, STUDIES, StudySettings, preset_file  # here: other commands start fast
 
     parser = new_parser("experiment", "Run the paper's study: its networks, its Table 2, its figures, in one report.")
     parser.add_argument("--study", type=Literal[STUDIES], default="paper", help="the paper's, or one beyond it")
@@ -41,15 +41,15 @@ def main(arguments: Sequence[str]) -> None:
     if folders:
         if only or dry_run:
             raise InputError("--pool: reads what is there; leave --only and --dry-run out")
-        from dwc.experiment.pooling import pool
+        from dwc.study.pooling import pool
 
         pool(folders, settings.out)
         return
     if study != "paper":
-        from dwc.experiment import studies
+        from dwc.study import beyond
 
-        studies.run(study, settings)
+        beyond.run(study, settings)
         return
-    from dwc.experiment.paper import run
+    from dwc.study.paper import run
 
     run(settings, only=only, dry_run=dry_run)

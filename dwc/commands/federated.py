@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from dwc.base.errors import InputError
 from dwc.commands.arguments import new_parser, parse
 from dwc.data.manifest import Scan
-from dwc.errors import InputError
-from dwc.settings import TrainSettings
+from dwc.training.settings import TrainSettings
 
 __all__ = ["main"]
 
@@ -95,10 +95,10 @@ def _amend_arguments(parser: ArgumentParser) -> None:
 
 
 def _amend(values: Namespace) -> None:
+    from dwc.base.locks import held
     from dwc.federated.cycle import Cycle
     from dwc.federated.exchange import folder_in
     from dwc.federated.service import pass_limit
-    from dwc.lock import held
 
     kit, project = values.kit.absolute(), _agreement(values.project)
     with held(folder_in(kit) / "lock", pass_limit(kit)) as alone:
@@ -125,12 +125,12 @@ def _join_arguments(parser: ArgumentParser) -> None:
 
 
 def _join(values: Namespace) -> None:
+    from dwc.base.devices import choose_device
+    from dwc.base.files import write_whole
     from dwc.federated.exchange import folder_in
     from dwc.federated.provisioning import TRAINING
     from dwc.federated.service import join
     from dwc.federated.spool import Spool
-    from dwc.files import write_whole
-    from dwc.runtime import choose_device
 
     kit = values.kit.absolute()
     folder = folder_in(kit)
@@ -174,7 +174,7 @@ def _own(path: Path | None) -> dict[str, Any]:
 def _checked_training(words: list[str]) -> tuple[TrainSettings, list[Scan]]:
     """Settings and scans; refuses those with which no training could begin, while a person is looking."""
     from dwc.data.labels import LabelMap
-    from dwc.plan import labelled_scans
+    from dwc.training.specification import labelled_scans
 
     parser = new_parser("train", "")
     parser.add_class_arguments(TrainSettings)
@@ -235,8 +235,8 @@ def _simulate_arguments(parser: ArgumentParser) -> None:
 
 
 def _simulate(values: Namespace) -> None:
+    from dwc.federated.local import simulate
     from dwc.federated.settings import SimulationSettings
-    from dwc.federated.simulation import simulate
 
     parser = new_parser("federated simulate", "")
     parser.add_class_arguments(SimulationSettings)

@@ -7,8 +7,8 @@ from typing import Literal
 from jsonargparse import Namespace
 from tqdm import tqdm
 
+from dwc.base.errors import InputError
 from dwc.commands.arguments import new_parser, parse
-from dwc.errors import InputError
 
 __all__ = ["add_prediction_arguments", "check_prediction_arguments", "main"]
 
@@ -39,35 +39,35 @@ def main(arguments: Sequence[str]) -> None:
     if not scans:
         raise InputError("no scan: give one or more NIfTI files after the networks")
 
-    from dwc import distributed  # after the arguments, so that help is quick
+    from dwc.base import ranks  # after the arguments, so that help is quick
 
-    with distributed.ranks():
+    with ranks.joined():
         _predict(networks, scans, values)
 
 
 def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace) -> None:
-    from dwc import distributed
+    from dwc.base import ranks
+    from dwc.base.devices import choose_device
+    from dwc.base.files import open_folder
     from dwc.data.conform import conform_image, load_image
     from dwc.derivatives import find_scan, name_derivatives, write_derivatives
-    from dwc.files import open_folder
     from dwc.prediction import load_networks, predict_volume
     from dwc.report.figures import overlay
-    from dwc.runtime import choose_device
 
     device = choose_device(values.device)
     ensemble = load_networks(networks, values.label_map)
     scans = [find_scan(scan) for scan in scans]
     derivatives = name_derivatives(scans, values.out, overwrite=values.overwrite)
-    scans, derivatives = distributed.share(scans), distributed.share(derivatives)
-    for scan in tqdm(scans, desc="checking scans", unit="scan", disable=None if distributed.is_main() else True):
+    scans, derivatives = ranks.share(scans), ranks.share(derivatives)
+    for scan in tqdm(scans, desc="checking scans", unit="scan", disable=None if ranks.is_main() else True):
         load_image(scan)
-    distributed.barrier()  # before any rank writes where another still looks
+    ranks.barrier()  # before any rank writes where another still looks
     open_folder(values.out)
     for scan, files in zip(scans, derivatives, strict=True):
         image = conform_image(scan, ensemble.grid)
         prediction = predict_volume(
             ensemble.networks, image, n_samples=values.n_samples, seed=values.seed, device=device,
-            precision=values.precision, progress=scan.name if distributed.is_main() else None,
+            precision=values.precision, progress=scan.name if ranks.is_main() else None,
         )  # fmt: skip
         mm3 = write_derivatives(files, prediction, scan, label_map=ensemble.label_map, grid=ensemble.grid)
         if values.picture:

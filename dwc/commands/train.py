@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dwc.commands.arguments import new_parser, parse
-from dwc.settings import TrainSettings
+from dwc.training.settings import TrainSettings
 
 __all__ = ["main"]
 
@@ -27,12 +27,12 @@ def main(arguments: Sequence[str]) -> None:
     settings = TrainSettings(**values)
     settings.check()  # before PyTorch is imported
 
-    from dwc import distributed
-    from dwc.training import train
+    from dwc.base import ranks
+    from dwc.training.loop import train_network
 
-    with distributed.ranks():
-        posterior = train(settings, resume=resume)
-        if distributed.is_main():
+    with ranks.joined():
+        posterior = train_network(settings, resume=resume)
+        if ranks.is_main():
             print(_line(posterior.name, posterior.metadata["training"]))
 
 

@@ -10,7 +10,6 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -20,36 +19,15 @@ from nibabel.funcs import squeeze_image
 from nibabel.processing import resample_from_to
 from nibabel.spatialimages import HeaderDataError
 
+from dwc.base.errors import InputError
+from dwc.data.grid import LIA, Grid
 from dwc.data.labels import LabelMap
-from dwc.errors import InputError
 
-__all__ = ["Grid", "conform_image", "conform_labels", "load_image", "load_labels", "to_native"]
+__all__ = ["conform_image", "conform_labels", "load_image", "load_labels", "to_native"]
 
-_LIA = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # columns: voxel axes to the left, inferior, anterior
 _FORMATS = (nib.Nifti1Pair, nib.MGHImage)  # Nifti1Pair is the base of NIfTI-1 and NIfTI-2
 _AFFINE_TOLERANCE = 1e-3  # mm, in any entry of an affine
 _MOST_UNLISTED = 0.25  # of the labelled voxels
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A cube of `size`^3 voxels of `voxel_size` mm in LIA orientation. FreeSurfer's conformed grid is Grid(256, 1)."""
-
-    size: int = 256
-    voxel_size: float = 1.0
-
-    def __post_init__(self):
-        if self.size < 1 or not 0 < self.voxel_size < np.inf:
-            raise InputError(f"grid of size {self.size} and voxel size {self.voxel_size} mm; both must be positive")
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape of the cube."""
-        return (self.size,) * 3
-
-    def affine(self, centre: np.ndarray) -> np.ndarray:
-        """Voxel to RAS mm, [4, 4], with voxel size/2 at `centre` (RAS mm), as FreeSurfer counts a volume's centre."""
-        return _affine(_LIA * self.voxel_size, self.shape, centre)
 
 
 def load_image(path: str | os.PathLike) -> nib.spatialimages.SpatialImage:
@@ -267,18 +245,11 @@ def _check_ids(path, ids: np.ndarray, classes: np.ndarray, label_map: LabelMap) 
 
 def _is_on(grid: Grid, image) -> bool:
     linear = image.affine[:3, :3]
-    return image.shape == grid.shape and np.allclose(linear, _LIA * grid.voxel_size, rtol=0, atol=1e-4)
+    return image.shape == grid.shape and np.allclose(linear, LIA * grid.voxel_size, rtol=0, atol=1e-4)
 
 
 def _centre(image) -> np.ndarray:
     return (image.affine @ [*(np.array(image.shape) / 2), 1])[:3]
-
-
-def _affine(linear: np.ndarray, shape, centre) -> np.ndarray:
-    affine = np.eye(4)
-    affine[:3, :3] = linear
-    affine[:3, 3] = np.asarray(centre) - linear @ (np.array(shape) / 2)
-    return affine
 
 
 def _resample(data: np.ndarray, affine, to_shape, to_affine, order: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dwc.errors import InputError
+from dwc.base.errors import InputError
 
 __all__ = ["SHIPPED", "LabelMap", "read_table"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from dwc.errors import InputError
+from dwc.base.errors import InputError
 
 __all__ = ["Scan", "as_csv", "has_split_column", "read_manifest"]
 

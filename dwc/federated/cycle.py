@@ -13,11 +13,11 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+from dwc.base.errors import InputError, one_line
+from dwc.base.files import open_folder, sweep, write_whole
 from dwc.consolidation import Consolidation
-from dwc.errors import InputError, one_line
 from dwc.federated.project import Project
 from dwc.federated.wire import ANSWER, HEADER, check, digest
-from dwc.files import open_folder, sweep, write_whole
 from dwc.posterior import Posterior
 
 __all__ = ["Cycle", "describe", "read_state"]

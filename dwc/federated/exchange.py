@@ -21,11 +21,11 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.fuel.utils import fobs
 
-from dwc.errors import InputError
+from dwc.base.errors import InputError
+from dwc.base.locks import held
 from dwc.federated.cycle import Cycle
 from dwc.federated.spool import Spool
 from dwc.federated.wire import ASK, GIVE
-from dwc.lock import held
 
 __all__ = ["ALLOWED", "FOLDER", "SERVER", "Exchange", "Site", "folder_in"]
 

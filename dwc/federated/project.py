@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dwc.errors import InputError
-from dwc.settings import TrainSettings
+from dwc.base.errors import InputError
+from dwc.training.settings import TrainSettings
 
 __all__ = ["OWN", "Project"]
 

@@ -16,12 +16,12 @@ from nvflare.lighter.prov_utils import prepare_builders
 from nvflare.lighter.provision import prepare_project
 from nvflare.lighter.provisioner import Provisioner
 
+from dwc.base.errors import InputError
+from dwc.base.files import open_folder, write_whole
 from dwc.consolidation import Consolidation
-from dwc.errors import InputError
 from dwc.federated.cycle import Cycle
 from dwc.federated.exchange import folder_in
 from dwc.federated.project import Project
-from dwc.files import open_folder, write_whole
 from dwc.posterior import Posterior
 
 __all__ = ["FIRST", "TRAINING", "LastingCertificates", "provision"]

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from dwc.errors import InputError, Interrupted
+from dwc.base.errors import InputError, Interrupted
+from dwc.base.files import write_whole
+from dwc.base.locks import held
+from dwc.base.processes import end, start_once
 from dwc.federated.cycle import read_state
 from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, folder_in
-from dwc.files import write_whole
-from dwc.lock import end, held, start_once
 
 __all__ = ["admin_kit_of", "configure", "join", "make_pass", "pass_limit", "serve", "write_job"]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dwc.errors import InputError
+from dwc.base.errors import InputError
 
 __all__ = ["SimulationSettings"]
 
@@ -86,8 +86,8 @@ class SimulationSettings:
         InputError
             Naming the setting, its value and the remedy.
         """
+        from dwc.data.grid import SIDE
         from dwc.data.labels import LabelMap  # here, so that help is quick
-        from dwc.data.subvolumes import SIDE
 
         for name in ("sites", "rounds", "n_train", "n_test", "steps", "temper", "limit_s", "link_mbit_s"):
             if not getattr(self, name) > 0:

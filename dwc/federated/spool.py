@@ -18,12 +18,13 @@ from typing import Any
 
 import yaml
 
+from dwc.base.errors import InputError
+from dwc.base.files import open_folder, sweep, write_whole
+from dwc.base.locks import held
+from dwc.base.processes import start_once
+from dwc.data.cache import digest_of_scans
 from dwc.data.manifest import Scan, as_csv
-from dwc.data.subvolumes import digest_of_scans
-from dwc.errors import InputError
 from dwc.federated.wire import QUESTION, check, digest
-from dwc.files import open_folder, sweep, write_whole
-from dwc.lock import held, start_once
 from dwc.posterior import Posterior
 
 __all__ = ["TRAINER", "Spool", "stream_of"]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dwc.errors import InputError
+from dwc.base.errors import InputError
 
 __all__ = ["ANSWER", "ASK", "GIVE", "HEADER", "QUESTION", "STATES", "check", "digest"]
 

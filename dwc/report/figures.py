@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from dwc.files import write_whole
-from dwc.metrics import confusion_matrix, mean_dice
+from dwc.base.files import write_whole
+from dwc.metrics.confusion import confusion_matrix, mean_dice
 
 __all__ = ["class_colours", "overlay", "save", "site_slices"]
 

@@ -15,8 +15,8 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from dwc.files import open_folder, write_whole
-from dwc.metrics import error_detection_auc, expected_calibration_error
+from dwc.base.files import open_folder, write_whole
+from dwc.metrics.calibration import error_detection_auc, expected_calibration_error
 from dwc.report import plots
 from dwc.report.findings import RULES, findings
 from dwc.report.results import AVERAGE, INTEREST, Results, read_results

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from dwc.metrics import expected_calibration_error
+from dwc.metrics.calibration import expected_calibration_error
 from dwc.report.figures import save
 from dwc.report.words import printed
 

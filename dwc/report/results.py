@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from dwc.errors import InputError
-from dwc.tables import read_settings, read_table
+from dwc.base.errors import InputError
+from dwc.base.tables import read_settings, read_table
 
 __all__ = ["AVERAGE", "INTEREST", "Results", "read_results"]
 

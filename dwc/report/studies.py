@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dwc.files import write_whole
+from dwc.base.files import write_whole
 
 __all__ = ["leave_one_out", "many_sites", "rounds", "tempering"]
 

@@ -10,10 +10,11 @@ import pytest
 from nibabel.processing import resample_from_to
 from scipy.spatial.transform import Rotation
 
+from dwc.base.errors import InputError
 from dwc.data import conform
-from dwc.data.conform import Grid, conform_image, conform_labels, load_image, load_labels, to_native
+from dwc.data.conform import conform_image, conform_labels, load_image, load_labels, to_native
+from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
-from dwc.errors import InputError
 
 FIFTY = LabelMap.load("fifty")
 RNG = np.random.default_rng(0)

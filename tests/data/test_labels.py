@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from dwc.base.errors import InputError
 from dwc.data.labels import LabelMap
-from dwc.errors import InputError
 
 FIFTY = LabelMap.load("fifty")
 COARSE = LabelMap.load("coarse")

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dwc.base.errors import InputError
 from dwc.data.manifest import Scan, _split_by_subject, as_csv, read_manifest
-from dwc.errors import InputError
 
 
 @pytest.fixture

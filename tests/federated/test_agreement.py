@@ -1,6 +1,6 @@
 import pytest
 
-from dwc.errors import InputError
+from dwc.base.errors import InputError
 from dwc.federated.cycle import Cycle
 from dwc.federated.project import Project
 from tests.made_cycles import NOW, trained

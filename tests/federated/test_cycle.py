@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dwc import cli
-from dwc.errors import InputError
+from dwc.base.errors import InputError
 from dwc.federated import cycle as room
 from dwc.federated.cycle import Cycle, describe
 from dwc.federated.project import Project

@@ -9,7 +9,7 @@ from nvflare.apis.signal import Signal
 from nvflare.apis.utils.decomposers import flare_decomposers
 from nvflare.fuel.utils import fobs
 
-from dwc.errors import InputError
+from dwc.base.errors import InputError
 from dwc.federated import cycle as books
 from dwc.federated import exchange as room
 from dwc.federated.cycle import Cycle, describe

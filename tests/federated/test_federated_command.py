@@ -8,6 +8,8 @@ import yaml
 from cryptography import x509
 
 from dwc import cli
+from dwc.base.files import load_tensors
+from dwc.base.locks import held
 from dwc.commands import federated as command
 from dwc.federated import service
 from dwc.federated.cycle import Cycle
@@ -16,8 +18,6 @@ from dwc.federated.project import Project
 from dwc.federated.service import _clear_runs, configure, write_job
 from dwc.federated.spool import Spool
 from dwc.federated.wire import ANSWER, ASK
-from dwc.files import load_tensors
-from dwc.lock import held
 from dwc.posterior import Posterior
 from tests.made_posteriors import a_prior, a_site
 

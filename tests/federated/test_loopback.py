@@ -22,11 +22,11 @@ import pytest
 import yaml
 
 from dwc import cli
+from dwc.base.locks import held
 from dwc.consolidation import consolidate
 from dwc.federated.spool import stream_of
-from dwc.lock import held
 from dwc.posterior import Posterior
-from dwc.training import train
+from dwc.training.loop import train_network
 
 pytest_plugins = ["tests.tiny_runs"]
 pytestmark = [pytest.mark.loopback, pytest.mark.usefixtures("one_thread", "offline")]
@@ -125,7 +125,7 @@ def undisturbed(settings, prior: Posterior, folder: Path) -> Posterior:
         for site in SITES:
             vcl = replace(settings, mode="vcl", prior=path, stream=stream_of(site), **TRAINING)
             vcl = replace(vcl, label_map=None, grid_size=None, width=None, dilations=None)
-            sites.append(train(replace(vcl, out=folder / f"{site}-{number}")))
+            sites.append(train_network(replace(vcl, out=folder / f"{site}-{number}")))
         prior = consolidate(prior, sites)
     return prior
 

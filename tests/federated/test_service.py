@@ -10,12 +10,13 @@ import pytest
 from nvflare.fuel.flare_api import flare_api
 
 from dwc import cli
-from dwc.errors import Interrupted
+from dwc.base.errors import Interrupted
+from dwc.base.locks import held
+from dwc.base.processes import end, start_once
 from dwc.federated import service
 from dwc.federated.cycle import Cycle
 from dwc.federated.project import Project
 from dwc.federated.spool import Spool
-from dwc.lock import end, held, start_once
 from tests.made_posteriors import a_prior
 
 ENGINE = """echo $$ >> engines

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dwc.base.errors import InputError
 from dwc.data.manifest import Scan, read_manifest
-from dwc.errors import InputError
 from dwc.federated.cycle import Cycle
 from dwc.federated.project import Project
 from dwc.federated.spool import Spool

@@ -8,8 +8,8 @@ import pandas as pd
 import yaml
 
 from dwc.data.labels import LabelMap
-from dwc.experiment.statistics import dice_table, differences_by_seed, paired_tests
-from dwc.metrics import CalibrationCounts
+from dwc.metrics.calibration import CalibrationCounts
+from dwc.study.statistics import dice_table, differences_by_seed, paired_tests
 
 SITES = {"H": 5, "N": 6, "B": 2, "W": 2, "A": 5}
 ROWS = {  # name: kind, skill at training sites and at the unseen one

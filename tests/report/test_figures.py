@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from dwc.errors import InputError
+from dwc.base.errors import InputError
 from dwc.report.figures import _busiest, _slice, class_colours, overlay, site_slices
 
 

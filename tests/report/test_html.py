@@ -7,12 +7,12 @@ import matplotlib.image
 import pandas as pd
 import pytest
 
-from dwc.errors import InputError
-from dwc.experiment.scoring import Kind
+from dwc.base.errors import InputError
 from dwc.report import plots
 from dwc.report.findings import MARGIN
 from dwc.report.html import SITES_PICTURE, write_report
 from dwc.report.words import points
+from dwc.study.scoring import Kind
 from tests.report.studies import DWC, ENSEMBLE, ROWS, write_pooled, write_study
 
 PIXEL = base64.b64decode("iVBORw0KGgo=")

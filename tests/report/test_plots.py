@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from dwc.metrics import CalibrationCounts
+from dwc.metrics.calibration import CalibrationCounts
 from dwc.report import plots
 from dwc.report.results import read_results
 from tests.report.studies import DWC, ENSEMBLE, write_pooled, write_study

@@ -1,0 +1,72 @@
+"""Detached processes that hold a lock while they live, so that they can be found and ended by it."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from dwc.base.errors import InputError
+from dwc.base.locks import held, hold
+
+__all__ = ["end", "start_once"]
+
+
+def start_once(words: Sequence[str | Path], lock: Path, log: Path, **options) -> subprocess.Popen | None:
+    """Start a process that holds the lock while it lives, in a process group of its own; None if one holds it.
+
+    The lock file tells its id, for `end` and for people.
+
+    Parameters
+    ----------
+    words : sequence
+        Program and arguments.
+    lock, log : Path
+        The lock file; where its output is added.
+    **options
+        Of `subprocess.Popen`.
+
+    Raises
+    ------
+    InputError
+        If the program cannot be started or the log cannot be written.
+    """
+    descriptor = hold(lock)
+    if descriptor is None:
+        return None
+    try:
+        output = log.open("ab")
+    except OSError as error:
+        os.close(descriptor)
+        raise InputError(f"{log}: cannot be written ({error.strerror}); make it writable") from error
+    try:
+        _note(descriptor, 0)  # nobody takes the last one's id for this one's
+        process = subprocess.Popen(
+            [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True, pass_fds=[descriptor], **options,
+        )  # fmt: skip
+        _note(descriptor, process.pid)
+        return process
+    except OSError as error:
+        raise InputError(f"{words[0]}: cannot be started ({error.strerror}); give a program that can") from error
+    finally:
+        output.close()
+        os.close(descriptor)  # the child's copy holds it from here on
+
+
+def end(lock: Path, patience_s: float) -> None:
+    """End the process group that `start_once` has started with a lock, whoever called it; killed if it takes long."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with held(lock) as free:
+            if free or not (pid := int(lock.read_text() or 0)):
+                return
+            with suppress(ProcessLookupError):
+                os.killpg(pid, number)
+        with held(lock, patience_s):
+            pass
+
+
+def _note(descriptor: int, pid: int) -> None:
+    """Write a process id over the last one, in as many bytes: what has been written once, a full disk takes too."""
+    os.pwrite(descriptor, b"%-10d\n" % pid, 0)

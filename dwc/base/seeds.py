@@ -1,0 +1,13 @@
+"""Seeds derived from a run's seed, a step and so on."""
+
+import numpy as np
+
+__all__ = ["seed_of"]
+
+
+def seed_of(*entropy: int) -> int:
+    """A 63-bit seed for PyTorch from numbers >= 0 (a seed, a step, ...), without pattern between neighbours.
+
+    Zeros at the end do not count: seed_of(3, 5) is seed_of(3, 5, 0).
+    """
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)

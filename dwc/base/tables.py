@@ -1,0 +1,68 @@
+"""A study's tables and settings on disk: CSV and YAML, written whole and read with one set of rules.
+
+Names are words, so that a subject called NA stays one; only an empty cell is no value. What the tables mean is the
+business of `experiment` and `report`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from dwc.base.errors import InputError
+from dwc.base.files import write_whole
+
+__all__ = ["read_settings", "read_table", "write_table"]
+
+_WORDS = {"subject": str, "site": str, "image": str}
+
+
+def write_table(path: Path, table: pd.DataFrame, *, index: bool = False) -> None:
+    """Write a CSV, whole; numbers with six digits.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written.
+    """
+    write_whole(path, table.to_csv(index=index, float_format="%.6g").encode())
+
+
+def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a CSV that has to have some columns.
+
+    Raises
+    ------
+    InputError
+        If it is missing, no table, or lacks a column.
+    """
+    try:
+        table = pd.read_csv(path, dtype=_WORDS, keep_default_na=False, na_values=[""])
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); run the study again") from error
+    except ValueError as error:  # what pandas and a wrong encoding raise
+        raise InputError(f"{path}: is not a table ({str(error).splitlines()[0]}); run the study again") from error
+    if missing := [name for name in columns if name not in table]:
+        raise InputError(f"{path}: has no column {', '.join(missing)}; run the study again")
+    return table
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a config.yaml.
+
+    Raises
+    ------
+    InputError
+        If it is missing or does not hold settings.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); run the study again") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not YAML; remove it and run the study again") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: holds no settings; remove it and run the study again")
+    return settings

@@ -1,0 +1,258 @@
+"""Sub-volumes: conformed scans cut into 32^3 cubes, in a memory-mapped cache, as a dataset for training and scoring.
+
+Each scan becomes one folder of the cache, named by the hash of everything that went into it, so nothing is computed
+twice and nothing stale is read. Samplers, batches and augmentation are the trainer's.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dwc.base import launcher, ranks
+from dwc.base.errors import InputError
+from dwc.base.files import write_whole
+from dwc.data.conform import conform_image, conform_labels
+from dwc.data.cubes import split_volume
+from dwc.data.dataset import MOMENTS, SubVolumes, read_moments
+from dwc.data.grid import SIDE, Grid
+from dwc.data.intensity import moments
+from dwc.data.labels import LabelMap
+from dwc.data.manifest import Scan
+
+__all__ = [
+    "SIDE", "digest_of_scans", "is_prepared", "prepare",
+
+]  # fmt: skip
+
+_CACHE_FORMAT = 2  # raise it when the same inputs give other files
+_UNFINISHED = ".unfinished-"
+_DIGESTS = ".digests.json"  # absolute path -> size, date in ns, SHA-256
+_DAY = 24 * 3600  # s
+_SETTLED = 2_000_000_000  # ns; a file as young as this may still change within one tick of its date
+
+
+def prepare(
+    scans: Sequence[Scan],
+    label_map: LabelMap,
+    grid: Grid,
+    cache_dir: str | os.PathLike,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+) -> SubVolumes:
+    """Conform scans and cut them into sub-volumes, or find that already done in the cache; ranks share the work.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+        Those without label serve for prediction only.
+    label_map, grid : LabelMap, Grid
+        Classes of the labels; the grid, its size a multiple of 32.
+    cache_dir : path
+        Folder of the cache, made if need be. It holds 2 bytes per voxel and scan. Any number of processes may share it.
+        Entries are named by the content of the scans; a scan is hashed again when its size or date has changed.
+    workers : int
+        Threads that read and resample (both leave Python's lock); 0 counts as 1. None: one per core of this process's
+        share of the machine, up to 8. The
+        result does not depend on it. Each holds one scan in memory, 0.3 GB at 256^3.
+    progress : bool
+        Show a progress bar while scans are prepared.
+
+    Raises
+    ------
+    InputError
+        A scan is bad input for `conform_image` or `conform_labels`, or the cache cannot be written or is full.
+    """
+    if grid.size % SIDE:
+        raise InputError(f"grid size {grid.size} does not split into sub-volumes of {SIDE}; take a multiple of {SIDE}")
+    cache_dir = Path(cache_dir)
+    if workers is None:
+        workers = min(8, (os.cpu_count() or 1) // launcher.local_processes())
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        _sweep(cache_dir)
+        digests = _read_digests(cache_dir)
+        known = dict(digests)
+        folders = _map(
+            lambda scan: _prepare(scan, label_map, grid, cache_dir, digests),
+            ranks.share(scans), workers, progress and ranks.is_main(),
+        )  # fmt: skip
+        folders, digests = _together(folders, digests, known)
+        if digests != known and ranks.is_main():
+            write_whole(cache_dir / _DIGESTS, json.dumps(digests).encode())
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"{cache_dir}: cannot write the cache ({reason}); free space or choose another folder"
+        ) from error
+    return SubVolumes(scans, folders, label_map, grid)
+
+
+def is_prepared(scans: Sequence[Scan], label_map: LabelMap, grid: Grid, cache_dir: str | os.PathLike) -> bool:
+    """Whether `prepare` would find all of these scans in the cache; writes nothing.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read.
+    """
+    digests, cache_dir = _read_digests(Path(cache_dir)), Path(cache_dir)
+    return all(_is_whole(cache_dir / _key(scan, label_map, grid, digests), scan, grid) for scan in scans)
+
+
+def digest_of_scans(scans: Sequence[Scan], cache_dir: str | os.PathLike) -> str:
+    """SHA-256, hex, of the bytes of scans and labels and of the split, in their order; not of names.
+
+    Files that `prepare` has read with this cache are not read again as long as they keep size and date.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read.
+    """
+    known = _read_digests(Path(cache_dir))
+    parts = [(_digest(scan.image, known), scan.label and _digest(scan.label, known), scan.split) for scan in scans]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _together(folders: list[Path], digests: dict[str, list], known: dict[str, list]) -> tuple[list[Path], dict]:
+    """All ranks' folders, in the order of the scans, and digests."""
+    new = {path: entry for path, entry in digests.items() if known.get(path) != entry}
+    parts = ranks.gather({"folders": list(map(str, folders)), "digests": new})
+    for part in parts:
+        digests = digests | part["digests"]
+    folders = [Path(folder) for folder in ranks.merge([part["folders"] for part in parts])]
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise InputError(f"{missing[0]}: is not seen by all processes; give a --cache_dir that their machines share")
+    return folders, digests
+
+
+def _map(function, scans: Sequence[Scan], workers: int, progress: bool) -> list[Path]:
+    with (
+        ThreadPoolExecutor(max(workers, 1)) as pool,
+        tqdm(total=len(scans), desc="preparing scans", unit="scan", disable=None if progress else True) as bar,
+    ):
+        futures = [pool.submit(function, scan) for scan in scans]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
+
+
+def _prepare(scan: Scan, label_map: LabelMap, grid: Grid, cache_dir: Path, digests: dict[str, list]) -> Path:
+    """Folder of the cache that holds this scan; built first unless it is there and whole."""
+    folder = cache_dir / _key(scan, label_map, grid, digests)
+    if not _is_whole(folder, scan, grid):
+        _build(folder, scan, label_map, grid)
+    return folder
+
+
+def _key(scan: Scan, label_map: LabelMap, grid: Grid, digests: dict[str, list]) -> str:
+    """Hash of everything the folder's files depend on: the bytes of the inputs, not their names."""
+    parts = {
+        "format": _CACHE_FORMAT,
+        "side": SIDE,
+        "grid": [grid.size, grid.voxel_size],
+        "image": _digest(scan.image, digests),
+        "label": scan.label and _digest(scan.label, digests),
+        "label_map": scan.label and label_map.sha256,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest(path: Path, digests: dict[str, list]) -> str:
+    """SHA-256 of a file; remembered in `digests` for as long as the file keeps its size and date."""
+    try:
+        status = path.stat()
+        state = [status.st_size, status.st_mtime_ns]
+        *known_state, known = digests.get(str(path.resolve()), [None])
+        if known_state == state:
+            return known
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the file ({error.strerror}); check the path") from error
+    if time.time_ns() - status.st_mtime_ns > _SETTLED:
+        digests[str(path.resolve())] = [*state, digest.hexdigest()]
+    return digest.hexdigest()
+
+
+def _read_digests(cache_dir: Path) -> dict[str, list]:
+    try:
+        return json.loads((cache_dir / _DIGESTS).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}  # only a memory: it is made again
+
+
+def _build(folder: Path, scan: Scan, label_map: LabelMap, grid: Grid) -> None:
+    """Write the folder under a temporary name and rename it when all of it is on the disk."""
+    image = conform_image(scan.image, grid)
+    arrays = {"image": image}
+    if scan.label is not None:
+        arrays["label"] = conform_labels(scan.label, grid, label_map, scan.image)
+    mean, sd = (float(moment) for moment in moments(image))
+    unfinished = folder.with_name(f"{_UNFINISHED}{uuid.uuid4().hex}")
+    unfinished.mkdir()
+    try:
+        for name, array in arrays.items():
+            _write(unfinished / f"{name}.npy", _npy(split_volume(array)))
+        _write(unfinished / MOMENTS, json.dumps({"mean": mean, "sd": sd}).encode())
+        if folder.exists() and not _is_whole(folder, scan, grid):
+            shutil.rmtree(folder)  # damaged from outside
+        os.rename(unfinished, folder)
+    except OSError:
+        if not _is_whole(folder, scan, grid):
+            raise  # else another process has built the same folder meanwhile
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _npy(array: np.ndarray) -> memoryview:
+    """The bytes of a .npy file: `np.save` to a disk that fills up counts bytes where `write` gives the reason."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getbuffer()
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """Write a file of a folder that is not yet finished."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_whole(folder: Path, scan: Scan, grid: Grid) -> bool:
+    names = ["image.npy"] if scan.label is None else ["image.npy", "label.npy"]
+    try:
+        sizes = {np.load(folder / name, mmap_mode="r", allow_pickle=False).size for name in names}
+        read_moments(folder)
+    except (OSError, ValueError, KeyError):  # missing, cut short
+        return False
+    return sizes == {grid.size**3}
+
+
+def _sweep(cache_dir: Path) -> None:
+    """Remove what builds that were killed a day ago or longer have left."""
+    for folder in [*cache_dir.glob(f"{_UNFINISHED}*"), *cache_dir.glob(f".{_DIGESTS}.*")]:
+        try:
+            if time.time() - folder.stat().st_mtime > _DAY:
+                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+        except FileNotFoundError:
+            continue  # another process sweeps too

@@ -1,0 +1,89 @@
+"""Prepared scans as a dataset of sub-volumes."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dwc.base.errors import InputError
+from dwc.data.cubes import join_volume
+from dwc.data.grid import SIDE, Grid
+from dwc.data.intensity import z_score
+from dwc.data.labels import LabelMap
+from dwc.data.manifest import Scan
+
+__all__ = ["MOMENTS", "SubVolumes", "read_moments"]
+
+MOMENTS = "moments.json"
+
+
+class SubVolumes(torch.utils.data.Dataset):
+    """The 32^3 sub-volumes of prepared scans, scan by scan; made by `prepare`.
+
+    Item i is `(image, label)`: image float32 [1, 32, 32, 32], `z_score` of its voxels with the `moments` of its volume,
+    and label int64 [32, 32, 32], the classes. Only the pages asked for are read from disk, so the memory in use does
+    not grow with the number of volumes.
+
+    Attributes
+    ----------
+    scans : list[Scan]
+        The scans, in the order of the volumes.
+    grid, label_map : Grid, LabelMap
+        What they were conformed to.
+    n_volumes, sub_volumes_per_volume : int
+        Their product is `len(self)`; sub-volume i belongs to volume i // sub_volumes_per_volume.
+    """
+
+    def __init__(self, scans: Sequence[Scan], folders: Sequence[Path], label_map: LabelMap, grid: Grid):
+        self.scans, self.label_map, self.grid = list(scans), label_map, grid
+        self._folders = list(folders)
+        self._moments = [read_moments(folder) for folder in self._folders]
+        self.n_volumes = len(self.scans)
+        self.sub_volumes_per_volume = (grid.size // SIDE) ** 3
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hex, of what the items are made of: bytes and order of the scans, label map and grid, not names."""
+        keys = [folder.name for folder in self._folders]
+        return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self.n_volumes * self.sub_volumes_per_volume
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sub-volume {index} of {len(self)}")
+        volume, place = divmod(index, self.sub_volumes_per_volume)
+        image = self.z_score(volume, self._cubes(volume, "image")[place])
+        label = self._cubes(volume, "label")[place].astype(np.int64)
+        return torch.from_numpy(image)[None], torch.from_numpy(label)
+
+    def volume(self, v: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Image and classes of volume v, both uint8 [size, size, size]; the classes are None without a label."""
+        image = join_volume(self._cubes(v, "image"), self.grid.shape)
+        if self.scans[v].label is None:
+            return image, None
+        return image, join_volume(self._cubes(v, "label"), self.grid.shape)
+
+    def z_score(self, v: int, voxels: np.ndarray) -> np.ndarray:
+        """`z_score` of voxels of volume v with the moments of all its voxels."""
+        return z_score(voxels, *self._moments[v])
+
+    def _cubes(self, v: int, name: str) -> np.ndarray:
+        if name == "label" and self.scans[v].label is None:
+            raise InputError(f"{self.scans[v].image}: has no label; name one in the manifest to train or score on it")
+        return _memory_map(self._folders[v] / f"{name}.npy")
+
+
+def read_moments(folder: Path) -> tuple[float, float]:
+    values = json.loads((folder / MOMENTS).read_text())
+    return values["mean"], values["sd"]
+
+
+@lru_cache(maxsize=128)  # each open map holds a file descriptor
+def _memory_map(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)

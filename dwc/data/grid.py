@@ -1,0 +1,40 @@
+"""The network's grid: a cube of isotropic voxels in LIA orientation, and the edge of a sub-volume. numpy only."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dwc.base.errors import InputError
+
+__all__ = ["LIA", "SIDE", "Grid", "affine_about"]
+
+SIDE = 32  # voxels along each edge of a sub-volume
+LIA = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # columns: voxel axes to the left, inferior, anterior
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A cube of `size`^3 voxels of `voxel_size` mm in LIA orientation. FreeSurfer's conformed grid is Grid(256, 1)."""
+
+    size: int = 256
+    voxel_size: float = 1.0
+
+    def __post_init__(self):
+        if self.size < 1 or not 0 < self.voxel_size < np.inf:
+            raise InputError(f"grid of size {self.size} and voxel size {self.voxel_size} mm; both must be positive")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of the cube."""
+        return (self.size,) * 3
+
+    def affine(self, centre: np.ndarray) -> np.ndarray:
+        """Voxel to RAS mm, [4, 4], with voxel size/2 at `centre` (RAS mm), as FreeSurfer counts a volume's centre."""
+        return affine_about(LIA * self.voxel_size, self.shape, centre)
+
+
+def affine_about(linear: np.ndarray, shape, centre) -> np.ndarray:
+    affine = np.eye(4)
+    affine[:3, :3] = linear
+    affine[:3, 3] = np.asarray(centre) - linear @ (np.array(shape) / 2)
+    return affine

@@ -1,0 +1,69 @@
+"""The paired test of two networks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+__all__ = ["PairedTest", "paired_test"]
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """What a two-tailed paired t-test found about the differences a - b.
+
+    Attributes
+    ----------
+    n : int
+        Pairs.
+    mean_difference, ci_low, ci_high : float
+        Mean of a - b and its 95 % confidence interval, in the unit of the scores.
+    t, p : float
+        The statistic and its two-tailed p-value.
+    effect_size : float
+        Cohen's d_z, the mean difference in standard deviations of the differences.
+    """
+
+    n: int
+    mean_difference: float
+    ci_low: float
+    ci_high: float
+    t: float
+    p: float
+    effect_size: float
+
+
+def paired_test(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> PairedTest:
+    """Two-tailed paired t-test of scores of the same volumes under two networks.
+
+    Parameters
+    ----------
+    a, b : sequence of float
+        Scores, one per volume, in the same order; a volume that either lacks (NaN or None) is left out.
+
+    Returns
+    -------
+    PairedTest
+        With NaN for what does not exist: all but n and the mean difference where there are fewer than two pairs or
+        every difference is the same.
+
+    Raises
+    ------
+    ValueError
+        If the lengths differ.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"paired scores are two lists of one length, not of shapes {a.shape} and {b.shape}")
+    both = np.isfinite(a) & np.isfinite(b)
+    a, b = a[both], b[both]
+    difference = a - b
+    n, mean = len(difference), float(difference.mean()) if len(difference) else math.nan
+    if n < 2 or np.ptp(difference) <= 1e-12 * np.abs(difference).max():  # no spread but that of rounding
+        return PairedTest(n, mean, *[math.nan] * 5)
+    test = stats.ttest_rel(a, b)
+    effect_size = mean / difference.std(ddof=1)
+    values = (*test.confidence_interval(0.95), test.statistic, test.pvalue, effect_size)
+    return PairedTest(n, mean, *map(float, values))

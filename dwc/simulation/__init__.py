@@ -1,0 +1,1 @@
+"""Simulated heads and scans; nothing in training imports it."""

@@ -1,0 +1,339 @@
+"""Simulated sites: T1 scans of five scanners and populations, made from label volumes of heads.
+
+Stands in for data that cannot be shared: the sites of `sites.tsv` differ in contrast, noise, bias field, resolution,
+and in the people they scan. Label volumes come from `dwc.data.phantom` or from a folder of real anatomies.
+"""
+
+import csv
+import gzip
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.processing import resample_from_to
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from dwc.base.errors import InputError
+from dwc.base.files import write_whole
+from dwc.data.conform import load_labels
+from dwc.data.grid import Grid
+from dwc.data.labels import LabelMap, read_table
+from dwc.simulation.phantom import phantom
+
+__all__ = ["Site", "load_sites", "simulate", "write_site"]
+
+_N_CODES = 61  # classes 0..49 and 50..60 outside the brain
+_N_CLASSES = 50
+_VENTRICLE = 2
+_REGION_SD = 3.0  # intensity offset of a region from its tissue, drawn for each scan
+_ELASTIC_SPACING = 40.0  # mm between the nodes of the elastic field
+_BIAS_NODES = 3  # along each axis
+_FWHM_TO_SD = 0.4247
+_VENTRICLE_REACH = 12.0  # mm over which the tissue gives way to grown ventricles
+
+
+@dataclass(frozen=True)
+class Site:
+    """A simulated scanner and population: one row of `sites.tsv`.
+
+    Attributes
+    ----------
+    name : str
+        H, N, B, W or A.
+    tissue_means : dict[str, float]
+        Mean intensity of each tissue, 0..255.
+    sd : float
+        Standard deviation of intensity within a region, 0..255.
+    noise, bias : float
+        Rician noise as a fraction of white matter; amplitude of the log of the bias field.
+    resolution : tuple[float, float, float]
+        Voxels of the scanner, mm, along the axes of the volume.
+    scale, ventricle, elastic : float
+        Size of heads; growth of the ventricles, mm; amplitude of the elastic deformation, mm.
+    log_gamma : float
+        Log of the exponent that intensities are raised to.
+    """
+
+    name: str
+    tissue_means: dict[str, float]
+    sd: float
+    noise: float
+    bias: float
+    resolution: tuple[float, float, float]
+    scale: float
+    ventricle: float
+    elastic: float
+    log_gamma: float
+
+
+@lru_cache(maxsize=1)
+def load_sites() -> dict[str, Site]:
+    """The five simulated sites, by name."""
+    tissues = set(_tissue_of_code())
+    sites = {}
+    for row in read_table(files(__package__) / "sites.tsv"):
+        name = row.pop("site")
+        value = {column: float(cell) for column, cell in row.items()}
+        means = {column: value.pop(column) for column in list(value) if column in tissues}
+        resolution = tuple(value.pop(f"res_{axis}") for axis in "xyz")
+        sites[name] = Site(name=name, tissue_means=means, resolution=resolution, **value)
+    return sites
+
+
+def simulate(labels: np.ndarray, site: Site | str, *, voxel_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Deform a head and scan it at a site; a pure function of its arguments.
+
+    The labels are warped (scale, rotation of some degrees, a coarse random elastic field, growth of the ventricles by
+    pushing the tissue around them), nearest neighbour. The image is, per voxel, the site's mean of the tissue + an
+    offset of the region + noise within it, blurred by a voxel (full width at half maximum), sampled at the site's
+    resolution where that is coarser than the voxels, times exp(a smooth bias field), with Rician noise, clipped at
+    its 99.9th percentile and raised to gamma.
+
+    Parameters
+    ----------
+    labels : ndarray, uint8 [D, H, W]
+        Codes: classes 0..49, and 50..60 outside the brain.
+    site : Site or str
+        A site, or the name of one in `load_sites()`.
+    voxel_size : float
+        Of `labels`, mm.
+    seed : int
+        Which scan.
+
+    Returns
+    -------
+    image, labels : ndarray, uint8 [D, H, W]
+        The scan 0..255, and the warped codes it shows.
+    """
+    site = _site(site)
+    rng = np.random.default_rng(seed)
+    labels = _warp(labels, site, voxel_size, rng)
+    return _scan(labels, site, voxel_size, rng), labels
+
+
+def write_site(
+    out_dir: str | os.PathLike,
+    site: Site | str,
+    n_train: int,
+    n_test: int,
+    *,
+    grid: Grid,
+    seed: int = 0,
+    anatomies: str | os.PathLike | None = None,
+) -> Path:
+    """Write scans of a simulated site, their labels and a manifest.
+
+    Parameters
+    ----------
+    out_dir : path
+        Gets `<site>-<number>_T1w.nii.gz` (uint8, conformed, LIA), `..._dseg.nii.gz` (FreeSurfer ids) and, last,
+        `manifest.csv` with a split column.
+    site : Site or str
+        Which site. No two sites of `load_sites()` share a subject.
+    n_train, n_test : int
+        Scans for training and for testing, of different subjects.
+    grid : Grid
+        Size and voxel size of the volumes.
+    seed : int
+        Another seed gives other scans, and other heads; of anatomies, another division among sites and splits.
+    anatomies : path
+        A folder of label volumes (`*.nii.gz`, codes as in `simulate`) to take instead of the phantom, each centred on
+        its brain. Every site takes its own fifth of them, some for testing and the others for training; where there
+        are fewer than scans, an anatomy is one subject scanned and deformed several times.
+
+    Returns
+    -------
+    manifest : Path
+        The manifest.
+
+    Raises
+    ------
+    InputError
+        There is nothing to write, there are too few anatomies, they hold other codes, or `out_dir` cannot be written.
+    """
+    site, out_dir = _site(site), Path(out_dir)
+    if min(n_train, n_test, seed) < 0 or n_train + n_test < 1:
+        raise InputError(
+            f"site {site.name}: {n_train} + {n_test} scans, seed {seed}; ask for at least one scan, seed >= 0"
+        )
+    heads = _phantoms(site, n_train, n_test, grid, seed)
+    if anatomies is not None:
+        heads = _anatomies(site, n_train, n_test, grid, Path(anatomies), seed)
+    label_map = LabelMap.load("fifty")
+    affine = grid.affine(np.zeros(3))
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out_dir}: cannot write ({error.strerror}); choose another folder") from error
+    rows = []
+    for number, (subject, split, codes) in enumerate(heads):
+        image, codes = simulate(codes, site, voxel_size=grid.voxel_size, seed=_seed(seed, site, number, 0))
+        ids = label_map.to_ids(np.where(codes < _N_CLASSES, codes, 0))
+        names = [f"{site.name}-{number:03d}_{suffix}.nii.gz" for suffix in ("T1w", "dseg")]
+        for name, voxels in zip(names, (image, ids.astype(np.int16)), strict=True):
+            volume = nib.Nifti1Image(voxels, affine).to_bytes()
+            write_whole(out_dir / name, gzip.compress(volume, compresslevel=4, mtime=0))
+        rows.append((*names, subject, site.name, split))
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([("image", "label", "subject", "site", "split"), *rows])
+    write_whole(out_dir / "manifest.csv", table.getvalue().encode())
+    return out_dir / "manifest.csv"
+
+
+def _site(site: Site | str) -> Site:
+    if isinstance(site, Site):
+        return site
+    if site not in load_sites():
+        raise InputError(f"site {site!r} is not simulated; choose one of {', '.join(load_sites())}")
+    return load_sites()[site]
+
+
+def _seed(seed: int, site: Site, number: int, purpose: int) -> int:
+    """A seed for each scan (purpose 0) and each head (1) of each site: sites never share one."""
+    words = [seed, int.from_bytes(site.name.encode(), "little"), number, purpose]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
+def _phantoms(site: Site, n_train: int, n_test: int, grid: Grid, seed: int) -> Iterator[tuple[str, str, np.ndarray]]:
+    for number in range(n_train + n_test):
+        codes = phantom(grid.size, grid.voxel_size, seed=_seed(seed, site, number, 1))
+        yield f"{site.name}{number:03d}", "train" if number < n_train else "test", codes
+
+
+def _anatomies(
+    site: Site, n_train: int, n_test: int, grid: Grid, folder: Path, seed: int
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    names = list(load_sites())
+    if site.name not in names:
+        raise InputError(f"site {site.name!r} has no anatomies of its own; choose one of {', '.join(names)}")
+    paths = sorted(folder.glob("*.nii.gz"))
+    order = np.random.default_rng(seed).permutation(len(paths))  # the same at all sites, so that they share none
+    mine = [paths[i] for i in order[names.index(site.name) :: len(names)]]
+    n_for_test = min(n_test, max(1, len(mine) // 3)) if n_test else 0
+    if len(mine) - n_for_test < bool(n_train) or not mine:
+        raise InputError(
+            f"{folder}: {len(mine)} label volumes for site {site.name}; put at least {2 * len(names)} there"
+        )
+    parts = {"train": (mine[n_for_test:], n_train), "test": (mine[:n_for_test], n_test)}
+    for split, (paths, n) in parts.items():
+        for number in range(n):
+            path = paths[number % len(paths)]
+            yield f"{site.name}-{path.name.split('.')[0]}", split, _load_anatomy(path, grid)
+
+
+@lru_cache(maxsize=8)
+def _load_anatomy(path: Path, grid: Grid) -> np.ndarray:
+    image = load_labels(path)
+    codes = np.asanyarray(image.dataobj)
+    brain = (codes > 0) & (codes < _N_CLASSES) & (codes != 12)
+    if codes.min() < 0 or codes.max() >= _N_CODES or not brain.any():
+        raise InputError(f"{path}: codes {codes.min()}..{codes.max()}; an anatomy holds classes 1..49 and codes to 60")
+    box = ndimage.find_objects(brain.view(np.uint8))[0]
+    middle = [(edge.start + edge.stop) / 2 for edge in box]
+    affine = grid.affine((image.affine @ [*middle, 1])[:3])
+    codes = nib.Nifti1Image(codes.astype(np.uint8), image.affine)
+    return np.asanyarray(resample_from_to(codes, (grid.shape, affine), order=0).dataobj)
+
+
+@lru_cache(maxsize=1)
+def _tissue_of_code() -> tuple[str, ...]:
+    return tuple(row["tissue"] for row in read_table(files(__package__) / "tissues.tsv"))
+
+
+def _warp(labels: np.ndarray, site: Site, voxel_size: float, rng: np.random.Generator) -> np.ndarray:
+    """Labels pulled back through affine, elastic and ventricle displacement, nearest neighbour."""
+    shape = labels.shape
+    angles = rng.normal(0, 3, 3)
+    scale = site.scale * rng.normal(1, 0.02)
+    inverse = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() / scale
+    middle = (np.array(shape, np.float32) - 1) / 2
+    offset = np.indices(shape, dtype=np.float32, sparse=True)
+    centred = [axis - m for axis, m in zip(offset, middle, strict=True)]
+    source = np.empty((3, *shape), np.float32)
+    for a in range(3):
+        linear = sum(np.float32(inverse[a, b]) * centred[b] for b in range(3))
+        elastic = _smooth_field(shape, _nodes(shape, voxel_size), rng) * np.float32(site.elastic / voxel_size)
+        source[a] = linear + middle[a] + elastic
+    if site.ventricle > 0 and (labels == _VENTRICLE).any():
+        _push(source, labels, site.ventricle, voxel_size)
+    return ndimage.map_coordinates(labels, source, order=0, mode="constant", cval=0)
+
+
+def _nodes(shape: tuple[int, ...], voxel_size: float) -> tuple[int, ...]:
+    return tuple(max(4, round(size * voxel_size / _ELASTIC_SPACING)) for size in shape)
+
+
+def _push(source: np.ndarray, labels: np.ndarray, growth: float, voxel_size: float) -> None:
+    """Move the places in `source`, where voxels are looked up, towards the ventricles, which so grow by `growth` mm."""
+    reach = int(3 * _VENTRICLE_REACH / voxel_size)
+    found = ndimage.find_objects((labels == _VENTRICLE).view(np.uint8))[0]
+    box = tuple(
+        slice(max(0, f.start - reach), min(n, f.stop + reach)) for f, n in zip(found, labels.shape, strict=True)
+    )
+    ventricles = labels[box] == _VENTRICLE
+    distance = ndimage.distance_transform_edt(~ventricles, sampling=voxel_size).astype(np.float32)
+    distance = np.maximum(distance - np.float32(voxel_size / 2), 0)  # from the surface, not from the nearest centre
+    amount = np.minimum(growth * np.exp(-distance / _VENTRICLE_REACH), distance + voxel_size / 2)
+    direction = np.stack(np.gradient(ndimage.gaussian_filter(distance, 1)))
+    length = np.sqrt(np.square(direction).sum(0)) + np.float32(1e-6)
+    push = (-direction * (amount * ~ventricles / length / voxel_size)).astype(np.float32)
+
+    near = np.logical_and.reduce([(s >= b.start) & (s <= b.stop - 1) for s, b in zip(source, box, strict=True)])
+    places = np.stack([s[near] - b.start for s, b in zip(source, box, strict=True)])
+    for axis, component in zip(source, push, strict=True):
+        axis[near] += ndimage.map_coordinates(component, places, order=1, mode="nearest")
+
+
+def _smooth_field(shape: tuple[int, ...], nodes: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Values uniform in -1..1 on a coarse lattice, interpolated by cubic splines to `shape`; float32."""
+    field = rng.uniform(-1, 1, nodes).astype(np.float32)
+    for size, n in zip(shape, nodes, strict=True):  # separable: one small matrix per axis, the axes take turns
+        spline = _zoom(np.eye(n, dtype=np.float32), (size, n), order=3)
+        field = np.tensordot(field, spline, axes=(0, 1))
+    return field
+
+
+def _scan(labels: np.ndarray, site: Site, voxel_size: float, rng: np.random.Generator) -> np.ndarray:
+    """The image of labels at a site, uint8."""
+    tissues = _tissue_of_code()
+    mean = np.array([site.tissue_means[tissue] for tissue in tissues], np.float32)
+    mean[1:] += rng.normal(0, _REGION_SD, len(mean) - 1).astype(np.float32)
+    sd = np.full(len(mean), site.sd, np.float32)
+    sd[0] = 1  # air has no texture
+
+    def normal() -> np.ndarray:
+        return rng.standard_normal(labels.shape, dtype=np.float32)
+
+    image = mean[labels] + sd[labels] * normal()
+    image = ndimage.gaussian_filter(image, _FWHM_TO_SD)
+    image = _sample(image, site.resolution, voxel_size)
+    nodes = (_BIAS_NODES,) * 3
+    image *= np.exp(np.float32(site.bias) * _smooth_field(labels.shape, nodes, rng))
+    noise_sd = np.float32(site.noise * site.tissue_means["white_matter"])
+    image = np.hypot(image + noise_sd * normal(), noise_sd * normal())
+    top = np.percentile(image, 99.9)
+    image = np.clip(image / top, 0, 1) ** np.float32(np.exp(site.log_gamma))
+    return (255 * image).round().astype(np.uint8)
+
+
+def _sample(image: np.ndarray, resolution: tuple[float, float, float], voxel_size: float) -> np.ndarray:
+    """What is left of an image scanned with these voxels (mm), on its own grid; finer voxels leave it as it is."""
+    coarser = [max(r / voxel_size, 1.0) for r in resolution]
+    if max(coarser) == 1.0:
+        return image
+    blurred = ndimage.gaussian_filter(image, [_FWHM_TO_SD * c if c > 1 else 0 for c in coarser])
+    shape = [max(1, round(size / c)) for size, c in zip(image.shape, coarser, strict=True)]
+    scanned = _zoom(blurred, shape, order=1)
+    return _zoom(scanned, image.shape, order=1)
+
+
+def _zoom(array: np.ndarray, shape, order: int) -> np.ndarray:
+    factors = [to / size for to, size in zip(shape, array.shape, strict=True)]
+    return ndimage.zoom(array, factors, order=order, mode="nearest", grid_mode=True)

@@ -1,0 +1,129 @@
+"""Several seeds of one study as one: means and standard deviations over seeds, tests, what each seed says by itself.
+
+Reads the tables that `paper.run` left in each seed's folder and writes tables of the same names; it trains and scores
+nothing.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from dwc.base.errors import InputError
+from dwc.base.files import open_folder, write_whole
+from dwc.base.tables import read_settings, read_table, write_table
+from dwc.report.html import write_report
+from dwc.study.paper import COMPARISONS, tests_as_text
+from dwc.study.statistics import dice_table, differences_by_seed, paired_tests
+
+__all__ = ["pool"]
+
+_TABLES = {  # and the columns that they must have; none: the table is not there where there is nothing to say
+    "rows": ("row", "kind", "networks"),
+    "volumes": ("row", "site", "subject", "image", "dice"),
+    "classes": ("row",),
+    "calibration": (),
+    "speed": (),
+}
+
+
+def pool(folders: Sequence[Path], out: Path) -> None:
+    """Pool the folders of a study that was run with several seeds, and print the table.
+
+    volumes.csv, classes.csv, calibration.csv and speed.csv gain a column seed; table.csv is the mean over seeds and
+    table_sd.csv the standard deviation; tests.csv pairs volumes and subjects of all seeds, by_seed.csv has the mean
+    difference under each; rows.csv has means over seeds, config.yaml the settings but the seed.
+
+    Raises
+    ------
+    InputError
+        If a folder holds no finished study, two hold the same seed, studies differ in another setting or in their
+        rows, or `out` is one of them or cannot be written.
+    """
+    folders = [Path(folder).expanduser().absolute() for folder in folders]
+    if len(folders) < 2:
+        raise InputError("--pool: one folder; give those of two seeds or more")
+    if out in folders:
+        raise InputError(f"--out {out}: is one of the folders to pool; give another")
+    config, seeds = _settings(folders)
+    tables = {name: _read(folders, seeds, name) for name in _TABLES}
+    volumes = tables["volumes"]
+    if config.get("manifests") is None:
+        if config.get("anatomies") is None:  # another head under the same name
+            volumes["subject"] += " (seed " + volumes["seed"].astype(str) + ")"
+        else:  # seeds divide the anatomies anew, so one may come from several sites
+            names = zip(volumes["subject"], volumes["site"], strict=True)
+            volumes["anatomy"] = [subject.removeprefix(f"{site}-") for subject, site in names]
+    averages = [dice_table(part) for _, part in volumes.groupby("seed", sort=False)]
+    for folder, table in zip(folders, averages, strict=True):
+        if list(table.index) != list(averages[0].index):
+            raise InputError(f"{folder}: has other rows than {folders[0]}; finish the study there")
+    stacked = pd.concat(averages, keys=seeds).groupby(level=1, sort=False)
+    mean, sd = stacked.mean(), stacked.std()
+    tables |= {"rows": _rows(tables["rows"]), "tests": (tests := paired_tests(volumes, COMPARISONS))}
+    tables["by_seed"] = differences_by_seed(volumes, COMPARISONS)
+    open_folder(out)
+    for name, table in tables.items():
+        if len(table):
+            write_table(out / f"{name}.csv", table)
+    write_table(out / "table.csv", mean, index=True)
+    write_table(out / "table_sd.csv", sd, index=True)
+    write_whole(out / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+    text = _as_text(mean, sd, tests, tables["by_seed"], len(seeds))
+    write_whole(out / "table.txt", f"{text}\n".encode())
+    print(f"{text}\n\n{write_report(out)}")
+
+
+def _settings(folders: Sequence[Path]) -> tuple[dict[str, Any], list[int]]:
+    """The settings but the seed, after a check that nothing else differs, and the seed of each folder."""
+    first, seeds = {}, []
+    for folder in folders:
+        if not (folder / "table.csv").is_file():
+            raise InputError(f"{folder}: holds no finished study (no table.csv); run dwc experiment --out {folder}")
+        values = read_settings(folder / "config.yaml")
+        seed = values.pop("seed", 0)
+        first = first or values
+        if differing := [name for name in first | values if values.get(name) != first.get(name)]:
+            raise InputError(
+                f"{folder}: differs from {folders[0]} in {', '.join(differing)}; pool studies that differ in the seed"
+            )
+        if seed in seeds:
+            raise InputError(f"{folder}: has seed {seed} as {folders[seeds.index(seed)]} has; give each seed once")
+        seeds.append(seed)
+    return first, seeds
+
+
+def _read(folders: Sequence[Path], seeds: Sequence[int], name: str) -> pd.DataFrame:
+    """A table of all folders, with a column seed."""
+    parts = [pd.DataFrame()]
+    for folder, seed in zip(folders, seeds, strict=True):
+        if (path := folder / f"{name}.csv").exists() or _TABLES[name]:
+            part = read_table(path, _TABLES[name])
+            part.insert(0, "seed", seed)
+            if name == "rows":
+                part["networks"] = part["networks"].map(lambda files, at=folder.name: _under(at, files))
+            parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _under(folder: str, files: str) -> str:
+    return ";".join(f"{folder}/{file}" for file in files.split(";"))
+
+
+def _rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line per row: the files of all seeds, the means of steps and seconds."""
+    by_row = rows.groupby(["row", "kind"], sort=False)
+    numbers = by_row[["steps", "total_steps", "plateau_step", "seconds"]].mean()
+    return by_row["networks"].agg(";".join).to_frame().join(numbers).reset_index()
+
+
+def _as_text(mean: pd.DataFrame, sd: pd.DataFrame, tests: pd.DataFrame, by_seed: pd.DataFrame, n_seeds: int) -> str:
+    cells = mean.apply(
+        lambda column: [f"{100 * m:.2f} ({100 * s:.2f})" for m, s in zip(column, sd[column.name], strict=True)]
+    )
+    heading = f"Dice in %, mean (standard deviation) over {n_seeds} seeds"
+    points = by_seed.assign(mean_difference=100 * by_seed["mean_difference"])
+    each = points.to_string(index=False, float_format="%.3g")
+    return "\n".join((heading, cells.to_string(), "", tests_as_text(tests), "", "Mean differences by seed", each))

@@ -1,0 +1,95 @@
+"""What a training run tells while it goes on: the progress bar, TensorBoard, and log.jsonl with a line per epoch.
+
+The first rank tells it for all. What the numbers mean, and where a run stands on disk, is `training`'s business.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dwc.base import ranks
+from dwc.base.files import canonical_json, write_whole
+
+__all__ = ["Journal", "read_log", "write_log"]
+
+
+class Journal:
+    """A run's journal; as a context, it is open while the steps are taken.
+
+    Parameters
+    ----------
+    out : path
+        The run folder.
+    rows : list of dict
+        The log's lines so far.
+    title : str
+        On the progress bar.
+    step, total_steps : int
+        Taken, and to be taken.
+    """
+
+    def __init__(self, out: Path, rows: list[dict[str, Any]], *, title: str, step: int, total_steps: int) -> None:
+        self.out, self.rows, self.title, self.first_step, self.total_steps = out, rows, title, step, total_steps
+
+    def __enter__(self) -> "Journal":
+        if ranks.is_main():
+            self._board = SummaryWriter(self.out / "tensorboard", purge_step=self.first_step + 1)
+            self._bar = tqdm(
+                total=self.total_steps, initial=self.first_step, desc=self.title, unit="step", dynamic_ncols=True
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if ranks.is_main():
+            self._bar.close()
+            self._board.close()
+
+    def step(self, step: int, **values: float) -> None:
+        """A step is taken; values by name, with ``loss`` among them."""
+        if not ranks.is_main():
+            return
+        for name, value in values.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+        self._bar.set_postfix(loss=f"{values['loss']:.4f}", dice=self._last_dice(), refresh=False)
+        self._bar.update()
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """An epoch is over; its line of the log."""
+        self.rows.append(row)
+        if not ranks.is_main():
+            return
+        for name in ("dice", "dice_with_background"):
+            if row[name] is not None:
+                self._board.add_scalar(f"validation/{name}", row[name], row["step"])
+        self._board.add_scalar("train/penalty", row["penalty"], row["step"])
+        for layer, measures in row["layers"].items():
+            for name, value in measures.items():
+                self._board.add_scalar(f"{name}/{layer}", value, row["step"])
+        self._board.flush()
+        write_log(self.out / "log.jsonl", self.rows)
+
+    def _last_dice(self) -> str:
+        dice = self.rows[-1]["dice"] if self.rows else None
+        return "-" if dice is None else f"{dice:.3f}"
+
+
+def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the run's log, one JSON object per line.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be written.
+    """
+    write_whole(path, "".join(f"{canonical_json(row)}\n" for row in rows).encode())
+
+
+def read_log(path: Path, until_step: int) -> list[dict[str, Any]]:
+    """The log's rows up to a checkpoint's step; later ones belong to steps that will be taken again."""
+    if not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row["step"] <= until_step]

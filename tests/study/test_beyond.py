@@ -1,0 +1,203 @@
+"""Each study beyond the paper's, at a size of seconds: what its table holds, and that it says what it computed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dwc.base.errors import InputError
+from dwc.cli import main
+from dwc.consolidation import consolidate
+from dwc.posterior import Posterior
+from dwc.simulation.scans import load_sites
+from dwc.study import beyond
+from dwc.study.networks import Networks, consolidated, variational, vcl
+from dwc.study.settings import SITES, STUDIES, ManySites, Stage, StudySettings
+from dwc.study.sites import known_manifests
+from dwc.tempering import temper_grid
+
+pytest_plugins = ["tests.tiny_runs"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+DICE = ["H", "N", "B", "W", "Avg.", "A"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> StudySettings:
+    """Networks of two steps; the studies share the folder and so the networks."""
+    stage = Stage(steps=2)
+    return StudySettings(
+        out=tmp_path_factory.mktemp("studies"), n_train={"H": 2, "N": 1, "B": 1, "W": 1},
+        n_test={"H": 2, "N": 1, "B": 1, "W": 1, "A": 1}, label_map="coarse",
+        validation_sub_volumes=32, grid_size=32, voxel_size=6.0, width=2, dilations=(1,),
+        batch_size=1, map=stage, vi=stage, vcl=stage, finetune=stage, n_samples=1, rounds=2,
+        many_sites=ManySites(counts=(1, 2), n_train=1, n_scored=2), device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tiny, one_thread):
+    """The table of a study, run once."""
+    tables: dict[str, pd.DataFrame] = {}
+
+    def table(name: str) -> pd.DataFrame:
+        if name not in tables:
+            tables[name] = beyond.run(name, tiny)
+        return tables[name]
+
+    return table
+
+
+def volumes(tiny, name: str) -> pd.DataFrame:
+    return pd.read_csv(tiny.out / name / "volumes.csv")
+
+
+@pytest.mark.parametrize("name", STUDIES[1:])
+def test_a_study_leaves_its_table_raw_scores_and_a_picture(name, run, tiny):
+    table = run(name)
+    kept = pd.read_csv(tiny.out / name / "table.csv", dtype={"row": str})
+    assert list(kept.columns) == list(table.columns)
+    assert len(kept) == len(table)
+    dice = table[[column for column in (*DICE, "sites") if column in table]]
+    assert dice.stack().between(0, 1).all()
+    assert dice.notna().all(axis=None)
+    assert (tiny.out / name / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    raw = volumes(tiny, name)
+    assert raw["dice"].between(0, 1).all()
+    assert not raw.duplicated(["row", "column", "site", "subject", "image"]).any()
+
+
+def test_each_round_starts_from_the_consolidated_network_of_the_round_before(run, tiny):
+    table = run("rounds")
+    assert list(table["row"]) == ["0", "1", "1 FT", "2", "2 FT"]
+    networks = Networks(tiny, known_manifests(tiny))
+    first = consolidated(variational("H"), [vcl(variational("H"), site) for site in SITES])
+    second = [vcl(first, site) for site in SITES]
+    prior = Posterior.load(networks.file(first))
+    sites = [Posterior.load(networks.file(network)) for network in second]
+    assert {site.metadata["prior_sha256"] for site in sites} == {prior.sha256}
+    joint = Posterior.load(networks.file(consolidated(first, second)))
+    assert joint.sha256 == consolidate(prior, sites).sha256
+    of_rounds = table[table["network"] == "consolidated"]
+    assert of_rounds[["weight", "sigma_ratio"]].notna().all(axis=None)
+
+
+def test_leaving_one_out_scores_the_network_that_the_others_alone_would_give(run, tiny, monkeypatch):
+    table = run("leave-one-out").set_index("row")
+    assert list(table.index) == ["none (H)", "all of N, B, W", "without N", "without B", "without W"]
+    scored = {}
+    monkeypatch.setattr(beyond, "_score", lambda _, posterior, __, row: scored.setdefault(row, posterior))
+    monkeypatch.setattr(beyond.pictures, "leave_one_out", lambda *_: None)
+    monkeypatch.setattr(beyond, "_joined", lambda *_: (None, None))
+    monkeypatch.setattr(beyond, "_tests", lambda *_: None)
+    beyond.leave_one_out(tiny, tiny.out)
+    networks = Networks(tiny, known_manifests(tiny))
+    origin = variational("H")
+    prior = Posterior.load(networks.file(origin))
+    others = [Posterior.load(networks.file(vcl(origin, site))) for site in ("N", "W")]
+    assert scored["without B"].sha256 == consolidate(prior, others).sha256
+
+
+def test_what_a_site_brought_is_tested_volume_by_volume(run, tiny):
+    table, raw = run("leave-one-out").set_index("row"), volumes(tiny, "leave-one-out")
+    tests = pd.read_csv(tiny.out / "leave-one-out" / "tests.csv").set_index(["against", "column"])
+    assert set(tests["row"]) == {"all of N, B, W"}
+    for against in ("none (H)", "without N", "without B", "without W"):
+        for column in DICE:
+            brought = table.loc["all of N, B, W", column] - table.loc[against, column]
+            assert tests.loc[(against, column), "mean_difference"] == pytest.approx(brought, abs=1e-6)
+    assert tests.loc[("without N", "Avg."), "n"] == raw[raw["column"] != "A"]["image"].nunique() == 5
+
+
+def test_lambda_is_chosen_on_scans_that_are_not_scored(run, tiny):
+    table = run("tempering")
+    assert tuple(table["lambda"]) == pytest.approx((0.0, *temper_grid(3)))
+    grid = table[table["lambda"] > 0]
+    assert grid["chosen"].sum() == 1
+    assert grid[grid["chosen"]]["log_likelihood"].item() == grid["log_likelihood"].max()
+    raw = volumes(tiny, "tempering")
+    assert raw[raw["column"] == "H"]["image"].nunique() == 1  # of two held-out scans, one chose
+    run("leave-one-out")
+    everything = volumes(tiny, "leave-one-out")
+    assert everything[everything["column"] == "H"]["image"].nunique() == 2
+
+
+def test_more_sites_are_the_same_sites_and_others(run, tiny):
+    table = run("many-sites")
+    assert list(table["S"]) == [0, 1, 1, 1, 2, 2, 2]
+    assert list(table["rule"][1:4]) == ["1", "1/S", "chosen"]
+    grown = table[table["S"] == 2].set_index("rule")["lambda"]
+    assert grown["1/S"] == 1 / 2
+    assert grown["chosen"] in temper_grid(2)
+    one = table[table["S"] == 1].set_index("rule")
+    assert one.loc["1", DICE[:1]].equals(one.loc["1/S", DICE[:1]])  # one and the same lambda
+    networks = list((tiny.out / "networks").glob("H_S0*"))
+    assert len(networks) == 2
+    assert volumes(tiny, "many-sites")["site"].nunique() == 4  # H, A and the two sites that are scored
+
+
+def test_a_mixed_site_lies_between_those_it_is_mixed_from():
+    parts = [load_sites()[site] for site in SITES]
+    mixed = beyond._mixed_site("S01", np.random.default_rng(0))
+    assert min(part.noise for part in parts) < mixed.noise < max(part.noise for part in parts)
+    for tissue, mean in mixed.tissue_means.items():
+        means = [part.tissue_means[tissue] for part in parts]
+        assert min(means) - 1e-9 <= mean <= max(means) + 1e-9
+    assert mixed.tissue_means != beyond._mixed_site("S02", np.random.default_rng(1)).tissue_means
+
+
+def test_a_study_gives_the_same_table_again_and_trains_nothing_twice(run, tiny, monkeypatch):
+    before = (run("rounds"), (tiny.out / "rounds" / "table.csv").read_bytes())
+    monkeypatch.setattr("dwc.study.networks.train_network", lambda *_, **__: pytest.fail("trained again"))
+    pd.testing.assert_frame_equal(beyond.run("rounds", tiny), before[0])
+    assert (tiny.out / "rounds" / "table.csv").read_bytes() == before[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("few-sites", {}, "--study few-sites: no such study; choose one of many-sites, rounds"),
+        ("tempering", {"n_test": {"H": 1, "N": 1, "B": 1, "W": 1, "A": 1}}, "--n_test.H 1: every second"),
+        ("many-sites", {"n_test": {"H": 1, "N": 1, "B": 1, "W": 1, "A": 1}}, "--n_test.H 1: every second"),
+        ("many-sites", {"anatomies": "."}, "simulates sites of its own, from the procedural head; leave .* out"),
+        ("many-sites", {"many_sites": ManySites(counts=(4, 2))}, r"--many_sites.counts \[4, 2\]"),
+        ("many-sites", {"many_sites": ManySites(counts=(2,), n_scored=3)}, "--many_sites.n_scored 3"),
+        ("many-sites", {"many_sites": ManySites(n_train=0)}, "--many_sites.n_train 0"),
+        ("rounds", {"rounds": 0}, "--rounds 0: give a positive number"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_made(tiny, tmp_path, name, changes, message):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=message):
+        beyond.run(name, replace(tiny, out=out, **changes))
+    assert not out.exists()
+
+
+def test_the_command_runs_a_study_from_flags_and_a_preset(run, tiny, capsys):
+    run("leave-one-out")
+    settings = tiny.out / "config.yaml"
+    capsys.readouterr()
+    words = ["experiment", "--study", "leave-one-out", "--config", str(settings), "--out", str(tiny.out)]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "training" not in printed
+    assert "without B" in printed
+    assert str(tiny.out / "leave-one-out") in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--study", "few-sites"], "few-sites"),
+        (["--study", "rounds", "--dry-run"], "--study rounds: --only, --dry-run and --pool serve the paper's study"),
+        (["--study", "many-sites", "--preset", "small", "--many_sites.counts", "[4,2]"], "ascending"),
+        (["--study", "rounds", "--preset", "small", "--rounds", "none"], "rounds"),
+    ],
+)
+def test_bad_flags_of_a_study_are_one_line_and_make_nothing(tmp_path, capsys, flags, message):
+    out = tmp_path / "out"
+    assert main(["experiment", *flags, "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not out.exists()

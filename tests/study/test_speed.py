@@ -1,0 +1,89 @@
+"""VCL is compared with MAP at equal steps, or at plateaus where those are one measure."""
+
+from dataclasses import replace
+
+import pytest
+
+from dwc.study.networks import map_network, variational, vcl
+from dwc.study.settings import SITES, Stage, StudySettings
+from dwc.study.speed import compared, controls, plateaus_compare
+
+CONSTANT = Stage(steps=400, lr=1e-2, schedule="constant", stop_at_plateau=True)
+NETWORKS = [network for site in SITES for network in (map_network(site), vcl(variational("H"), site))]
+
+
+def log(*dice: float | None, every: int = 10, plateau: int | None = None) -> list[dict]:
+    return [{"step": every * (k + 1), "dice": value, "plateau_step": plateau} for k, value in enumerate(dice)]
+
+
+@pytest.fixture
+def settings() -> StudySettings:
+    sizes = dict.fromkeys("HNBW", 1)
+    stage = Stage(steps=12, lr=1e-3, rho_lr=1e-2, epochs=3)
+    return StudySettings(
+        n_train=sizes, n_test=sizes | {"A": 1}, label_map="coarse", grid_size=32, voxel_size=6.0, width=2,
+        dilations=(1,), batch_size=1, map=Stage(steps=100, lr=0.1, epochs=5), vi=stage, vcl=stage, finetune=stage,
+        validation_sub_volumes=1, n_samples=1,
+    )  # fmt: skip
+
+
+def start(dice: float) -> dict:
+    return {"step": 0, "dice": dice}
+
+
+def test_logs_of_one_shape_are_compared_at_equal_steps_whatever_their_schedules_length():
+    shape = (0.1, 0.2, 0.5, 0.6)
+    full, control, ours = log(*shape, every=100), log(0.1, 0.2, 0.2, 0.3), [start(0.05), *log(*shape)]
+    told = compared(full, control, ours, plateaus=False)
+    assert (told["steps"], told["map_dice"], told["vcl_dice"], told["vcl_start_dice"]) == (40, 0.3, 0.6, 0.05)
+    assert (told["map_steps"], told["map_last_dice"]) == (400, 0.6)
+    assert (told["map_target_step"], told["vcl_target_step"]) == (400, 40)
+
+
+def test_a_prior_that_is_as_good_already_reaches_the_target_at_step_0():
+    told = compared(log(0.2, 0.4), log(0.1), [start(0.39), *log(0.3)], plateaus=False)
+    assert told["target_dice"] == pytest.approx(0.38)
+    assert told["vcl_target_step"] == 0
+
+
+def test_a_target_that_is_never_reached_has_no_step_and_a_volume_without_classes_no_dice():
+    told = compared(log(0.1, 0.4), log(0.1), [start(0.1), *log(None, 0.3)], plateaus=False)
+    assert told["vcl_target_step"] is None
+    assert (told["steps"], told["vcl_dice"]) == (10, None)
+
+
+def test_the_same_steps_are_those_that_both_have_logged():
+    told = compared(log(0.1, 0.2), log(0.1, 0.2, 0.3), [start(0.1), *log(0.4, 0.5)], plateaus=False)
+    assert (told["steps"], told["map_dice"], told["vcl_dice"]) == (20, 0.2, 0.5)
+    assert compared(log(0.1), log(0.1, every=7), [start(0.1), *log(0.4)], plateaus=False)["steps"] is None
+
+
+def test_plateaus_are_told_only_where_they_compare():
+    logs = log(0.1, plateau=7), log(0.1), [start(0.1), *log(0.4, plateau=3)]
+    for plateaus, steps in ((True, (7, 3)), (False, (None, None))):
+        told = compared(*logs, plateaus=plateaus)
+        assert (told["map_plateau_step"], told["vcl_plateau_step"]) == steps
+
+
+@pytest.mark.parametrize(
+    ("vcl_stage", "compare"),
+    [
+        (replace(CONSTANT, steps=200, lr=1e-3), True),
+        (replace(CONSTANT, plateau_window=200), False),
+        (replace(CONSTANT, schedule="one_cycle"), False),
+    ],
+)
+def test_plateaus_compare_under_constant_learning_rates_and_one_window(settings, vcl_stage, compare):
+    assert plateaus_compare(replace(settings, map=CONSTANT, vcl=vcl_stage)) == compare
+    assert not plateaus_compare(replace(settings, map=replace(CONSTANT, schedule="one_cycle"), vcl=vcl_stage))
+
+
+def test_a_control_is_trained_as_map_with_the_steps_of_vcl(settings):
+    assert [network.name for network in controls(settings, NETWORKS)] == [f"{site} MAP control" for site in SITES]
+    assert settings.stage(controls(settings, NETWORKS)[0].stage) == Stage(steps=12, lr=0.1, epochs=3)
+
+
+def test_a_site_needs_a_control_where_both_its_networks_are_there_and_none_where_plateaus_compare(settings):
+    assert [network.site for network in controls(settings, NETWORKS[:3])] == ["N"]
+    constant = replace(settings, map=CONSTANT, vcl=CONSTANT)
+    assert set(controls(constant, NETWORKS)) <= set(NETWORKS)
