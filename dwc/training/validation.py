@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dwc.metrics.confusion import confusion_matrix
+from dwc.data.dataset import SubVolumes
+from dwc.meshnet import MeshNet
+from dwc.metrics.confusion import confusion_matrix, mean_dice
+from dwc.training.settings import ComputeSettings
+from dwc.training.step import logits_of
 
-__all__ = ["draw_sub_volumes", "validation_confusion"]
+__all__ = ["draw_sub_volumes", "validation_confusion", "validation_dice"]
 
 
 def draw_sub_volumes(n_sub_volumes: int, at_most: int, seed: int) -> list[int]:
@@ -63,3 +67,19 @@ def validation_confusion(
         predicted = logits_of(torch.stack(images).to(device)).argmax(dim=1).cpu()
         confusion += confusion_matrix(torch.stack(labels), predicted, n_classes)
     return confusion
+
+
+def validation_dice(
+    network: MeshNet, data: SubVolumes, settings: ComputeSettings, device: torch.device
+) -> float | None:
+    """Dice without background that training logs for a network: at its means, on its draw of held-out sub-volumes."""
+    network = network.to(device).eval()
+    confusion = validation_confusion(
+        lambda images: logits_of(network, images, settings.precision, sample=False),
+        data,
+        draw_sub_volumes(len(data), settings.validation_sub_volumes, settings.seed),
+        n_classes=data.label_map.n_classes,
+        batch_size=settings.batch_size,
+        device=device,
+    )
+    return None if confusion is None else mean_dice(confusion)
