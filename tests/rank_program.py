@@ -67,7 +67,7 @@ def gradients(batch_size: int, n_draws: int) -> Tensor:
     for draw in range(1 + n_draws):
         torch.manual_seed(seed_of(0, draw, ranks.rank()))
         network.zero_grad()
-        logits = replica(images, sample=step > 0)
+        logits = replica(images, sample=draw > 0)
         share = n * ranks.world_size() / batch_size
         loss, _ = Objective(1, 512)(logits, labels, network.kl_loss(), share=share)
         loss.backward()

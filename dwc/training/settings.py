@@ -76,10 +76,8 @@ class OptimizerSettings(Settings):
         self._require_positive("lr", "rho_lr")
         whole = self.plateau_window >= 20 and self.plateau_window % 20 == 0
         self._require("plateau_window", whole, "give a positive multiple of 20 steps")
-        ends_itself = self.schedule == "one_cycle"
-        self._require(
-            "stop_at_plateau", not (ends_itself and self.stop_at_plateau), "one_cycle ends by itself; leave it out"
-        )
+        fits = not (self.stop_at_plateau and self.schedule == "one_cycle")
+        self._require("stop_at_plateau", fits, "one_cycle ends by itself; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
