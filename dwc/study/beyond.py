@@ -65,6 +65,8 @@ def run(name: str, settings: StudySettings) -> pd.DataFrame:
     study, origin = Study(settings), settings.origin
     if name in ("many-sites", "tempering") and settings.manifests is None and settings.n_scans(origin)[1] < 2:
         raise InputError(f"`n_test.{origin}` 1: every second held-out scan chooses lambda; give 2 or more")
+    if name == "leave-one-out" and len(settings.sites) < 2:
+        raise InputError(f"`sites` {', '.join(settings.sites)}: one leaves none to consolidate without it; name two")
     if name == "many-sites":
         if given := settings.manifests or settings.anatomies:
             raise InputError(f"`study` {name}: simulates its own sites from the procedural head; leave {given} out")
