@@ -5,12 +5,13 @@ nothing from elsewhere: no script, no address, no font.
 """
 
 import base64
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined, Template
@@ -20,12 +21,12 @@ from dwc.metrics.calibration import error_detection_auc, expected_calibration_er
 from dwc.report import plots
 from dwc.report.findings import RULES, findings
 from dwc.report.results import AVERAGE, INTEREST, Results, read_results
-from dwc.report.words import count, number, p_value, points, printed
+from dwc.report.words import DASH, count, number, p_value, points, printed
 
 __all__ = ["SITES_PICTURE", "write_report"]
 
 SITES_PICTURE = "sites.png"  # in figures/; the study draws it, which has the volumes
-_CHARTS = {
+_CHARTS: dict[str, Callable[..., Path]] = {
     "table": plots.table_plot,
     "classes": plots.class_plot,
     "calibration": plots.calibration_plot,
@@ -108,17 +109,12 @@ def _dice(results: Results) -> _Section:
     cells = table.map(number)
     if sd is not None:
         cells = cells + (100 * sd).map(lambda value: "" if pd.isna(value) else f" ({value:.2f})")
-    efforts = [] if rows is None else [("own steps", "steps"), ("steps in all", "total_steps")]
-    body = [
-        [printed(row), *line, *(count(rows[name].get(row)) for _, name in efforts)]
-        for row, line in zip(cells.index, cells.to_numpy(), strict=True)
-    ]
-    best = {
-        (place, 1 + k)
-        for k, column in enumerate(table)
-        for place in range(len(table))
-        if table[column].iloc[place] == table[column].max()
-    }
+    header = ["network", *table.columns]
+    if rows is not None:
+        header += ["own steps", "steps in all"]
+        cells = cells.join(rows[["steps", "total_steps"]].map(count))
+    body = [[printed(row), *line] for row, line in zip(cells.index, cells.fillna(DASH).to_numpy(), strict=True)]
+    best = {(place, 1 + k) for place, k in zip(*np.nonzero((table == table.max()).to_numpy()), strict=True)}
     marked = [place for place, row in enumerate(table.index) if row in results.of_kind("dwc")]
     spread = f" Mean (standard deviation) over {len(results.seeds)} seeds." if sd is not None else ""
     notes = [
@@ -127,7 +123,6 @@ def _dice(results: Results) -> _Section:
         "column. Steps in all: with those of the networks it starts from. The plain average has no standard deviations "
         "and predicts at its means, as MAP networks do; variational networks average samples.",
     ]
-    header = ["network", *table.columns, *(name for name, _ in efforts)]
     picture = None
     if rows is not None and results.volumes is not None:
         kinds = rows["kind"].to_dict()

@@ -6,9 +6,11 @@ them apart.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
@@ -123,8 +125,8 @@ def class_plot(
         axis.set_title(title, fontsize=13, fontweight="bold")
         axis.set_xlabel("Dice in %, mean and sd over volumes", fontsize=12)
         axis.grid(axis="y", visible=False)
-        for y in range(0, len(names), 2):
-            axis.axhspan(y - 0.5, y + 0.5, color="0.96", linewidth=0, zorder=0)
+        for place in range(0, len(names), 2):
+            axis.axhspan(place - 0.5, place + 0.5, color="0.96", linewidth=0, zorder=0)
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     _legend(figure, axes)
@@ -211,7 +213,7 @@ def training_plot(
     return save(figure, path)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **shared: bool | str) -> tuple[Figure, np.ndarray]:
+def _figure(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, np.ndarray]:
     """A figure without a display, and its panels [rows, columns] in plain style."""
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -227,10 +229,10 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **shared: bool |
 
 def _legend(figure: Figure, axes: np.ndarray) -> None:
     """One legend for all panels, below them."""
-    entries = {}
+    entries: dict[str, Artist] = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries), fontsize=12, frameon=False
+        list(entries.values()), list(entries), loc="outside lower center", ncols=len(entries), fontsize=12, frameon=False
     )

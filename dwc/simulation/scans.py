@@ -78,12 +78,12 @@ def load_sites() -> dict[str, Site]:
     """The five simulated sites that stand for the paper's cohorts, by name."""
     tissues = set(_tissue_of_code())
     sites = {}
-    for row in read_table(files(__package__) / "sites.tsv"):
+    for row in read_table(str(files(__package__) / "sites.tsv")):
         name = row.pop("site")
         value = {column: float(cell) for column, cell in row.items()}
         means = {column: value.pop(column) for column in list(value) if column in tissues}
-        resolution = tuple(value.pop(f"res_{axis}") for axis in "xyz")
-        sites[name] = Site(name=name, tissue_means=means, resolution=resolution, **value)
+        x, y, z = (value.pop(f"res_{axis}") for axis in "xyz")
+        sites[name] = Site(name=name, tissue_means=means, resolution=(x, y, z), **value)
     return sites
 
 
@@ -243,13 +243,13 @@ def _load_anatomy(path: Path, grid: Grid) -> np.ndarray:
     box = ndimage.find_objects(brain.view(np.uint8))[0]
     middle = [(edge.start + edge.stop) / 2 for edge in box]
     affine = grid.affine((image.affine @ [*middle, 1])[:3])
-    codes = nib.Nifti1Image(codes.astype(np.uint8), image.affine)
-    return np.asanyarray(resample_from_to(codes, (grid.shape, affine), order=0).dataobj)
+    volume = nib.Nifti1Image(codes.astype(np.uint8), image.affine)
+    return np.asanyarray(resample_from_to(volume, (grid.shape, affine), order=0).dataobj)
 
 
 @lru_cache(maxsize=1)
 def _tissue_of_code() -> tuple[str, ...]:
-    return tuple(row["tissue"] for row in read_table(files(__package__) / "tissues.tsv"))
+    return tuple(row["tissue"] for row in read_table(str(files(__package__) / "tissues.tsv")))
 
 
 def _warp(labels: np.ndarray, site: Site, voxel_size: float, rng: np.random.Generator) -> np.ndarray:
@@ -259,8 +259,8 @@ def _warp(labels: np.ndarray, site: Site, voxel_size: float, rng: np.random.Gene
     scale = site.scale * rng.normal(1, 0.02)
     inverse = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() / scale
     middle = (np.array(shape, np.float32) - 1) / 2
-    offset = np.indices(shape, dtype=np.float32, sparse=True)
-    centred = [axis - m for axis, m in zip(offset, middle, strict=True)]
+    places: tuple[np.ndarray, ...] = np.indices(shape, dtype=np.float32, sparse=True)
+    centred = [axis - m for axis, m in zip(places, middle, strict=True)]
     source = np.empty((3, *shape), np.float32)
     for a in range(3):
         linear = sum(np.float32(inverse[a, b]) * centred[b] for b in range(3))
