@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--batch-size", "--batch_size", type=int, default=4, help="a multiple of each number of processes")
+    parser.add_argument("--batch-size", "--batch_size", type=int, default=4, help="a multiple of the processes")
     parser.add_argument("--steps", type=int, default=4, help="in an epoch")
     parser.add_argument("--epochs", type=int, default=3, help="of a run, the first left out")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind")
@@ -69,12 +69,12 @@ def table(seconds: dict[tuple[int, bool], float], batch_size: int) -> str:
 def _run(manifest: Path, out: Path, n: int, together: bool, values: argparse.Namespace) -> list[float]:
     """Seconds per step of each epoch but the first; of the slowest process."""
     flags = {
-        "mode": "vi", "data": manifest, "cache_dir": manifest.parent / "cache", "label_map": "coarse", "grid_size": 64,
-        "voxel_size": 4.0, "width": values.width, "epochs": values.epochs, "steps_per_epoch": values.steps,
-        "validation_sub_volumes": 0, "device": values.device,
-        "batch_size": values.batch_size if together else values.batch_size // n,
+        "mode": "vi", "data": manifest, "cache-dir": manifest.parent / "cache", "label-map": "coarse", "grid-size": 64,
+        "voxel-size": 4.0, "width": values.width, "epochs": values.epochs, "steps-per-epoch": values.steps,
+        "validation-sub-volumes": 0, "device": values.device,
+        "batch-size": values.batch_size if together else values.batch_size // n,
     }  # fmt: skip
-    words = ["dwc.train", *(str(word) for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", value))]
+    words = ["dwc.train", *(str(word) for key, value in flags.items() for word in (f"--{key}", value))]
     launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m"] if together else []
     outs = [out] if together else [out.with_name(f"{out.name}-{i}") for i in range(n)]
     processes = [

@@ -59,8 +59,8 @@ def overlay(
 ) -> Path:
     """Write a PNG with a row per plane (axial, sagittal, coronal): scan, truth, and each prediction with its errors.
 
-    The slices are those with the most labelled voxels. Anterior or superior is up, anterior is to the right in
-    the sagittal plane, and the patient's left is on the right elsewhere, as radiologists look at it.
+    The slices are those with the most labelled voxels. Anterior or superior is up; anterior is right in the sagittal
+    plane, elsewhere the patient's left is right, as radiologists look at it.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def overlay(
     path : path
         PNG to write.
     names : sequence of str, optional
-        Name of each class; a legend is drawn for 16 classes or fewer.
+        Name of each class; 16 classes or fewer get a legend.
     title : str, optional
         Above it all.
     """
@@ -95,12 +95,9 @@ def site_slices(
     Parameters
     ----------
     pictures : mapping of str to (image, truth, predictions, title)
-        For each site a volume, as `overlay` takes it, and the title that stands beside its rows. Every site has the
-        same predictions.
-    path : path
-        PNG to write.
-    names : sequence of str, optional
-        As `overlay` takes them.
+        A volume of each site, as for `overlay`, and the title beside its rows. All sites have the same predictions.
+    path, names
+        As for `overlay`.
     """
     volumes = (classes for _, truth, predictions, _ in pictures.values() for classes in (truth, *predictions.values()))
     n_classes = _n_classes(volumes, names)
@@ -136,7 +133,7 @@ def _rows(
     box, places = _box(image), _busiest(reference if reference.any() else image)
     window = np.percentile(image[image > 0], 99.5) if (image > 0).any() else 1
     red = np.array([_RED, _RED])
-    layers: list[tuple[np.ndarray | None, np.ndarray]] = [(None, colours)]  # what lies over the scan, and its colours
+    layers: list[tuple[np.ndarray | None, np.ndarray]] = [(None, colours)]  # classes over the scan, and their colours
     layers += [] if truth is None else [(truth, colours)]
     for classes in predictions.values():
         layers += [(classes, colours)] if truth is None else [(classes, colours), (classes != truth, red)]
@@ -199,7 +196,7 @@ def _draw(
 
 
 def _write(axis: Axes, x: float, y: float, text: str, **alignment: Any) -> None:
-    """A word in a panel's corner, legible on whatever lies there."""
+    """A word in a panel's corner, legible on any background."""
     paper = dict(facecolor="black", alpha=0.6, edgecolor="none", pad=1.5)
     axis.text(x, y, text, color="white", fontsize=11, bbox=paper, transform=axis.transAxes, **alignment)
 

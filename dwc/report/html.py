@@ -26,12 +26,6 @@ from dwc.report.words import DASH, count, number, p_value, points, printed
 __all__ = ["SITES_PICTURE", "write_report"]
 
 SITES_PICTURE = "sites.png"  # in figures/; the study draws it, which has the volumes
-_CHARTS: dict[str, Callable[..., Path]] = {
-    "table": plots.table_plot,
-    "classes": plots.class_plot,
-    "calibration": plots.calibration_plot,
-    "training": plots.training_plot,
-}
 _SPEED = {
     "seed": "seed", "site": "site", "steps": "equal steps", "map_dice": "MAP at these", "vcl_dice": "VCL at these",
     "vcl_start_dice": "VCL at step 0", "map_steps": "MAP: steps in full", "map_last_dice": "MAP: Dice in full",
@@ -125,8 +119,8 @@ def _dice(results: Results) -> _Section:
     ]
     picture = None
     if rows is not None and results.volumes is not None:
-        kinds = rows["kind"].to_dict()
-        picture = _drawn(results, "table", results.table, kinds, results.volumes, results.groups, table_sd=sd)
+        shown = results.table, rows["kind"].to_dict(), results.volumes, results.groups
+        picture = _drawn(results, "table", plots.table_plot, *shown, table_sd=sd)
     return _Section(title, notes, _Table(header, body, marked, best), picture)
 
 
@@ -177,7 +171,7 @@ def _speed(results: Results) -> _Section:
         "Optimizer steps of a site's own training, and Dice in % on the held-out sub-volumes that it logs. Equal "
         "steps: a MAP network from scratch that takes as many as VCL, under MAP's learning rates. The Dice aimed at "
         "is a little under the last one of the MAP network trained in full; step 0 is the prior network. Steps to a "
-        "plateau are told where both learning rates are constant and one window judges them; under a falling one they "
+        "plateau are given where both learning rates are constant and one window judges them; under a falling one they "
         "would measure the schedule. The steps of the networks that VCL starts from are not counted."
     ]
     pairs, picture = {site: _logs(results, site) for site in table["site"].unique()}, None
@@ -186,7 +180,7 @@ def _speed(results: Results) -> _Section:
         notes.append("The training curves are in the reports of the seeds.")
     elif logs:
         origin = next(iter(results.groups[AVERAGE]))
-        picture = _drawn(results, "training", logs, table, origin=origin)
+        picture = _drawn(results, "training", plots.training_plot, logs, table, origin=origin)
     return _Section(title, notes, _Table(list(named.values()), body), picture)
 
 
@@ -208,10 +202,8 @@ def _slices(results: Results) -> _Section:
     title = "One volume of each site (the paper's Figures 1 to 4)"
     path = results.out / "figures" / SITES_PICTURE
     if not path.is_file():
-        where = (
-            "They are in the reports of the seeds." if results.seeds else "They need DWC and the pooled MAP network."
-        )
-        return _Section(title, [where])
+        where = "are in the reports of the seeds" if results.seeds else "need DWC and the pooled MAP network"
+        return _Section(title, [f"They {where}."])
     note = "The held-out volume whose Dice under DWC is nearest its site's mean; errors of any class in red."
     return _Section(title, [note], picture=_inlined(path))
 
@@ -222,7 +214,8 @@ def _classes(results: Results) -> _Section:
     if results.classes is None or not kinds:
         return _Section(title, ["None of pooled MAP, ensemble and DWC has been scored."])
     notes = ["Classes from the largest to the smallest; bars: standard deviation over volumes.", *_absent(results)]
-    return _Section(title, notes, picture=_drawn(results, "classes", results.classes, kinds, _titled(results)))
+    picture = _drawn(results, "classes", plots.class_plot, results.classes, kinds, _titled(results))
+    return _Section(title, notes, picture=picture)
 
 
 def _calibration(results: Results) -> _Section:
@@ -246,12 +239,12 @@ def _calibration(results: Results) -> _Section:
         f"{over if results.seeds else ''} Bins of fewer than {plots.FEWEST} voxels are not drawn.",
         *_absent(results),
     ]
-    picture = _drawn(results, "calibration", counts, kinds, _titled(results))
+    picture = _drawn(results, "calibration", plots.calibration_plot, counts, kinds, _titled(results))
     return _Section(title, notes, _Table(header, body, words=(1,)), picture)
 
 
 def _beyond(results: Results) -> Iterable[_Section]:
-    """The further studies in the folder, each with its table and its picture as it left them."""
+    """The further studies in the folder, each with its table and its picture."""
     for path in sorted(results.out.glob("*/table.csv")):
         picture = path.with_name(f"{path.parent.name}.png")
         if picture.is_file():
@@ -280,10 +273,10 @@ def _titled(results: Results) -> dict[str, list[str]]:
     }
 
 
-def _drawn(results: Results, name: str, *shown: Any, **options: Any) -> str:
+def _drawn(results: Results, name: str, chart: Callable[..., Path], *shown: Any, **options: Any) -> str:
     """A chart's data address, drawn into figures/."""
     path = results.out / "figures" / f"{name}.png"
-    _CHARTS[name](*shown, path, **options)
+    chart(*shown, path, **options)
     return _inlined(path)
 
 

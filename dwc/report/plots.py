@@ -50,15 +50,13 @@ def table_plot(
     Parameters
     ----------
     table, table_sd : DataFrame
-        Mean Dice, 0..1, row by column, and its standard deviation over seeds, drawn as bars.
+        Mean Dice, 0..1, by row and column; its standard deviation over seeds, drawn as bars.
     kinds : mapping of str to str
         The kind of each row.
     volumes : DataFrame
         row, site, dice of each held-out volume.
     groups : mapping of str to sequence of str
         The sites of each column that is not a site itself.
-    path : path
-        PNG to write.
     """
     n_rows, n_columns = table.shape
     figure, axes = _figure(1, n_columns, (3.0 + 1.65 * n_columns, 1.3 + 0.31 * n_rows), sharex=True, sharey=True)
@@ -103,8 +101,6 @@ def class_plot(
         Rows to draw, in this order, and their kinds.
     groups : mapping of str to sequence of str
         Sites by the title of their panel.
-    path : path
-        PNG to write.
     """
     classes = classes[(classes["class"] > 0) & classes["row"].isin(kinds)]
     sizes = classes.groupby("name")["truth_mm3"].mean().sort_values(ascending=False)
@@ -177,16 +173,7 @@ def training_plot(
 ) -> Path:
     """Write a PNG with a column per site: training loss and validation Dice of its MAP and of its VCL network.
 
-    Parameters
-    ----------
-    pairs : mapping of str to (DataFrame, DataFrame)
-        The lines of log.jsonl (step, nll, dice) of the MAP and of the VCL network, by the name of the site.
-    speed : DataFrame
-        site, map_plateau_step, vcl_plateau_step.
-    path : path
-        PNG to write.
-    origin : str
-        The site whose network VCL starts from.
+    `pairs` are these networks' logs (step, nll, dice) by site; VCL starts from the network of the site `origin`.
     """
     figure, axes = _figure(2, len(pairs), (1 + 3.6 * len(pairs), 6), sharex="col", sharey="row")
     began = speed.set_index("site")
@@ -233,6 +220,5 @@ def _legend(figure: Figure, axes: np.ndarray) -> None:
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(
-        list(entries.values()), list(entries), loc="outside lower center", ncols=len(entries), fontsize=12, frameon=False
-    )
+    handles, labels = list(entries.values()), list(entries)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=12, frameon=False)

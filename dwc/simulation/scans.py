@@ -124,7 +124,7 @@ def simulate(labels: np.ndarray, site: Site | str, *, voxel_size: float, seed: i
     Returns
     -------
     image, labels : ndarray, uint8 [D, H, W]
-        The scan 0..255, and the warped codes it shows.
+        The scan, and the warped codes that it shows.
     """
     site = site if isinstance(site, Site) else _known(site)
     rng = np.random.default_rng(seed)
@@ -143,19 +143,18 @@ def write_site(
     anatomies: str | os.PathLike[str] | None = None,
     shared_by: Sequence[str] = (),
 ) -> Path:
-    """Write scans of a simulated site, their labels and a manifest.
+    """Write scans of a simulated site, their labels and, last, their manifest, which is returned.
 
     Parameters
     ----------
     out_dir : path
-        Gets `<site>-<number>_T1w.nii.gz` (uint8, conformed, LIA), `..._dseg.nii.gz` (FreeSurfer ids) and, last,
-        `manifest.csv` with a split column.
+        Gets `<site>-<number>_T1w.nii.gz` (uint8, conformed, LIA), `..._dseg.nii.gz` (FreeSurfer ids), `manifest.csv`.
     site : Site or str
-        Which site. No two sites of `load_sites()` share a subject.
+        Which site; no two sites share a subject.
     n_train, n_test : int
         Scans for training and for testing, of different subjects.
     grid : Grid
-        Size and voxel size of the volumes.
+        Of the volumes.
     seed : int
         Another seed gives other scans and other heads, and assigns anatomies to sites and splits anew.
     anatomies : path
@@ -163,11 +162,6 @@ def write_site(
         brain. If a site has fewer than scans, an anatomy is one subject scanned and deformed several times.
     shared_by : sequence of str
         Names of the sites, this one among them, that the anatomies are divided among; by default `load_sites`.
-
-    Returns
-    -------
-    manifest : Path
-        The manifest.
     """
     site, out_dir = site if isinstance(site, Site) else _known(site), Path(out_dir)
     if min(n_train, n_test, seed) < 0 or n_train + n_test < 1:

@@ -62,12 +62,12 @@ class Left:
 
 
 def what_is_left(networks: Networks, needed: Sequence[Network], rows: Sequence[Row]) -> Left:
-    """What of a study is left to train and to score. Writes nothing.
+    """What of a study is left to train and to score; writes nothing.
 
     Parameters
     ----------
     networks : Networks
-        The study's; manifests of sites that are not simulated yet are missing files.
+        The study's; the manifests of sites that are not simulated yet may be missing.
     needed : sequence of Network
         What is to be trained or computed, parents first.
     rows : sequence of Row
