@@ -268,9 +268,9 @@ def test_sigma_above_the_priors_by_one_ulp_is_refused_and_at_it_is_not():
 def test_a_site_counts_once_alone_or_inside_a_consolidated_one():
     prior = a_prior()
     one, two = a_site(prior, 1), a_site(prior, 2)
-    with pytest.raises(InputError, match="this site is in already"):
+    with pytest.raises(InputError, match="this site has been added already"):
         consolidate(prior, [one, two, one])
-    with pytest.raises(InputError, match="this site is in already"):
+    with pytest.raises(InputError, match="this site has been added already"):
         consolidate(prior, [consolidate(prior, [one, two]), two])
 
 
@@ -295,7 +295,7 @@ def test_a_removal_that_leaves_no_precision_names_tensor_site_and_count_and_chan
     with pytest.raises(InputError, match=r"^site 1: layers\.0\.bias is left with precision <= 0 in 3 of 4 weights"):
         consolidation.remove(site)
     assert consolidation.posterior().sha256 == before.sha256
-    with pytest.raises(InputError, match="is not in and cannot be removed"):
+    with pytest.raises(InputError, match="is not in the consolidation"):
         consolidation.remove(a_site(prior, 7))
 
 

@@ -75,4 +75,4 @@ def test_a_cycle_is_not_begun_twice_in_one_folder(cycle, project):
 )
 def test_an_agreement_that_cannot_be_meant_is_refused(project, change, message):
     with pytest.raises(InputError, match=message):
-        Project(**{**project.to_json(), **change}).check()
+        Project(**{**project.to_json(), **change})

@@ -12,9 +12,10 @@ from nvflare.fuel.utils import fobs
 from dwc.base.errors import InputError
 from dwc.federated import cycle as books
 from dwc.federated import exchange as room
-from dwc.federated.cycle import Cycle, describe
+from dwc.federated.cycle import Cycle
 from dwc.federated.exchange import Exchange
 from dwc.federated.project import Project
+from dwc.federated.server_state import describe
 from dwc.federated.wire import GIVE
 from tests.made_posteriors import a_prior, a_site
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from dwc import cli
-from dwc.federated.planning import plan
+from dwc.federated.capacity import capacity_table
 from dwc.posterior import Posterior
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -46,7 +46,7 @@ def test_three_sites_and_two_rounds_in_the_simulator_give_what_consolidate_gives
 
 
 def test_the_plan_says_what_is_measured_and_what_is_not():
-    table = plan([2, 9, 100], n_classes=3, width=2, link_mbit_s=8.0)
+    table = capacity_table([2, 9, 100], n_classes=3, width=2, link_mbit_s=8.0)
     assert list(table["basis"]) == ["measured", "extrapolated from 2", "extrapolated from 2"]
     assert table.loc[100, "link_s"] == pytest.approx(100 * 2 * table.loc[2, "payload_mb"])
     assert table.loc[100, "answer_timeout_s"] == pytest.approx(table.loc[100, "link_s"] / 2)

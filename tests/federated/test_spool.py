@@ -299,7 +299,7 @@ def test_a_prior_that_is_not_the_one_it_names_is_no_work(spool, cycle):
 
 def test_a_digest_that_leads_out_of_the_folder_is_refused(spool, cycle):
     question = cycle.question("north", with_prior=True) | {"prior_sha256": "x/../../../tmp"}
-    with pytest.raises(InputError, match="no SHA-256 digest"):
+    with pytest.raises(InputError, match="not a SHA-256 digest"):
         spool.answer(question)
     assert not list(spool.folder.glob("round-*"))
 
