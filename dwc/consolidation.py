@@ -82,7 +82,7 @@ class Consolidation:
         self._members: dict[str, _Member] = {}  # by digest
         # By the digests of one file: its name, and per tensor precision, sigma ratio and shift.
         self._rows: dict[frozenset[str], tuple[str, dict[str, tuple[float, float, float]]]] = {}
-        # sum_s (q_s - prior). Not tempered, so that removal cancels exactly; never changed in place, as copies share it.
+        # sum_s (q_s - prior), not tempered, so that removal cancels exactly. Copies share it: never change it in place.
         self._sums = {name: _zero(prior, name) for name in prior.mu}
 
     @property

@@ -123,7 +123,9 @@ class Posterior:
             )
         for key in ("architecture", "label_map", "preprocessing", "training"):
             if not isinstance(header.get(key) or {}, dict):
-                raise InputError(f"{path}: its header's {key} is not a JSON object; write the file again with dwc train")
+                raise InputError(
+                    f"{path}: its header's {key} is not a JSON object; write the file again with dwc train"
+                )
         n_volumes = header.get("n_volumes")
         if n_volumes is not None and (type(n_volumes) is not int or not 0 <= n_volumes < _MANY):
             raise InputError(
@@ -190,7 +192,8 @@ class Posterior:
         for name, parameter, module in self._matched(model):
             if not isinstance(module, FFGConv3d):
                 raise InputError(f"{self.name}: {name} of the network is not Bayesian and cannot take a prior")
-            module.set_prior(**{f"{parameter}_mu": self.mu[name], f"{parameter}_sigma": self.sigma[name]})
+            tensors: dict[str, Any] = {f"{parameter}_mu": self.mu[name], f"{parameter}_sigma": self.sigma[name]}
+            module.set_prior(**tensors)
 
     def _matched(self, model: nn.Module) -> list[tuple[str, str, nn.Module]]:
         """The model's `_parameters`, after checking that names and shapes are this posterior's."""

@@ -18,15 +18,15 @@ __all__ = ["main"]
 def main(arguments: Sequence[str]) -> None:
     """Consolidate the given files, one in memory at a time, and print each site's weight per layer."""
     parser = new_parser("consolidate", "Consolidate the posteriors of several sites, trained from one prior (Eq. 17).")
-    parser.add_argument("sites", type=Path, nargs="+", help="posterior.safetensors of each site; also consolidated files")
+    parser.add_argument(
+        "sites", type=Path, nargs="+", help="posterior.safetensors of each site; also consolidated files"
+    )
     parser.add_argument("--prior", type=Path, required=True, help="the posterior that every site started from")
     parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     parser.add_argument(
         "--earlier", type=Path, nargs="+", default=[], help="earlier priors, for sites that answered late"
     )
-    parser.add_argument(
-        "--without", type=Path, nargs="+", default=[], help="sites to remove from consolidated files"
-    )
+    parser.add_argument("--without", type=Path, nargs="+", default=[], help="sites to remove from consolidated files")
     parser.add_argument(
         "--temper", type=float | Literal["auto"], default=1.0,
         help="lambda > 0 in prior^(1 - S lambda) prod_s q_s^lambda: 1 is Eq. 17, 1/S the geometric mean of S sites; "
@@ -36,8 +36,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--validation_sub_volumes", type=int, default=256, help="for --temper auto: maximum number of sub-volumes"
     )
-    parser.add_argument("--label_map", type=str | None, default=None, help="for --temper auto: TSV, if the prior has its own")
-    parser.add_argument("--cache_dir", type=Path | None, default=None, help="folder for conformed scans; default beside --out")
+    parser.add_argument(
+        "--label_map", type=str | None, default=None, help="for --temper auto: TSV, if the prior has its own"
+    )
+    parser.add_argument(
+        "--cache_dir", type=Path | None, default=None, help="folder for conformed scans; default beside --out"
+    )
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="for --temper auto")
     values = parse(parser, arguments)
 

@@ -87,7 +87,9 @@ class Exchange(Controller):
     def _pass(self, cycle: Cycle, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Ask every connected site; ends with the slowest answer, but closes a round as soon as it is due."""
         trouble: list[str] = []
-        until = time.monotonic() + cycle.project["answer_timeout_s"]  # no prior is sent later, to end within `pass_limit`
+        until = (
+            time.monotonic() + cycle.project["answer_timeout_s"]
+        )  # no prior is sent later, to end within `pass_limit`
         sites = {client.name for client in self._engine.get_clients()}.intersection(cycle.project["sites"])
         open_tasks = {site: self._send(ASK, cycle, site, fl_ctx) for site in sorted(sites)}
         want_prior: list[str] = []

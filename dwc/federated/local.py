@@ -140,7 +140,9 @@ def _run_flare(settings: SimulationSettings, names: list[str], books: Path, mani
                     _give_scans(settings, books, manifests[given])
                     given += 1
                 if time.monotonic() > until:
-                    raise InputError(f"{log}: the rounds took more than {settings.limit_s:g} s; give a longer `limit_s`")
+                    raise InputError(
+                        f"{log}: the rounds took more than {settings.limit_s:g} s; give a longer `limit_s`"
+                    )
                 time.sleep(_LOOK_S)
         finally:
             with contextlib.suppress(ProcessLookupError):

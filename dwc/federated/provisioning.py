@@ -68,7 +68,7 @@ def provision(project: Project, out: Path) -> Path:
 
 
 def _on_the_priors_split(project: Project, prior: Posterior) -> dict[str, Any]:
-    """The shared settings with the seed and test fraction of the prior's split, for manifests without a split column."""
+    """The shared settings with the prior's seed and test fraction, for manifests without a split column."""
     made = prior.metadata.get("training") or {}
     split = {name: made[name] for name in ("seed", "test_fraction") if name in made}
     for name, value in split.items():

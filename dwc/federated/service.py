@@ -24,8 +24,8 @@ from dwc.base.errors import InputError, Interrupted
 from dwc.base.files import write_whole
 from dwc.base.locks import held
 from dwc.base.processes import end, start_once
-from dwc.federated.server_state import read_state
 from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, folder_in
+from dwc.federated.server_state import read_state
 
 __all__ = ["admin_kit_of", "configure", "join", "make_pass", "pass_limit", "serve", "write_job"]
 

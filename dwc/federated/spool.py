@@ -85,7 +85,9 @@ class Spool:
             Allow rounds on scans that have counted before.
         """
         open_folder(folder)
-        to_train = [replace(scan, label=None) for scan in scans if scan.split == "train"]  # other labels do not make it another scan
+        to_train = [
+            replace(scan, label=None) for scan in scans if scan.split == "train"
+        ]  # other labels do not make it another scan
         known = [digest_of_scans([scan], folder / "cache") for scan in to_train]
         if (n := len(_counted(folder).intersection(known))) and not again:
             raise InputError(

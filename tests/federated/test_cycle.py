@@ -9,8 +9,8 @@ from dwc import cli
 from dwc.base.errors import InputError
 from dwc.federated import cycle as room
 from dwc.federated.cycle import Cycle
-from dwc.federated.server_state import describe
 from dwc.federated.project import Project
+from dwc.federated.server_state import describe
 from dwc.posterior import Posterior
 from tests.made_cycles import NOW, file_of, trained
 from tests.made_posteriors import a_prior, a_site
@@ -124,7 +124,7 @@ def other_tensors(prior: Posterior) -> Posterior:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda prior: a_site(prior, 1, prior_sha256="00"), "was trained from prior 00, none of ours"),
+        (lambda prior: a_site(prior, 1, prior_sha256="00"), "was trained from prior 00, which no round had"),
         (lambda prior: a_site(prior, 1, architecture={"width": 9}), "architecture width 9 differs"),
         (lambda prior: a_site(prior, 1, label_map={"sha256": "cd"}), "label map sha256 cd differs"),
         (lambda prior: Posterior(a_site(prior, 1).mu, {}, a_site(prior, 1).metadata), "a MAP network"),
@@ -273,7 +273,7 @@ def test_a_site_counts_once_and_not_with_anothers_posterior(cycle):
 @pytest.mark.parametrize(
     ("site", "change", "message"),
     [
-        ("south", {}, "is no site of brains"),
+        ("south", {}, "is not a site of brains"),
         ("north", {"scans": b"..."}, "unexpected entry 'scans'"),
         ("north", {"posterior": "a path"}, "unexpected entry 'posterior' of type str"),
         ("north", {"state": "patient 17"}, "unknown state"),

@@ -59,8 +59,8 @@ def test_the_plan_says_what_is_measured_and_what_is_not():
     [
         (["--sites", "0"], "--sites 0: give a positive number"),
         (["--temper", "0"], "--temper 0.0: give a positive number"),
-        (["--grid_size", "33"], "--grid_size 33: give a multiple of 32"),
-        (["--plan_sites", "[0]"], "--plan_sites"),
+        (["--grid_size", "33"], "--grid-size 33: give a multiple of 32"),
+        (["--plan_sites", "[0]"], "--plan-sites [0]"),
     ],
 )
 def test_a_simulation_that_cannot_be_meant_is_refused_before_it_begins(words, message, tmp_path, capsys):
