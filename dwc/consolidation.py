@@ -8,7 +8,7 @@ sum, q = prior + lambda sum_s (q_s - prior): 1 is Eq. 17, 1/S the geometric mean
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +20,8 @@ from dwc.posterior import Posterior
 __all__ = ["Consolidation", "LayerWeight", "consolidate"]
 
 _SHARED = ("architecture", "label_map", "preprocessing")
+_HALF_STEP = 2.0**-24  # of fp32, relative
+_MAX_ERROR = 0.01  # of sigma, that rounding may leave in a mean when a site is taken out of a file
 _Sum: TypeAlias = tuple[Tensor, Tensor]  # fp64 sum and its rounding error
 _Sums: TypeAlias = tuple[_Sum, _Sum]  # of both natural parameters
 
@@ -80,8 +82,10 @@ class Consolidation:
         self.temper = 1.0
         self._prior_sha256 = prior.sha256
         self._members: dict[str, _Member] = {}  # by digest
-        # By the digests of one file: its name, and per tensor precision, sigma ratio and shift.
-        self._rows: dict[frozenset[str], tuple[str, dict[str, tuple[float, float, float]]]] = {}
+        # By the digests of one file: its name, its power, and per tensor precision, sigma ratio and shift.
+        self._rows: dict[frozenset[str], tuple[str, float, dict[str, tuple[float, float, float]]]] = {}
+        # Bounds on the errors of both natural parameters, from consolidated files that were rounded to fp32.
+        self._rounded: dict[str, tuple[Tensor, Tensor]] = {}
         # sum_s (q_s - prior), not tempered, so that removal cancels exactly. Copies share it: never change it in place.
         self._sums = {name: _zero(prior, name) for name in prior.mu}
 
@@ -90,7 +94,7 @@ class Consolidation:
         """S, the number of sites added, counting each site of a consolidated posterior."""
         return len(self._members)
 
-    def add(self, site: Posterior, *, prior: Posterior | None = None) -> None:
+    def add(self, site: Posterior, *, prior: Posterior | None = None, power: float = 1.0) -> None:
         """Multiply by a site's posterior and divide by the prior (Eq. 11); nothing changes if the site is refused.
 
         Parameters
@@ -100,14 +104,22 @@ class Consolidation:
         prior : Posterior, optional
             The prior that the site trained from, if it is an earlier one: the factor q_s / q_0 of a site that answers
             late does not depend on what it is multiplied by.
+        power : float
+            lambda_s > 0 of this site alone, to limit its influence.
         """
+        _check_power("power", power)
         prior = self.prior if prior is None else prior
         self._check(site, prior)
         members = _members(site)
         if members.keys() & self._members.keys():
             raise InputError(f"{site.name}: this site has been added already; give each site's posterior once")
-        self._accumulate(site, prior, factor=1.0)
-        self._members.update(members)
+        sums = self._accumulated(site, prior, factor=power)
+        if site.metadata.get("sites"):
+            self._rounded = self._rounding(site, power)
+        self._sums = sums
+        self._members.update(
+            {digest: replace(member, temper=power * member.temper) for digest, member in members.items()}
+        )
         tensors = {
             name: (
                 site.sigma[name].double().pow(-2).sum().item(),
@@ -116,10 +128,14 @@ class Consolidation:
             )
             for name in prior.mu
         }
-        self._rows[frozenset(members)] = (site.name, tensors)
+        self._rows[frozenset(members)] = (site.name, power, tensors)
 
     def remove(self, site: Posterior, *, prior: Posterior | None = None) -> None:
-        """Undo `add`, with the power that the site has here."""
+        """Undo `add`, with the power that the site has here.
+
+        Taking a site out of a consolidated file is refused where the file's rounding to fp32 would leave a mean off by
+        more than 0.01 sigma, or a sigma by more than 1 %: the site was too confident.
+        """
         prior = self.prior if prior is None else prior
         self._check(site, prior)
         members = _members(site)
@@ -128,15 +144,16 @@ class Consolidation:
         powers = [self._members[digest].temper / member.temper for digest, member in members.items()]
         if not all(math.isclose(power, powers[0], rel_tol=1e-12) for power in powers):
             raise InputError(f"{site.name}: its sites have other powers here than in it; remove them one by one")
-        self._accumulate(site, prior, factor=-powers[0])
+        sums = self._accumulated(site, prior, factor=-powers[0])
+        self._refuse_rounded(site.name, sums)
+        self._sums = sums
         for digest in members:
             del self._members[digest]
         self._rows = {came: row for came, row in self._rows.items() if not came & members.keys()}
 
     def tempered(self, temper: float) -> "Consolidation":
         """A copy in which each site's power is multiplied by lambda > 0; changing it leaves this one unchanged."""
-        if not 0 < temper < math.inf:
-            raise InputError(f"`temper` {temper}: give a positive number; 1 is Eq. 17, 1/S the sites' geometric mean")
+        _check_power("temper", temper)
         twin = copy.copy(self)
         twin.temper, twin._members, twin._rows = self.temper * temper, dict(self._members), dict(self._rows)
         return twin
@@ -174,14 +191,15 @@ class Consolidation:
         """Each site's weight in each tensor, in the order of `add`; without files of which a part was removed."""
         totals = {tensor: self._eta(tensor, sums, self.temper)[1].sum().item() for tensor, sums in self._sums.items()}
         rows = []
-        for site, tensors in self._rows.values():
+        for site, power, tensors in self._rows.values():
             for layer, (precision, sigma_ratio, shift) in tensors.items():
                 total = totals[layer]
                 prior = self.prior.sigma[layer].double().pow(-2).sum().item()
                 added = math.nan
                 if total > prior * (1 + 1e-12):
-                    added = self.temper * (precision - prior) / (total - prior)
-                rows.append(LayerWeight(site, layer, self.temper * precision / total, added, sigma_ratio, shift))
+                    added = self.temper * power * (precision - prior) / (total - prior)
+                weight = self.temper * power * precision / total
+                rows.append(LayerWeight(site, layer, weight, added, sigma_ratio, shift))
         return rows
 
     def _eta(self, name: str, sums: _Sums, temper: float) -> tuple[Tensor, Tensor]:
@@ -225,8 +243,8 @@ class Consolidation:
                     "where Eq. 17 may not be defined; train with `mode` vcl, which keeps sigma <= sigma_0"
                 )
 
-    def _accumulate(self, site: Posterior, prior: Posterior, *, factor: float) -> None:
-        """Add factor * (site - prior); nothing changes if a precision of Eq. 17 would not stay positive."""
+    def _accumulated(self, site: Posterior, prior: Posterior, *, factor: float) -> dict[str, _Sums]:
+        """The sums with factor * (site - prior) added; refused if a precision of Eq. 17 would not stay positive."""
         updated = {}
         for name, (shifts, precisions) in self._sums.items():
             theirs, ours = _natural(site, name), _natural(prior, name)
@@ -237,7 +255,30 @@ class Consolidation:
             precision = self._eta(name, sums, 1.0)[1]
             self._refuse_improper(site.name, name, precision, "where Eq. 17 is not defined", "leave this site out")
             updated[name] = sums
-        self._sums = updated
+        return updated
+
+    def _rounding(self, site: Posterior, power: float) -> dict[str, tuple[Tensor, Tensor]]:
+        """The error bounds with those of a consolidated file added: half an fp32 step of each mean and sigma."""
+        bounds = {}
+        for name in self._sums:
+            shift, precision = _natural(site, name)
+            before = self._rounded.get(name, (torch.zeros_like(shift), torch.zeros_like(precision)))
+            bounds[name] = (
+                before[0] + power * 3 * _HALF_STEP * shift.abs(),
+                before[1] + power * 2 * _HALF_STEP * precision,
+            )
+        return bounds
+
+    def _refuse_rounded(self, who: str, sums: dict[str, _Sums]) -> None:
+        for name, (shift_error, precision_error) in self._rounded.items():
+            shift, precision = self._eta(name, sums[name], 1.0)
+            of_mean = (shift_error + (shift / precision).abs() * precision_error) * precision.rsqrt()
+            worst = max(of_mean.max().item(), (precision_error / (2 * precision)).max().item())
+            if worst > _MAX_ERROR:
+                raise InputError(
+                    f"{who}: cannot be taken out of a consolidated file, which is rounded to fp32: {name} would be off "
+                    f"by up to {worst:.2g} sigma, more than {_MAX_ERROR:g}; consolidate the other sites' files instead"
+                )
 
     def _refuse_improper(self, who: str, name: str, precision: Tensor, why: str, remedy: str) -> None:
         if count := int((precision <= 0).sum()):
@@ -269,6 +310,11 @@ def consolidate(prior: Posterior, posteriors: Iterable[Posterior], *, temper: fl
     return consolidation.posterior()
 
 
+def _check_power(name: str, power: float) -> None:
+    if not 0 < power < math.inf:
+        raise InputError(f"`{name}` {power}: give a positive number; 1 is Eq. 17, 1/S the sites' geometric mean")
+
+
 def _natural(posterior: Posterior, name: str) -> tuple[Tensor, Tensor]:
     """(mu / sigma^2, 1 / sigma^2) in fp64."""
     precision = posterior.sigma[name].double().pow(-2)
@@ -293,14 +339,4 @@ def _members(site: Posterior) -> Mapping[str, _Member]:
     sites: list[dict[str, Any]] = site.metadata.get("sites") or []
     if not sites:
         return {site.sha256: _Member(site.metadata.get("n_volumes") or 0, 1.0)}
-    members = {}
-    try:
-        for member in sites:
-            members[member["sha256"]] = _Member(int(member["n_volumes"]), float(member.get("temper", 1.0)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{site.name}: its header's list of sites cannot be read; write it again with dwc consolidate"
-        ) from error
-    if odd := [member.temper for member in members.values() if not 0 < member.temper < math.inf]:
-        raise InputError(f"{site.name}: its header gives a site power {odd[0]}; write it again with dwc consolidate")
-    return members
+    return {member["sha256"]: _Member(member["n_volumes"], member.get("temper", 1.0)) for member in sites}

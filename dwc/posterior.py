@@ -1,6 +1,5 @@
 """The file that sites exchange: a network's fully factorized Gaussian (FFG) posterior and its provenance."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,13 +12,15 @@ from torch.nn.utils import parametrize
 
 from dwc import __version__
 from dwc.base.errors import InputError
-from dwc.base.files import canonical_json, load_tensors, save_tensors
+from dwc.base.files import DIGEST, canonical_json, content_sha256, load_entries, save_tensors
+from dwc.header import check_header
 from dwc_kernels import FFGConv3d, inverse_softplus
 
 __all__ = ["FORMAT_VERSION", "Posterior"]
 
-FORMAT_VERSION = 1
-_MANY = 2**53  # volumes; what every JSON reader takes for a whole number
+FORMAT_VERSION = 2  # 1 is read too; it may lack the digest of the content
+_SIGNATURE = "dwc_signature"  # entry of the file's metadata
+_COARSE = 0.1  # of sigma: rounding of a mean to fp32 beyond which `coarse` counts it
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +38,15 @@ class Posterior:
         ``training``; ``format_version`` and ``package_version`` are filled in.
     name : str
         Used in messages; the path of a loaded file. Not part of the content.
+    signature : str
+        Signature of the content, as `dwc.signing` makes it; "" if unsigned. Not part of the content.
     """
 
     mu: dict[str, Tensor]
     sigma: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     name: str = "posterior"
+    signature: str = ""
 
     def __post_init__(self) -> None:
         header = {"format_version": FORMAT_VERSION, "package_version": __version__, **self.metadata}
@@ -65,16 +69,8 @@ class Posterior:
 
     @property
     def sha256(self) -> str:
-        """Digest of header and tensors; it does not depend on the file's layout or on the machine.
-
-        SHA-256 of the canonical JSON header and a newline, then for each tensor, sorted by name
-        (``layers.0.bias.mu``, ...): the canonical JSON of [name, shape], a newline and its little-endian fp32 bytes.
-        """
-        digest = hashlib.sha256(canonical_json(self.metadata).encode() + b"\n")
-        for name, tensor in sorted(self._tensors()):
-            digest.update(canonical_json([name, list(tensor.shape)]).encode() + b"\n")
-            digest.update(tensor.numpy().astype("<f4", copy=False).tobytes())
-        return digest.hexdigest()
+        """Digest of header and tensors, `dwc.base.files.content_sha256`; it does not depend on the file's layout."""
+        return content_sha256(dict(self._tensors()), self.metadata)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for kind, tensors in (("mu", self.mu), ("sigma", self.sigma)):
@@ -83,12 +79,15 @@ class Posterior:
 
     def validate(self) -> "Posterior":
         """Return itself if all values are finite and every mean has a positive standard deviation, or none has one."""
+        check_header(self.name, self.metadata)
         if not self.mu:
             raise InputError(f"{self.name}: holds no tensors; write it again with dwc train")
         if self.sigma and self.sigma.keys() != self.mu.keys():
             odd = min(self.sigma.keys() ^ self.mu.keys())
             raise InputError(f"{self.name}: {odd} has only one of mu and sigma; write the file again with dwc train")
         for name, tensor in self._tensors():
+            if not tensor.numel():
+                raise InputError(f"{self.name}: {name} is empty; write the file again with dwc train")
             if not torch.isfinite(tensor).all():
                 raise InputError(f"{self.name}: {name} holds non-finite values; train again at a lower learning rate")
         for name, sigma in self.sigma.items():
@@ -107,30 +106,32 @@ class Posterior:
     def save(self, path: str | Path) -> None:
         """Validate and write the safetensors file atomically."""
         self.validate()
-        save_tensors(path, dict(self._tensors()), self.metadata)
+        entries = {_SIGNATURE: self.signature} if self.signature else {}
+        save_tensors(path, dict(self._tensors()), self.metadata, **entries)
+
+    def coarse(self) -> dict[str, int]:
+        """Weights per tensor whose mean fp32 stores with a rounding of more than a tenth of their sigma."""
+        counts = {}
+        for name, sigma in self.sigma.items():
+            mu = self.mu[name].abs()
+            rounding = (torch.nextafter(mu, torch.full_like(mu, torch.inf)) - mu) / 2
+            counts[name] = int((rounding > _COARSE * sigma).sum())
+        return {name: count for name, count in counts.items() if count}
 
     @classmethod
     def load(cls, path: str | Path) -> "Posterior":
         """Read a file written by `save` and validate it."""
-        tensors, header = load_tensors(path)
+        tensors, header, entries = load_entries(path)
         if "checkpoint_version" in header:
             raise InputError(f"{path}: is a checkpoint, not a posterior; give its run's posterior.safetensors")
         version = header.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise InputError(
-                f"{path}: format version {version!r}, this dwc {__version__} reads {FORMAT_VERSION}; "
+                f"{path}: format version {str(version)[:20]}, this dwc {__version__} reads 1 to {FORMAT_VERSION}; "
                 "install the dwc that wrote it or write the file again"
             )
-        for key in ("architecture", "label_map", "preprocessing", "training"):
-            if not isinstance(header.get(key) or {}, dict):
-                raise InputError(
-                    f"{path}: its header's {key} is not a JSON object; write the file again with dwc train"
-                )
-        n_volumes = header.get("n_volumes")
-        if n_volumes is not None and (type(n_volumes) is not int or not 0 <= n_volumes < _MANY):
-            raise InputError(
-                f"{path}: its header's n_volumes {str(n_volumes)[:20]!r} is not a count; write it again with dwc train"
-            )
+        if version > 1 and DIGEST not in entries:
+            raise InputError(f"{path}: was altered (the digest of its content is gone); copy or write it again")
         parts: dict[str, dict[str, Tensor]] = {"mu": {}, "sigma": {}}
         for full_name, tensor in tensors.items():
             name, _, kind = full_name.rpartition(".")
@@ -139,7 +140,9 @@ class Posterior:
             if tensor.dtype != torch.float32:
                 raise InputError(f"{path}: {full_name} is {tensor.dtype}, not float32; write the file again with dwc")
             parts[kind][name] = tensor
-        return cls(parts["mu"], parts["sigma"], header, name=str(path)).validate()
+        check_header(str(path), header)
+        signature = entries.get(_SIGNATURE, "")
+        return cls(parts["mu"], parts["sigma"], header, name=str(path), signature=signature).validate()
 
     @classmethod
     def from_model(cls, model: nn.Module, **metadata: Any) -> "Posterior":
