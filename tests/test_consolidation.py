@@ -337,7 +337,7 @@ def test_a_file_of_which_a_site_was_removed_is_weighed_no_more():
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=seeds, sure=st.sampled_from([0.5, 1e-1, 1e-2, 1e-3, 1e-4]))
+@given(seed=seeds, sure=st.sampled_from([0.5, 1e-1, 1e-4, 1e-6]))
 def test_taking_a_site_out_of_a_file_is_exact_to_the_stated_bound_or_refused(seed, sure):
     """The file is rounded to fp32; the surer the site that leaves, the more of the others' means was rounded away."""
     prior = a_prior(seed)
@@ -345,14 +345,11 @@ def test_taking_a_site_out_of_a_file_is_exact_to_the_stated_bound_or_refused(see
     gone = Posterior(gone.mu, {name: sure * sigma for name, sigma in prior.sigma.items()}, gone.metadata, "gone")
     consolidation = Consolidation(prior)
     consolidation.add(consolidate(prior, [kept, gone]))
-    try:
-        consolidation.remove(gone)
-    except InputError as error:
-        assert "gone: cannot be taken out of a consolidated file" in str(error)
-        assert "by up to" in str(error)
-        assert "consolidate the other sites' files" in str(error)
-        assert sure < 1e-1
+    if sure < 1e-3:
+        with pytest.raises(InputError, match=r"gone: cannot be taken out of a consolidated file.*by up to .*files inst"):
+            consolidation.remove(gone)
         return
+    consolidation.remove(gone)
     without = consolidation.posterior()
     for name, sigma in kept.sigma.items():
         assert ((without.mu[name] - kept.mu[name]).abs() <= 0.01 * sigma).all()

@@ -134,7 +134,7 @@ def content_sha256(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any
     digest = hashlib.sha256(canonical_json(header).encode() + b"\n")
     for name, tensor in sorted(tensors.items()):
         digest.update(canonical_json([name, list(tensor.shape)]).encode() + b"\n")
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

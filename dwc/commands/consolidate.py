@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     earlier = {prior.sha256: prior for prior in map(Posterior.load, values.earlier)}
     for path in values.sites:
         site = Posterior.load(path)
-        consolidation.add(site, prior=earlier.get(site.metadata.get("prior_sha256")))
+        consolidation.add(site, prior=earlier.get(str(site.metadata.get("prior_sha256"))))
     for path in values.without:
         consolidation.remove(Posterior.load(path))
     if choose:

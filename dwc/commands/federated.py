@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from dwc.base.errors import InputError
-from dwc.commands.arguments import add_settings, make, new_parser, parse
+from dwc.commands.arguments import add_settings, from_file, make, new_parser, parse
 from dwc.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -63,10 +63,7 @@ def _agreement(path: Path) -> "Project":
 
     if not path.is_file():
         raise InputError(f"{path}: no such file; docs/federated.md describes it")
-    parser = new_parser("federated init", "")
-    add_settings(parser, Project)
-    values = parse(parser, ["--config", str(path)]).as_dict()
-    return make(Project, {**values, "prior": path.absolute().parent / values["prior"]})
+    return from_file(Project, path, lambda entries: {**entries, "prior": path.absolute().parent / entries["prior"]})
 
 
 def _serve_arguments(parser: ArgumentParser) -> None:

@@ -190,7 +190,12 @@ class Cycle:
         """Keep a posterior's file and record it, or record why not."""
         if digest(content) in self.question(site)["settled"]:
             return  # sent again, because the site did not get the receipt
-        row = {"site": site, "file_sha256": digest(content), "received": _now().isoformat(), "bytes": len(content)}
+        row: dict[str, Any] = {
+            "site": site,
+            "file_sha256": digest(content),
+            "received": _now().isoformat(),
+            "bytes": len(content),
+        }
         incoming = self.folder / f".incoming-{site}.part"
         write_whole(incoming, content)
         try:

@@ -174,7 +174,7 @@ def _kept_running(kit: Path) -> Iterator[Callable[[], bool] | None]:
     FLARE ends with the block, even if an earlier service that was killed had started it.
     """
     lock = folder_in(kit) / "engine.lock"
-    words = ["bash", kit / "startup" / "sub_start.sh", "--once"]
+    words: list[str | Path] = ["bash", kit / "startup" / "sub_start.sh", "--once"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     environment.pop(FOLDER, None)
 

@@ -98,7 +98,7 @@ class Spool:
             manifest = as_csv(scans)
             data = str(folder / f"scans-{digest(manifest)[:12]}.csv")
             write_whole(data, manifest)
-        site = {"command": list(command or TRAINER), "arguments": list(arguments)}
+        site: dict[str, Any] = {"command": list(command or TRAINER), "arguments": list(arguments)}
         site |= {"data": data, "scans": known, "again": again}
         write_whole(folder / "site.yml", yaml.safe_dump(site, sort_keys=False).encode())
         return cls(folder)

@@ -304,9 +304,9 @@ def test_what_goes_wrong_at_a_site_is_not_told_to_the_server(exchanged, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quorum": 3}, "`quorum` 3: give 1 to 2"),
-        ({"rounds": "many"}, "rounds"),
-        ({"quorom": 2}, "quorom"),
+        ({"quorum": 3}, "project.yml: quorum 3: give 1 to 2"),
+        ({"rounds": "many"}, "project.yml: rounds many: expected int"),
+        ({"quorom": 2}, "project.yml: "),
         ({"prior": "none.safetensors"}, "none.safetensors: no such file"),
         ({"sites": ["../north"]}, "'../north'"),
         ({"training": {"prior": "x"}}, "'prior' is not a setting that sites share"),

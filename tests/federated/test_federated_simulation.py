@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from dwc import cli
+from dwc.federated import local  # noqa: F401 (before Popen is replaced)
 from dwc.federated.capacity import capacity_table
 from dwc.posterior import Posterior
 

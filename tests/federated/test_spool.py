@@ -137,7 +137,7 @@ def test_a_refused_posterior_is_put_aside_with_the_reason(spool, cycle):
     cycle.receive("north", spool.answer(cycle.question("north")))
     assert spool.answer(cycle.question("north"))["state"] == "idle"
     (refused,) = spool.folder.glob("round-*/refused")
-    assert "none of ours" in refused.read_text()
+    assert "which no round had" in refused.read_text()
 
 
 def test_a_site_sends_again_what_a_server_restored_from_a_backup_has_forgotten(spool, cycle):
