@@ -7,25 +7,26 @@ Nothing here sends or waits.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import datetime, timedelta, timezone
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from dwc.base.errors import InputError, one_line
+from dwc.base.errors import InputError
 from dwc.base.files import open_folder, sweep, write_whole
 from dwc.consolidation import Consolidation
+from dwc.federated.admission import Refused, admit, blamed_on, check_size
 from dwc.federated.project import Project
-from dwc.federated.server_state import VERSION, quorum_since, read_state, write_state
-from dwc.federated.wire import ANSWER, HEADER, check, digest
+from dwc.federated.server_state import VERSION, n_expected, quorum_since, read_state, steady_time, write_state
+from dwc.federated.wire import ANSWER, check, digest
+from dwc.influence import Influence, limit_powers
 from dwc.posterior import Posterior
 
 __all__ = ["Cycle"]
 
-_MAY_CHANGE = {"sites", "rounds", "quorum", "grace_hours", "answer_timeout_s"}  # while a cycle is under way
+# What may change while a cycle is under way.
+_MAY_CHANGE = {"sites", "rounds", "quorum", "grace_hours", "answer_timeout_s", "max_influence", "trusted"}
 _MAX_REFUSALS = 100  # kept for each site, so that junk does not fill the state
-_MAX_REACH = 1e9  # shift in sigma_0, and factor by which a sigma may shrink
 _UNHEARD = {"state": "not heard of", "round": 0, "heard": None}
 
 
@@ -60,17 +61,21 @@ class Cycle:
             raise InputError(f"{folder / 'state.json'}: a cycle has begun here; give another folder")
         open_folder(folder)
         prior.save(folder / "q0.safetensors")
-        state = {
+        state: dict[str, Any] = {
             "version": VERSION,
             "project": project.to_json(),
             "priors": [prior.sha256],  # of round 1, 2, ...; the last is the result when all rounds are closed
-            "published": [_now().isoformat()],
+            "published": [],
+            "clock": {},
+            "banned": [],
+            "acts": [],  # of the organizer: what was dropped, reopened or banned, and when
             "posteriors": [],
             "refused": [],
             "trouble": [],  # problems of the last pass
             "traffic": {},  # by site and round: bytes of the messages to it and from it
             "sites": {site: dict(_UNHEARD) for site in project.sites},
         }
+        state["published"].append(_now(state).isoformat())
         write_state(folder, state)
         return cls(folder)
 
@@ -116,7 +121,7 @@ class Cycle:
             "settled": {
                 row["file_sha256"]: row.get("reason", "")
                 for row in self.state["posteriors"] + self.state["refused"]
-                if row["site"] == site
+                if row["site"] == site and not row.get("damaged")
             },
         }
         if with_prior and number:
@@ -132,8 +137,14 @@ class Cycle:
         """
         if site not in self.project["sites"]:
             raise InputError(f"{site}: is not a site of {self.project['name']}; its answer is ignored")
-        answer = check(answer, ANSWER)
-        self.state["sites"][site] = {"state": answer["state"], "round": answer["round"], "heard": _now().isoformat()}
+        if site in self.state["banned"]:
+            raise InputError(f"{site}: is banned; its answer is ignored")
+        try:
+            answer = check(answer, ANSWER)
+        except InputError as error:
+            raise InputError(f"{site}: {error}") from error
+        heard = _now(self.state).isoformat()
+        self.state["sites"][site] = {"state": answer["state"], "round": answer["round"], "heard": heard}
         if "posterior" in answer:
             self._enter(site, answer["posterior"])
         write_state(self.folder, self.state)
@@ -146,7 +157,7 @@ class Cycle:
         posteriors of earlier rounds enter the round that closes next; after the last round they are added to its
         result.
         """
-        now, number = now or _now(), self.round
+        now, number = now or _now(self.state), self.round
         waiting = [row for row in self.state["posteriors"] if row["counted_in"] is None]
         if number is None:
             return bool(waiting) and self._publish(self.project["rounds"], waiting)
@@ -155,7 +166,7 @@ class Cycle:
             return False
         until = datetime.fromisoformat(since) + timedelta(hours=self.project["grace_hours"])
         n_received = sum(row["round"] == number for row in waiting)
-        if n_received < len(self.project["sites"]) and now < until:
+        if n_received < n_expected(self.state) and now < until:
             return False
         return self._publish(number, waiting)
 
@@ -171,64 +182,101 @@ class Cycle:
         row[:] = row[0] + to_site, row[1] + from_site
 
     def _publish(self, number: int, waiting: list[dict[str, Any]]) -> bool:
-        """Consolidate the posteriors that count in a round into the next prior (Eq. 17)."""
+        """Consolidate the posteriors that count in a round into the next prior (Eq. 17), and read it back."""
         rows = [row for row in self.state["posteriors"] if row["counted_in"] == number] + waiting
+        rows.sort(key=lambda row: (row["round"], row["site"]))
+        powers = [1.0] * len(rows)
+        if all(row.get("influence") for row in rows):  # a row from before an upgrade has none
+            influences = [Influence.from_json(row["influence"]) for row in rows]
+            powers = limit_powers(influences, self.project["max_influence"])
         consolidation = Consolidation(self._prior(number)).tempered(self.project["temper"])
-        for row in sorted(rows, key=lambda row: (row["round"], row["site"])):
-            trained_from = None if row["round"] == number else self._prior(row["round"])
-            consolidation.add(Posterior.load(self.folder / row["file"]), prior=trained_from)
+        for row, power in zip(rows, powers, strict=True):
+            site = self._posterior(row)
+            row["power"] = power
+            if power > 0:
+                trained_from = None if row["round"] == number else self._prior(row["round"])
+                consolidation.add(site, prior=trained_from, power=power)
         posterior = consolidation.posterior()
         posterior.save(self._prior_file(number + 1))
+        if Posterior.load(self._prior_file(number + 1)).sha256 != posterior.sha256:
+            raise InputError(f"{self._prior_file(number + 1)}: reads back as something else; check the disk")
         for row in waiting:
             row["counted_in"] = number
         self.state["priors"][number:] = [posterior.sha256]
-        self.state["published"][number:] = [_now().isoformat()]
+        self.state["published"][number:] = [_now(self.state).isoformat()]
         write_state(self.folder, self.state)
         return True
 
+    def _posterior(self, row: dict[str, Any]) -> Posterior:
+        """A posterior that was recorded; one that was damaged since is asked for again."""
+        path = self.folder / row["file"]
+        try:
+            posterior = Posterior.load(path)
+            if posterior.sha256 == row["sha256"]:
+                return posterior
+            reason = "is not the file that was recorded"
+        except InputError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            reason = str(error).removeprefix(f"{path}: ")
+        self.reload()
+        for known in self.state["posteriors"]:
+            if known["file"] == row["file"]:
+                known["damaged"] = True
+        write_state(self.folder, self.state)
+        raise InputError(f"{path}: {reason}; {row['site']} is asked to send it again, or drop it with amend")
+
     def _enter(self, site: str, content: bytes) -> None:
         """Keep a posterior's file and record it, or record why not."""
-        if digest(content) in self.question(site)["settled"]:
-            return  # sent again, because the site did not get the receipt
-        row: dict[str, Any] = {
-            "site": site,
-            "file_sha256": digest(content),
-            "received": _now().isoformat(),
-            "bytes": len(content),
-        }
+        file_sha256 = digest(content)
+        damaged = [row for row in self._rows_of(site) if row.get("damaged") and row["file_sha256"] == file_sha256]
+        for row in damaged:
+            write_whole(self.folder / row["file"], content)
+            del row["damaged"]
+        if damaged or file_sha256 in self.question(site)["settled"]:
+            return  # sent again, because the file was damaged here or the site did not get the receipt
+        received = _now(self.state).isoformat()
+        row = {"site": site, "file_sha256": file_sha256, "received": received, "bytes": len(content)}
         incoming = self.folder / f".incoming-{site}.part"
-        write_whole(incoming, content)
         try:
+            check_size(site, content, self._prior_file(1))
+            write_whole(incoming, content)
             row |= self._checked(site, incoming)
             row |= {"file": f"round-{row['round']}/{site}.safetensors", "counted_in": None}
             (self.folder / f"round-{row['round']}").mkdir(exist_ok=True)
             os.replace(incoming, self.folder / row["file"])
             self.state["posteriors"].append(row)
-        except _Refused as error:
-            self.state["refused"].append({**row, "reason": str(error)})
-            earlier = [row for row in self.state["refused"] if row["site"] == site]
-            if len(earlier) > _MAX_REFUSALS:
-                self.state["refused"].remove(earlier[0])
+        except Refused as error:
+            self._refuse(row, str(error))
         finally:
             incoming.unlink(missing_ok=True)
 
-    def _checked(self, site: str, incoming: Path) -> dict[str, Any]:
-        """The state's entries about a posterior that belongs; `_Refused` if it does not.
+    def _refuse(self, row: Mapping[str, Any], reason: str) -> None:
+        """Record a refusal; the site is told with the next question."""
+        kept = ("site", "file_sha256", "received", "bytes")
+        self.state["refused"].append({**{name: row[name] for name in kept if name in row}, "reason": reason})
+        earlier = [other for other in self.state["refused"] if other["site"] == row["site"]]
+        if len(earlier) > _MAX_REFUSALS:
+            self.state["refused"].remove(earlier[0])
 
-        It is consolidated alone as a trial, so that what is accepted here does not stop `advance` later.
-        """
-        with _blamed_on(site, incoming):
+    def _rows_of(self, site: str) -> list[dict[str, Any]]:
+        return [row for row in self.state["posteriors"] if row["site"] == site]
+
+    def _checked(self, site: str, incoming: Path) -> dict[str, Any]:
+        """The state's entries about a posterior that belongs; `Refused` if it does not."""
+        with blamed_on(site, incoming):
             posterior = Posterior.load(incoming)
             number = self._round_of(posterior)
-            row = {"round": number, "prior_sha256": posterior.metadata["prior_sha256"]}
-            row |= {"sha256": posterior.sha256, "n_volumes": posterior.metadata.get("n_volumes")}
-        trial = Consolidation(self._prior(number)).tempered(self.project["temper"])
-        with _blamed_on(site, incoming):
-            self._check(site, row, posterior)
-            trial.add(posterior)
-            trial.posterior()
-            _check_reach(posterior, trial.prior)
-        return row
+            row = {"round": number, "prior_sha256": posterior.metadata["prior_sha256"], "sha256": posterior.sha256}
+        prior = self._prior(number)
+        others = {
+            other["site"]: Influence.from_json(other["influence"])
+            for other in self.state["posteriors"]
+            if other["round"] == number and other["site"] != site and other.get("influence")
+        }
+        with blamed_on(site, incoming):
+            self._check_once(site, row, posterior)
+            return row | admit(posterior, prior, others, self.project["temper"])
 
     def _round_of(self, posterior: Posterior) -> int:
         """The round of the prior that a posterior was trained from, whatever the site says."""
@@ -241,10 +289,8 @@ class Cycle:
             )
         return opened.index(trained_from) + 1
 
-    def _check(self, site: str, row: dict[str, Any], posterior: Posterior) -> None:
-        """Refuse what would count a site's scans twice, and unknown header entries."""
-        if odd := sorted(posterior.metadata.keys() - HEADER):
-            raise InputError(f"{posterior.name}: its header has {odd[0]!r}; send only what dwc train writes")
+    def _check_once(self, site: str, row: dict[str, Any], posterior: Posterior) -> None:
+        """Refuse what would count a site's scans twice."""
         for other in self.state["posteriors"]:
             if other["site"] == site and other["round"] == row["round"]:
                 raise InputError(f"{posterior.name}: another one of round {row['round']} is in; a site counts once")
@@ -270,32 +316,5 @@ class Cycle:
         return prior
 
 
-class _Refused(InputError):
-    """A site's posterior does not belong."""
-
-
-@contextmanager
-def _blamed_on(site: str, incoming: Path) -> Iterator[None]:
-    """Turn errors about a site's file into refusals that name no path of the server; a failing disk is not one."""
-    try:
-        yield
-    except InputError as error:
-        if isinstance(error.__cause__, OSError):
-            raise
-        reason = str(error).replace(str(incoming), f"{site}'s posterior").replace(f"{incoming.parent}/", "")
-        raise _Refused(one_line(reason)) from error
-
-
-def _check_reach(posterior: Posterior, prior: Posterior) -> None:
-    """Refuse values so far from the prior that, combined with other sites', they could leave the range of fp32."""
-    for name, sigma_0 in prior.sigma.items():
-        shift = (posterior.mu[name].double() - prior.mu[name]).abs()
-        if (shift > _MAX_REACH * sigma_0).any() or (posterior.sigma[name] < sigma_0 / _MAX_REACH).any():
-            raise InputError(
-                f"{posterior.name}: {name} is more than {_MAX_REACH:g} sigmas from the prior, or as much surer; "
-                "train again"
-            )
-
-
-def _now() -> datetime:
-    return datetime.now(timezone.utc).replace(microsecond=0)
+def _now(state: dict[str, Any]) -> datetime:
+    return steady_time(state["clock"])

@@ -21,7 +21,7 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.fuel.utils import fobs
 
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, one_line
 from dwc.base.locks import held
 from dwc.federated.cycle import Cycle
 from dwc.federated.spool import Spool
@@ -99,14 +99,14 @@ class Exchange(Controller):
                 if task.completion_status is None:
                     continue
                 del open_tasks[site]
-                with self._noted(cycle, trouble, fl_ctx):
+                with self._noted(cycle, trouble, fl_ctx, site):
                     if self._receive(cycle, site, task, fl_ctx) == "no prior":
                         want_prior.append(site)
                 self._advance(cycle, trouble, fl_ctx)
             if time.monotonic() < until:  # the other sites ask again in the next pass
                 free = _MAX_SENDING - sum(task.name == GIVE for task in open_tasks.values())
                 for site in want_prior[:free]:
-                    with self._noted(cycle, trouble, fl_ctx):
+                    with self._noted(cycle, trouble, fl_ctx, site):
                         open_tasks[site] = self._send(GIVE, cycle, site, fl_ctx)
                 del want_prior[:free]
         self._advance(cycle, trouble, fl_ctx)  # the grace period may be over though nobody answers
@@ -118,15 +118,19 @@ class Exchange(Controller):
                 self.log_info(fl_ctx, f"published {cycle.result}")
 
     @contextmanager
-    def _noted(self, cycle: Cycle, trouble: list[str], fl_ctx: FLContext) -> Iterator[None]:
-        """Note an error about one site's message or file, and go on with the other sites."""
+    def _noted(self, cycle: Cycle, trouble: list[str], fl_ctx: FLContext, site: str = "") -> Iterator[None]:
+        """Note any error about one site's message or file, and go on with the other sites."""
         try:
             yield
-        except InputError as error:
-            self.log_error(fl_ctx, str(error))
+        except Exception as error:  # nothing that one site sends may end the pass of the others
+            line = str(error)
+            if not isinstance(error, InputError):
+                self.log_exception(fl_ctx, f"{site or 'closing the round'} failed")
+                line = one_line(f"{site or 'the round'}: {type(error).__name__}: {error}; see engine.log")
+            self.log_error(fl_ctx, line)
             cycle.reload()
-            if str(error) not in trouble:
-                trouble.append(str(error))
+            if line not in trouble:
+                trouble.append(line)
 
     def _send(self, name: str, cycle: Cycle, site: str, fl_ctx: FLContext) -> Task:
         data = Shareable()

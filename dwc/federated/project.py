@@ -47,6 +47,12 @@ class Project(Settings):
         How long the kits are valid.
     temper
         lambda of the consolidation, see `dwc consolidate --help`.
+    max_influence
+        Limit of a site's precision and pull on the means, as a multiple of the median site's; null switches it off. It
+        needs three sites.
+    trusted
+        Folder of public keys, `<site>.pem`, relative to project.yml; if given, every posterior must be signed by its
+        site, see `dwc posterior sign`.
     answer_timeout_s
         Timeout of one message: a posterior over a site's link, or those of all sites over the server's, whichever
         takes longer. Training does not count.
@@ -65,12 +71,14 @@ class Project(Settings):
     organizer: str = "organizer@dwc.org"
     certificate_years: float = 10.0
     temper: float = 1.0
+    max_influence: float | None = 3.0
+    trusted: Path | None = None
     answer_timeout_s: float = 600.0
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("rounds", "certificate_years", "temper", "answer_timeout_s")
+        self._require_positive("rounds", "certificate_years", "temper", "answer_timeout_s", "max_influence")
         self._require("grace_hours", self.grace_hours >= 0, "give 0 or more")
         self._require("port", 1 <= self.port <= 65535, "give 1 to 65535")
         self._require("organizer", "@" in self.organizer, "give an e-mail address")

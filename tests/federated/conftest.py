@@ -54,7 +54,7 @@ def offline(tmp_path, monkeypatch):
 def clock(monkeypatch):
     """A clock that stands still until it is set."""
     now = [NOW]
-    monkeypatch.setattr(room, "_now", lambda: now[0])
+    monkeypatch.setattr(room, "_now", lambda state: now[0])
     return now
 
 

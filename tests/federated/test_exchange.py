@@ -85,7 +85,7 @@ def test_a_message_or_a_file_that_is_wrong_is_told_and_the_others_are_heard(cycl
     Pass(answers).make(cycle)
     assert sorted(row["site"] for row in cycle.state["posteriors"]) == ["north", "west"]
     assert cycle.round == 2
-    assert "in the last pass: message: " in describe(Cycle(cycle.folder).state)
+    assert "in the last pass: east: message: " in describe(Cycle(cycle.folder).state)
 
     (cycle.folder / "q1.safetensors").write_bytes(b"damaged")
     idle = {"state": "idle", "round": 1, "prior_sha256": ""}
