@@ -27,7 +27,13 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
 }
 _SHARED = ("train", "predict")  # those that torchrun may start many processes of
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_EXTRAS = {"nvflare": "federated", "pandas": "study", "matplotlib": "study", "scipy": "study", "jinja2": "study"}
+_EXTRAS = {
+    "nvflare": "federated",
+    "matplotlib": "study",
+    "jinja2": "study",
+    "cryptography": "federated",
+    "triton": "triton",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
