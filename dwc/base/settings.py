@@ -55,7 +55,7 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain values: a YAML file of them makes the same settings."""
-        return {name: _plain(value) for name, value in asdict(self).items()}  # type: ignore[call-overload]
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
 
 @cache

@@ -76,7 +76,7 @@ def new_parser(command: str, description: str) -> Parser:
 
 def add_settings(parser: ArgumentParser, cls: type[Settings]) -> None:
     """Add the fields of a settings class as flags: its own first, then those that it shares with others."""
-    left = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    left = {field.name for field in fields(cls)}
     for part in cls.__mro__:
         if own := left & set(get_annotations(part)):
             others = {field.name for field in fields(part)} - own
@@ -95,7 +95,7 @@ def make(cls: type[_S], values: Mapping[str, Any]) -> _S:
         try:
             made[name] = make(nested[0], part)
         except InputError as error:
-            own = "|".join(field.name for field in fields(nested[0]))  # type: ignore[arg-type]
+            own = "|".join(field.name for field in fields(nested[0]))
             raise InputError(re.sub(rf"`({own})\b", rf"`{name}.\1", str(error))) from error
     return cls(**made)
 

@@ -214,7 +214,7 @@ class StudySettings(ComputeSettings, NetworkSettings):
 
 def shared(settings: Settings, *groups: type[Settings]) -> dict[str, Any]:
     """The values of those settings that belong to groups, by name."""
-    names = [each.name for group in groups for each in fields(group)]  # type: ignore[arg-type]
+    names = [each.name for group in groups for each in fields(group)]
     return {name: getattr(settings, name) for name in names}
 
 
