@@ -82,7 +82,7 @@ def conform_image(path: str | os.PathLike, grid: Grid) -> np.ndarray:
     structure may alias.
     """
     image = load_image(path)
-    data, _ = on_grid(image, grid)
+    data, _ = image_on_grid(to_uint8(np.asanyarray(image.dataobj)), image.affine, grid)
     if data.min() == data.max():
         raise InputError(f"{path}: only the value {data.flat[0]} is left on {grid}; check the image and its affine")
     return data
@@ -113,16 +113,7 @@ def conform_labels(
     ids = np.asanyarray(labels.dataobj)
     classes = label_map.apply(ids)
     check_ids(path, ids, classes, label_map)
-    own = _on_centre(labels.shape, labels.affine, grid)  # the labels' storage order may be another than the image's
-    classes = in_ras_order(classes, own)
-    placement = _on_signal(own, classes > 0, grid) if image is None else place(image, grid)
-    cut = _cut_voxels(classes, placement, grid)
-    if cut:
-        raise InputError(
-            f"{path}: {cut / np.count_nonzero(classes):.0%} of the labelled voxels lie outside of {grid}; crop scan "
-            f"and labels to the head, or choose a larger `grid_size`"
-        )
-    return resample_labels(classes, placement.positions, grid.shape)
+    return classes_on_grid(path, classes, labels.affine, grid, None if image is None else place(image, grid))
 
 
 def to_native(array: np.ndarray, path: str | os.PathLike, grid: Grid, *, order: Literal[0, 1]) -> np.ndarray:
@@ -147,13 +138,27 @@ def to_native(array: np.ndarray, path: str | os.PathLike, grid: Grid, *, order: 
     return nib.apply_orientation(native, back)
 
 
-def on_grid(image: nib.Nifti1Image, grid: Grid) -> tuple[np.ndarray, Placement]:
-    """An opened image as uint8 on the grid, and where the grid lies on it."""
-    data = to_uint8(np.asanyarray(image.dataobj))
-    placement = _on_centre(image.shape, image.affine, grid)
+def image_on_grid(data: np.ndarray, affine: np.ndarray, grid: Grid) -> tuple[np.ndarray, Placement]:
+    """A uint8 image on the grid, and where the grid lies on it."""
+    placement = _on_centre(data.shape, affine, grid)
     data = in_ras_order(data, placement)
     placement = _on_signal(placement, data > SIGNAL, grid)
     return resample_image(data, placement.positions, grid.shape), placement
+
+
+def classes_on_grid(
+    path: str | os.PathLike, classes: np.ndarray, affine: np.ndarray, grid: Grid, placement: Placement | None
+) -> np.ndarray:
+    """Classes on the grid where it lies on the image, or else about the labels' own centre; none may be cut off."""
+    own = _on_centre(classes.shape, affine, grid)  # the labels' storage order may be another than the image's
+    classes = in_ras_order(classes, own)
+    placement = placement or _on_signal(own, classes > 0, grid)
+    if cut := _cut_voxels(classes, placement, grid):
+        raise InputError(
+            f"{path}: {cut / np.count_nonzero(classes):.0%} of the labelled voxels lie outside of {grid}; crop scan "
+            f"and labels to the head, or choose a larger `grid_size`"
+        )
+    return resample_labels(classes, placement.positions, grid.shape)
 
 
 def in_ras_order(data: np.ndarray, placement: Placement) -> np.ndarray:

@@ -99,6 +99,8 @@ class ScanFile:
             slope, inter = (np.float64(value) for value in self.scaling)
             with np.errstate(all="ignore"):
                 values = apply_read_scaling(stored, slope, inter)
+                if values.dtype.itemsize > 8:  # float128, which no other part reads
+                    values = values.astype(np.float64)
             if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
                 count = values.size - np.count_nonzero(finite)
                 scaled = "" if (slope, inter) == (1, 0) else f" (scl_slope {slope:g}, scl_inter {inter:g})"

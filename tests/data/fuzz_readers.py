@@ -1,4 +1,4 @@
-"""Mutated headers and compressed streams for the readers: each must be refused in one line, or read as nibabel reads it.
+"""Mutated headers and compressed streams: the readers must refuse each in one line, or read what nibabel reads.
 
     python -m tests.data.fuzz_readers --count 20000 --state fuzz.json
 
@@ -126,8 +126,10 @@ def outcome(path: Path) -> str:
     try:
         theirs = nib.load(path)
         voxels = np.asanyarray(theirs.dataobj).reshape(theirs.shape[:3])
-    except Exception:  # whatever nibabel raises for files that this package mends
-        return "read, and not by nibabel"
+    except Exception as error:  # whatever nibabel raises for files that this package mends
+        return f"read, but not by nibabel: {type(error).__name__} {' '.join(str(error).split()[:4])}"
+    if isinstance(theirs.header, nib.Nifti1Header) and theirs.header["vox_offset"] == 0:
+        return "read, where nibabel takes the header for voxels"
     np.testing.assert_array_equal(np.asanyarray(read.dataobj), voxels)
     unit = 1.0
     if isinstance(theirs.header, nib.Nifti1Header):
@@ -141,10 +143,11 @@ def _taken(function, path: Path):
     try:
         return function(path)
     except InputError as error:
-        assert "\n" not in str(error)
-        assert path.name in str(error)
-        assert len(str(error)) < 1000
-        return str(error)
+        line = str(error)
+    assert "\n" not in line
+    assert path.name in line
+    assert len(line) < 1000
+    return line
 
 
 def run(seed: int, count: int, state_path: Path | None, folder: Path) -> dict:
