@@ -1,13 +1,16 @@
-"""What a training run tells while it goes on: the progress bar, TensorBoard, and log.jsonl with a line per epoch.
+"""What a training run reports while it goes on: the progress bar, TensorBoard, and log.jsonl with a line per epoch.
 
-The first rank tells it for all. What the numbers mean, and where a run stands on disk, is `training`'s business.
+With several ranks, the first one reports for all. TensorBoard's files, which repeat the log and add every step, are
+written where tensorboard is installed (the extra `study`).
 """
 
 import json
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dwc.base import ranks
@@ -17,7 +20,7 @@ __all__ = ["Journal", "read_log", "write_log"]
 
 
 class Journal:
-    """A run's journal; as a context, it is open while the steps are taken.
+    """A run's progress bar, board and log; as a context, they are open while steps are taken.
 
     Parameters
     ----------
@@ -28,7 +31,7 @@ class Journal:
     title : str
         On the progress bar.
     step, total_steps : int
-        Taken, and to be taken.
+        Steps taken, and steps in all.
     """
 
     def __init__(self, out: Path, rows: list[dict[str, Any]], *, title: str, step: int, total_steps: int) -> None:
@@ -36,60 +39,70 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         if ranks.is_main():
-            self._board = SummaryWriter(self.out / "tensorboard", purge_step=self.first_step + 1)
+            self._board = _board(self.out / "tensorboard", self.first_step + 1)
             self._bar = tqdm(
                 total=self.total_steps, initial=self.first_step, desc=self.title, unit="step", dynamic_ncols=True
             )
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if ranks.is_main():
             self._bar.close()
-            self._board.close()
+            if self._board is not None:
+                self._board.close()
 
     def step(self, step: int, **values: float) -> None:
-        """A step is taken; values by name, with ``loss`` among them."""
+        """Report a step; values by name, with ``loss`` among them."""
         if not ranks.is_main():
             return
-        for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+        self._add_scalars(step, {f"train/{name}": value for name, value in values.items()})
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", dice=self._last_dice(), refresh=False)
         self._bar.update()
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """An epoch is over; its line of the log."""
+        """Report an epoch by its line of the log."""
         self.rows.append(row)
         if not ranks.is_main():
             return
-        for name in ("dice", "dice_with_background"):
-            if row[name] is not None:
-                self._board.add_scalar(f"validation/{name}", row[name], row["step"])
-        self._board.add_scalar("train/penalty", row["penalty"], row["step"])
-        for layer, measures in row["layers"].items():
-            for name, value in measures.items():
-                self._board.add_scalar(f"{name}/{layer}", value, row["step"])
-        self._board.flush()
+        scores = {f"validation/{name}": row[name] for name in ("dice", "dice_with_background")}
+        layers = {
+            f"{name}/{layer}": value for layer, measures in row["layers"].items() for name, value in measures.items()
+        }
+        self._add_scalars(row["step"], {**scores, "train/penalty": row["penalty"], **layers})
+        if self._board is not None:
+            self._board.flush()
         write_log(self.out / "log.jsonl", self.rows)
+
+    def _add_scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
 
     def _last_dice(self) -> str:
         dice = self.rows[-1]["dice"] if self.rows else None
         return "-" if dice is None else f"{dice:.3f}"
 
 
-def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the run's log, one JSON object per line.
+def _board(folder: Path, first_step: int) -> Any:
+    """TensorBoard's writer, if it is installed."""
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # not part of a core installation
 
-    Raises
-    ------
-    InputError
-        If the file cannot be written.
-    """
+    return SummaryWriter(folder, purge_step=first_step)
+
+
+def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a run's log, one JSON object per line."""
     write_whole(path, "".join(f"{canonical_json(row)}\n" for row in rows).encode())
 
 
-def read_log(path: Path, until_step: int) -> list[dict[str, Any]]:
-    """The log's rows up to a checkpoint's step; later ones belong to steps that will be taken again."""
+def read_log(path: Path, until_step: int | None = None) -> list[dict[str, Any]]:
+    """Read a run's log, [] if it has none; rows after ``until_step`` belong to steps that will be taken again."""
     if not path.is_file():
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["step"] <= until_step]
+    return [row for row in rows if until_step is None or row["step"] <= until_step]
