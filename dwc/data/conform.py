@@ -59,10 +59,11 @@ class Placement:
 def place(path: str | os.PathLike, grid: Grid) -> Placement:
     """Where the grid lies on a scan.
 
-    FreeSurfer's rule: voxel size/2 of the grid is voxel shape/2 of the scan. Along axes on which the scan has the
-    grid's spacing the grid is put on the scan's voxels, so that odd sizes need no interpolation either. A grid that
-    would cut signal is centred on the signal instead; where there is more of it than the grid holds, the superior end
-    is kept.
+    FreeSurfer's rule: voxel size/2 of the grid is voxel shape/2 of the scan, counted in RAS order, or in LIA order if
+    the scan is a cube along the scanner's axes as FreeSurfer's conformed volumes are. Along axes on which the scan has
+    the grid's spacing the grid is put on the scan's voxels, so that odd sizes need no interpolation either. A grid
+    that would cut signal is centred on the signal instead; where there is more of it than the grid holds, the superior
+    end is kept.
 
     The voxels are read only if the scan reaches beyond the grid.
     """
@@ -135,7 +136,7 @@ def to_native(array: np.ndarray, path: str | os.PathLike, grid: Grid, *, order: 
     resample = resample_image if order else resample_labels
     native = resample(array, positions, placement.shape)
     back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), placement.orientation)
-    return nib.apply_orientation(native, back)
+    return np.ascontiguousarray(nib.apply_orientation(native, back))
 
 
 def image_on_grid(data: np.ndarray, affine: np.ndarray, grid: Grid) -> tuple[np.ndarray, Placement]:
@@ -192,6 +193,8 @@ def _on_centre(shape: tuple[int, ...], affine: np.ndarray, grid: Grid) -> Placem
     linear[:3, :3] = np.linalg.inv(affine[:3, :3]) @ (LIA * grid.voxel_size)
     linear = tidied(linear, grid.shape)[:3, :3]
     begin = size / 2 - linear @ np.full(3, grid.size / 2)  # the grid's first voxel on the scan
+    if len(set(size)) == 1 and np.allclose(np.abs(linear), np.abs(LIA.T) * np.abs(linear).max(), atol=1e-6):
+        begin -= linear.sum(axis=1) < 0  # a conformed volume, whose own order is the grid's and not RAS
     for axis, row in enumerate(linear):
         if sorted(np.abs(row)) == [0, 0, 1]:  # the grid's spacing: onto the voxels
             begin[axis] = np.floor(begin[axis])
@@ -210,7 +213,9 @@ def _on_signal(placement: Placement, signal: np.ndarray, grid: Grid) -> Placemen
     bright = _planes_with_signal(placement, signal)
     if not all(len(planes) for planes in bright):
         return placement
-    low, high = (np.array([planes[end] for planes in bright], float) for end in (0, -1))
+    first, last = _span(placement)
+    low = np.maximum([planes[0] for planes in bright], first)
+    high = np.minimum([planes[-1] for planes in bright], last)
     excess = _excess(low, high, grid)
     if not excess.any():
         return placement

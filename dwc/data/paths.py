@@ -8,10 +8,10 @@ from pathlib import Path
 
 from dwc.base.errors import InputError, one_line
 
-__all__ = ["check_printable", "existing_file", "unreadable"]
+__all__ = ["OUT_OF_HANDLES", "check_printable", "existing_file", "unreadable"]
 
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, line and paragraph separators
-_OUT_OF_HANDLES = (errno.EMFILE, errno.ENFILE)
+OUT_OF_HANDLES = (errno.EMFILE, errno.ENFILE)
 
 
 def existing_file(path: str | os.PathLike) -> Path:
@@ -31,7 +31,7 @@ def existing_file(path: str | os.PathLike) -> Path:
 
 def unreadable(path: str | os.PathLike, error: OSError | ValueError, remedy: str = "check the path") -> InputError:
     """What to raise when a file cannot be opened or read; does not blame the file where handles have run out."""
-    if isinstance(error, OSError) and error.errno in _OUT_OF_HANDLES:
+    if isinstance(error, OSError) and error.errno in OUT_OF_HANDLES:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return InputError(f"too many open files for {path}; raise the limit of {limit} with `ulimit -n`")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
