@@ -17,6 +17,7 @@ from dwc.base.errors import InputError, Interrupted
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
+    "data": "check scans and labels before anything runs: data check",
     "train": "train a network: MAP, variational, a site's from a prior, fine-tuning",
     "consolidate": "consolidate the posteriors of several sites into one",
     "federated": "run the cycle over many sites on NVIDIA FLARE: init, serve, amend, join, status, round, simulate",
