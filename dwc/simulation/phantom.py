@@ -62,16 +62,15 @@ def phantom(size: int = 64, voxel_size: float = 3.0, seed: int = 0) -> np.ndarra
     Parameters
     ----------
     size, voxel_size : int, float
-        A cube of `size`^3 voxels of `voxel_size` mm in LIA orientation, the brain in its middle; the head measures
-        about 150 x 185 x 200 mm, and what reaches beyond the cube is cut off.
+        A cube of `size`^3 voxels of `voxel_size` mm in LIA orientation, centred on the brain; the head measures about
+        150 x 185 x 200 mm, and what exceeds the cube is cut off.
     seed : int
-        Which person: size and proportions of the head, size of the ventricles, course of the sulci.
+        Which person: proportions of the head, size of the ventricles, course of the sulci.
 
     Returns
     -------
     codes : ndarray, uint8 [size, size, size]
-        Classes 0..49, and outside the brain 52 soft tissue, 53 eyes, 55 skin, 58 skull. Class 12 is the CSF around the
-        brain.
+        Classes 0..49 (12 is the CSF around the brain); outside the brain 52 soft tissue, 53 eyes, 55 skin, 58 skull.
     """
     rng = np.random.default_rng(seed)
     point = _coordinates(size, voxel_size, rng)

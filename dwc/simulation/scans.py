@@ -116,10 +116,8 @@ def simulate(labels: np.ndarray, site: Site | str, *, voxel_size: float, seed: i
         Codes: classes 0..49, and 50..60 outside the brain.
     site : Site or str
         A site, or the name of one in `load_sites()`.
-    voxel_size : float
-        Of `labels`, mm.
-    seed : int
-        Which scan.
+    voxel_size, seed : float, int
+        Of `labels`, mm; which scan.
 
     Returns
     -------

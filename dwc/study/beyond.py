@@ -158,9 +158,8 @@ def many_sites(study: Study, folder: Path) -> _Result:
     """More and more simulated sites, each a mixture of scanners, each trained once from the origin's network.
 
     Columns of the table: sites (S), rule (how lambda is set: 1, 1/S, chosen on the origin), lambda, Dice on the origin
-    (the scans that did not choose), on sites (a held-out scan of each of the first ones, consolidated or not) and on
-    the unseen sites, seconds of CPU to read and consolidate S files, weight and sigma_ratio (medians over sites and
-    tensors, not tempered).
+    (scans that did not choose), on sites (a held-out scan of each of the first ones) and on the unseen sites, seconds
+    of CPU to read and consolidate S files, weight and sigma_ratio (medians over sites and tensors, not tempered).
     """
     settings = study.settings
     origin, many = variational(settings.origin), settings.many_sites or ManySites()

@@ -25,9 +25,9 @@ class Network:
     site : str or None
         Whose scans it is trained on; None if it is computed.
     parents : tuple of Network
-        The network it starts from, if any; of a computed network the prior and the sites' networks.
+        What it starts from; of a computed network, the prior and the sites' networks.
     stage : str
-        The setting of the study that says how it is trained; by default that of its mode.
+        The study's setting that says how it is trained; by default that of its mode.
     """
 
     name: str

@@ -83,16 +83,14 @@ def choose_rows(rows: Sequence[Row], names: Sequence[str]) -> tuple[Row, ...]:
 
 
 def run(settings: StudySettings, *, only: Sequence[str] = (), dry_run: bool = False) -> None:
-    """Run the study, or what of it is not done yet, and print its table.
+    """Run the study, or what of it is not done yet, and print its table, which holds every row scored so far.
 
     Processes that run the same study at the same time share its networks and rows; all print the table.
 
     Parameters
     ----------
-    settings : StudySettings
-        What to run and where to.
     only : sequence of str
-        Rows to train and score; by default all. The tables hold every row that has been scored so far.
+        Rows to train and score; by default all.
     dry_run : bool
         Say what would be trained and scored and about how long it would take; write nothing.
 

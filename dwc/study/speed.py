@@ -50,12 +50,8 @@ def speed_table(networks: Networks) -> pd.DataFrame:
 def compared(full: _Log, control: _Log, ours: _Log, *, plateaus: bool) -> dict[str, float | None]:
     """What the logs of a site's networks say, trained on the same scans and validated on the same sub-volumes.
 
-    Parameters
-    ----------
-    full, control, ours : sequence of mapping
-        Lines of log.jsonl of the MAP network, of its control, and of the VCL network, here from step 0.
-    plateaus : bool
-        Whether to report the plateaus of the training losses.
+    `full`, `control` and `ours` are the lines of log.jsonl of the MAP network, of its control, and of the VCL network,
+    here from step 0; `plateaus` says whether to report the plateaus of the training losses.
 
     Returns
     -------

@@ -44,12 +44,8 @@ def paired_tests(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], groups
     sessions, deformed copies of one head, one scan segmented by several seeds' networks. Across subjects, each counts
     once with the mean over its volumes; a column anatomy identifies subjects, or else site and subject do.
 
-    Parameters
-    ----------
-    volumes, groups
-        As for `dice_table`; pooled seeds have a column seed.
-    pairs : iterable of (str, str)
-        Names of rows a and b; pairs with a missing row are left out.
+    `volumes` and `groups` are as for `dice_table`, pooled seeds with a column seed; pairs with a missing row are left
+    out.
 
     Returns
     -------

@@ -1,0 +1,65 @@
+"""A study's settings come from a preset and flags, and their help is quick."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from dwc.base.errors import InputError
+from dwc.study.settings import PRESETS, Stage, preset_file
+from tests.study.tiny_study import tiny_settings
+
+
+@pytest.mark.parametrize("command", ["experiment", "demo"])
+def test_help_is_printed_without_the_libraries_that_a_study_needs(command):
+    heavy = ["torch", "pandas", "scipy", "numpy", "matplotlib", "pydantic"]
+    words = "import sys; from dwc.cli import main\ntry: main([sys.argv[1], '--help'])\nexcept SystemExit: pass\n"
+    words += f"loaded = [name for name in {heavy} if hasattr(sys.modules.get(name), '__version__')]\n"
+    words += "print('loaded:', *loaded)"
+    done = subprocess.run([sys.executable, "-c", words, command], capture_output=True, text=True, check=True)
+    assert f"usage: dwc {command}" in done.stdout
+    assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "`steps` 0: give a positive number"),
+        ({"steps": 10, "epochs": 3}, "`epochs` 3: does not divide the 10 steps evenly"),
+        ({"schedule": "bogus"}, "`schedule` 'bogus'"),
+        ({"lr": "3"}, "`lr` '3': give a number"),
+    ],
+)
+def test_how_a_network_trains_is_checked_when_it_is_said(values, message):
+    with pytest.raises(InputError, match=message):
+        Stage(**values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid_size": 50}, "`grid_size` 50: give a multiple of 32"),
+        ({"n_samples": 0}, "`n_samples` 0: give a positive number"),
+        ({"precision": "fp8"}, "`precision` 'fp8'"),
+        ({"map": {"steps": 2}}, "`map` "),
+        ({"width": 2.5}, "`width` 2.5: give a whole number"),
+        ({"manifests": dict.fromkeys("HNBWA", "m.csv"), "anatomies": "heads"}, "`manifests` are given too"),
+    ],
+)
+def test_settings_of_the_wrong_type_or_value_are_refused_when_they_are_made(changes, message):
+    with pytest.raises(InputError, match=message):
+        tiny_settings(**changes)
+
+
+def test_settings_go_through_a_config_file_and_come_back_the_same(tmp_path):
+    settings = tiny_settings(out=tmp_path)
+    values = yaml.safe_load(yaml.safe_dump(settings.to_json()))
+    assert "out" not in values
+    stages = {name: Stage(**values.pop(name)) for name in ("map", "vi", "vcl", "finetune")}
+    assert tiny_settings(out=tmp_path, **values, **stages) == settings
+
+
+def test_a_preset_that_does_not_exist_is_named_with_those_that_do():
+    with pytest.raises(InputError, match=f"preset 'huge': does not exist; choose one of {', '.join(PRESETS)}"):
+        preset_file("huge")
