@@ -1,13 +1,14 @@
 """The command line: `dwc COMMAND ...`, one line per command here and one file per command in `dwc.commands`.
 
-A command's file is imported only when it is called, so that help is quick. Each has `main(arguments)`. Errors that a
-person can mend become one line on stderr and exit code 2; a signal's exit code is 128 plus its number.
+A command's file is imported only when it is called. Each has `main(arguments)`. Errors that a person can mend become
+one line on stderr and exit code 2; a signal's exit code is 128 plus its number.
 """
 
 import errno
 import importlib
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from dwc import __version__
 from dwc.base import launcher
@@ -26,43 +27,41 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
 }
 _SHARED = ("train", "predict")  # those that torchrun may start many processes of
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-def usage() -> str:
-    """What `dwc --help` prints."""
-    lines = [f"  {name:<13}{summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(
-        (
-            "usage: dwc [--help] [--version] COMMAND ...",
-            "",
-            "Distributed weight consolidation: train Bayesian segmentation networks apart, consolidate them once.",
-            "",
-            "commands (dwc COMMAND --help tells more):",
-            *lines,
-        )
-    )
+_EXTRAS = {"nvflare": "federated", "pandas": "study", "matplotlib": "study", "scipy": "study", "jinja2": "study"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if arguments else 2
+    if not arguments:
+        print(_help())
+        return 2
+    if arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
     if arguments[0] == "--version":
         print(f"dwc {__version__}")
         return 0
     name, *rest = arguments
     try:
         if name not in COMMANDS:
-            raise InputError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
+            close = get_close_matches(name, COMMANDS, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise InputError(f"no command {name!r}; {hint}the commands are {', '.join(COMMANDS)}")
         if launcher.processes() > 1 and name not in _SHARED:
             raise InputError(f"dwc {name} is one process; start it without torchrun")
         importlib.import_module(f"dwc.commands.{name}").main(rest)
     except InputError as error:
-        return _end(f"{error}", 2)
+        from dwc.commands.arguments import in_flags
+
+        return _end(in_flags(str(error)), 2)
     except Interrupted as stop:
         return _end(f"{stop}", 128 + stop.signal_number)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        return _end(f"dwc {name} needs {error.name}: pip install 'dwc[{extra}]'", 2)
     except OSError as error:
         if error.errno not in _FULL_OR_READ_ONLY:
             raise
@@ -71,6 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _end("interrupted", 130)
     return 0
+
+
+def _help() -> str:
+    """What `dwc --help` prints."""
+    from dwc.commands.arguments import Parser
+
+    description = "Distributed weight consolidation: train Bayesian networks apart, consolidate them once."
+    parser = Parser(prog="dwc", description=description, version=__version__)
+    commands = parser.add_subcommands(dest="command", metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        commands.add_subcommand(name, Parser(prog=f"dwc {name}"), help=summary)
+    return parser.format_help().rstrip()
 
 
 def _end(line: str, code: int) -> int:

@@ -19,7 +19,7 @@ from dwc.base.files import save_tensors
 from dwc.base.seeds import seed_of
 from dwc.commands.arguments import new_parser, parse
 from dwc.meshnet import MeshNet
-from dwc.training import loop
+from dwc.training import loop, step
 from dwc.training.objective import Objective
 from dwc.training.settings import TrainSettings
 
@@ -39,14 +39,14 @@ def mishap(step: str, name: str, rank: str, *arguments: str) -> int:
 
 def seeds_of_the_steps(settings: TrainSettings) -> list[int]:
     """Train, and tell which seed each step has drawn its noise from."""
-    seeds, original = [], loop._Run._logits
+    seeds, original = [], step.logits_of
 
     def note(*arguments, **options):
         seeds.append(torch.initial_seed())
         return original(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_logits", note)
+        patch.setattr(step, "logits_of", note)
         loop.train_network(settings)
     return seeds
 
@@ -64,10 +64,10 @@ def gradients(batch_size: int, n_draws: int) -> Tensor:
     n = len(ranks.share(range(batch_size)))
     images, labels = images.expand(n, -1, -1, -1, -1), labels.expand(n, -1, -1, -1)
     rows = []
-    for step in range(1 + n_draws):
-        torch.manual_seed(seed_of(0, step, ranks.rank()))
+    for draw in range(1 + n_draws):
+        torch.manual_seed(seed_of(0, draw, ranks.rank()))
         network.zero_grad()
-        logits = replica(images, sample=step > 0)
+        logits = replica(images, sample=draw > 0)
         share = n * ranks.world_size() / batch_size
         loss, _ = Objective(1, 512)(logits, labels, network.kl_loss(), share=share)
         loss.backward()

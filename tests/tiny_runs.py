@@ -51,8 +51,8 @@ def site(tmp_path_factory) -> Path:
 def settings(site) -> TrainSettings:
     """Three epochs of two steps; callers say where to."""
     return TrainSettings(
-        mode="map", data=site / "manifest.csv", cache_dir=site / "cache", label_map="coarse", grid_size=32, width=2,
-        dilations=(1,), lr=1e-2, batch_size=1, epochs=3, steps_per_epoch=2, device="cpu",
+        mode="map", data=site / "manifest.csv", out=site / "run", cache_dir=site / "cache", label_map="coarse",
+        grid_size=32, width=2, dilations=(1,), lr=1e-2, batch_size=1, epochs=3, steps_per_epoch=2, device="cpu",
     )  # fmt: skip
 
 

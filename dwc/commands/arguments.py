@@ -1,25 +1,101 @@
-"""Reading a command's arguments: bad ones become one line, and flags and config files mean the same."""
+"""Command-line arguments: one style for all commands, and bad ones become one line.
+
+Flags are `--kebab-case`, snake_case is accepted too, and booleans are switches: `--overwrite`, `--no-picture`. Only
+the commands know flags: everything below them raises errors that name parameters in backticks, for `in_flags`.
+"""
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from inspect import get_annotations
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
 from dwc.base.errors import InputError
+from dwc.base.settings import Settings
 
-__all__ = ["new_parser", "parse"]
+__all__ = ["Parser", "add_settings", "in_flags", "make", "new_parser", "parse"]
 
+_S = TypeVar("_S", bound=Settings)
 _MISFIT = re.compile(r'Parser key "([\w.]+)": Does not validate .*?Errors: - (.+?) - Expected .*Given value: (.+)')
+_BOOLEANS = ("true", "false", "yes", "no")
+_known: set[str] = set()  # the parameters that are options of the command at work
 
 
-def new_parser(command: str, description: str) -> ArgumentParser:
+class Parser(ArgumentParser):
+    """A parser that reads flags in either spelling and prints them in one."""
+
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Namespace:
+        """As the library's, after `canonical`."""
+        return super().parse_args(list(self.canonical(args or [])), *others, **options)
+
+    def format_help(self) -> str:
+        """The help text, with flags in kebab-case and booleans as switches."""
+        text = re.sub(r"(--[\w.-]+) \{true,false\}", lambda m: f"{m[1]} | --no-{m[1][2:]}", super().format_help())
+        text = re.sub(r"<class\s+'(\w+)'>", lambda m: m[1].lower(), text)
+        return re.sub(r"(?<![\w-])--[a-z][\w.-]*", lambda m: m[0].replace("_", "-"), text)
+
+    def canonical(self, words: Sequence[str]) -> Iterator[str]:
+        """The words as the library wants them: names as declared, ``--x=true`` and ``--x=false`` for switches."""
+        actions = {name: action for action in self._actions for name in action.option_strings}
+        words = list(words)
+        for i, word in enumerate(words):
+            if word == "--":
+                yield from words[i:]
+                return
+            if not word.startswith("--"):
+                yield word
+                continue
+            name, equals, value = word.partition("=")
+            name = _declared(name, actions)
+            negated = _declared(re.sub("^--no[-_]", "--", name), actions)
+            if name in actions and _is_boolean(actions[name]) and not equals and words[i + 1 : i + 2] not in _WORDS:
+                yield f"{name}=true"
+            elif name not in actions and negated in actions and _is_boolean(actions[negated]):
+                yield f"{negated}=false"
+            else:
+                yield name + equals + value
+
+
+_WORDS = [[word] for word in _BOOLEANS]
+
+
+def new_parser(command: str, description: str) -> Parser:
     """A parser whose flags may also come from a YAML file, `--config`."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog=f"dwc {command}", description=description, exit_on_error=False, allow_abbrev=False, default_env=False
     )
     parser.add_argument("--config", action="config", help="YAML file of these settings; flags after it override it")
     return parser
+
+
+def add_settings(parser: ArgumentParser, cls: type[Settings]) -> None:
+    """Add the fields of a settings class as flags: its own first, then those that it shares with others."""
+    left = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    for part in cls.__mro__:
+        if own := left & set(get_annotations(part)):
+            others = {field.name for field in fields(part)} - own  # type: ignore[arg-type]
+            parser.add_class_arguments(part, skip=others)
+            left -= own
+
+
+def make(cls: type[_S], values: Mapping[str, Any]) -> _S:
+    """Settings from parsed values, those of nested settings too; an error in those names the whole path."""
+    made = dict(values)
+    for name, hint in get_type_hints(cls).items():
+        nested = [part for part in (hint, *get_args(hint)) if isinstance(part, type) and issubclass(part, Settings)]
+        if not nested or not isinstance(made.get(name), Mapping | Namespace):
+            continue
+        part = made[name].as_dict() if isinstance(made[name], Namespace) else made[name]
+        try:
+            made[name] = make(nested[0], part)
+        except InputError as error:
+            own = "|".join(field.name for field in fields(nested[0]))  # type: ignore[arg-type]
+            raise InputError(re.sub(rf"`({own})\b", rf"`{name}.\1", str(error))) from error
+    return cls(**made)
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
@@ -30,20 +106,61 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     InputError
         Instead of a usage page: which argument is wrong.
     """
+    _known.update(action.dest for action in parser._actions)
     try:
         values = parser.parse_args(list(arguments))
     except argparse.ArgumentError as error:
-        raise InputError(f"{_in_short(str(error))}; see {parser.prog} --help") from error
+        raise InputError(f"{_in_short(str(error), parser)}; see {parser.prog} --help") from error
     values.pop("config", None)
     return values
 
 
-def _in_short(message: str) -> str:
+def in_flags(message: str) -> str:
+    """A message with its backticked parameters as flags, where they are options of the command."""
+
+    def flag(match: re.Match[str]) -> str:
+        name = match[1]
+        if name.split(".")[0] not in _known and name not in _known:
+            return match[0]
+        return f"--{name.replace('_', '-')}"
+
+    return re.sub(r"`([a-z_]\w*(?:\.[\w-]+)*)`", flag, message)
+
+
+def _declared(name: str, actions: Mapping[str, Any]) -> str:
+    """The spelling under which an option was declared, its part before a dot at least."""
+    head, dot, tail = name.partition(".")
+    spellings = [re.sub(r"(?<=\w)-", "_", name), re.sub(r"(?<=\w)-", "_", head) + dot + tail]
+    for spelling in (name, *spellings):
+        if spelling in actions:
+            return spelling
+    return spellings[1] if spellings[1].partition(".")[0] in actions else name
+
+
+def _is_boolean(action: argparse.Action) -> bool:
+    return getattr(action, "_typehint", action.type) is bool
+
+
+def _in_short(message: str, parser: ArgumentParser) -> str:
     """The parser's message in one line; where it lists what each type of an optional value says, the first alone."""
     line = " ".join(message.split())
+    if missing := re.match(r"the following arguments are required: ([\w., ]+)", line):
+        names = [_flag(name, parser) for name in missing[1].split(", ")]
+        return f"{' and '.join(names)} must be given"
+    if unknown := re.match(r"(?:U|u)nrecognized arguments: (--[\w.-]+)", line):
+        known = [name for action in parser._actions for name in action.option_strings]
+        close = get_close_matches(unknown[1].replace("-", "_").replace("__", "--", 1), known, 1)
+        hint = f"; did you mean {close[0].replace('_', '-')}?" if close else ""
+        return f"no option {unknown[1]}{hint}"
     if not (misfit := _MISFIT.match(line)):
-        return line
+        return re.sub(r"(?<![\w-])--[a-z][\w.]*", lambda m: m[0].replace("_", "-"), line)
     key, expected, value = misfit.groups()
-    expected = re.sub(r"Expected (?:a )?<class '(\w+)'>", r"expected \1", expected)
+    expected = re.sub(r"Expected (?:a )?<class\s+'(\w+)'>", r"expected \1", expected)
     expected = expected.replace("expected tuple", "expected a list, such as [1,1,2]")
-    return f"--{key} {value}: {expected}"
+    return f"--{key.replace('_', '-')} {value}: {expected}"
+
+
+def _flag(name: str, parser: ArgumentParser) -> str:
+    """How a person gives a parameter: as a flag, or by its place."""
+    flags = [option for action in parser._actions if action.dest == name for option in action.option_strings]
+    return flags[0].replace("_", "-") if flags else name.upper()

@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from dwc.base.errors import InputError
-from dwc.commands.arguments import new_parser, parse
+from dwc.commands.arguments import add_settings, make, new_parser, parse
 from dwc.data.manifest import Scan
 from dwc.training.settings import TrainSettings
 
@@ -177,9 +177,8 @@ def _checked_training(words: list[str]) -> tuple[TrainSettings, list[Scan]]:
     from dwc.training.specification import labelled_scans
 
     parser = new_parser("train", "")
-    parser.add_class_arguments(TrainSettings)
-    settings = TrainSettings(**parse(parser, [*words, "--prior", "prior", "--out", "run"]).as_dict())
-    settings.check()
+    add_settings(parser, TrainSettings)
+    settings = make(TrainSettings, parse(parser, [*words, "--prior", "prior", "--out", "run"]).as_dict())
     train_scans, test_scans = labelled_scans(settings)
     if settings.label_map is not None:
         LabelMap.load(settings.label_map)

@@ -3,40 +3,37 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dwc.commands.arguments import new_parser, parse
+from dwc.base.errors import InputError
+from dwc.commands.arguments import add_settings, make, new_parser, parse
 from dwc.training.settings import TrainSettings
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Read the settings and train.
-
-    Raises
-    ------
-    InputError
-        If an argument or a file is wrong.
-    Interrupted
-        If a signal ended the run.
-    """
+    """Read the settings and train."""
     parser = new_parser("train", "Train a network on a manifest of scans and leave a run folder.")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT, bit for bit")
-    parser.add_class_arguments(TrainSettings)
+    parser.add_argument("--resume", type=bool, default=False, help="continue the run in OUT, bit for bit")
+    add_settings(parser, TrainSettings)
+    if not arguments:
+        raise InputError(
+            "no data: give --data manifest.csv (columns image,label[,subject,site,split]) and --out DIR; "
+            "to see the whole cycle on simulated sites run `make demo` or `dwc demo`"
+        )
     values = parse(parser, arguments).as_dict()
     resume = values.pop("resume")
-    settings = TrainSettings(**values)
-    settings.check()  # before PyTorch is imported
+    settings = make(TrainSettings, values)
 
-    from dwc.base import ranks
+    from dwc.base import ranks  # after the arguments, so that help does not import PyTorch
     from dwc.training.loop import train_network
 
     with ranks.joined():
         posterior = train_network(settings, resume=resume)
         if ranks.is_main():
-            print(_line(posterior.name, posterior.metadata["training"]))
+            print(_summary(posterior.name, posterior.metadata["training"]))
 
 
-def _line(name: str, training: dict[str, Any]) -> str:
+def _summary(name: str, training: dict[str, Any]) -> str:
     plateau = training["plateau_step"]
     began = "no plateau seen" if plateau is None else f"plateau from step {plateau}"
     return f"{name}  (steps {training['steps']}, {began})"

@@ -177,7 +177,8 @@ class Networks:
             content: dict[str, Any] = {"format": _FORMAT, "mode": network.mode}
             content["parents"] = [self.key(parent) for parent in network.parents]
             if network.is_trained:
-                settings = self.settings.training(network.mode, self.stage(network)).to_json()
+                paths = dict.fromkeys(("data", "out", *_start(network)), self.settings.out)  # not in the key
+                settings = self.settings.training(network.mode, self.stage(network), **paths).to_json()
                 content["settings"] = {name: value for name, value in settings.items() if name not in _NO_CONTENT}
                 content["label_map"] = self._label_map.sha256
                 content["scans"] = self._digest(network.site)
@@ -234,7 +235,7 @@ class Networks:
         if not network.is_trained:
             self._compute(network, folder)
             return
-        start = {"init" if network.mode == "vi" else "prior": self.file(parent) for parent in network.parents}
+        start = dict(zip(_start(network), map(self.file, network.parents), strict=True))
         paths = dict(data=self.manifests[network.site], out=folder, **start)
         settings = self.settings.training(network.mode, self.stage(network), **paths)
         try:
@@ -272,6 +273,11 @@ class Networks:
     @cached_property
     def _label_map(self) -> LabelMap:
         return LabelMap.load(self.settings.label_map)
+
+
+def _start(network: Network) -> tuple[str, ...]:
+    """The trainer's name for what a trained network starts from."""
+    return {"map": (), "vi": ("init",)}.get(network.mode, ("prior",))
 
 
 def _average(posteriors: Iterator[Posterior]) -> Posterior:

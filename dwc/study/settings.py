@@ -216,7 +216,7 @@ class StudySettings:
             if stage.steps % stage.epochs:
                 raise InputError(f"--{name}.epochs {stage.epochs}: does not divide its {stage.steps} steps evenly")
             start = {"prior": self.out} if mode in ("vcl", "finetune") else {}
-            self.training(mode, stage, data=self.out, out=self.out, **start).check()
+            self.training(mode, stage, data=self.out, out=self.out, **start)
 
     def stage(self, name: str) -> Stage:
         """How networks of a kind are trained: map, pooled, control, vi, vcl or finetune."""

@@ -1,10 +1,11 @@
-"""What a training run tells while it goes on: the progress bar, TensorBoard, and log.jsonl with a line per epoch.
+"""What a training run reports while it goes on: the progress bar, TensorBoard, and log.jsonl with a line per epoch.
 
-The first rank tells it for all. What the numbers mean, and where a run stands on disk, is `training`'s business.
+With several ranks, the first one reports for all.
 """
 
 import json
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -17,7 +18,7 @@ __all__ = ["Journal", "read_log", "write_log"]
 
 
 class Journal:
-    """A run's journal; as a context, it is open while the steps are taken.
+    """A run's progress bar, board and log; as a context, they are open while steps are taken.
 
     Parameters
     ----------
@@ -28,7 +29,7 @@ class Journal:
     title : str
         On the progress bar.
     step, total_steps : int
-        Taken, and to be taken.
+        Steps taken, and steps in all.
     """
 
     def __init__(self, out: Path, rows: list[dict[str, Any]], *, title: str, step: int, total_steps: int) -> None:
@@ -42,13 +43,15 @@ class Journal:
             )
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if ranks.is_main():
             self._bar.close()
             self._board.close()
 
     def step(self, step: int, **values: float) -> None:
-        """A step is taken; values by name, with ``loss`` among them."""
+        """Report a step; values by name, with ``loss`` among them."""
         if not ranks.is_main():
             return
         for name, value in values.items():
@@ -57,7 +60,7 @@ class Journal:
         self._bar.update()
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """An epoch is over; its line of the log."""
+        """Report an epoch by its line of the log."""
         self.rows.append(row)
         if not ranks.is_main():
             return
@@ -77,19 +80,13 @@ class Journal:
 
 
 def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the run's log, one JSON object per line.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be written.
-    """
+    """Write a run's log, one JSON object per line."""
     write_whole(path, "".join(f"{canonical_json(row)}\n" for row in rows).encode())
 
 
-def read_log(path: Path, until_step: int) -> list[dict[str, Any]]:
-    """The log's rows up to a checkpoint's step; later ones belong to steps that will be taken again."""
+def read_log(path: Path, until_step: int | None = None) -> list[dict[str, Any]]:
+    """Read a run's log, [] if it has none; rows after ``until_step`` belong to steps that will be taken again."""
     if not path.is_file():
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["step"] <= until_step]
+    return [row for row in rows if until_step is None or row["step"] <= until_step]

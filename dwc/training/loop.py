@@ -1,19 +1,16 @@
 """One trainer for all networks of the paper: map, vi, vcl and fine-tuning, from settings to a posterior file.
 
-`train` prepares the data, takes the steps and keeps the run folder: config.yaml, log.jsonl, tensorboard/,
+`train_network` prepares the data, takes the steps and keeps the run folder: config.yaml, log.jsonl, tensorboard/,
 checkpoint.safetensors and, at the end, posterior.safetensors. Every step is a function of (seed, step) and the weights
-before it, so that a run that was killed continues bit for bit. What is minimised is `objective`'s business, what a
-person can set `settings`'s, and `plan` has checked it all before the first step. Where `distributed` has several
-ranks, each takes its share of every batch with noise of its own, and the first writes for all.
+before it, so that a run that was killed continues bit for bit. Several ranks each take their share of every batch with
+noise of their own, and the first one writes for all.
 """
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from dwc.base.errors import InputError, Interrupted
 from dwc.base.files import open_folder
 from dwc.base.locks import held
 from dwc.base.seeds import seed_of
+from dwc.base.signals import Caught, catch_signals, ignore_signals
 from dwc.data.cache import prepare
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import SIDE
@@ -34,17 +32,18 @@ from dwc.meshnet import MeshNet
 from dwc.metrics.confusion import mean_dice
 from dwc.posterior import Posterior
 from dwc.training.log import Journal, read_log
-from dwc.training.objective import Objective, SigmaProjection, negative_log_prior
+from dwc.training.objective import Objective
 from dwc.training.plateau import Plateau
 from dwc.training.settings import TrainSettings
-from dwc.training.specification import LOCK, Plan, bind, plan_run
-from dwc.training.state import restore, save_checkpoint
+from dwc.training.specification import LOCK, RunSpecification, resolve
+from dwc.training.state import Checkpoint, State, save_checkpoint
+from dwc.training.step import Optimization, logits_of, penalty_of
 from dwc.training.validation import draw_sub_volumes, validation_confusion
 from dwc_kernels import FFGConv3d
 
 __all__ = ["TrainSettings", "train_network"]
 
-_WORKERS_END_S = 10.0  # in which a killed run's data workers, which hold its lock too, find out and end
+_WORKERS_END_S = 10.0  # the data workers of a killed run hold its lock too; they notice within this time
 
 
 def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior:
@@ -61,13 +60,13 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
     settings : TrainSettings
         What to train, on what, and where to.
     resume : bool
-        Go on from the run folder's checkpoint, bit for bit as if it had never stopped (on the same machine with the
+        Continue from the run folder's checkpoint, bit for bit as if it had never stopped (on the same machine with the
         same number of processes and threads); from the start if it has none.
 
     Returns
     -------
     Posterior
-        What lies in ``out/posterior.safetensors``; without standard deviations after mode map.
+        What is in ``out/posterior.safetensors``; without standard deviations after mode map.
 
     Raises
     ------
@@ -78,22 +77,24 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
         After SIGINT or SIGTERM, with a whole checkpoint on disk.
     """
     with ranks.joined():
-        plan = plan_run(settings, resume=resume)
+        specification, checkpoint = resolve(settings, resume=resume)
         ranks.barrier()  # before any rank writes where another still looks
         open_folder(settings.out)
         with _alone_in(settings.out):
             data, held_out = (
-                prepare(part, plan.label_map, plan.grid, plan.cache_dir) for part in (plan.train_scans, plan.test_scans)
+                prepare(scans, specification.label_map, specification.grid, specification.cache_dir)
+                for scans in (specification.train_scans, specification.test_scans)
             )
-            bound_to = bind(plan, data, held_out)
+            specification = specification.with_data(data, held_out)
+            specification.check_resumes(checkpoint)
             if ranks.is_main():
-                plan.write_config()  # only now, when no bad input is left, is the folder a run's
-            devices = [plan.device] if plan.device.type == "cuda" else []
+                specification.write_config()  # only now, when no bad input is left, does the folder hold a run
+            device = specification.device
             with (
-                torch.random.fork_rng(devices=devices),
+                torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
                 torch.backends.cudnn.flags(deterministic=True, benchmark=False),
             ):
-                return _Run(plan, data, held_out, bound_to).finish()
+                return _Run(specification, checkpoint, data, held_out).finish()
 
 
 @contextmanager
@@ -108,42 +109,32 @@ def _alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-@dataclass
-class _State:
-    """Where a run stands between two steps, as JSON beside the checkpoint's tensors."""
-
-    plateau: Plateau
-    step: int = 0
-    epoch: int = 0  # epochs closed: validated, logged and saved
-    loss_sum: float = 0.0  # over the steps of the open epoch
-    nll_sum: float = 0.0
-    binding: dict[str, Any] = field(default_factory=dict)
-
-
 class _Run:
     """A network, its optimizer and its data on their way through the steps."""
 
-    def __init__(self, plan: Plan, data: SubVolumes, held_out: SubVolumes, bound_to: dict[str, Any]) -> None:
-        settings = plan.settings
-        self.plan, self.settings, self.out, self.data, self.held_out = plan, settings, settings.out, data, held_out
+    caught: Caught
+
+    def __init__(
+        self, specification: RunSpecification, checkpoint: Checkpoint | None, data: SubVolumes, held_out: SubVolumes
+    ) -> None:
+        settings = specification.settings
+        self.specification, self.settings, self.out = specification, settings, settings.out
+        self.data, self.held_out = data, held_out
         self.validation_draw = draw_sub_volumes(len(held_out), settings.validation_sub_volumes, settings.seed)
         self.steps_per_epoch = settings.steps_per_epoch or math.ceil(len(data) / settings.batch_size)
         self.total_steps = self.steps_per_epoch * settings.epochs
         n_sub_volumes = data.sub_volumes_per_volume if settings.mode == "finetune" else len(data)
         self.objective = Objective(n_sub_volumes, SIDE**3)
-        self.network = _network(plan).to(plan.device)
-        self.optimizer, self.learning_rates = _adam(self.network, settings)
-        self.project = SigmaProjection(self.network)
-        self.project()
-        self.state = _State(Plateau(settings.plateau_window), binding=bound_to)
-        log: list[dict[str, Any]] = []
-        if plan.checkpoint is not None:
-            tensors, state = plan.checkpoint
-            restore(tensors, self.network, self.optimizer)
-            self.state = _State(**{**state, "plateau": Plateau(**state["plateau"])})
-            log = read_log(self.out / "log.jsonl", self.state.step)
+        self.network = _network(specification).to(specification.device)
+        self.optimization = Optimization(self.network, settings, self.objective, settings.precision)
+        self.state = State(Plateau(settings.plateau_window), identity=specification.identity)
+        rows: list[dict[str, Any]] = []
+        if checkpoint is not None:
+            checkpoint.restore(self.network, self.optimization.adam)
+            self.state = checkpoint.state()
+            rows = read_log(self.out / "log.jsonl", self.state.step)
         self.replica = ranks.replicate(self.network)
-        self.journal = Journal(self.out, log, title=settings.mode, step=self.state.step, total_steps=self.total_steps)
+        self.journal = Journal(self.out, rows, title=settings.mode, step=self.state.step, total_steps=self.total_steps)
 
     def finish(self) -> Posterior:
         """Take the remaining steps and write the posterior."""
@@ -152,10 +143,10 @@ class _Run:
             self.data,
             batch_sampler=_Batches(len(self.data), settings.batch_size, settings.seed, state.step, self.total_steps),
             num_workers=settings.workers,
-            worker_init_fn=_leave_signals_to_the_trainer,
-            pin_memory=self.plan.device.type == "cuda",
+            worker_init_fn=ignore_signals,
+            pin_memory=self.specification.device.type == "cuda",
         )
-        with _caught_signals() as self.caught, self.journal:
+        with catch_signals() as self.caught, self.journal:
             batches = iter(loader)
             while not self._done():
                 self._epoch(batches)
@@ -186,7 +177,7 @@ class _Run:
             "step": state.step,
             "loss": state.loss_sum / self.steps_per_epoch,
             "nll": state.nll_sum / self.steps_per_epoch,
-            "penalty": self._penalty().item(),
+            "penalty": penalty_of(self.network).item(),
             **scores,
             "plateau_step": self._plateau_step(),
             "layers": drift(self.network),
@@ -197,47 +188,32 @@ class _Run:
         self._save()
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
-        settings, state, device = self.settings, self.state, self.plan.device
+        settings, state, device = self.settings, self.state, self.specification.device
         factor = learning_rate_factor(settings.schedule, state.step, self.total_steps)
-        for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
-            group["lr"] = rate * factor
-        # The first rank's seed is that of a run in one process: seed_of counts no zeros at the end.
+        # The first rank's seed is that of a run in one process: seed_of ignores zeros at the end.
         torch.manual_seed(seed_of(settings.seed, state.step, ranks.rank(), settings.stream))
-        self.network.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        logits = self._logits(self.replica, images.to(device, non_blocking=True))
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (images, labels))
         share = len(images) * ranks.world_size() / settings.batch_size
-        loss, nll = self.objective(logits, labels.to(device, non_blocking=True), self._penalty(), share=share)
-        loss.backward()
-        self.optimizer.step()
-        self.project()
-        loss, nll = ranks.mean((loss.item(), nll.item()))
+        losses = self.optimization.step(self.replica, images, labels, factor=factor, share=share)
+        loss, nll = ranks.mean([value.item() for value in losses])
         if not math.isfinite(loss):
-            raise InputError(f"{self.out}: the loss is {loss} at step {state.step + 1}; train again with a lower --lr")
+            raise InputError(f"{self.out}: the loss is {loss} at step {state.step + 1}; train again with a lower `lr`")
         state.step += 1
         state.loss_sum += loss
         state.nll_sum += nll
         state.plateau.update(loss)
         self.journal.step(state.step, loss=loss, nll=nll, learning_rate=settings.lr * factor)
 
-    def _logits(self, network: nn.Module, images: Tensor, sample: bool | None = None) -> Tensor:
-        with torch.autocast(self.plan.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            return network(images, sample=sample)
-
-    def _penalty(self) -> Tensor:
-        """In nats: the KL from the prior (Eq. 5), or -log p(w) (Eq. 2)."""
-        return self.network.kl_loss() if self.settings.bayesian else negative_log_prior(self.network)
-
     def _validate(self) -> dict[str, float | None]:
         """Dice on the held-out sub-volumes, averaged over the classes present in the truth."""
         self.network.eval()
         confusion = validation_confusion(
-            lambda images: self._logits(self.network, images, sample=False),
+            lambda images: logits_of(self.network, images, self.settings.precision, sample=False),
             self.held_out,
             ranks.share(self.validation_draw),
-            n_classes=self.plan.label_map.n_classes,
+            n_classes=self.specification.label_map.n_classes,
             batch_size=self.settings.batch_size,
-            device=self.plan.device,
+            device=self.specification.device,
             keep_going=lambda: self.caught.number is None,
         )
         self._stop_if_asked()
@@ -259,51 +235,43 @@ class _Run:
 
     def _save(self) -> None:
         if ranks.is_main():
-            save_checkpoint(self.out / "checkpoint.safetensors", self.network, self.optimizer, asdict(self.state))
+            save_checkpoint(self.out / "checkpoint.safetensors", self.network, self.optimization.adam, self.state)
 
     def _posterior(self) -> Posterior:
-        base, plan, state = self.plan.base, self.plan, self.state
+        specification, state = self.specification, self.state
+        base = specification.base
         base_sha256 = base.sha256 if base else None
         training = {
-            **self.settings.binding(),
+            **specification.decisive_settings,
             "n_sub_volumes": self.objective.n_sub_volumes,
             "steps": state.step,
             "plateau_step": self._plateau_step(),
-            "init_sha256": None if plan.has_learned_prior else base_sha256,
+            "init_sha256": None if self.settings.has_learned_prior else base_sha256,
             "torch_version": torch.__version__,
         }
         metadata = {
-            **plan.header(),
-            "n_volumes": len(plan.train_scans),
-            "prior_sha256": base_sha256 if plan.has_learned_prior else None,
+            **specification.header,
+            "n_volumes": len(specification.train_scans),
+            "prior_sha256": base_sha256 if self.settings.has_learned_prior else None,
             "training": training,
         }
         posterior = Posterior.from_model(self.network, **metadata)
         return Posterior(posterior.mu, posterior.sigma, posterior.metadata, str(self.out / "posterior.safetensors"))
 
 
-def _network(plan: Plan) -> MeshNet:
-    torch.manual_seed(seed_of(plan.settings.seed))
+def _network(specification: RunSpecification) -> MeshNet:
+    settings, base = specification.settings, specification.base
+    torch.manual_seed(seed_of(settings.seed))
     network = MeshNet.from_architecture(
-        plan.header()["architecture"],
-        bayesian=plan.settings.bayesian,
-        activation_checkpointing=plan.settings.activation_checkpointing,
+        specification.header["architecture"],
+        bayesian=settings.bayesian,
+        activation_checkpointing=settings.activation_checkpointing,
     )
-    if plan.base is not None:
-        plan.base.to_model(network)
-    if plan.has_learned_prior:
-        plan.base.set_prior_of(network)
+    if base is not None:
+        base.to_model(network)
+        if settings.has_learned_prior:
+            base.set_prior_of(network)
     return network
-
-
-def _adam(network: nn.Module, settings: TrainSettings) -> tuple[torch.optim.Adam, list[float]]:
-    """Adam over means and rho, each with its learning rate."""
-    parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-    for name, parameter in network.named_parameters():
-        parts[name.endswith("_rho")].append(parameter)
-    rates = {False: settings.lr, True: settings.lr if settings.rho_lr is None else settings.rho_lr}
-    groups = [{"params": parameters, "lr": rates[is_rho]} for is_rho, parameters in parts.items() if parameters]
-    return torch.optim.Adam(groups), [group["lr"] for group in groups]
 
 
 def learning_rate_factor(schedule: str, step: int, total_steps: int) -> float:
@@ -355,34 +323,3 @@ class _Batches(Sampler[list[int]]):
                     order, current = np.random.default_rng([self.seed, 1, passed]).permutation(self.n), passed
                 batch.append(int(order[place]))
             yield ranks.share(batch)
-
-
-@dataclass
-class _Caught:
-    number: int | None = None
-
-
-@contextmanager
-def _caught_signals() -> Iterator[_Caught]:
-    """Note SIGINT and SIGTERM for the loop to see after its step; the second one ends the process as usual."""
-    caught = _Caught()
-    if threading.current_thread() is not threading.main_thread():  # where signals cannot be caught
-        yield caught
-        return
-
-    def note(number: int, frame: Any) -> None:
-        caught.number = number
-        signal.signal(number, previous[number])
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; a worker goes on until the trainer ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

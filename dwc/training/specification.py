@@ -1,11 +1,14 @@
-"""Everything a training run needs to know before its first step, checked: files, prior, label map, folder, device.
+"""Everything a training run needs to know before its first step, resolved once from settings and the files they name.
 
-`plan_run` resolves what the settings leave to the prior and refuses what does not fit together, before any work; the
-work is `training`'s.
+`resolve` refuses whatever does not fit together, before any work. One thing answers whether a run may resume: the
+specification's identity, which is all that decides the bits of the result.
 """
 
+import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import yaml
 
 from dwc.base.devices import choose_device
 from dwc.base.errors import InputError
-from dwc.base.files import PARTS, sweep, write_whole
+from dwc.base.files import PARTS, canonical_json, sweep, write_whole
 from dwc.base.ranks import world_size
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import SIDE, Grid
@@ -23,21 +26,26 @@ from dwc.data.manifest import Scan, has_split_column, read_manifest
 from dwc.meshnet import DILATIONS, checked_architecture, describe
 from dwc.posterior import Posterior
 from dwc.training.settings import TrainSettings
-from dwc.training.state import load_checkpoint
+from dwc.training.state import Checkpoint, load_checkpoint
 
-__all__ = ["LOCK", "Plan", "bind", "labelled_scans", "plan_run"]
+__all__ = ["LOCK", "RunSpecification", "labelled_scans", "resolve"]
 
 LOCK = ".lock"  # in a run folder, held by the process that writes there
+# May change between a run and its resumption: where things are, where it runs and for how long.
+_FREE = {
+    "data", "prior", "init", "out", "label_map", "cache_dir", "workers", "epochs", "stop_at_plateau",
+    "activation_checkpointing",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A checked run.
+class RunSpecification:
+    """A run with nothing left open.
 
     Attributes
     ----------
     settings : TrainSettings
-        With nothing left to a prior.
+        With nothing left to a prior or to the machine.
     base : Posterior or None
         The prior (vcl, finetune) or the initial network (map, vi).
     label_map, grid
@@ -46,8 +54,8 @@ class Plan:
         All with labels.
     device : torch.device
         Where it runs.
-    checkpoint : (tensors, state) or None
-        Where it goes on.
+    data : dict or None
+        SHA-256 of the prepared training and test data, once they are prepared.
     """
 
     settings: TrainSettings
@@ -57,25 +65,16 @@ class Plan:
     train_scans: list[Scan]
     test_scans: list[Scan]
     device: torch.device
-    checkpoint: tuple[dict[str, torch.Tensor], dict[str, Any]] | None
-
-    @property
-    def has_learned_prior(self) -> bool:
-        """Whether the base is the prior, rather than a place to start from."""
-        return self.settings.mode in ("vcl", "finetune")
-
-    @property
-    def base_flag(self) -> str:
-        """The flag that names the base."""
-        return "--prior" if self.has_learned_prior else "--init"
+    data: Mapping[str, str] | None = None
 
     @property
     def cache_dir(self) -> Path:
-        """Folder of the conformed sub-volumes."""
+        """Folder of the conformed volumes."""
         return self.settings.cache_dir or self.settings.out / "cache"
 
+    @cached_property
     def header(self) -> dict[str, Any]:
-        """What the trained posterior tells of its making, and a prior must share: all but what training adds."""
+        """The part of the posterior's header that a prior must share: all but what training adds."""
         settings = self.settings
         return {
             "architecture": describe(self.label_map.n_classes, settings.width, settings.dilations),
@@ -88,59 +87,98 @@ class Plan:
             },
         }
 
-    def write_config(self) -> None:
-        """Write the run folder's config.yaml and clear away what a kill has left.
+    @cached_property
+    def decisive_settings(self) -> dict[str, Any]:
+        """The settings that decide the result; the posterior's header holds them. No paths."""
+        values = {name: value for name, value in self.settings.to_json().items() if name not in _FREE}
+        if self.settings.schedule != "constant":
+            values["epochs"] = self.settings.epochs  # the length of a cycle decides every step of it
+        if not self.settings.stream:
+            del values["stream"]  # so that a run without one has the header that it always had
+        return values
 
-        Raises
-        ------
-        InputError
-            If it cannot be written.
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the bits of the result; a run and its resumption share it."""
+        return {
+            **self.decisive_settings,
+            "label_map_sha256": self.label_map.sha256,
+            "base_sha256": self.base.sha256 if self.base else None,
+            **({} if self.data is None else {"data": dict(self.data)}),
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, hex, of the identity."""
+        return hashlib.sha256(canonical_json(self.identity).encode()).hexdigest()
+
+    def with_data(self, train: SubVolumes, test: SubVolumes) -> "RunSpecification":
+        """The specification with the digests of its prepared data."""
+        return replace(self, data={"train": train.digest, "test": test.digest})
+
+    def check_resumes(self, checkpoint: Checkpoint | None) -> None:
+        """Refuse to go on from the checkpoint of another run.
+
+        What differs is named; data are compared once they are prepared.
         """
+        if checkpoint is None:
+            return
+        ours, theirs = dict(self.identity), dict(checkpoint.identity)
+        our_data, their_data = ours.pop("data", None), theirs.pop("data", None) or {}
+        differing = [
+            f"{name} {theirs.get(name)!r}, now {ours.get(name)!r}"
+            for name in {**ours, **theirs}
+            if theirs.get(name) != ours.get(name)
+        ]
+        if differing:
+            raise InputError(
+                f"{self.settings.out}: the run was started with {'; '.join(differing)}; resume with the settings of "
+                "its config.yaml"
+            )
+        other = [part for part, digest in (our_data or {}).items() if their_data.get(part) != digest]
+        if other:
+            raise InputError(
+                f"`data` {self.settings.data}: its {' and '.join(other)} scans are not those that the run in "
+                f"{self.settings.out} began with; give the same scans, or another `out` to start anew"
+            )
+
+    def write_config(self) -> None:
+        """Write the run folder's config.yaml and remove unfinished files that a killed run has left."""
         text = yaml.safe_dump(self.settings.to_json(), sort_keys=False)
         write_whole(self.settings.out / "config.yaml", text.encode())
         sweep(self.settings.out)
 
 
-def plan_run(settings: TrainSettings, *, resume: bool = False) -> Plan:
-    """Check a run and resolve its settings; writes nothing.
-
-    Raises
-    ------
-    InputError
-        Naming the setting or file that is wrong, and the remedy.
-    """
-    settings.check()
+def resolve(settings: TrainSettings, *, resume: bool = False) -> tuple[RunSpecification, Checkpoint | None]:
+    """Resolve settings and the files that they name, and the checkpoint to go on from; writes nothing."""
     _check_folder(settings.out, resume=resume)
     device = choose_device(settings.device)
     base = None if settings.base is None else Posterior.load(settings.base)
     settings = replace(_inherit(settings, base), device=device.type)
+    assert settings.label_map is not None
+    assert settings.grid_size is not None
+    assert settings.voxel_size is not None
     label_map = _label_map(settings.label_map, base)
     grid = Grid(settings.grid_size, settings.voxel_size)
     if grid.size % SIDE:
-        raise InputError(f"--grid_size {grid.size}: give a multiple of {SIDE}, the edge of a sub-volume")
+        raise InputError(f"`grid_size` {grid.size}: give a multiple of {SIDE}, the edge of a sub-volume")
     if settings.batch_size < world_size():
         raise InputError(
-            f"--batch_size {settings.batch_size}: is fewer than the {world_size()} processes; give each a sub-volume, "
-            f"or start fewer"
+            f"`batch_size` {settings.batch_size}: less than one sub-volume for each of the {world_size()} processes; "
+            "give more, or start fewer processes"
         )
     train_scans, test_scans = labelled_scans(settings)
     path = settings.out / "checkpoint.safetensors"
     checkpoint = load_checkpoint(path) if resume and path.exists() else None
-    plan = Plan(settings, base, label_map, grid, train_scans, test_scans, device, checkpoint)
-    _check_base(plan)
-    _check_split(plan)
-    _check_checkpoint(plan, path)
-    return plan
+    specification = RunSpecification(settings, base, label_map, grid, train_scans, test_scans, device)
+    _check_base(specification)
+    _check_split(specification)
+    specification.check_resumes(checkpoint)
+    return specification, checkpoint
 
 
 def labelled_scans(settings: TrainSettings) -> tuple[list[Scan], list[Scan]]:
-    """The scans to train on and those held out.
-
-    Raises
-    ------
-    InputError
-        If the manifest is wrong, a scan has no label, or none is left to train on.
-    """
+    """The scans to train on and those held out, all of which must have labels."""
     scans = read_manifest(settings.data, seed=settings.seed, test_fraction=settings.test_fraction)
     for scan in scans:
         if scan.label is None:
@@ -153,18 +191,18 @@ def labelled_scans(settings: TrainSettings) -> tuple[list[Scan], list[Scan]]:
 
 def _check_folder(out: Path, *, resume: bool) -> None:
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; give a folder as --out")
+        raise InputError(f"`out` {out}: is a file; give a folder")
     files = out.iterdir() if out.exists() else ()
     found = {path.name for path in files if not path.match(PARTS)} - {"cache", LOCK}
     if found and not resume:
-        raise InputError(f"{out}: is not empty; give another --out, or add --resume to go on with the run in it")
+        raise InputError(f"{out}: is not empty; give another `out`, or `resume` to continue the run in it")
     if resume and not out.exists():
-        raise InputError(f"{out}: no such run to resume; leave --resume out to start it")
+        raise InputError(f"{out}: no such run to resume; leave `resume` out to start it")
     if resume and found and "config.yaml" not in found:
-        raise InputError(f"{out}: holds no run (no config.yaml); give the --out of the run to resume")
+        raise InputError(f"{out}: holds no run (no config.yaml); give the `out` of the run to resume")
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{existing}: is not a writable folder; give another --out")
+        raise InputError(f"{existing}: is not a writable folder; give another `out`")
 
 
 def _inherit(settings: TrainSettings, base: Posterior | None) -> TrainSettings:
@@ -181,89 +219,50 @@ def _inherit(settings: TrainSettings, base: Posterior | None) -> TrainSettings:
     }
     if settings.label_map is None and values["label_map"] not in SHIPPED:
         raise InputError(
-            f"{settings.base}: was trained on label map {values['label_map']!r}; give its TSV as --label_map"
+            f"{settings.base}: was trained on label map {values['label_map']!r}; give its TSV as `label_map`"
         )
     return replace(settings, **{name: value for name, value in values.items() if getattr(settings, name) is None})
 
 
 def _label_map(name_or_path: str, base: Posterior | None) -> LabelMap:
-    """The label map; by the base's name for it where it is the same table, whatever its file is called here."""
+    """The label map; under the base's name for it where it is the same table, whatever its file is called here."""
     label_map = LabelMap.load(name_or_path)
     theirs = (base.metadata.get("label_map") or {}) if base else {}
     return replace(label_map, name=theirs["name"]) if theirs.get("sha256") == label_map.sha256 else label_map
 
 
-def _check_base(plan: Plan) -> None:
+def _base_parameter(settings: TrainSettings) -> str:
+    return "prior" if settings.has_learned_prior else "init"
+
+
+def _check_base(specification: RunSpecification) -> None:
     """The network that training starts from must have this run's architecture, classes and grid."""
-    if plan.base is None:
+    base, settings = specification.base, specification.settings
+    if base is None:
         return
-    flag = plan.base_flag
-    if plan.has_learned_prior and not plan.base.is_bayesian:
-        raise InputError(f"--prior {plan.base.name}: is a MAP network; train one with --mode vi from it first")
-    for key, ours in plan.header().items():
-        theirs = plan.base.metadata.get(key)
+    if settings.has_learned_prior and not base.is_bayesian:
+        raise InputError(f"`prior` {base.name}: is a MAP network; train one with `mode` vi from it first")
+    for key, ours in specification.header.items():
+        theirs = base.metadata.get(key)
         if theirs != ours:
             differing = [name for name in ours if not isinstance(theirs, dict) or theirs.get(name) != ours[name]]
             raise InputError(
-                f"{flag} {plan.base.name}: its {key.replace('_', ' ')} differs from this run's in "
-                f"{', '.join(differing) or 'its entries'}; leave --width, --dilations, --label_map, --grid_size and "
-                f"--voxel_size out to take the file's"
+                f"`{_base_parameter(settings)}` {base.name}: its {key.replace('_', ' ')} differs from this run's in "
+                f"{', '.join(differing) or 'its entries'}; leave `width`, `dilations`, `label_map`, `grid_size` and "
+                "`voxel_size` out to take the file's"
             )
 
 
-def _check_split(plan: Plan) -> None:
+def _check_split(specification: RunSpecification) -> None:
     """Where seed and fraction split the data, they must be the base's: what it trained on is not held out later."""
-    training = (plan.base.metadata.get("training") or {}) if plan.base else {}
-    if not training or has_split_column(plan.settings.data):
+    base, settings = specification.base, specification.settings
+    training = (base.metadata.get("training") or {}) if base else {}
+    if base is None or not training or has_split_column(settings.data):
         return
     names = ("seed", "test_fraction")
-    theirs, ours = ({name: values.get(name) for name in names} for values in (training, plan.settings.binding()))
+    theirs, ours = ({name: values.get(name) for name in names} for values in (training, vars(settings)))
     if theirs != ours:
         raise InputError(
-            f"{plan.base_flag} {plan.base.name}: was trained on the split of --seed {theirs['seed']} --test_fraction "
-            f"{theirs['test_fraction']}; give the same, or a split column in {plan.settings.data}"
+            f"`{_base_parameter(settings)}` {base.name}: was trained on the split of `seed` {theirs['seed']} and "
+            f"`test_fraction` {theirs['test_fraction']}; give the same, or a split column in {settings.data}"
         )
-
-
-def _check_checkpoint(plan: Plan, path: Path) -> None:
-    """A resumed run must be the one that wrote the checkpoint."""
-    if plan.checkpoint is None:
-        return
-    ours, theirs = binding(plan), plan.checkpoint[1]["binding"]
-    names = [name for name in {**ours, **theirs} if name != "data"]  # of which `bind` knows more
-    differing = [
-        f"{name} {theirs.get(name)!r}, now {ours.get(name)!r}" for name in names if theirs.get(name) != ours.get(name)
-    ]
-    if differing:
-        raise InputError(
-            f"{path}: was written with {'; '.join(differing)}; resume with the settings of its config.yaml"
-        )
-
-
-def binding(plan: Plan) -> dict[str, Any]:
-    """What a run and its resumption must share for the same bits, apart from the data."""
-    return {
-        **plan.settings.binding(),
-        "label_map_sha256": plan.label_map.sha256,
-        "base_sha256": plan.base.sha256 if plan.base else None,
-    }
-
-
-def bind(plan: Plan, data: SubVolumes, held_out: SubVolumes) -> dict[str, Any]:
-    """What a run and its resumption must share for the same bits, with the content of the prepared data.
-
-    Raises
-    ------
-    InputError
-        If the run goes on with other data than it began with.
-    """
-    digests = {"train": data.digest, "test": held_out.digest}
-    if plan.checkpoint is not None:
-        theirs = plan.checkpoint[1]["binding"].get("data") or {}
-        differing = [part for part, digest in digests.items() if theirs.get(part) != digest]
-        if differing:
-            raise InputError(
-                f"--data {plan.settings.data}: its {' and '.join(differing)} scans are not those that the run in "
-                f"{plan.settings.out} began with; give the same scans, or another --out to start anew"
-            )
-    return {**binding(plan), "data": digests}

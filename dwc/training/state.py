@@ -1,62 +1,97 @@
-"""Where a training run stands, on disk: the network, Adam's moments and a JSON state in one safetensors file.
+"""Where a training run stands, on disk: the network, Adam's moments and the run's state in one safetensors file.
 
-Written whole or not at all, so that a run killed at any moment finds its last checkpoint. The room also writes the
-run's log, one JSON line per epoch, and cuts it back to a checkpoint. What the state means is `training`'s business.
+It is written whole or not at all, so that a run killed at any moment finds its last checkpoint.
 """
 
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dwc.base.errors import InputError
 from dwc.base.files import load_tensors, save_tensors
+from dwc.training.plateau import Plateau
 
-__all__ = [
-    "load_checkpoint",
-    "restore",
-    "save_checkpoint",
-]
+__all__ = ["Checkpoint", "State", "load_checkpoint", "save_checkpoint"]
 
 _FORMAT = 1
 
 
-def save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Write network, optimizer and JSON state.
+@dataclass
+class State:
+    """Where a run stands between two steps; plain values, so that it goes through JSON.
 
-    Raises
-    ------
-    InputError
-        If the file cannot be written; the previous one is untouched.
+    Attributes
+    ----------
+    plateau : Plateau
+        The rule that watches the training loss.
+    step : int
+        Steps taken.
+    epoch : int
+        Epochs closed: validated, logged and saved.
+    loss_sum, nll_sum : float
+        Over the steps of the open epoch.
+    identity : dict
+        Of the run, see `RunSpecification`.
     """
+
+    plateau: Plateau
+    step: int = 0
+    epoch: int = 0
+    loss_sum: float = 0.0
+    nll_sum: float = 0.0
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as it was read."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The identity of the run that wrote it."""
+        return self.values["identity"]
+
+    def state(self) -> State:
+        """The run's state."""
+        return State(**{**self.values, "plateau": Plateau(**self.values["plateau"])})
+
+    def restore(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put the tensors into the network and the optimizer that they came from."""
+        network.load_state_dict(
+            {
+                name.removeprefix("network."): tensor
+                for name, tensor in self.tensors.items()
+                if name.startswith("network.")
+            }
+        )
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith("optimizer."):
+                _, index, slot = name.split(".")
+                moments.setdefault(int(index), {})[slot] = tensor
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Write network, optimizer and state; where that fails, the previous file is untouched."""
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{slot}": tensor for slot, tensor in slots.items()}
-    save_tensors(path, tensors, {"checkpoint_version": _FORMAT, "state": state})
+    save_tensors(path, tensors, {"checkpoint_version": _FORMAT, "state": asdict(state)})
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and JSON state of a checkpoint; `restore` puts the tensors in place.
-
-    Raises
-    ------
-    InputError
-        If the file is damaged or no checkpoint of this version.
-    """
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint."""
     tensors, header = load_tensors(path)
     if header.get("checkpoint_version") != _FORMAT:
-        raise InputError(f"{path}: is no checkpoint of this version of dwc; start anew in another --out")
-    return tensors, header["state"]
-
-
-def restore(tensors: dict[str, torch.Tensor], network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors into the network and the optimizer that it was made from."""
-    weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items() if name.startswith("network.")}
-    network.load_state_dict(weights)
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, slot = name.split(".")
-            moments.setdefault(int(index), {})[slot] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        raise InputError(f"{path}: is no checkpoint of this version of dwc; start anew in another `out`")
+    values = dict(header["state"])
+    if "binding" in values:  # what version 0.1 called it
+        values["identity"] = values.pop("binding")
+    return Checkpoint(tensors, values)

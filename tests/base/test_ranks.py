@@ -235,8 +235,8 @@ def test_the_first_rank_draws_the_noise_of_one_process_and_the_others_theirs():
 
 def test_a_batch_smaller_than_the_number_of_ranks_is_refused(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(specification, "world_size", lambda: 4)
-    with pytest.raises(InputError, match="--batch_size 3: is fewer than the 4 processes"):
-        specification.plan_run(replace(settings, batch_size=3, out=tmp_path / "run"))
+    with pytest.raises(InputError, match="`batch_size` 3: less than one sub-volume for each of the 4 processes"):
+        specification.resolve(replace(settings, batch_size=3, out=tmp_path / "run"))
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -107,8 +107,8 @@ def test_a_stream_is_other_noise_on_the_same_split_and_a_run_keeps_its_own(setti
     runs = [train_network(replace(vi, stream=stream, out=tmp_path / str(stream))) for stream in (0, 7, 8)]
     assert len({run.sha256 for run in runs}) == 3
     assert [run.metadata["training"].get("stream") for run in runs] == [None, 7, 8]
-    bindings = [load_tensors(tmp_path / str(n) / "checkpoint.safetensors")[1]["state"]["binding"] for n in (0, 7)]
-    assert bindings[0]["data"] == bindings[1]["data"]
+    identities = [load_tensors(tmp_path / str(n) / "checkpoint.safetensors")[1]["state"]["identity"] for n in (0, 7)]
+    assert identities[0]["data"] == identities[1]["data"]
     with pytest.raises(InputError, match="stream 7, now None"):
         train_network(replace(vi, out=tmp_path / "7"), resume=True)
 
@@ -163,7 +163,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_continues_bit_for_bit(
     _, header = load_tensors(tmp_path / "cut" / "checkpoint.safetensors")
     assert header["state"]["step"] == (3 if moment == "step" else 4)
     assert header["state"]["epoch"] == 1
-    with pytest.raises(InputError, match=r"is not empty; give another --out, or add --resume"):
+    with pytest.raises(InputError, match=r"is not empty; give another `out`, or `resume`"):
         train_network(replace(vcl, out=tmp_path / "cut"))
     assert train_network(replace(vcl, out=tmp_path / "cut"), resume=True).sha256 == whole.sha256
     assert same_checkpoint(tmp_path / "cut", tmp_path / "whole")
@@ -209,7 +209,10 @@ def test_a_finished_run_resumes_to_itself_and_goes_on_for_more_epochs(settings, 
 def test_resuming_with_other_settings_is_refused_by_name(settings, tmp_path):
     run = replace(settings, out=tmp_path / "run", epochs=1)
     train_network(run)
-    with pytest.raises(InputError, match=r"written with lr 0\.01, now 0\.02; batch_size 1, now 2"):
+    with pytest.raises(
+        InputError,
+        match=r"started with batch_size 1, now 2; lr 0\.01, now 0\.02; resume",
+    ):
         train_network(replace(run, lr=2e-2, batch_size=2), resume=True)
     with pytest.raises(InputError, match="no such run to resume"):
         train_network(replace(run, out=tmp_path / "none"), resume=True)
@@ -254,10 +257,10 @@ def test_resuming_with_other_data_of_the_same_number_is_refused(settings, site, 
     train_network(run)
     config = (tmp_path / "run" / "config.yaml").read_bytes()
     manifest.write_text(text.replace("sub-0_dseg", "sub-1_dseg"))
-    with pytest.raises(InputError, match=r"--data .*manifest\.csv: its train scans are not those"):
+    with pytest.raises(InputError, match=r"`data` .*manifest\.csv: its train scans are not those"):
         train_network(replace(run, epochs=2), resume=True)
     manifest.write_text(text.replace("sub-3_dseg", "sub-1_dseg"))
-    with pytest.raises(InputError, match=r"--data .*manifest\.csv: its test scans are not those"):
+    with pytest.raises(InputError, match=r"`data` .*manifest\.csv: its test scans are not those"):
         train_network(replace(run, epochs=2), resume=True)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == config
     (tmp_path / "moved.csv").write_text(text)
@@ -281,7 +284,7 @@ def test_without_a_split_column_a_run_splits_as_its_base_did(settings, site, tmp
     then = replace(first, mode="vi", init=Path(base.name))
     for changes in ({"seed": 2}, {"test_fraction": 0.5}):
         with pytest.raises(
-            InputError, match=r"--init .* split of --seed 1 --test_fraction 0\.3; give the same, or a sp"
+            InputError, match=r"`init` .* split of `seed` 1 and `test_fraction` 0\.3; give the same, or a sp"
         ):
             train_network(replace(then, out=tmp_path / "vi", **changes))
     train_network(replace(then, out=tmp_path / "vi"))
@@ -359,7 +362,7 @@ def test_batches_go_pass_after_pass_and_do_not_depend_on_the_first_step():
 
 
 def test_a_diverging_loss_ends_the_run_and_keeps_the_last_checkpoint(settings, tmp_path):
-    with pytest.raises(InputError, match=r"the loss is (nan|inf) at step \d+; train again with a lower --lr"):
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) at step \d+; train again with a lower `lr`"):
         train_network(replace(settings, out=tmp_path / "run", lr=1e30, epochs=20))
     assert not (tmp_path / "run" / "posterior.safetensors").exists()
 
@@ -376,29 +379,36 @@ def test_bf16_autocast_trains_close_to_fp32(settings, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data": None}, "give --data manifest.csv .* `make demo` or `dwc demo`"),
-        ({"out": None}, "give --out DIR"),
-        ({"mode": "vcl"}, "--mode vcl needs a prior: give --prior"),
-        ({"mode": "vi", "prior": "{vi}"}, "--mode vi has the prior N.0, 1.; leave --prior out"),
-        ({"mode": "finetune", "prior": "{vi}", "init": "{map}"}, "starts from its prior; leave --init out"),
-        ({"mode": "vcl", "prior": "{map}"}, "is a MAP network; train one with --mode vi"),
+        ({"data": None}, "`data` None: give a path"),
+        ({"out": None}, "`out` None: give a path"),
+        ({"mode": "vcl"}, "`mode` vcl: needs the posterior that it starts from; give `prior`"),
+        ({"mode": "vi", "prior": "{vi}"}, "`mode` vi has the prior N.0, 1.; leave `prior` out"),
+        ({"mode": "finetune", "prior": "{vi}", "init": "{map}"}, "starts from its prior; leave `init` out"),
+        ({"mode": "vcl", "prior": "{map}"}, "is a MAP network; train one with `mode` vi"),
         ({"mode": "vcl", "prior": "missing.safetensors"}, "no such file"),
         ({"init": "{checkpoint}"}, r"checkpoint\.safetensors: is a checkpoint.*give its run's posterior\.safetensors"),
         ({"init": "{site}"}, "is a folder; give the .safetensors file in it"),
         ({"mode": "vcl", "prior": "{vi}", "width": 3}, "architecture differs from this run's in width"),
         ({"mode": "vcl", "prior": "{vi}", "label_map": "fifty"}, "differs from this run's in n_classes"),
         ({"mode": "vcl", "prior": "{vi}", "grid_size": 64}, "preprocessing differs from this run's in grid_size"),
-        ({"init": "{vi}", "dilations": (2,)}, "--init .* architecture differs from this run's in dilations"),
+        ({"init": "{vi}", "dilations": (2,)}, "`init` .* architecture differs from this run's in dilations"),
         ({"data": "missing.csv"}, r"missing\.csv"),
-        ({"grid_size": 33}, "--grid_size 33: give a multiple of 32"),
-        ({"lr": 0}, "--lr 0: give a positive number"),
-        ({"lr": float("nan")}, "--lr nan: give a positive number"),
-        ({"batch_size": -1}, "--batch_size -1"),
-        ({"dilations": ()}, "--dilations"),
-        ({"seed": -1}, "numbers >= 0"),
+        ({"grid_size": 33}, "`grid_size` 33: give a multiple of 32"),
+        ({"lr": 0}, "`lr` 0.0: give a positive number"),
+        ({"lr": float("nan")}, "`lr` nan: give a finite number"),
+        ({"batch_size": -1}, "`batch_size` -1: give a positive number"),
+        ({"dilations": ()}, "`dilations` .*: give positive numbers"),
+        ({"seed": -1}, "`seed` -1: give a number >= 0"),
         ({"plateau_window": 30}, "multiple of 20"),
         ({"label_map": "sixty"}, "sixty"),
-        ({"schedule": "one_cycle", "stop_at_plateau": True}, "ends by itself"),
+        ({"mode": "bogus"}, "`mode` 'bogus': give 'map', 'vi', 'vcl' or 'finetune'"),
+        ({"schedule": "bogus"}, "`schedule` 'bogus': give 'constant' or 'one_cycle'"),
+        ({"lr": "3"}, "`lr` '3': give a number"),
+        ({"width": 2.5}, "`width` 2.5: give a whole number"),
+        ({"epochs": True}, "`epochs` True: give a whole number"),
+        ({"stop_at_plateau": "yes"}, "`stop_at_plateau` 'yes': give True or False"),
+        ({"dilations": 3}, "`dilations` 3: give a list"),
+        ({"schedule": "one_cycle", "stop_at_plateau": True}, "`stop_at_plateau` True: one_cycle ends by itself"),
         ({"out": "{manifest}"}, "is a file; give a folder"),
         ({"out": "{manifest}/run"}, "not a writable folder|cannot be made"),
         ({"out": "{site}"}, "is not empty"),

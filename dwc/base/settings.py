@@ -1,0 +1,129 @@
+"""Settings that are parsed once, when they are made: wrong types and values are refused for every caller alike.
+
+Each group of settings is a frozen dataclass that derives from `Settings` and serves Python callers, YAML files, flags
+and their help. What depends on files (a prior, a manifest) is resolved later, once, by whoever opens those files.
+"""
+
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from functools import cache
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from dwc.base.errors import InputError
+
+__all__ = ["Settings"]
+
+
+class Settings:
+    """Base of settings dataclasses: types are checked when an object is made.
+
+    Integers and floats may be numpy's; strings are taken as paths where a path is meant, and paths become absolute;
+    lists serve as tuples; NaN and infinity are refused. A subclass that restricts values extends ``__post_init__``.
+    """
+
+    def __post_init__(self) -> None:
+        from pydantic import ValidationError  # here: help is printed without it
+
+        for name, adapter in _adapters(type(self)).items():
+            value = getattr(self, name)
+            try:
+                parsed = adapter.validate_python(value)
+            except ValidationError as error:
+                raise InputError(f"`{name}` {value!r}: {_reason(error)}") from error
+            object.__setattr__(self, name, parsed)
+
+    def _require(self, name: str, met: bool, remedy: str) -> None:
+        """Refuse the value of a setting unless a condition is met; ``name`` may be dotted."""
+        if not met:
+            value: Any = self
+            for part in name.split("."):
+                value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+            shown = list(value) if isinstance(value, tuple) else value
+            raise InputError(f"`{name}` {shown}: {remedy}")
+
+    def _require_positive(self, *names: str) -> None:
+        """Refuse numbers that are given but not positive."""
+        for name in names:
+            value = getattr(self, name)
+            self._require(name, value is None or value > 0, "give a positive number")
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain values: a YAML file of them makes the same settings."""
+        return {name: _plain(value) for name, value in asdict(self).items()}  # type: ignore[call-overload]
+
+
+@cache
+def _adapters(cls: type) -> dict[str, Any]:
+    from pydantic import ConfigDict, TypeAdapter
+
+    config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+    hints = get_type_hints(cls)
+    return {field.name: TypeAdapter(_strict(hints[field.name]), config=None if _is_model(hints[field.name]) else config)
+            for field in fields(cls)}  # fmt: skip
+
+
+def _is_model(hint: Any) -> bool:
+    """Whether pydantic takes no configuration with a type, as for dataclasses: their objects are checked already."""
+    return isinstance(hint, type) and hasattr(hint, "__dataclass_fields__")
+
+
+def _strict(hint: Any) -> Any:
+    """The type as pydantic is to check it."""
+    from pydantic import BeforeValidator, Field, InstanceOf, Strict
+
+    arguments = tuple(_strict(argument) if argument is not ... else ... for argument in get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType):
+        return Union[arguments]  # noqa: UP007 (made at run time)
+    if get_origin(hint) is tuple:
+        return Annotated[tuple[arguments], Strict(False)]
+    if get_origin(hint) in (list, dict):
+        return get_origin(hint)[arguments]
+    if _is_model(hint):
+        return InstanceOf[hint]
+    if hint is int:
+        return Annotated[int, BeforeValidator(_number(int, Integral))]
+    if hint is float:
+        return Annotated[float, BeforeValidator(_number(float, Real)), Field(allow_inf_nan=False)]
+    if hint is Path:
+        return Annotated[Path, BeforeValidator(_path), Strict(False)]
+    return hint
+
+
+def _number(cls: type, kind: type) -> Any:
+    return lambda value: cls(value) if isinstance(value, kind) and not isinstance(value, bool) else value
+
+
+def _path(value: Any) -> Any:
+    return Path(value).expanduser().absolute() if isinstance(value, str | Path) else value
+
+
+def _reason(error: Any) -> str:
+    """What pydantic expected, in a few words; of the members of a union, the first."""
+    first = error.errors(include_url=False)[0]
+    text = first["msg"].removeprefix("Input should be ")
+    return f"give {_PLAIN_WORDS.get(text, text)}"
+
+
+_PLAIN_WORDS = {
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "text",
+    "a valid boolean": "True or False",
+    "a valid tuple": "a list",
+    "a valid dictionary": "a mapping",
+    "Input is not a path for <class 'pathlib.Path'>": "a path",
+    "Input is not a valid path for <class 'pathlib.Path'>": "a path",
+}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return value

@@ -1,0 +1,43 @@
+"""SIGINT and SIGTERM noted for a loop to see at a safe place, instead of ending the process at once."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+__all__ = ["Caught", "catch_signals", "ignore_signals"]
+
+
+@dataclass
+class Caught:
+    """The signal that has come, if any."""
+
+    number: int | None = None
+
+
+@contextmanager
+def catch_signals() -> Iterator[Caught]:
+    """Note SIGINT and SIGTERM; a second one ends the process as usual. Outside the main thread, do nothing."""
+    caught = Caught()
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.number = number
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker: int = 0) -> None:
+    """Leave SIGINT and SIGTERM, which reach a whole process group, to the parent of this data worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,80 @@
+"""One optimizer step, as the trainer takes it and as the study measures it."""
+
+import torch
+from torch import Tensor, nn
+
+from dwc.meshnet import MeshNet
+from dwc.training.objective import Objective, SigmaProjection, negative_log_prior
+from dwc.training.settings import OptimizerSettings
+
+__all__ = ["Optimization", "logits_of", "penalty_of"]
+
+
+def logits_of(network: nn.Module, images: Tensor, precision: str, *, sample: bool | None = None) -> Tensor:
+    """Logits [N, n_classes, D, H, W] of images [N, 1, D, H, W], under autocast where the precision is bf16."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return network(images, sample=sample)
+
+
+def penalty_of(network: MeshNet) -> Tensor:
+    """In nats over the network: the KL from the prior (Eq. 5), or -log p(w) of a plain network (Eq. 2)."""
+    return network.kl_loss() if network.bayesian else negative_log_prior(network)
+
+
+class Optimization:
+    """Adam over means and rho, each with its learning rate, and sigma kept at or below the prior's.
+
+    Parameters
+    ----------
+    network : MeshNet
+        On its device, its prior set.
+    settings : OptimizerSettings
+        Learning rates.
+    objective : Objective
+        What is minimised.
+    precision : str
+        fp32 or bf16.
+    """
+
+    def __init__(self, network: MeshNet, settings: OptimizerSettings, objective: Objective, precision: str) -> None:
+        self.network, self.objective, self.precision = network, objective, precision
+        rho = [parameter for name, parameter in network.named_parameters() if name.endswith("_rho")]
+        means = [parameter for name, parameter in network.named_parameters() if not name.endswith("_rho")]
+        rho_lr = settings.lr if settings.rho_lr is None else settings.rho_lr
+        groups = [{"params": means, "lr": settings.lr}, {"params": rho, "lr": rho_lr}]
+        self.adam = torch.optim.Adam([group for group in groups if group["params"]])
+        self._rates = [group["lr"] for group in self.adam.param_groups]
+        self._project = SigmaProjection(network)
+        self._project()
+
+    def step(
+        self, network: nn.Module, images: Tensor, labels: Tensor, *, factor: float = 1.0, share: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Take a step.
+
+        Parameters
+        ----------
+        network : nn.Module
+            What computes the logits: the network itself, or its replica among several ranks.
+        images, labels : Tensor
+            A batch, on the network's device.
+        factor : float
+            Of the learning rates.
+        share : float
+            See `Objective`.
+
+        Returns
+        -------
+        tuple of Tensor
+            Loss and mean negative log-likelihood before the step, scalars in nats per voxel.
+        """
+        for group, rate in zip(self.adam.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        self.network.train()
+        self.adam.zero_grad(set_to_none=True)
+        logits = logits_of(network, images, self.precision)
+        loss, nll = self.objective(logits, labels, penalty_of(self.network), share=share)
+        loss.backward()
+        self.adam.step()
+        self._project()
+        return loss.detach(), nll.detach()
