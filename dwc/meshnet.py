@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dwc.base.errors import InputError
 from dwc.base.seeds import seed_of
-from dwc.blocks import Region, grow
+from dwc.blocks import grow
+from dwc.data.head import Region
 from dwc.posterior import Posterior
 from dwc_kernels import FFGConv3d
 from dwc_kernels.noise import normal

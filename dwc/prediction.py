@@ -19,8 +19,9 @@ from dwc.base import launcher
 from dwc.base.errors import InputError, brief
 from dwc.base.memory import free_memory
 from dwc.base.seeds import seed_of
-from dwc.blocks import Region, extent, head, plan_blocks
+from dwc.blocks import extent, plan_blocks
 from dwc.data.grid import SIDE, Grid
+from dwc.data.head import Region, head_box
 from dwc.data.intensity import moments, z_score
 from dwc.data.labels import SHIPPED, LabelMap
 from dwc.meshnet import MeshNet
@@ -131,7 +132,7 @@ def predict_volume(
 
     The predictive distribution of a voxel is the mean over the networks of p(y | x), which for a Bayesian network is
     the mean of its softmax over `n_samples` draws of its weights, and for a MAP network its softmax. Draw k of network
-    j depends on (seed, j, k) alone. Outside the head's box (`blocks.head`) every voxel is background, with certainty.
+    j depends on (seed, j, k) alone. Outside the head's box (`head_box`) every voxel is background, with certainty.
     Blocks and threads change the result by rounding only.
 
     Parameters
@@ -163,7 +164,7 @@ def predict_volume(
     networks = [network.to(device) for network in networks]
     draws = [(j, k) for j, network in enumerate(networks) for k in range(n_samples if network.bayesian else 1)]
     n_classes = networks[0].architecture["n_classes"]
-    box = head(image)
+    box = head_box(image)
     blocks = _blocks(networks, box, image.shape, _limit(memory_limit, device))
     labels = np.zeros(image.shape, np.uint8)
     entropy, confidence = np.zeros(image.shape, np.float32), np.ones(image.shape, np.float32)

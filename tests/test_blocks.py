@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from dwc.base.memory import free_memory
-from dwc.blocks import divide, extent, head, memory, plan_blocks
+from dwc.blocks import divide, extent, memory, plan_blocks
+from dwc.data.head import head_box
 from dwc.simulation.phantom import phantom
 from dwc.simulation.scans import load_sites, simulate
 
@@ -17,7 +18,7 @@ WHOLE = (slice(0, 256),) * 3
 def test_the_heads_box_holds_all_of_the_brain_and_leaves_air_out(site):
     for seed in range(2):
         image, codes = simulate(phantom(64, 3.0, seed), site, voxel_size=3.0, seed=seed)
-        box = head(image)
+        box = head_box(image)
         brain = (codes > 0) & (codes < 50)
         assert brain[box].sum() == brain.sum()
         assert math.prod(extent(box)) < 0.9 * image.size
@@ -25,14 +26,14 @@ def test_the_heads_box_holds_all_of_the_brain_and_leaves_air_out(site):
 
 @pytest.mark.parametrize("image", [np.zeros((6, 7, 8), np.uint8), np.full((6, 7, 8), 9, np.uint8)], ids=["0", "9"])
 def test_where_no_head_stands_out_the_box_is_the_whole_volume(image):
-    assert head(image) == (slice(0, 6), slice(0, 7), slice(0, 8))
+    assert head_box(image) == (slice(0, 6), slice(0, 7), slice(0, 8))
 
 
 def test_a_few_bright_voxels_in_the_air_do_not_widen_the_box():
     image = np.zeros((64, 64, 64), np.uint8)
     image[20:40, 20:40, 20:40] = 100
     image[2, 3, 5] = image[60, 60, 60] = 255
-    assert head(image) == (slice(19, 41),) * 3
+    assert head_box(image) == (slice(19, 41),) * 3
 
 
 def test_blocks_cover_their_region_once():

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dwc.base.errors import InputError
-from dwc.blocks import head
 from dwc.data.cache import prepare
 from dwc.data.grid import Grid
+from dwc.data.head import head_box
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan
 from dwc.meshnet import MeshNet
@@ -101,7 +101,7 @@ def test_the_scan_is_predicted_in_the_heads_box_and_the_air_around_it_is_backgro
     net, volume = MeshNet(3, 2, (1, 2), bayesian=False, weight_norm=False), np.zeros((40, 44, 32), np.uint8)
     volume[8:30, 5:44, 10:20] = image(64)[:22, :39, :10]
     prediction, p = predict_volume([net], volume, memory_limit=1e-4), probabilities(net, volume)
-    box = head(volume)
+    box = head_box(volume)
     assert box == (slice(8, 30), slice(5, 44), slice(10, 20))
     np.testing.assert_array_equal(prediction.labels[box], p.argmax(axis=0)[box])
     np.testing.assert_allclose(prediction.entropy[box], entropy_of(p)[box], atol=1e-5)

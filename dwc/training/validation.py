@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dwc.metrics.confusion import confusion_matrix
+from dwc.training.step import inner
 
 __all__ = ["draw_sub_volumes", "validation_confusion"]
 
@@ -42,7 +43,7 @@ def validation_confusion(
     logits_of : callable
         Logits [N, n_classes, D, H, W] of images [N, 1, D, H, W].
     dataset : Dataset
-        Of (image [1, D, H, W], labels int64 [D, H, W]).
+        Of (image [1, D, H, W], labels int64 [D, H, W]); images may have a margin around the voxels that have labels.
     indices : list of int
         The items to score.
     n_classes, batch_size, device
@@ -60,6 +61,7 @@ def validation_confusion(
         if not keep_going():
             return None
         images, labels = zip(*(dataset[index] for index in indices[start : start + batch_size]), strict=True)
-        predicted = logits_of(torch.stack(images).to(device)).argmax(dim=1).cpu()
-        confusion += confusion_matrix(torch.stack(labels), predicted, n_classes)
+        truth = torch.stack(labels)
+        predicted = inner(logits_of(torch.stack(images).to(device)), truth).argmax(dim=1).cpu()
+        confusion += confusion_matrix(truth, predicted, n_classes)
     return confusion
