@@ -39,5 +39,5 @@ def _otsu(image: np.ndarray) -> int:
     below, total = count.cumsum(), (count * np.arange(256)).cumsum()
     above = below[-1] - below
     with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (total / below - (total[-1] - total) / above) ** 2
-    return int(np.nan_to_num(between).argmax())
+        between = np.nan_to_num(below * above * (total / below - (total[-1] - total) / above) ** 2)
+    return int(np.flatnonzero(between == between.max()).mean())  # where no voxel lies between the two, the middle
