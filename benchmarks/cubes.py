@@ -73,20 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         base = _settings(values, seed)
         steps = _equal_steps(base, values.out / f"steps-{seed}.csv")
         for arm in ARMS:
-            rows.append({"cubes": arm.name, "seed": seed, "steps": steps[arm.name], **_run(arm, base, steps[arm.name])})
+            rows.append(
+                {"training": arm.name, "seed": seed, "steps": steps[arm.name], **_run(arm, base, steps[arm.name])}
+            )
             table = pd.DataFrame(rows)
             table.to_csv(values.out / "cubes.csv", index=False, float_format="%.4f")
             print(table.tail(1).to_string(index=False, header=len(rows) == 1, float_format="%.3f"), flush=True)
 
 
 def _settings(values: argparse.Namespace, seed: int) -> TrainSettings:
-    """The common settings, and the scans: of five sites, each with its fifth of the anatomies, in one manifest."""
+    """The common settings, and the scans: all anatomies under site H's scanner, in one manifest."""
     manifest = values.out / f"scans-{seed}" / "manifest.csv"
     if not manifest.exists():
         lines = ["image,label,subject,site,split"]
-        for name in load_sites():
-            folder = manifest.parent / name
-            write_site(folder, name, n_train=8, n_test=3, grid=GRID, seed=seed, anatomies=values.anatomies)
+        for name in load_sites():  # one scanner, each site's anatomies, so that all are there
+            folder, site = manifest.parent / name, replace(load_sites()["H"], name=name)
+            write_site(folder, site, n_train=8, n_test=3, grid=GRID, seed=seed, anatomies=values.anatomies)
             for line in (folder / "manifest.csv").read_text().splitlines()[1:]:
                 image, label, rest = line.split(",", 2)
                 lines.append(f"{name}/{image},{name}/{label},{rest}")

@@ -27,7 +27,7 @@ from dwc.base.signals import Caught, catch_signals, ignore_signals
 from dwc.data.cache import prepare
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import SIDE
-from dwc.data.sampling import PaperCubes, RandomCubes, SurroundedCubes
+from dwc.data.sampling import PaperCubes, RandomCubes
 from dwc.meshnet import MeshNet
 from dwc.metrics.confusion import mean_dice
 from dwc.posterior import Posterior
@@ -38,7 +38,7 @@ from dwc.training.settings import TrainSettings
 from dwc.training.specification import LOCK, RunSpecification, resolve
 from dwc.training.state import Checkpoint, State, save_checkpoint
 from dwc.training.step import Optimization, logits_of, penalty_of
-from dwc.training.validation import draw_sub_volumes, validation_confusion
+from dwc.training.validation import draw_sub_volumes, validation_confusion, validation_cubes
 from dwc_kernels import FFGConv3d
 
 __all__ = ["TrainSettings", "train_network"]
@@ -209,7 +209,7 @@ class _Run:
         self.network.eval()
         confusion = validation_confusion(
             lambda images: logits_of(self.network, images, self.settings.precision, sample=False),
-            _held_out_cubes(self.held_out, self.settings),
+            validation_cubes(self.held_out, self.settings, self.network),
             ranks.share(self.validation_draw),
             n_classes=self.specification.label_map.n_classes,
             batch_size=self.settings.batch_size,
@@ -319,8 +319,3 @@ def _cubes(data: SubVolumes, settings: TrainSettings) -> Dataset[tuple[Tensor, T
     if settings.cubes == "paper":
         return PaperCubes(data, settings.seed)
     return RandomCubes(data, settings.seed, settings.margin, settings.air_share, settings.augmentation)
-
-
-def _held_out_cubes(held_out: SubVolumes, settings: TrainSettings) -> Dataset[tuple[Tensor, Tensor]]:
-    """The cubes to validate on: as the network was trained, or with all of the neighbours that it sees."""
-    return held_out if settings.cubes == "paper" else SurroundedCubes(held_out, sum(settings.dilations or ()))

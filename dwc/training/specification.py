@@ -37,7 +37,6 @@ _FREE = {
     "data", "prior", "init", "out", "label_map", "cache_dir", "workers", "epochs", "stop_at_plateau",
     "activation_checkpointing",
 }  # fmt: skip
-_RANDOM_CUBES = {field.name for field in fields(CubeSettings)}  # the paper's cubes have no settings
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,8 @@ class RunSpecification:
         values = {name: value for name, value in self.settings.to_json().items() if name not in _FREE}
         if self.settings.schedule != "constant":
             values["epochs"] = self.settings.epochs  # the length of a cycle decides every step of it
-        if self.settings.cubes == "paper":
-            values = {name: value for name, value in values.items() if name not in _RANDOM_CUBES}
+        cubes = {field.name for field in fields(CubeSettings)}
+        values = {name: value for name, value in values.items() if name not in cubes} | self.settings.decisive_cubes()
         if not self.settings.stream:
             del values["stream"]  # so that a run without one has the header that it always had
         return values

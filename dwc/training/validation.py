@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dwc.metrics.confusion import confusion_matrix
-from dwc.training.step import inner
+from dwc.data.dataset import SubVolumes
+from dwc.data.sampling import SurroundedCubes
+from dwc.meshnet import MeshNet
+from dwc.metrics.confusion import confusion_matrix, mean_dice
+from dwc.training.settings import ComputeSettings
+from dwc.training.step import inner, logits_of
 
-__all__ = ["draw_sub_volumes", "validation_confusion"]
+__all__ = ["draw_sub_volumes", "validation_confusion", "validation_cubes", "validation_dice"]
 
 
 def draw_sub_volumes(n_sub_volumes: int, at_most: int, seed: int) -> list[int]:
@@ -23,6 +27,15 @@ def draw_sub_volumes(n_sub_volumes: int, at_most: int, seed: int) -> list[int]:
         return list(range(n_sub_volumes))
     drawn = np.random.default_rng([seed, 2]).choice(n_sub_volumes, at_most, replace=False)
     return sorted(drawn.tolist())
+
+
+def validation_cubes(
+    held_out: SubVolumes, settings: ComputeSettings, network: MeshNet
+) -> Dataset[tuple[Tensor, Tensor]]:
+    """The held-out sub-volumes as the network sees them: the paper's alone, others with all their neighbours."""
+    if settings.cubes == "paper":
+        return held_out
+    return SurroundedCubes(held_out, sum(network.architecture["dilations"]))
 
 
 @torch.inference_mode()
@@ -65,3 +78,19 @@ def validation_confusion(
         predicted = inner(logits_of(torch.stack(images).to(device)), truth).argmax(dim=1).cpu()
         confusion += confusion_matrix(truth, predicted, n_classes)
     return confusion
+
+
+def validation_dice(
+    network: MeshNet, data: SubVolumes, settings: ComputeSettings, device: torch.device
+) -> float | None:
+    """Dice without background that training logs for a network: at its means, on its draw of held-out sub-volumes."""
+    network = network.to(device).eval()
+    confusion = validation_confusion(
+        lambda images: logits_of(network, images, settings.precision, sample=False),
+        validation_cubes(data, settings, network),
+        draw_sub_volumes(len(data), settings.validation_sub_volumes, settings.seed),
+        n_classes=data.label_map.n_classes,
+        batch_size=settings.batch_size,
+        device=device,
+    )
+    return None if confusion is None else mean_dice(confusion)
