@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 test = ["hypothesis", "monai", "niimath", "pytest", "pytest-benchmark", "pytest-xdist"]
+lint = ["mypy", "ruff", "types-PyYAML", "types-tqdm"]
+study = ["jinja2>=3.1", "matplotlib", "tensorboard"]  # reports and pictures, TensorBoard files of trainings
 federated = ["nvflare>=2.9,<2.10"]
 triton = ["triton>=3.3; platform_system == 'Linux'"]
 
@@ -21,6 +23,8 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["dwc", "dwc.*", "dwc_kernels", "dwc_kernels.*"]),
     package_data={
+        "dwc": ["py.typed"],
+        "dwc_kernels": ["py.typed"],
         "dwc.data": ["*.tsv"],
         "dwc.simulation": ["*.tsv"],
         "dwc.study": ["presets/*.yaml"],
@@ -33,18 +37,16 @@ setup(
         "nibabel>=5",
         "safetensors>=0.4",
         "pandas>=2.2",
-        "matplotlib",
-        "jinja2>=3.1",
-        "tensorboard",
+        "pydantic>=2.10",
         "tqdm",
         "pyyaml",
         "jsonargparse[signatures]>=4.49",
     ],
     extras_require={
+        "study": study,
         "federated": federated,
         "triton": triton,
-        "test": test,
-        "dev": [*test, *federated, *triton, "ruff"],
+        "dev": [*study, *federated, *triton, *test, *lint],
     },
     entry_points={"console_scripts": ["dwc = dwc.cli:main"]},
     classifiers=[

@@ -17,6 +17,7 @@ from dwc.base.errors import InputError, Interrupted
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
+    "data": "check scans and labels before anything runs: data check",
     "train": "train a network: MAP, variational, a site's from a prior, fine-tuning",
     "consolidate": "consolidate the posteriors of several sites into one",
     "federated": "run the cycle over many sites on NVIDIA FLARE: init, serve, amend, join, status, round, simulate",
@@ -27,7 +28,13 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
 }
 _SHARED = ("train", "predict")  # those that torchrun may start many processes of
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_EXTRAS = {"nvflare": "federated", "pandas": "study", "matplotlib": "study", "scipy": "study", "jinja2": "study"}
+_EXTRAS = {
+    "nvflare": "federated",
+    "matplotlib": "study",
+    "jinja2": "study",
+    "cryptography": "federated",
+    "triton": "triton",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

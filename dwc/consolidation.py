@@ -1,17 +1,15 @@
-"""Distributed weight consolidation: sites' posteriors, each trained from one prior, become one posterior (Eq. 17).
+"""Distributed weight consolidation: combine posteriors that were trained from one prior (Eq. 17).
 
-In natural parameters, eta = (mu / sigma^2, 1 / sigma^2), Eq. 17 is a sum, q = prior + sum_s (q_s - prior): sites stream
-through one at a time in constant memory, in any order, and one can be added later or taken out again. A power lambda
-tempers the sum, q = prior + lambda sum_s (q_s - prior), which is q_0^(1 - S lambda) prod_s q_s^lambda: 1 is Eq. 17, 1/S
-the geometric mean of the sites. The room refuses what does not belong together and reports each site's weight per
-layer. It trains nothing, reads no files and does not choose lambda; `tempering` does.
+In natural parameters, eta = (mu / sigma^2, 1 / sigma^2), Eq. 17 is a sum: q = prior + sum_s (q_s - prior). Sites are
+therefore added one at a time in constant memory, in any order, and can be removed again. A power lambda tempers the
+sum, q = prior + lambda sum_s (q_s - prior): 1 is Eq. 17, 1/S the geometric mean of S sites.
 """
 
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,22 +20,26 @@ from dwc.posterior import Posterior
 __all__ = ["Consolidation", "LayerWeight", "consolidate"]
 
 _SHARED = ("architecture", "label_map", "preprocessing")
+_HALF_STEP = 2.0**-24  # of fp32, relative
+_MAX_ERROR = 0.01  # of sigma, that rounding may leave in a mean when a site is taken out of a file
+_Sum: TypeAlias = tuple[Tensor, Tensor]  # fp64 sum and its rounding error
+_Sums: TypeAlias = tuple[_Sum, _Sum]  # of both natural parameters
 
 
 @dataclass(frozen=True)
 class LayerWeight:
-    """What one site brings to one tensor of the consolidated posterior.
+    """One site's part in one tensor of the consolidated posterior.
 
     Attributes
     ----------
     site, layer : str
         The posterior's name and the tensor's.
     weight : float
-        lambda times the site's precision over the consolidated precision, each summed over the tensor: the factor with
-        which the site's means enter. Weights of 1/S average the sites' means; weights of 1, as when sigma stays at its
-        prior's value, add up their shifts from the prior.
+        Weight of the site's means: lambda times its precision over the consolidated precision, each summed over the
+        tensor. Weights of 1/S average the sites' means; weights of 1, as when sigma stays at the prior's value, add up
+        their shifts from the prior.
     added_share : float
-        The site's share of the precision that all sites together add to the prior's; NaN if they add none.
+        The site's share of the precision that all sites add to the prior's; NaN if they add none.
     sigma_ratio : float
         Median of sigma_s / sigma_0.
     shift : float
@@ -54,28 +56,23 @@ class LayerWeight:
 
 @dataclass(frozen=True)
 class _Member:
-    """A site that is in: its number of volumes, and the power it brought along if it came in a tempered posterior."""
+    """A site that has been added; `temper` is the power it has in the posterior it came in."""
 
     n_volumes: int
     temper: float
 
 
 class Consolidation:
-    """The running sum of Eq. 17: `add` and `remove` sites, `tempered` if need be, then take the `posterior`.
+    """The running sum of Eq. 17: `add` and `remove` sites, then take the `posterior`.
 
-    Sums are kept in fp64 together with their rounding errors, so that the fp32 result does not depend on the order of
-    the sites, and a site that is removed leaves no trace. A consolidated posterior of the same prior may itself be
-    added, as the sites it is made of with the powers they have in it; any of them can then be removed.
+    Sums are kept in fp64 together with their rounding errors: the fp32 result does not depend on the order of the
+    sites, and removing a site undoes adding it exactly. A consolidated posterior of the same prior may be added too; it
+    counts as the sites it consists of, each of which can be removed.
 
     Parameters
     ----------
     prior : Posterior
         The posterior from which every site trained, q^{T-1} in Eq. 11.
-
-    Raises
-    ------
-    InputError
-        If the prior is a MAP network or no proper distribution.
     """
 
     def __init__(self, prior: Posterior) -> None:
@@ -84,42 +81,45 @@ class Consolidation:
         self.prior = prior
         self.temper = 1.0
         self._prior_sha256 = prior.sha256
-        self._members: dict[str, _Member] = {}  # by digest: who is in
-        # By the digests that came in together: the file's name, and per tensor precision, sigma ratio and shift.
-        self._rows: dict[frozenset[str], tuple[str, dict[str, tuple[float, float, float]]]] = {}
-        # sum_s (q_s - prior) in both natural parameters, each as (sum, its rounding error). Not tempered, so that what
-        # is removed cancels exactly; never changed in place, so that copies can share it.
-        self._sums = {name: tuple((torch.zeros_like(p),) * 2 for p in _natural(prior, name)) for name in prior.mu}
+        self._members: dict[str, _Member] = {}  # by digest
+        # By the digests of one file: its name, its power, and per tensor precision, sigma ratio and shift.
+        self._rows: dict[frozenset[str], tuple[str, float, dict[str, tuple[float, float, float]]]] = {}
+        # Bounds on the errors of both natural parameters, from consolidated files that were rounded to fp32.
+        self._rounded: dict[str, tuple[Tensor, Tensor]] = {}
+        # sum_s (q_s - prior), not tempered, so that removal cancels exactly. Copies share it: never change it in place.
+        self._sums = {name: _zero(prior, name) for name in prior.mu}
 
     @property
     def n_sites(self) -> int:
-        """S, the sites that are in; those inside consolidated posteriors count each."""
+        """S, the number of sites added, counting each site of a consolidated posterior."""
         return len(self._members)
 
-    def add(self, site: Posterior, *, prior: Posterior | None = None) -> None:
-        """Multiply a site's posterior in and divide by the prior (Eq. 11).
+    def add(self, site: Posterior, *, prior: Posterior | None = None, power: float = 1.0) -> None:
+        """Multiply by a site's posterior and divide by the prior (Eq. 11); nothing changes if the site is refused.
 
         Parameters
         ----------
         site : Posterior
-            What the site's data have made of the prior.
+            Trained from the prior, with the prior's architecture, label map, preprocessing and sigma <= sigma_0.
         prior : Posterior, optional
-            The one that the site trained from, if that is an earlier one: a site that answers after its round has been
-            consolidated brings the same factor q_s / q_0, whatever it is multiplied to.
-
-        Raises
-        ------
-        InputError
-            If the site's prior, architecture, label map, preprocessing or tensors are not this prior's, a value is not
-            finite, a sigma is not in (0, sigma_0], or the site is in already.
+            The prior that the site trained from, if it is an earlier one: the factor q_s / q_0 of a site that answers
+            late does not depend on what it is multiplied by.
+        power : float
+            lambda_s > 0 of this site alone, to limit its influence.
         """
+        _check_power("power", power)
         prior = self.prior if prior is None else prior
         self._check(site, prior)
         members = _members(site)
         if members.keys() & self._members.keys():
-            raise InputError(f"{site.name}: this site is in already; give each site's posterior once")
-        self._accumulate(site, prior, factor=1.0)
-        self._members.update(members)
+            raise InputError(f"{site.name}: this site has been added already; give each site's posterior once")
+        sums = self._accumulated(site, prior, factor=power)
+        if site.metadata.get("sites"):
+            self._rounded = self._rounding(site, power)
+        self._sums = sums
+        self._members.update(
+            {digest: replace(member, temper=power * member.temper) for digest, member in members.items()}
+        )
         tensors = {
             name: (
                 site.sigma[name].double().pow(-2).sum().item(),
@@ -128,75 +128,45 @@ class Consolidation:
             )
             for name in prior.mu
         }
-        self._rows[frozenset(members)] = (site.name, tensors)
+        self._rows[frozenset(members)] = (site.name, power, tensors)
 
     def remove(self, site: Posterior, *, prior: Posterior | None = None) -> None:
-        """Divide a site's posterior out again, with the power it has here, and multiply by the prior; as `add`.
+        """Undo `add`, with the power that the site has here.
 
-        Raises
-        ------
-        InputError
-            If the site is not in, or its removal leaves a precision <= 0.
+        Taking a site out of a consolidated file is refused where the file's rounding to fp32 would leave a mean off by
+        more than 0.01 sigma, or a sigma by more than 1 %: the site was too confident.
         """
         prior = self.prior if prior is None else prior
         self._check(site, prior)
         members = _members(site)
         if not members.keys() <= self._members.keys():
-            raise InputError(f"{site.name}: this site is not in and cannot be removed; give one of the sites added")
+            raise InputError(f"{site.name}: this site is not in the consolidation; give one of the sites added")
         powers = [self._members[digest].temper / member.temper for digest, member in members.items()]
         if not all(math.isclose(power, powers[0], rel_tol=1e-12) for power in powers):
             raise InputError(f"{site.name}: its sites have other powers here than in it; remove them one by one")
-        self._accumulate(site, prior, factor=-powers[0])
+        sums = self._accumulated(site, prior, factor=-powers[0])
+        self._refuse_rounded(site.name, sums)
+        self._sums = sums
         for digest in members:
             del self._members[digest]
         self._rows = {came: row for came, row in self._rows.items() if not came & members.keys()}
 
     def tempered(self, temper: float) -> "Consolidation":
-        """A consolidation of the same sites in which each has `temper` times the power lambda_s it has here.
-
-        Parameters
-        ----------
-        temper : float
-            lambda > 0: 1 leaves everything as it is, 1/S takes the geometric mean of S sites, above 1 trusts the sites
-            more than Eq. 17 does. The copy can be added to and removed from without changing this one.
-
-        Raises
-        ------
-        InputError
-            If lambda is not a positive number.
-        """
-        if not 0 < temper < math.inf:
-            raise InputError(f"lambda {temper}: give a positive number; 1 is Eq. 17, 1/S the sites' geometric mean")
+        """A copy in which each site's power is multiplied by lambda > 0; changing it leaves this one unchanged."""
+        _check_power("temper", temper)
         twin = copy.copy(self)
         twin.temper, twin._members, twin._rows = self.temper * temper, dict(self._members), dict(self._rows)
         return twin
 
     def leave_one_out(self, sites: Iterable[Posterior]) -> Iterator[tuple[Posterior, Posterior]]:
-        """Each of the sites with what is consolidated without it; nothing here changes and nothing is trained.
-
-        Parameters
-        ----------
-        sites : iterable of Posterior
-            Of those that are in, read one at a time.
-
-        Raises
-        ------
-        InputError
-            As `remove` and `posterior`.
-        """
+        """Each of these sites with the consolidation of all others; sites are read one at a time."""
         for site in sites:
             rest = self.tempered(1.0)
             rest.remove(site)
             yield site, rest.posterior(f"without {site.name}")
 
     def posterior(self, name: str = "consolidated") -> Posterior:
-        """The consolidated posterior; its metadata names the prior, the sites' digests, powers and all their volumes.
-
-        Raises
-        ------
-        InputError
-            If no site is in, or lambda leaves a precision <= 0.
-        """
+        """The consolidated posterior, in fp32; its header lists the sites with digest, volumes and power."""
         if not self._members:
             raise InputError("no posterior to consolidate; give at least one site's posterior")
         mu, sigma = {}, {}
@@ -218,30 +188,34 @@ class Consolidation:
         return Posterior(mu, sigma, metadata, name=name).validate()
 
     def report(self) -> list[LayerWeight]:
-        """Each site's weight in each tensor, in the order of `add`; files of which a part was removed have none."""
+        """Each site's weight in each tensor, in the order of `add`; without files of which a part was removed."""
         totals = {tensor: self._eta(tensor, sums, self.temper)[1].sum().item() for tensor, sums in self._sums.items()}
         rows = []
-        for site, tensors in self._rows.values():
+        for site, power, tensors in self._rows.values():
             for layer, (precision, sigma_ratio, shift) in tensors.items():
                 total = totals[layer]
                 prior = self.prior.sigma[layer].double().pow(-2).sum().item()
                 added = math.nan
                 if total > prior * (1 + 1e-12):
-                    added = self.temper * (precision - prior) / (total - prior)
-                rows.append(LayerWeight(site, layer, self.temper * precision / total, added, sigma_ratio, shift))
+                    added = self.temper * power * (precision - prior) / (total - prior)
+                weight = self.temper * power * precision / total
+                rows.append(LayerWeight(site, layer, weight, added, sigma_ratio, shift))
         return rows
 
-    def _eta(self, name: str, sums: tuple, temper: float) -> tuple[Tensor, Tensor]:
+    def _eta(self, name: str, sums: _Sums, temper: float) -> tuple[Tensor, Tensor]:
         """Natural parameters prior + lambda sum_s (q_s - prior) of a tensor, fp64."""
-        parts = []
-        for (high, low), ours in zip(sums, _natural(self.prior, name), strict=True):
-            total, error = _two_sum((high, 0.0), low)  # the same split whatever the order of the sites was
-            parts.append(sum(_two_sum((temper * total, temper * error), ours)))
-        return tuple(parts)
+
+        def tempered(part: _Sum, ours: Tensor) -> Tensor:
+            total, error = _two_sum((part[0], 0.0), part[1])  # the same split in whatever order the sites came
+            high, low = _two_sum((temper * total, temper * error), ours)
+            return high + low
+
+        shift, precision = _natural(self.prior, name)
+        return tempered(sums[0], shift), tempered(sums[1], precision)
 
     def _check(self, site: Posterior, prior: Posterior) -> None:
         if not site.validate().is_bayesian:
-            raise InputError(f"{site.name}: a MAP network has no standard deviations; train with --mode vcl")
+            raise InputError(f"{site.name}: a MAP network has no standard deviations; train with `mode` vcl")
         trained_from = site.metadata.get("prior_sha256")
         prior_sha256 = self._prior_sha256 if prior is self.prior else prior.sha256
         if trained_from != prior_sha256:
@@ -266,19 +240,45 @@ class Consolidation:
             if above := int((site.sigma[name] > sigma_0).sum()):
                 raise InputError(
                     f"{site.name}: {name}.sigma exceeds the prior's in {above} of {sigma_0.numel()} weights, "
-                    "where Eq. 17 may not be defined; train with --mode vcl, which keeps sigma <= sigma_0"
+                    "where Eq. 17 may not be defined; train with `mode` vcl, which keeps sigma <= sigma_0"
                 )
 
-    def _accumulate(self, site: Posterior, prior: Posterior, *, factor: float) -> None:
-        """Add factor * (site - prior); nothing changes if any precision of Eq. 17 would not stay positive."""
+    def _accumulated(self, site: Posterior, prior: Posterior, *, factor: float) -> dict[str, _Sums]:
+        """The sums with factor * (site - prior) added; refused if a precision of Eq. 17 would not stay positive."""
         updated = {}
-        for name, sums in self._sums.items():
-            parts = zip(sums, _natural(site, name), _natural(prior, name), strict=True)
-            new = tuple(_two_sum(_two_sum(total, factor * theirs), -factor * ours) for total, theirs, ours in parts)
-            precision = self._eta(name, new, 1.0)[1]
+        for name, (shifts, precisions) in self._sums.items():
+            theirs, ours = _natural(site, name), _natural(prior, name)
+            sums = (
+                _two_sum(_two_sum(shifts, factor * theirs[0]), -factor * ours[0]),
+                _two_sum(_two_sum(precisions, factor * theirs[1]), -factor * ours[1]),
+            )
+            precision = self._eta(name, sums, 1.0)[1]
             self._refuse_improper(site.name, name, precision, "where Eq. 17 is not defined", "leave this site out")
-            updated[name] = new
-        self._sums = updated
+            updated[name] = sums
+        return updated
+
+    def _rounding(self, site: Posterior, power: float) -> dict[str, tuple[Tensor, Tensor]]:
+        """The error bounds with those of a consolidated file added: half an fp32 step of each mean and sigma."""
+        bounds = {}
+        for name in self._sums:
+            shift, precision = _natural(site, name)
+            before = self._rounded.get(name, (torch.zeros_like(shift), torch.zeros_like(precision)))
+            bounds[name] = (
+                before[0] + power * 3 * _HALF_STEP * shift.abs(),
+                before[1] + power * 2 * _HALF_STEP * precision,
+            )
+        return bounds
+
+    def _refuse_rounded(self, who: str, sums: dict[str, _Sums]) -> None:
+        for name, (shift_error, precision_error) in self._rounded.items():
+            shift, precision = self._eta(name, sums[name], 1.0)
+            of_mean = (shift_error + (shift / precision).abs() * precision_error) * precision.rsqrt()
+            worst = max(of_mean.max().item(), (precision_error / (2 * precision)).max().item())
+            if worst > _MAX_ERROR:
+                raise InputError(
+                    f"{who}: cannot be taken out of a consolidated file, which is rounded to fp32: {name} would be off "
+                    f"by up to {worst:.2g} sigma, more than {_MAX_ERROR:g}; consolidate the other sites' files instead"
+                )
 
     def _refuse_improper(self, who: str, name: str, precision: Tensor, why: str, remedy: str) -> None:
         if count := int((precision <= 0).sum()):
@@ -288,31 +288,31 @@ class Consolidation:
 
 
 def consolidate(prior: Posterior, posteriors: Iterable[Posterior], *, temper: float = 1.0) -> Posterior:
-    """Consolidate sites' posteriors into one (Eq. 17), or into prior^(1 - S lambda) prod_s q_s^lambda.
+    """Consolidate sites' posteriors into prior^(1 - S lambda) prod_s q_s^lambda; lambda = 1 is Eq. 17.
 
     Parameters
     ----------
     prior : Posterior
         The posterior from which every site trained.
     posteriors : iterable of Posterior
-        One per site, taken one at a time; a generator keeps memory constant. None is changed.
+        One per site, read one at a time: a generator keeps memory constant.
     temper : float
-        lambda > 0, see `Consolidation.tempered`.
+        lambda > 0: 1/S takes the geometric mean of S sites, above 1 trusts the sites more than Eq. 17 does.
 
     Returns
     -------
     Posterior
-        In fp32, computed in fp64; trains on as a prior at once. One site gives that site back.
-
-    Raises
-    ------
-    InputError
-        If there is no site, one is refused by `Consolidation.add`, or lambda is no positive number or too large.
+        In fp32, computed in fp64. With one site and lambda = 1 it is that site's.
     """
     consolidation = Consolidation(prior).tempered(temper)
     for site in posteriors:
         consolidation.add(site)
     return consolidation.posterior()
+
+
+def _check_power(name: str, power: float) -> None:
+    if not 0 < power < math.inf:
+        raise InputError(f"`{name}` {power}: give a positive number; 1 is Eq. 17, 1/S the sites' geometric mean")
 
 
 def _natural(posterior: Posterior, name: str) -> tuple[Tensor, Tensor]:
@@ -321,8 +321,13 @@ def _natural(posterior: Posterior, name: str) -> tuple[Tensor, Tensor]:
     return posterior.mu[name].double() * precision, precision
 
 
-def _two_sum(total: tuple[Tensor, Tensor | float], term: Tensor) -> tuple[Tensor, Tensor]:
-    """Add a term to (sum, rounding error) without losing what the sum rounds away (Knuth's TwoSum)."""
+def _zero(prior: Posterior, name: str) -> _Sums:
+    zero = torch.zeros_like(prior.mu[name], dtype=torch.float64)
+    return (zero, zero), (zero, zero)
+
+
+def _two_sum(total: tuple[Tensor, Tensor | float], term: Tensor) -> _Sum:
+    """Add a term to (sum, rounding error) and keep what the sum rounds away (Knuth's TwoSum)."""
     high, low = total
     new = high + term
     virtual = new - high
@@ -330,18 +335,8 @@ def _two_sum(total: tuple[Tensor, Tensor | float], term: Tensor) -> tuple[Tensor
 
 
 def _members(site: Posterior) -> Mapping[str, _Member]:
-    """By digest: the site itself, or the sites a consolidated posterior is made of."""
+    """By digest: the site itself, or the sites that a consolidated posterior consists of."""
     sites: list[dict[str, Any]] = site.metadata.get("sites") or []
     if not sites:
         return {site.sha256: _Member(site.metadata.get("n_volumes") or 0, 1.0)}
-    members = {}
-    try:
-        for member in sites:
-            members[member["sha256"]] = _Member(int(member["n_volumes"]), float(member.get("temper", 1.0)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{site.name}: its header's list of sites cannot be read; write it again with dwc consolidate"
-        ) from error
-    if odd := [member.temper for member in members.values() if not 0 < member.temper < math.inf]:
-        raise InputError(f"{site.name}: its header gives a site power {odd[0]}; write it again with dwc consolidate")
-    return members
+    return {member["sha256"]: _Member(member["n_volumes"], member.get("temper", 1.0)) for member in sites}

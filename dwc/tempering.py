@@ -1,9 +1,7 @@
-"""Choosing the power lambda that tempers a consolidation, on the origin's own validation data alone.
+"""Choose the power lambda that tempers a consolidation, from validation data of the organization that made the prior.
 
-Each lambda of a grid is scored by the log-likelihood of held-out voxels under the predictive distribution that
-`prediction` would use, the mean of softmax over samples of the weights. It is a proper score, which sees the standard
-deviations that lambda changes along with the means, and moves with every voxel; Dice of few scans moves in steps, so it
-is told but does not decide. No site's data is needed. What lambda means is `consolidation`'s business.
+Each lambda of a grid is scored by the log-likelihood of held-out voxels under the mean softmax over weight samples.
+Log-likelihood is a proper score and depends on the standard deviations; Dice is reported but does not decide.
 """
 
 import math
@@ -22,21 +20,21 @@ from dwc.metrics.confusion import confusion_matrix, mean_dice
 from dwc.posterior import Posterior
 from dwc.training.validation import draw_sub_volumes
 
-__all__ = ["TemperScore", "choose_temper", "score_network", "table", "temper_grid"]
+__all__ = ["TemperScore", "choose_temper", "format_scores", "score_network", "temper_grid"]
 
 _LARGEST = 2.0
 
 
 @dataclass(frozen=True)
 class TemperScore:
-    """What a power lambda scores.
+    """Score of one lambda.
 
     Attributes
     ----------
     temper : float
-        lambda; 0 is the prior, which no site has changed.
+        lambda; 0 stands for the prior.
     log_likelihood : float
-        Nats per voxel, <= 0: log of the probability of the true class, mean over the voxels.
+        Mean over voxels of the log-probability of the true class, in nats.
     dice : float or None
         Mean over the classes present in the truth, without class 0; None if there is none.
     """
@@ -47,10 +45,7 @@ class TemperScore:
 
 
 def temper_grid(n_sites: int) -> tuple[float, ...]:
-    """Powers worth trying for S sites: half octaves from 1/(4S) or just below to 2, and 1/S itself, ascending.
-
-    1, Eq. 17, is always among them.
-    """
+    """Powers to try for S sites, ascending: half octaves from about 1/(4S) to 2, with 1 (Eq. 17) and 1/S among them."""
     first = math.floor(2 * math.log2(1 / (4 * n_sites)))
     last = round(2 * math.log2(_LARGEST))
     return tuple(sorted({1 / n_sites, *(2.0 ** (k / 2) for k in range(first, last + 1))}))
@@ -66,28 +61,25 @@ def choose_temper(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> tuple[float, list[TemperScore]]:
-    """The lambda of `temper_grid` under which held-out voxels are the most likely, the smallest if several are.
-
-    Every lambda is scored on the same sub-volumes with the same noise, so that the choice is a function of the
-    arguments and differences are lambda's.
+    """Score every lambda of `temper_grid` on the same sub-volumes with the same noise, and choose the best.
 
     Parameters
     ----------
     consolidation : Consolidation
-        With the sites in and not tempered yet; not changed.
+        With all sites added, not tempered; it is not changed.
     data : SubVolumes
-        Held-out scans of the origin, which trained the prior.
+        Held-out scans of the organization that trained the prior.
     n_samples, at_most, seed, device
-        As `score_network` takes them.
+        See `score_network`.
     progress : bool
-        Show a bar.
+        Show a progress bar.
 
     Returns
     -------
     float
-        lambda.
+        The lambda of the highest log-likelihood; the smallest of equals.
     list of TemperScore
-        First the prior's, for comparison (lambda = 0, which cannot be chosen), then the grid's.
+        The prior's score (lambda = 0, which cannot be chosen), then the grid's.
     """
     tempers = temper_grid(consolidation.n_sites)
 
@@ -116,7 +108,7 @@ def score_network(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[float, float | None]:
-    """Log-likelihood per voxel and mean Dice of a Bayesian network's predictive distribution.
+    """Log-likelihood per voxel (nats) and mean Dice of a Bayesian network's predictive distribution.
 
     Parameters
     ----------
@@ -125,18 +117,11 @@ def score_network(
     data : SubVolumes
         Labelled scans.
     n_samples : int
-        Samples of the weights per sub-volume, which pass together.
+        Weight samples per sub-volume, in one batch.
     at_most : int
-        Sub-volumes to score, drawn by the seed where there are more.
+        Maximum number of sub-volumes; where there are more, `seed` draws them.
     seed : int
-        Of the draw and the noise; the same for two networks makes their noise the same.
-    device
-        Where to compute.
-
-    Returns
-    -------
-    (float, float or None)
-        Nats per voxel; Dice as `metrics.mean_dice`.
+        Also seeds the noise: two networks with the same seed see the same noise.
     """
     device = torch.device(device)
     network = network.to(device)
@@ -156,17 +141,17 @@ def score_network(
 
 
 def _log_predictive(network: MeshNet, image: Tensor, n_samples: int) -> Tensor:
-    """Log of the mean softmax over samples, [n_classes, D, H, W]; in logarithms, where no probability becomes 0."""
+    """Log of the mean softmax over samples, [n_classes, D, H, W], without leaving the log domain."""
     logits = network(image[None].expand(n_samples, -1, -1, -1, -1), sample=True).float()
     return logits.log_softmax(dim=1).logsumexp(dim=0) - math.log(n_samples)
 
 
-def table(scores: Sequence[TemperScore], chosen: float) -> str:
-    """The grid for people, a line per lambda."""
+def format_scores(scores: Sequence[TemperScore], chosen: float) -> str:
+    """The scores as a text table, one line per lambda."""
     lines = [f"{'lambda':>8}{'log-likelihood':>16}{'Dice':>8}"]
     for score in scores:
         dice = "-" if score.dice is None else f"{score.dice:.4f}"
-        note = "  the prior" if score.temper == 0 else "  chosen" if score.temper == chosen else ""
+        note = {0: "  the prior", chosen: "  chosen"}.get(score.temper, "")
         lines.append(f"{score.temper:>8.4g}{score.log_likelihood:>16.5f}{dice:>8}{note}")
     if all(score.log_likelihood <= scores[0].log_likelihood for score in scores[1:]):
         lines.append("no lambda makes these scans more likely than the prior does")

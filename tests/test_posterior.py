@@ -110,7 +110,7 @@ def test_a_single_layer_is_a_network_too():
 def test_what_the_file_would_lose_is_refused():
     with pytest.raises(ValueError, match=r"1\.weight would be lost"):
         Posterior.from_model(nn.Sequential(FFGConv3d(1, 2, 3), nn.BatchNorm3d(2)))
-    with pytest.raises(ValueError, match=r"1\.(weight|bias) is no FFGConv3d"):
+    with pytest.raises(ValueError, match=r"1\.(weight|bias) is not an FFGConv3d"):
         Posterior.from_model(nn.Sequential(FFGConv3d(1, 2, 3), nn.Conv3d(2, 2, 3)))
 
 
@@ -126,7 +126,7 @@ def test_another_architecture_is_refused_by_name(network, options, words):
 
 def test_a_map_network_is_refused_as_a_prior(network):
     plain = Posterior.from_model(MeshNet(n_classes=3, width=4, dilations=(1, 2), bayesian=False))
-    with pytest.raises(InputError, match="MAP network is no prior"):
+    with pytest.raises(InputError, match="MAP network cannot be a prior"):
         plain.set_prior_of(network)
 
 
@@ -161,8 +161,8 @@ def _broken(**changes):
         (_broken(header="{"), "has no dwc header"),
         (_broken(header="[1]"), "not a JSON object"),
         (_broken(header="{}"), "format version None"),
-        (_broken(header='{"format_version": 1, "label_map": "fifty"}'), "its header's label_map is no JSON object"),
-        (_broken(header='{"checkpoint_version": 1}'), "is a checkpoint, to resume from; give its run's posterior"),
+        (_broken(header='{"format_version": 1, "label_map": "fifty"}'), "its header's label_map is not a JSON object"),
+        (_broken(header='{"checkpoint_version": 1}'), "is a checkpoint, not a posterior; give its run's posterior"),
         (_broken(header='{"format_version": 99}'), "format version 99.*reads 1"),
         (_broken(a_mu=torch.tensor([0, torch.nan])), r"a\.mu holds non-finite values"),
         (_broken(b_sigma=torch.full((3,), torch.inf)), r"b\.sigma holds non-finite values"),

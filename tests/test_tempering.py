@@ -20,7 +20,7 @@ from dwc.data.manifest import read_manifest
 from dwc.meshnet import MeshNet
 from dwc.metrics.confusion import confusion_matrix, mean_dice
 from dwc.posterior import Posterior
-from dwc.tempering import TemperScore, choose_temper, score_network, table, temper_grid
+from dwc.tempering import TemperScore, choose_temper, format_scores, score_network, temper_grid
 from tests.made_posteriors import HEADER, TENSORS, a_prior, a_site
 
 pytest_plugins = ["tests.tiny_runs"]
@@ -154,7 +154,7 @@ def test_a_small_power_stays_near_the_prior_and_a_large_one_is_surer_than_equati
 
 @pytest.mark.parametrize("temper", [0, -0.5, math.inf, math.nan])
 def test_a_power_that_is_not_positive_is_refused(temper):
-    with pytest.raises(InputError, match=r"^lambda .*: give a positive number"):
+    with pytest.raises(InputError, match=r"^`temper` .*: give a positive number"):
         consolidate(a_prior(), [a_site(a_prior(), 1)], temper=temper)
 
 
@@ -257,15 +257,15 @@ def test_the_choice_is_the_most_likely_of_the_grid_and_the_same_every_time(setti
     assert chosen == best.temper
     assert choose_temper(consolidation, data, n_samples=2, progress=False) == (chosen, scores)
     assert consolidation.temper == 1.0
-    lines = table(scores, chosen).splitlines()
+    lines = format_scores(scores, chosen).splitlines()
     assert sum(line.endswith("chosen") for line in lines) == 1
     assert lines[1].endswith("the prior")
 
 
 def test_a_choice_at_the_end_of_the_grid_is_said_to_be_one():
     scores = [TemperScore(temper, -1 + temper / 10, None) for temper in (0.0, 0.5, 1.0, 2.0)]
-    assert "chosen at the end of the grid" in table(scores, 2.0)
-    assert "chosen at the end of the grid" not in table(scores, 1.0)
+    assert "chosen at the end of the grid" in format_scores(scores, 2.0)
+    assert "chosen at the end of the grid" not in format_scores(scores, 1.0)
 
 
 def test_sites_that_learned_what_the_origin_forgot_are_trusted_and_sites_that_unlearned_it_are_not(settings, networks):
@@ -286,4 +286,4 @@ def test_sites_that_learned_what_the_origin_forgot_are_trusted_and_sites_that_un
     assert scores[-1].log_likelihood > scores[0].log_likelihood
     chosen, scores = choice(-20)
     assert chosen == scores[1].temper
-    assert "no lambda makes these scans more likely than the prior does" in table(scores, chosen)
+    assert "no lambda makes these scans more likely than the prior does" in format_scores(scores, chosen)

@@ -6,6 +6,7 @@ JSON header. What the tensors mean is the business of `posterior` and `checkpoin
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -17,12 +18,15 @@ import safetensors
 import safetensors.torch
 import torch
 
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, one_line
 
 __all__ = [
+    "DIGEST",
     "PARTS",
     "canonical_json",
     "check_suffix",
+    "content_sha256",
+    "load_entries",
     "load_tensors",
     "open_folder",
     "save_tensors",
@@ -30,7 +34,9 @@ __all__ = [
     "write_whole",
 ]
 
-_HEADER = "dwc"
+_HEADER, DIGEST = "dwc", "dwc_sha256"  # entries of a file's metadata
+_MAX_HEADER = 2**28  # characters; a training log of a million steps fits
+_MAX_DIMENSIONS = 16
 PARTS = ".*.part"  # temporary names, which a kill -9 in the middle of a write leaves behind
 
 
@@ -119,26 +125,39 @@ def open_folder(out: Path) -> None:
         ) from error
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and their JSON header as one safetensors file, atomically.
+def content_sha256(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> str:
+    """Digest of header and tensors; it does not depend on the file's layout or on the machine.
 
-    Raises
-    ------
-    InputError
-        If `path` cannot be written.
+    SHA-256 of the canonical JSON header and a newline, then for each tensor, sorted by name: the canonical JSON of
+    [name, shape], a newline and its little-endian bytes.
+    """
+    digest = hashlib.sha256(canonical_json(header).encode() + b"\n")
+    for name, tensor in sorted(tensors.items()):
+        digest.update(canonical_json([name, list(tensor.shape)]).encode() + b"\n")
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], **entries: str
+) -> None:
+    """Write tensors, their JSON header and the digest of both as one safetensors file, atomically.
+
+    Further entries of the file's metadata, such as a signature, are not part of the digest.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, safetensors.torch.save(tensors, {_HEADER: canonical_json(header)}))
+    metadata = {**entries, _HEADER: canonical_json(header), DIGEST: content_sha256(tensors, header)}
+    write_whole(path, safetensors.torch.save(tensors, metadata))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and JSON header of a file written by `save_tensors`.
+    """Tensors and JSON header of a file written by `save_tensors`, after checking its digest, if it has one."""
+    tensors, header, _ = load_entries(path)
+    return tensors, header
 
-    Raises
-    ------
-    InputError
-        If the file is missing, unreadable, truncated, not safetensors, or without this package's header.
-    """
+
+def load_entries(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, str]]:
+    """As `load_tensors`, and the further entries of the file's metadata."""
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the .safetensors file in it")
@@ -147,16 +166,40 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error}); check its permissions") from error
+        raise InputError(f"{path}: cannot be read ({one_line(str(error))}); check its permissions") from error
     except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: truncated or not a safetensors file ({error}); copy or write it again") from error
+        raise InputError(
+            f"{path}: truncated or not a safetensors file ({one_line(str(error))}); copy or write it again"
+        ) from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # PyTorch and safetensors raise many kinds of errors for tensors that they cannot hold.
+        raise InputError(
+            f"{path}: holds a tensor that cannot be read ({one_line(str(error))}); write it again"
+        ) from error
+    header = _header(path, metadata)
+    recorded = metadata.get(DIGEST)
+    if recorded is not None and recorded != content_sha256(tensors, header):
+        raise InputError(f"{path}: was altered after it was written (its digest differs); copy or write it again")
+    return tensors, header, {key: text for key, text in metadata.items() if key != _HEADER}
+
+
+def _tensor(file: Any, name: str) -> torch.Tensor:
+    if len(file.get_slice(name).get_shape()) > _MAX_DIMENSIONS:
+        raise ValueError(f"more than {_MAX_DIMENSIONS} dimensions")
+    return file.get_tensor(name)
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    text = metadata.get(_HEADER)
+    if text is not None and len(text) > _MAX_HEADER:
+        raise InputError(f"{path}: its header has {len(text)} characters, more than {_MAX_HEADER}; write it again")
     try:
-        header = json.loads(metadata[_HEADER])
+        header = json.loads(text or "")
         canonical_json(header)  # refuses the NaN and infinity that Python's JSON lets in
-    except (KeyError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: has no dwc header that is JSON; give a file written by dwc") from error
     if not isinstance(header, dict):
         raise InputError(f"{path}: its dwc header is not a JSON object; give a file written by dwc")
-    return tensors, header
+    return header

@@ -29,7 +29,8 @@ class Settings:
     def __post_init__(self) -> None:
         from pydantic import ValidationError  # here: help is printed without it
 
-        for name, adapter in _adapters(type(self)).items():
+        cls: Any = type(self)  # a dataclass, which mypy does not see here
+        for name, adapter in _adapters(cls).items():
             value = getattr(self, name)
             try:
                 parsed = adapter.validate_python(value)
@@ -84,7 +85,7 @@ def _strict(hint: Any) -> Any:
     if get_origin(hint) in (list, dict):
         return types.GenericAlias(get_origin(hint), arguments)
     if _is_model(hint):
-        return InstanceOf[hint]
+        return InstanceOf[hint]  # type: ignore[misc]
     if hint is int:
         return Annotated[int, BeforeValidator(_number(int, Integral))]
     if hint is float:

@@ -6,10 +6,11 @@ the commands know flags: everything below them raises errors that name parameter
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from inspect import get_annotations
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
@@ -17,10 +18,11 @@ from jsonargparse import ArgumentParser, Namespace
 from dwc.base.errors import InputError
 from dwc.base.settings import Settings
 
-__all__ = ["Parser", "add_settings", "in_flags", "make", "new_parser", "parse"]
+__all__ = ["Parser", "add_settings", "from_file", "in_flags", "make", "new_parser", "parse"]
 
 _S = TypeVar("_S", bound=Settings)
 _MISFIT = re.compile(r'Parser key "([\w.]+)": Does not validate .*?Errors: - (.+?) - Expected .*Given value: (.+)')
+_WRONG_TYPE = re.compile(r"""Parser key "([\w.]+)": Expected an? <class '(\w+)'>. Got value: (.+)""")
 _BOOLEANS = ("true", "false", "yes", "no")
 _known: set[str] = set()  # the parameters that are options of the command at work
 
@@ -106,13 +108,37 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     InputError
         Instead of a usage page: which argument is wrong.
     """
-    _known.update(action.dest for action in parser._actions)
+    _known.update(_options(parser))
     try:
         values = parser.parse_args(list(arguments))
     except argparse.ArgumentError as error:
         raise InputError(f"{_in_short(str(error), parser)}; see {parser.prog} --help") from error
     values.pop("config", None)
     return values
+
+
+def from_file(cls: type[_S], path: Path, resolve: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> _S:
+    """Settings from a YAML file alone; errors name the file and its entry, not a flag.
+
+    Parameters
+    ----------
+    cls
+        The settings.
+    path
+        The file.
+    resolve
+        Applied to the file's entries, for instance to make paths relative to it.
+    """
+    parser = new_parser("", "")
+    add_settings(parser, cls)
+    try:
+        entries = parser.parse_args(["--config", str(path)]).as_dict()
+        entries.pop("config")
+        return make(cls, resolve(entries))
+    except argparse.ArgumentError as error:
+        raise InputError(f"{path}: {_in_short(str(error), parser).removeprefix('--')}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {str(error).replace('`', '')}") from error
 
 
 def in_flags(message: str) -> str:
@@ -125,6 +151,15 @@ def in_flags(message: str) -> str:
         return f"--{name.replace('_', '-')}"
 
     return re.sub(r"`([a-z_]\w*(?:\.[\w-]+)*)`", flag, message)
+
+
+def _options(parser: ArgumentParser) -> set[str]:
+    """Names of a parser's options and of its subcommands'."""
+    names = {action.dest for action in parser._actions}
+    for action in parser._actions:
+        if isinstance(action.choices, Mapping):
+            names = names.union(*(_options(part) for part in action.choices.values()))
+    return names
 
 
 def _declared(name: str, actions: Mapping[str, Any]) -> str:
@@ -152,6 +187,8 @@ def _in_short(message: str, parser: ArgumentParser) -> str:
         close = get_close_matches(unknown[1].replace("-", "_").replace("__", "--", 1), known, 1)
         hint = f"; did you mean {close[0].replace('_', '-')}?" if close else ""
         return f"no option {unknown[1]}{hint}"
+    if wrong := _WRONG_TYPE.match(line):
+        return f"--{wrong[1].replace('_', '-')} {wrong[3]}: expected {wrong[2]}"
     if not (misfit := _MISFIT.match(line)):
         return re.sub(r"(?<![\w-])--[a-z][\w.]*", lambda m: m[0].replace("_", "-"), line)
     key, expected, value = misfit.groups()

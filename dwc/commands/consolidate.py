@@ -1,74 +1,79 @@
 """`dwc consolidate`: sites' posterior files and their prior in, one posterior file out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import Namespace
 
 from dwc.base.errors import InputError
-from dwc.base.files import check_suffix
 from dwc.commands.arguments import new_parser, parse
-from dwc.consolidation import Consolidation, LayerWeight
-from dwc.posterior import Posterior
+
+if TYPE_CHECKING:
+    from dwc.consolidation import Consolidation, LayerWeight
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Consolidate the given files, one in memory at a time, and print each site's weight per layer.
-
-    Raises
-    ------
-    InputError
-        If an argument or a file is wrong.
-    """
+    """Consolidate the given files, one in memory at a time, and print each site's weight per layer."""
     parser = new_parser("consolidate", "Consolidate the posteriors of several sites, trained from one prior (Eq. 17).")
-    parser.add_argument("sites", type=Path, nargs="+", help="posterior.safetensors of each site, or consolidated ones")
+    parser.add_argument(
+        "sites", type=Path, nargs="+", help="posterior.safetensors of each site; also consolidated files"
+    )
     parser.add_argument("--prior", type=Path, required=True, help="the posterior that every site started from")
     parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     parser.add_argument(
-        "--earlier", type=Path, nargs="+", default=[], help="earlier priors, of sites that answered after their round"
+        "--earlier", type=Path, nargs="+", default=[], help="earlier priors, for sites that answered late"
     )
-    parser.add_argument(
-        "--without", type=Path, nargs="+", default=[], help="sites to take out again, of those in consolidated files"
-    )
+    parser.add_argument("--without", type=Path, nargs="+", default=[], help="sites to remove from consolidated files")
     parser.add_argument(
         "--temper", type=float | Literal["auto"], default=1.0,
         help="lambda > 0 in prior^(1 - S lambda) prod_s q_s^lambda: 1 is Eq. 17, 1/S the geometric mean of S sites; "
-        "auto: the most likely on the origin's held-out scans, see --data",
+        "auto: the best on the organization's held-out scans, see --data",
     )  # fmt: skip
-    parser.add_argument("--data", type=Path | None, default=None, help="for --temper auto: the origin's manifest")
+    parser.add_argument("--data", type=Path | None, default=None, help="for --temper auto: the organization's manifest")
     parser.add_argument(
-        "--validation_sub_volumes", type=int, default=256, help="for --temper auto: held-out sub-volumes, at most"
+        "--validation_sub_volumes", type=int, default=256, help="for --temper auto: maximum number of sub-volumes"
     )
-    parser.add_argument("--label_map", type=str | None, default=None, help="for --temper auto: TSV, if one of its own")
-    parser.add_argument("--cache_dir", type=Path | None, default=None, help="of conformed scans; default beside --out")
+    parser.add_argument(
+        "--label_map", type=str | None, default=None, help="for --temper auto: TSV, if the prior has its own"
+    )
+    parser.add_argument(
+        "--cache_dir", type=Path | None, default=None, help="folder for conformed scans; default beside --out"
+    )
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="for --temper auto")
     values = parse(parser, arguments)
+
+    from dwc.base.files import check_suffix  # here, so that help is quick
+    from dwc.consolidation import Consolidation
+    from dwc.posterior import Posterior
+
     out = check_suffix(values.out)
     choose = _chooser(values) if values.temper == "auto" else None
     if choose is None and values.data is not None:
-        raise InputError(f"--data {values.data}: serves --temper auto alone; leave it out or give --temper auto")
+        raise InputError(f"`data` {values.data}: is for `temper` auto only; leave it out or give `temper` auto")
     consolidation = Consolidation(Posterior.load(values.prior)).tempered(1.0 if choose else values.temper)
     earlier = {prior.sha256: prior for prior in map(Posterior.load, values.earlier)}
     for path in values.sites:
         site = Posterior.load(path)
-        consolidation.add(site, prior=earlier.get(site.metadata.get("prior_sha256")))
+        consolidation.add(site, prior=earlier.get(str(site.metadata.get("prior_sha256"))))
     for path in values.without:
         consolidation.remove(Posterior.load(path))
     if choose:
         consolidation = consolidation.tempered(choose(consolidation))
     posterior = consolidation.posterior(str(out))
     posterior.save(out)
-    print(table(consolidation.report()))
+    print(_table(consolidation.report()))
     print(
         f"{out}  ({consolidation.n_sites} sites, {posterior.metadata['n_volumes']} volumes, "
         f"lambda {consolidation.temper:g}, sha256 {posterior.sha256[:12]})"
     )
 
 
-def _chooser(values):
-    """The function that chooses lambda, all that it needs checked before the first site is read."""
-    from dwc import tempering  # after the arguments, so that help is quick
+def _chooser(values: Namespace) -> "Callable[[Consolidation], float]":
+    """The function that chooses lambda; what it needs is checked here, before the first site is read."""
+    from dwc import tempering
     from dwc.base.devices import choose_device
     from dwc.data.cache import prepare
     from dwc.data.manifest import has_split_column
@@ -76,33 +81,35 @@ def _chooser(values):
     from dwc.prediction import load_networks
 
     if values.data is None:
-        raise InputError("--temper auto: needs the origin's scans to choose on; give --data manifest.csv, or a number")
+        raise InputError("`temper` auto: needs the organization's scans to choose on; give `data`, or a number")
     if values.validation_sub_volumes < 1:
-        raise InputError(f"--validation_sub_volumes {values.validation_sub_volumes}: give 1 or more")
+        raise InputError(f"`validation_sub_volumes` {values.validation_sub_volumes}: give 1 or more")
     device = choose_device(values.device)
-    origin = load_networks([values.prior], values.label_map)
-    prior = origin.posteriors[0]
+    organization = load_networks([values.prior], values.label_map)
+    prior = organization.posteriors[0]
     if not prior.metadata.get("training") and not has_split_column(values.data):
         raise InputError(
-            f"{values.data}: has no split column, and {prior.name} does not tell which scans were held out; add one"
+            f"{values.data}: has no split column, and {prior.name} does not say which scans were held out; add one"
         )
     scans = scans_to_score(values.data, [prior])
 
-    def choose(consolidation: Consolidation) -> float:
-        data = prepare(scans, origin.label_map, origin.grid, values.cache_dir or values.out.parent / "cache")
+    def choose(consolidation: "Consolidation") -> float:
+        data = prepare(
+            scans, organization.label_map, organization.grid, values.cache_dir or values.out.parent / "cache"
+        )
         chosen, scores = tempering.choose_temper(
             consolidation, data, at_most=values.validation_sub_volumes, device=device
         )
-        print(tempering.table(scores, chosen))
+        print(tempering.format_scores(scores, chosen))
         return chosen
 
     return choose
 
 
-def table(rows: Iterable[LayerWeight]) -> str:
-    """The report for people, a line per layer and site."""
+def _table(rows: "Iterable[LayerWeight]") -> str:
+    """The sites' weights as text, one line per layer and site."""
     lines = [
-        "weight: with which a site's means enter; 1/S each averages the sites, 1 each adds up their shifts",
+        "weight: of the site's means; 1/S each averages the sites, 1 each adds up their shifts",
         f"{'layer':<20}{'weight':>8}{'added':>8}{'sigma/sigma_0':>15}{'|shift|/sigma_0':>17}  site",
     ]
     for row in sorted(rows, key=lambda row: row.layer):

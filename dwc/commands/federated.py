@@ -2,32 +2,26 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from dwc.base.errors import InputError
-from dwc.commands.arguments import add_settings, make, new_parser, parse
-from dwc.data.manifest import Scan
+from dwc.commands.arguments import add_settings, from_file, make, new_parser, parse
 from dwc.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from dwc.data.manifest import Scan
+    from dwc.federated.project import Project
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one of the steps.
-
-    Raises
-    ------
-    InputError
-        If an argument or a file is wrong, or NVIDIA FLARE is not installed.
-    Interrupted
-        If a signal ended a service.
-    """
+    """Run one of the steps."""
     parser = new_parser("federated", "Run distributed weight consolidation over many sites, on NVIDIA FLARE.")
     steps = parser.add_subcommands(dest="step")
     for name, (add_arguments, _) in _STEPS.items():
@@ -44,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _init_arguments(parser: ArgumentParser) -> None:
     """Write the start-up kits of a project."""
-    parser.add_argument("project", type=Path, help="project.yml, what the consortium has agreed on")
+    parser.add_argument("project", type=Path, help="project.yml, the consortium's agreement")
     parser.add_argument("--out", type=Path, default=Path("federation"), help="folder for the kits; keep it safe")
 
 
@@ -54,31 +48,28 @@ def _init(values: Namespace) -> None:
     project = _agreement(values.project)
     kits = provision(project, values.out.absolute())
     if kits.name == FIRST:
-        print(f"{kits / project.server}  the server's; next: dwc federated serve {kits / project.server}")
-        print(f"{kits / project.organizer}  the organizer's; it stays with the server's")
+        print(f"{kits / project.server}  the server's kit; next: dwc federated serve {kits / project.server}")
+        print(f"{kits / project.organizer}  the organizer's; keep it with the server's")
     else:
-        books = kits.parent / FIRST / project.server
-        print(f"the cycle goes on in the server's first kit; next: dwc federated amend {books} {values.project}")
+        first = kits.parent / FIRST / project.server
+        print(f"the cycle stays in the first server kit; next: dwc federated amend {first} {values.project}")
+    unless = "" if kits.name == FIRST else "if it has none yet, "
     for site in project.sites:
-        print(f"{kits / site}  for {site}, {'' if kits.name == FIRST else 'if it has none yet, '}over a safe channel")
+        print(f"{kits / site}  for {site}, {unless}over a safe channel")
 
 
-def _agreement(path: Path):
-    """The consortium's, checked."""
+def _agreement(path: Path) -> "Project":
     from dwc.federated.project import Project
 
     if not path.is_file():
-        raise InputError(f"{path}: no such file; see docs/federated.md for what is in it")
-    parser = new_parser("federated init", "")
-    parser.add_class_arguments(Project)
-    project = Project(**parser.instantiate(parse(parser, ["--config", str(path)])).as_dict())
-    return replace(project, prior=path.absolute().parent / project.prior).check()
+        raise InputError(f"{path}: no such file; docs/federated.md describes it")
+    return from_file(Project, path, lambda entries: {**entries, "prior": path.absolute().parent / entries["prior"]})
 
 
 def _serve_arguments(parser: ArgumentParser) -> None:
-    """Run the server, and ask the sites again and again."""
+    """Run the server and make a pass over the sites again and again."""
     _kit_arguments(parser)
-    parser.add_argument("--every_s", type=float, default=300.0, help="seconds from one pass over the sites to the next")
+    parser.add_argument("--every_s", type=float, default=300.0, help="seconds from the start of one pass to the next")
 
 
 def _serve(values: Namespace) -> None:
@@ -89,9 +80,9 @@ def _serve(values: Namespace) -> None:
 
 
 def _amend_arguments(parser: ArgumentParser) -> None:
-    """Change the sites, rounds, quorum, grace or answer_timeout_s of a cycle that is under way."""
+    """Change the sites, rounds, quorum, grace_hours or answer_timeout_s of a running cycle."""
     parser.add_argument("kit", type=Path, help="the server's start-up kit; its server may be running")
-    parser.add_argument("project", type=Path, help="project.yml as it is now")
+    parser.add_argument("project", type=Path, help="the new project.yml")
 
 
 def _amend(values: Namespace) -> None:
@@ -111,17 +102,15 @@ def _amend(values: Namespace) -> None:
 def _join_arguments(parser: ArgumentParser) -> None:
     """Run a site: answer the server, train on the site's own scans."""
     parser.add_argument("kit", type=Path, help="the site's start-up kit")
+    parser.add_argument("--data", type=Path | None, default=None, help="manifest of the site's scans, for new rounds")
     parser.add_argument(
-        "--data", type=Path | None, default=None, help="manifest of the site's scans; once for each round"
-    )
-    parser.add_argument(
-        "--settings", type=Path | None, default=None, help="YAML of the site's own: device, workers, cache_dir, ..."
+        "--settings", type=Path | None, default=None, help="YAML of the site's own settings: device, workers, ..."
     )
     parser.add_argument(
         "--command", type=list[str] | None, default=None,
-        help="what starts a training and lasts as long, as [sbatch, --wait, /srv/job.sh]; by default dwc train itself",
+        help="program that runs a training and lasts as long, as [sbatch, --wait, /srv/job.sh]; default: dwc train",
     )  # fmt: skip
-    parser.add_argument("--again", type=bool, default=False, help="train on scans that have counted in a round before")
+    parser.add_argument("--again", type=bool, default=False, help="allow scans that have counted in an earlier round")
 
 
 def _join(values: Namespace) -> None:
@@ -135,20 +124,21 @@ def _join(values: Namespace) -> None:
     kit = values.kit.absolute()
     folder = folder_in(kit)
     if not (kit / "startup" / "fed_client.json").is_file():
-        raise InputError(f"{kit}: is no site's kit; give one written by dwc federated init")
+        raise InputError(f"{kit}: is not a site's kit; give one written by dwc federated init")
     if values.data is not None:
         own = _own(values.settings)
         words = ["--cache_dir", str(folder / "cache"), "--config", str(folder / TRAINING), "--mode", "vcl"]
         more = ["--data", str(values.data.absolute()), *(["--config", str(values.settings)] if own else [])]
         settings, scans = _checked_training([*words, *more])
-        if values.command is None:  # elsewhere there may be other devices
+        if values.command is None:  # another program may run on other devices
             choose_device(settings.device)
         words += ["--config", str(folder / "own.yml")]
         Spool.create(folder, words, values.command, scans=scans, again=values.again)
+        # As resolved here, so that relative paths stay right in the trainer's folder.
         resolved = {name: value for name, value in settings.to_json().items() if name in own}
-        write_whole(folder / "own.yml", yaml.safe_dump(resolved).encode())  # paths hold wherever a trainer starts
+        write_whole(folder / "own.yml", yaml.safe_dump(resolved).encode())
     elif values.settings or values.command or values.again:
-        raise InputError("--settings, --command and --again go with --data; give the manifest of the site's scans too")
+        raise InputError("`settings`, `command` and `again` go with `data`; give the manifest of the site's scans too")
     Spool(folder)
     join(kit)
 
@@ -167,12 +157,12 @@ def _own(path: Path | None) -> dict[str, Any]:
     if not isinstance(own, dict):
         raise InputError(f"{path}: holds no settings; give lines such as device: cuda")
     if odd := sorted(own.keys() - {*OWN}, key=str):
-        raise InputError(f"{path}: {odd[0]!r} is not a site's own to set, but {', '.join(OWN)}; leave it out")
+        raise InputError(f"{path}: {odd[0]!r} cannot be set by a site, only {', '.join(OWN)}; leave it out")
     return own
 
 
-def _checked_training(words: list[str]) -> tuple[TrainSettings, list[Scan]]:
-    """Settings and scans; refuses those with which no training could begin, while a person is looking."""
+def _checked_training(words: list[str]) -> "tuple[TrainSettings, list[Scan]]":
+    """Settings and scans; refuses those that could never train while a person is there to see it."""
     from dwc.data.labels import LabelMap
     from dwc.training.specification import labelled_scans
 
@@ -199,14 +189,14 @@ def _round(values: Namespace) -> None:
 
 
 def _status_arguments(parser: ArgumentParser) -> None:
-    """Print how far a server's cycle is."""
+    """Print the state of a server's cycle."""
     parser.add_argument("kit", type=Path, help="the server's start-up kit")
     parser.add_argument("--json", type=bool, default=False, help="the whole state, for programs")
 
 
 def _status(values: Namespace) -> None:
-    from dwc.federated.cycle import read_state
     from dwc.federated.exchange import folder_in
+    from dwc.federated.server_state import read_state
 
     if values.json:
         print(json.dumps(read_state(folder_in(values.kit)), indent=2))
@@ -215,31 +205,29 @@ def _status(values: Namespace) -> None:
 
 
 def _print_state(kit: Path) -> None:
-    from dwc.federated.cycle import describe, read_state
     from dwc.federated.exchange import folder_in
+    from dwc.federated.server_state import describe, read_state
 
     print(describe(read_state(folder_in(kit))), flush=True)
 
 
 def _kit_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("kit", type=Path, help="the server's start-up kit")
-    parser.add_argument("--admin", type=Path | None, default=None, help="the organizer's; default: beside the server's")
+    parser.add_argument("--admin", type=Path | None, default=None, help="the organizer's kit; default: beside it")
 
 
 def _simulate_arguments(parser: ArgumentParser) -> None:
-    """Run whole rounds on this machine, on simulated sites, and plan for more."""
+    """Run whole rounds with simulated sites on this machine, and plan for more sites."""
     from dwc.federated.settings import SimulationSettings
 
-    parser.add_class_arguments(SimulationSettings)
+    add_settings(parser, SimulationSettings)
 
 
 def _simulate(values: Namespace) -> None:
     from dwc.federated.local import simulate
     from dwc.federated.settings import SimulationSettings
 
-    parser = new_parser("federated simulate", "")
-    parser.add_class_arguments(SimulationSettings)
-    simulate(SimulationSettings(**parser.instantiate(values).as_dict()))
+    simulate(make(SimulationSettings, values.as_dict()))
 
 
 _STEPS: dict[str, tuple[Callable[[ArgumentParser], None], Callable[[Namespace], None]]] = {

@@ -1,7 +1,7 @@
-"""The cycle over many sites: a prior goes out, posteriors come back, the consolidated one is the next prior.
+"""The consolidation cycle over many sites, on NVIDIA FLARE.
 
-NVIDIA FLARE carries the messages; every exchange with a site is answered in seconds, whatever its training does.
-`project` is what a consortium agrees on, `cycle` the server's books, `spool` a site's, `exchange` the two classes that
-FLARE runs, `provisioning` its start-up kits, `service` the processes and `simulation` the planning on one machine.
-Only the last four know of FLARE; the first three move files and can be followed by hand.
+The server sends out a prior, sites return posteriors, and the consolidated posterior is the prior of the next round.
+Messages are answered in seconds; training runs as a detached process at the site. `project` is the consortium's
+agreement, `cycle` the server's state, `spool` a site's, `exchange` the two classes that FLARE runs, `provisioning` its
+start-up kits, `service` the long-running processes and `local` a simulation on one machine.
 """

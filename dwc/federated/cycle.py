@@ -1,83 +1,44 @@
-"""The server's books: which prior is out, whose posterior has arrived, and when a round closes.
+"""The server's side of the cycle: which prior is out, whose posterior has arrived, and when a round closes.
 
 A folder holds the priors `q0.safetensors`, `q1.safetensors`, ..., the posteriors `round-1/<site>.safetensors` and
-`state.json`, which is written last and whole: what it does not tell has not happened, and is done again. Nothing here
-sends or waits; `exchange` moves the messages, and every call may be repeated.
+`state.json`. The state is written last and atomically: after a crash, whatever it does not mention is done again.
+Nothing here sends or waits.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import datetime, timedelta, timezone
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from dwc.base.errors import InputError, one_line
+from dwc.base.errors import InputError
 from dwc.base.files import open_folder, sweep, write_whole
 from dwc.consolidation import Consolidation
+from dwc.federated.admission import Refused, admit, blamed_on, check_size
 from dwc.federated.project import Project
-from dwc.federated.wire import ANSWER, HEADER, check, digest
+from dwc.federated.server_state import VERSION, n_expected, quorum_since, read_state, steady_time, write_state
+from dwc.federated.wire import ANSWER, check, digest
+from dwc.influence import Influence, limit_powers
 from dwc.posterior import Posterior
 
-__all__ = ["Cycle", "describe", "read_state"]
+__all__ = ["Cycle"]
 
-_VERSION = 3
-_MAY_CHANGE = {"sites", "rounds", "quorum", "grace_hours", "answer_timeout_s"}  # while a cycle is under way
-_REFUSED = 100  # files of a site that are remembered as refused: one that sends junk does not fill the books
-_FAR = 1e9  # of the prior's sigmas that a mean moves, or fold that a sigma shrinks: no training does
+# What may change while a cycle is under way.
+_MAY_CHANGE = {"sites", "rounds", "quorum", "grace_hours", "answer_timeout_s", "max_influence", "trusted"}
+_MAX_REFUSALS = 100  # kept for each site, so that junk does not fill the state
 _UNHEARD = {"state": "not heard of", "round": 0, "heard": None}
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The books as they stand.
-
-    Raises
-    ------
-    InputError
-        If there are none.
-    """
-    path = folder / "state.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give the server's kit") from error
-    except ValueError as error:
-        raise InputError(f"{path}: is no JSON ({error}); restore it from a backup") from error
-    if state.get("version") != _VERSION:
-        raise InputError(f"{path}: version {state.get('version')!r}, not {_VERSION}; use the dwc that it began with")
-    return state
-
-
-def describe(state: Mapping[str, Any]) -> str:
-    """The books for people: the round, and a line per site."""
-    project, number = state["project"], len(state["priors"])
-    open_round = f"round {number} of {project['rounds']} is open, from" if number <= project["rounds"] else "result is"
-    lines = [f"{project['name']}: {open_round} q{number - 1}.safetensors ({state['priors'][-1][:12]})"]
-    if since := _quorum_since(state):
-        lines.append(f"quorum since {since}, grace {project['grace_hours']:g} h")
-    width = max(map(len, state["sites"]))
-    for site, row in state["sites"].items():
-        entered = [str(row["round"]) for row in state["posteriors"] if row["site"] == site]
-        heard = f"{row['state']} (round {row['round']}), heard {row['heard']}" if row["heard"] else row["state"]
-        lines.append(f"  {site:<{width}}  {heard}; posteriors in: {', '.join(entered) or 'none'}")
-    lines += [f"refused: {row['reason']}" for row in state["refused"]]
-    lines += [f"in the last pass: {trouble}" for trouble in state["trouble"]]
-    return "\n".join(lines)
-
-
 class Cycle:
-    """The books in a folder, and what may be done to them. One process at a time (`lock.held`).
+    """The server's state and what may be done to it, by one process at a time (`dwc.base.locks.held`).
+
+    Every method may be repeated after a crash.
 
     Parameters
     ----------
     folder : Path
         Made by `Cycle.create`.
-
-    Raises
-    ------
-    InputError
-        If it holds no books.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -87,63 +48,58 @@ class Cycle:
         self._contents: dict[int, bytes] = {}
 
     def reload(self) -> None:
-        """Forget what could not be written, as when the disk is full: the folder alone tells what has happened."""
+        """Drop changes that could not be written, for instance because the disk is full."""
         self.state = read_state(self.folder)
         self.project = self.state["project"]
 
     @classmethod
     def create(cls, folder: Path, project: Project) -> "Cycle":
-        """Begin: round 1 is open, from the project's prior.
-
-        Raises
-        ------
-        InputError
-            If the prior is none, or the folder holds books already or cannot be written.
-        """
+        """Open round 1 from the project's prior, in a new folder."""
         prior = Posterior.load(project.prior)
         Consolidation(prior)  # refuses a MAP network
         if (folder / "state.json").exists():
             raise InputError(f"{folder / 'state.json'}: a cycle has begun here; give another folder")
         open_folder(folder)
         prior.save(folder / "q0.safetensors")
-        state = {
-            "version": _VERSION,
+        state: dict[str, Any] = {
+            "version": VERSION,
             "project": project.to_json(),
-            "priors": [prior.sha256],  # of round 1, 2, ...; the last one is the result when all rounds are closed
-            "published": [_now().isoformat()],  # when
+            "priors": [prior.sha256],  # of round 1, 2, ...; the last is the result when all rounds are closed
+            "published": [],
+            "clock": {},
+            "banned": [],
+            "acts": [],  # of the organizer: what was dropped, reopened or banned, and when
             "posteriors": [],
             "refused": [],
-            "trouble": [],  # of the last pass: what a person has to see to
+            "trouble": [],  # problems of the last pass
             "traffic": {},  # by site and round: bytes of the messages to it and from it
             "sites": {site: dict(_UNHEARD) for site in project.sites},
         }
-        _write(folder, state)
+        state["published"].append(_now(state).isoformat())
+        write_state(folder, state)
         return cls(folder)
 
     def amend(self, project: Project) -> None:
-        """Go on under a changed agreement: other sites, rounds, quorum, grace or time for an answer.
+        """Continue under a changed agreement: other sites, rounds, quorum, grace or answer timeout.
 
-        Raises
-        ------
-        InputError
-            If anything else is changed, which kits, sites or closed rounds would not know of, or if it leaves out a
-            site that has handed in or a round that has begun.
+        All else is part of kits and closed rounds and must stay, as must sites that have sent a posterior and rounds
+        that have begun.
         """
         if self.round is None:
-            self.advance()  # a late posterior belongs to the result, before that is the prior of one more round
+            self.advance()  # a late posterior belongs to the result before that becomes the prior of another round
         agreed = json.loads(json.dumps(project.to_json()))
         for name in sorted(agreed.keys() - _MAY_CHANGE - {"prior"}):
             if agreed[name] != self.project[name]:
-                raise InputError(f"{name} {agreed[name]}: the books have {self.project[name]} for good; put that back")
+                raise InputError(f"`{name}` {agreed[name]}: cannot change from {self.project[name]}; put that back")
         if (prior := Posterior.load(project.prior)).sha256 != self.state["priors"][0]:
-            raise InputError(f"prior {prior.name}: is not the one that the cycle began with; put that back")
+            raise InputError(f"`prior` {prior.name}: is not the one that the cycle began with; put that back")
         if gone := sorted({row["site"] for row in self.state["posteriors"]} - {*project.sites}):
-            raise InputError(f"sites: {gone[0]} has handed in already; leave it in")
+            raise InputError(f"`sites`: {gone[0]} has sent a posterior already; leave it in")
         if project.rounds < (begun := self.round or len(self.state["priors"]) - 1):
-            raise InputError(f"rounds {project.rounds}: round {begun} has begun already; give {begun} or more")
+            raise InputError(f"`rounds` {project.rounds}: round {begun} has begun already; give {begun} or more")
         self.project = self.state["project"] = agreed
         self.state["sites"] = {site: self.state["sites"].get(site, dict(_UNHEARD)) for site in project.sites}
-        _write(self.folder, self.state)
+        write_state(self.folder, self.state)
 
     @property
     def round(self) -> int | None:
@@ -159,138 +115,182 @@ class Cycle:
     def question(self, site: str, *, with_prior: bool = False) -> dict[str, Any]:
         """What the server asks a site: `wire.QUESTION`."""
         number = self.round
-        question = {
+        question: dict[str, Any] = {
             "round": number or 0,
             "prior_sha256": self.state["priors"][-1] if number else "",
             "settled": {
                 row["file_sha256"]: row.get("reason", "")
                 for row in self.state["posteriors"] + self.state["refused"]
-                if row["site"] == site
+                if row["site"] == site and not row.get("damaged")
             },
         }
-        return question | ({"prior": self._content(number)} if with_prior and number else {})
+        if with_prior and number:
+            question["prior"] = self._content(number)
+        return question
 
     def receive(self, site: str, answer: Mapping[str, Any]) -> dict[str, Any]:
-        """Enter a site's answer; a posterior is checked and kept, once per site, round and prior.
+        """Record a site's answer, `wire.ANSWER`, and return it.
 
-        Returns the answer. A posterior that does not belong is refused: the books say why, and the site is told.
-
-        Raises
-        ------
-        InputError
-            If the site is none of the project's, the message is none of ours, or the server's own files are at fault:
-            nothing is entered then, and the site will send it again.
+        A posterior is checked and kept once per site, round and prior. One that does not belong is refused: the state
+        says why, and the site is told. If the server's own files are at fault, this is an InputError and nothing is
+        recorded; the site will send its answer again.
         """
         if site not in self.project["sites"]:
-            raise InputError(f"{site}: is no site of {self.project['name']}; it is not listened to")
-        answer = check(answer, ANSWER)
-        self.state["sites"][site] = {"state": answer["state"], "round": answer["round"], "heard": _now().isoformat()}
+            raise InputError(f"{site}: is not a site of {self.project['name']}; its answer is ignored")
+        if site in self.state["banned"]:
+            raise InputError(f"{site}: is banned; its answer is ignored")
+        try:
+            answer = check(answer, ANSWER)
+        except InputError as error:
+            raise InputError(f"{site}: {error}") from error
+        heard = _now(self.state).isoformat()
+        self.state["sites"][site] = {"state": answer["state"], "round": answer["round"], "heard": heard}
         if "posterior" in answer:
             self._enter(site, answer["posterior"])
-        _write(self.folder, self.state)
+        write_state(self.folder, self.state)
         return answer
 
     def advance(self, now: datetime | None = None) -> bool:
         """Close the open round if it is due, and publish the next prior; returns whether one was published.
 
-        A round is due when all sites have answered, or the quorum has and the grace is over. Late posteriors of earlier
-        rounds enter the round that closes next; after the last one they are added to its result.
-
-        Raises
-        ------
-        InputError
-            If a file has been tampered with.
+        A round is due when all sites have answered, or when it has its quorum and the grace period is over. Late
+        posteriors of earlier rounds enter the round that closes next; after the last round they are added to its
+        result.
         """
-        now, number = now or _now(), self.round
+        now, number = now or _now(self.state), self.round
         waiting = [row for row in self.state["posteriors"] if row["counted_in"] is None]
         if number is None:
             return bool(waiting) and self._publish(self.project["rounds"], waiting)
-        since = _quorum_since(self.state)
+        since = quorum_since(self.state)
         if since is None:
             return False
         until = datetime.fromisoformat(since) + timedelta(hours=self.project["grace_hours"])
-        n_here = sum(row["round"] == number for row in waiting)
-        if n_here < len(self.project["sites"]) and now < until:
+        n_received = sum(row["round"] == number for row in waiting)
+        if n_received < n_expected(self.state) and now < until:
             return False
         return self._publish(number, waiting)
 
     def note(self, trouble: list[str]) -> None:
-        """Keep what went wrong in a pass for those who ask for the state."""
+        """Keep the problems of a pass, for `describe`."""
         if trouble != self.state["trouble"]:
             self.state["trouble"] = trouble
-            _write(self.folder, self.state)
+            write_state(self.folder, self.state)
 
     def count(self, site: str, number: int, to_site: int, from_site: int) -> None:
-        """Add to the bytes of a site's messages in a round; kept with the next answer that is entered."""
+        """Add to the bytes of a site's messages in a round; written with the next answer."""
         row = self.state["traffic"].setdefault(site, {}).setdefault(str(number), [0, 0])
         row[:] = row[0] + to_site, row[1] + from_site
 
     def _publish(self, number: int, waiting: list[dict[str, Any]]) -> bool:
-        """Consolidate what counts in a round into the next prior (Eq. 17; S = the posteriors received)."""
+        """Consolidate the posteriors that count in a round into the next prior (Eq. 17), and read it back."""
         rows = [row for row in self.state["posteriors"] if row["counted_in"] == number] + waiting
+        rows.sort(key=lambda row: (row["round"], row["site"]))
+        powers = [1.0] * len(rows)
+        if all(row.get("influence") for row in rows):  # a row from before an upgrade has none
+            influences = [Influence.from_json(row["influence"]) for row in rows]
+            powers = limit_powers(influences, self.project["max_influence"])
         consolidation = Consolidation(self._prior(number)).tempered(self.project["temper"])
-        for row in sorted(rows, key=lambda row: (row["round"], row["site"])):
-            trained_from = None if row["round"] == number else self._prior(row["round"])
-            consolidation.add(Posterior.load(self.folder / row["file"]), prior=trained_from)
+        for row, power in zip(rows, powers, strict=True):
+            site = self._posterior(row)
+            row["power"] = power
+            if power > 0:
+                trained_from = None if row["round"] == number else self._prior(row["round"])
+                consolidation.add(site, prior=trained_from, power=power)
         posterior = consolidation.posterior()
         posterior.save(self._prior_file(number + 1))
+        if Posterior.load(self._prior_file(number + 1)).sha256 != posterior.sha256:
+            raise InputError(f"{self._prior_file(number + 1)}: reads back as something else; check the disk")
         for row in waiting:
             row["counted_in"] = number
         self.state["priors"][number:] = [posterior.sha256]
-        self.state["published"][number:] = [_now().isoformat()]
-        _write(self.folder, self.state)
+        self.state["published"][number:] = [_now(self.state).isoformat()]
+        write_state(self.folder, self.state)
         return True
 
-    def _enter(self, site: str, content: bytes) -> None:
-        """Keep a posterior's file and note it, or note why not."""
-        if digest(content) in self.question(site)["settled"]:
-            return  # sent again, because our receipt was lost
-        row = {"site": site, "file_sha256": digest(content), "received": _now().isoformat(), "bytes": len(content)}
-        incoming = self.folder / f".incoming-{site}.part"
-        write_whole(incoming, content)
+    def _posterior(self, row: dict[str, Any]) -> Posterior:
+        """A posterior that was recorded; one that was damaged since is asked for again."""
+        path = self.folder / row["file"]
         try:
+            posterior = Posterior.load(path)
+            if posterior.sha256 == row["sha256"]:
+                return posterior
+            reason = "is not the file that was recorded"
+        except InputError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            reason = str(error).removeprefix(f"{path}: ")
+        self.reload()
+        for known in self.state["posteriors"]:
+            if known["file"] == row["file"]:
+                known["damaged"] = True
+        write_state(self.folder, self.state)
+        raise InputError(f"{path}: {reason}; {row['site']} is asked to send it again, or drop it with amend")
+
+    def _enter(self, site: str, content: bytes) -> None:
+        """Keep a posterior's file and record it, or record why not."""
+        file_sha256 = digest(content)
+        damaged = [row for row in self._rows_of(site) if row.get("damaged") and row["file_sha256"] == file_sha256]
+        for row in damaged:
+            write_whole(self.folder / row["file"], content)
+            del row["damaged"]
+        if damaged or file_sha256 in self.question(site)["settled"]:
+            return  # sent again, because the file was damaged here or the site did not get the receipt
+        received = _now(self.state).isoformat()
+        row = {"site": site, "file_sha256": file_sha256, "received": received, "bytes": len(content)}
+        incoming = self.folder / f".incoming-{site}.part"
+        try:
+            check_size(site, content, self._prior_file(1))
+            write_whole(incoming, content)
             row |= self._checked(site, incoming)
             row |= {"file": f"round-{row['round']}/{site}.safetensors", "counted_in": None}
             (self.folder / f"round-{row['round']}").mkdir(exist_ok=True)
             os.replace(incoming, self.folder / row["file"])
             self.state["posteriors"].append(row)
-        except _Refused as error:
-            self.state["refused"].append({**row, "reason": str(error)})
-            mine = [row for row in self.state["refused"] if row["site"] == site]
-            if len(mine) > _REFUSED:
-                self.state["refused"].remove(mine[0])
+        except Refused as error:
+            self._refuse(row, str(error))
         finally:
             incoming.unlink(missing_ok=True)
 
-    def _checked(self, site: str, incoming: Path) -> dict[str, Any]:
-        """What the books tell of a posterior, if it belongs; `_Refused` if not.
+    def _refuse(self, row: Mapping[str, Any], reason: str) -> None:
+        """Record a refusal; the site is told with the next question."""
+        kept = ("site", "file_sha256", "received", "bytes")
+        self.state["refused"].append({**{name: row[name] for name in kept if name in row}, "reason": reason})
+        earlier = [other for other in self.state["refused"] if other["site"] == row["site"]]
+        if len(earlier) > _MAX_REFUSALS:
+            self.state["refused"].remove(earlier[0])
 
-        The round that it would close is consolidated on trial: what is let in here must not stop `advance` later.
-        """
-        with _blamed_on(site, incoming):
+    def _rows_of(self, site: str) -> list[dict[str, Any]]:
+        return [row for row in self.state["posteriors"] if row["site"] == site]
+
+    def _checked(self, site: str, incoming: Path) -> dict[str, Any]:
+        """The state's entries about a posterior that belongs; `Refused` if it does not."""
+        with blamed_on(site, incoming):
             posterior = Posterior.load(incoming)
-            row = {"round": self._round_of(posterior), "prior_sha256": posterior.metadata["prior_sha256"]}
-            row |= {"sha256": posterior.sha256, "n_volumes": posterior.metadata.get("n_volumes")}
-        trial = Consolidation(self._prior(row["round"])).tempered(self.project["temper"])
-        with _blamed_on(site, incoming):
-            self._check(site, row, posterior)
-            trial.add(posterior)
-            trial.posterior()
-            _check_reach(posterior, trial.prior)
-        return row
+            number = self._round_of(posterior)
+            row = {"round": number, "prior_sha256": posterior.metadata["prior_sha256"], "sha256": posterior.sha256}
+        prior = self._prior(number)
+        others = {
+            other["site"]: Influence.from_json(other["influence"])
+            for other in self.state["posteriors"]
+            if other["round"] == number and other["site"] != site and other.get("influence")
+        }
+        with blamed_on(site, incoming):
+            self._check_once(site, row, posterior)
+            return row | admit(posterior, prior, others, self.project["temper"])
 
     def _round_of(self, posterior: Posterior) -> int:
-        """The round of the prior that a posterior was trained from: its key, whatever the site says."""
+        """The round of the prior that a posterior was trained from, whatever the site says."""
         trained_from = posterior.metadata.get("prior_sha256")
         opened = self.state["priors"][: self.project["rounds"]]
         if trained_from not in opened:
-            raise InputError(f"{posterior.name}: was trained from prior {str(trained_from)[:12]}, none of ours")
+            raise InputError(
+                f"{posterior.name}: was trained from prior {str(trained_from)[:12]}, which no round had; "
+                "train from the prior that the server sent"
+            )
         return opened.index(trained_from) + 1
 
-    def _check(self, site: str, row: dict[str, Any], posterior: Posterior) -> None:
-        """Refuse what would count a site's scans twice, and a header with more in it than was agreed on."""
-        if odd := sorted(posterior.metadata.keys() - HEADER):
-            raise InputError(f"{posterior.name}: its header has {odd[0]!r}; hand in what dwc train wrote, and no more")
+    def _check_once(self, site: str, row: dict[str, Any], posterior: Posterior) -> None:
+        """Refuse what would count a site's scans twice."""
         for other in self.state["posteriors"]:
             if other["site"] == site and other["round"] == row["round"]:
                 raise InputError(f"{posterior.name}: another one of round {row['round']} is in; a site counts once")
@@ -300,7 +300,7 @@ class Cycle:
                 raise InputError(f"{posterior.name}: is the posterior of {other['site']}; each counts once")
 
     def _content(self, number: int) -> bytes:
-        """A round's prior as a file's bytes, in memory once for all sites that ask."""
+        """The file of a round's prior, kept in memory for all sites that ask."""
         if self._contents.keys() != {number}:
             self._prior(number)  # a damaged one is not sent
             self._contents = {number: self._prior_file(number).read_bytes()}
@@ -316,42 +316,5 @@ class Cycle:
         return prior
 
 
-class _Refused(InputError):
-    """What a site has handed in does not belong."""
-
-
-@contextmanager
-def _blamed_on(site: str, incoming: Path) -> Iterator[None]:
-    """What is wrong with a file is its site's to mend, in words that name no path of ours; a failing disk is not."""
-    try:
-        yield
-    except InputError as error:
-        if isinstance(error.__cause__, OSError):
-            raise
-        reason = str(error).replace(str(incoming), f"{site}'s posterior").replace(f"{incoming.parent}/", "")
-        raise _Refused(one_line(reason)) from error
-
-
-def _check_reach(posterior: Posterior, prior: Posterior) -> None:
-    """Refuse values so large or small that, with those of other sites, they leave the range of fp32."""
-    for name, sigma_0 in prior.sigma.items():
-        shift = (posterior.mu[name].double() - prior.mu[name]).abs()
-        if (shift > _FAR * sigma_0).any() or (posterior.sigma[name] < sigma_0 / _FAR).any():
-            raise InputError(
-                f"{posterior.name}: {name} is more than {_FAR:g} sigmas from the prior, or as much surer; train again"
-            )
-
-
-def _quorum_since(state: Mapping[str, Any]) -> str | None:
-    """When the posterior arrived with which the open round had its quorum; None if it has none."""
-    number, quorum = len(state["priors"]), state["project"]["quorum"]
-    received = sorted(row["received"] for row in state["posteriors"] if row["round"] == number)
-    return received[quorum - 1] if len(received) >= quorum else None
-
-
-def _write(folder: Path, state: Mapping[str, Any]) -> None:
-    write_whole(folder / "state.json", json.dumps(state, indent=2).encode())
-
-
-def _now() -> datetime:
-    return datetime.now(timezone.utc).replace(microsecond=0)
+def _now(state: dict[str, Any]) -> datetime:
+    return steady_time(state["clock"])

@@ -1,8 +1,8 @@
-"""The two classes that NVIDIA FLARE runs, the only ones its allow-list holds: `Exchange` asks, `Site` answers.
+"""The two classes that NVIDIA FLARE may run: `Exchange` asks, at the server; `Site` answers, at a site.
 
-One job is one pass over the sites: every site is asked, who wants the prior is given it, what is handed in is entered
-in the books, and the round closes if it is due. A pass lasts as long as messages do, never as long as training, and
-leaves everything that matters on disk; killed anywhere, the next one makes up for it.
+One job is one pass over the sites: every site is asked for its state, gets the prior if it wants it, its posterior is
+recorded, and the round closes if it is due. A pass takes as long as messages take, never as long as training. If it
+is killed, the next pass does what it left undone.
 """
 
 import os
@@ -21,7 +21,7 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.fuel.utils import fobs
 
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, one_line
 from dwc.base.locks import held
 from dwc.federated.cycle import Cycle
 from dwc.federated.spool import Spool
@@ -30,14 +30,14 @@ from dwc.federated.wire import ASK, GIVE
 __all__ = ["ALLOWED", "FOLDER", "SERVER", "Exchange", "Site", "folder_in"]
 
 ALLOWED = ("dwc.federated.exchange.Exchange", "dwc.federated.exchange.Site")
-FOLDER = "DWC_FEDERATED"  # environment: a folder with one for each participant, in place of the kits'
+FOLDER = "DWC_FEDERATED"  # environment variable: a folder with one folder per participant, instead of the kits
 SERVER = "server"
 _LOOK_S = 0.1
-_AT_ONCE = 10  # priors on their way: a thousand would share the server's link, and none be there in time
+_MAX_SENDING = 10  # priors at a time: a thousand would share the server's link, and none would arrive in time
 
 
 def folder_in(kit: Path) -> Path:
-    """Where a participant keeps its books: in its start-up kit."""
+    """The folder in a start-up kit that holds a participant's part of the cycle."""
     return kit / "cycle"
 
 
@@ -47,9 +47,9 @@ class Exchange(Controller):
     Parameters
     ----------
     passes : int
-        How many, at most; one, but for simulations.
+        Maximum number; more than one only in simulations.
     pause_s : float
-        Between them.
+        Seconds between passes.
     """
 
     def __init__(self, passes: int = 1, pause_s: float = 0.0) -> None:
@@ -58,23 +58,23 @@ class Exchange(Controller):
         self.pause_s = pause_s
 
     def start_controller(self, fl_ctx: FLContext) -> None:
-        """Nothing to begin with: each pass reads the books."""
+        """Do nothing: each pass reads the state."""
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
-        """Nothing to end with: each pass has written the books."""
+        """Do nothing: each pass has written the state."""
 
     def process_result_of_unknown_task(
         self, client: Any, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
     ) -> None:
-        """An answer to a question that is no longer open; the site will be asked again."""
+        """Ignore an answer that came too late; the site will be asked again."""
         self.log_info(fl_ctx, f"{client.name} answers too late; it will be asked again")
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Make the passes."""
+        """Make the passes, unless another process is making one."""
         folder = _folder(fl_ctx, SERVER)
         with held(folder / "lock") as alone:
             if not alone:
-                self.log_info(fl_ctx, "another pass is at work; this one has nothing to do")
+                self.log_info(fl_ctx, "another pass is running; this one has nothing to do")
                 return
             for number in range(self.passes):
                 cycle = Cycle(folder)
@@ -85,9 +85,11 @@ class Exchange(Controller):
                     time.sleep(self.pause_s)
 
     def _pass(self, cycle: Cycle, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Ask every site that is there; a pass lasts as long as its slowest answer, but a due round closes before."""
+        """Ask every connected site; ends with the slowest answer, but closes a round as soon as it is due."""
         trouble: list[str] = []
-        until = time.monotonic() + cycle.project["answer_timeout_s"]  # what is sent by then ends within `pass_limit`
+        until = (
+            time.monotonic() + cycle.project["answer_timeout_s"]
+        )  # no prior is sent later, to end within `pass_limit`
         sites = {client.name for client in self._engine.get_clients()}.intersection(cycle.project["sites"])
         open_tasks = {site: self._send(ASK, cycle, site, fl_ctx) for site in sorted(sites)}
         want_prior: list[str] = []
@@ -97,17 +99,17 @@ class Exchange(Controller):
                 if task.completion_status is None:
                     continue
                 del open_tasks[site]
-                with self._noted(cycle, trouble, fl_ctx):
+                with self._noted(cycle, trouble, fl_ctx, site):
                     if self._receive(cycle, site, task, fl_ctx) == "no prior":
                         want_prior.append(site)
                 self._advance(cycle, trouble, fl_ctx)
-            if time.monotonic() < until:  # who has to wait for longer asks again in the next pass
-                free = _AT_ONCE - sum(task.name == GIVE for task in open_tasks.values())
+            if time.monotonic() < until:  # the other sites ask again in the next pass
+                free = _MAX_SENDING - sum(task.name == GIVE for task in open_tasks.values())
                 for site in want_prior[:free]:
-                    with self._noted(cycle, trouble, fl_ctx):
+                    with self._noted(cycle, trouble, fl_ctx, site):
                         open_tasks[site] = self._send(GIVE, cycle, site, fl_ctx)
                 del want_prior[:free]
-        self._advance(cycle, trouble, fl_ctx)  # a grace may be over though nobody answers
+        self._advance(cycle, trouble, fl_ctx)  # the grace period may be over though nobody answers
         cycle.note(trouble)
 
     def _advance(self, cycle: Cycle, trouble: list[str], fl_ctx: FLContext) -> None:
@@ -116,15 +118,19 @@ class Exchange(Controller):
                 self.log_info(fl_ctx, f"published {cycle.result}")
 
     @contextmanager
-    def _noted(self, cycle: Cycle, trouble: list[str], fl_ctx: FLContext) -> Iterator[None]:
-        """One site's message, a damaged file or a full disk does not keep the other sites from being heard."""
+    def _noted(self, cycle: Cycle, trouble: list[str], fl_ctx: FLContext, site: str = "") -> Iterator[None]:
+        """Note any error about one site's message or file, and go on with the other sites."""
         try:
             yield
-        except InputError as error:
-            self.log_error(fl_ctx, str(error))
+        except Exception as error:  # nothing that one site sends may end the pass of the others
+            line = str(error)
+            if not isinstance(error, InputError):
+                self.log_exception(fl_ctx, f"{site or 'closing the round'} failed")
+                line = one_line(f"{site or 'the round'}: {type(error).__name__}: {error}; see engine.log")
+            self.log_error(fl_ctx, line)
             cycle.reload()
-            if str(error) not in trouble:
-                trouble.append(str(error))
+            if line not in trouble:
+                trouble.append(line)
 
     def _send(self, name: str, cycle: Cycle, site: str, fl_ctx: FLContext) -> Task:
         data = Shareable()
@@ -134,23 +140,23 @@ class Exchange(Controller):
         return task
 
     def _receive(self, cycle: Cycle, site: str, task: Task, fl_ctx: FLContext) -> str | None:
-        """Enter the answer in the books; the site's new state, None if there was no answer."""
+        """Record the answer; the site's new state, None if there was no answer."""
         result = task.client_tasks[-1].result if task.client_tasks else None
         if task.completion_status != TaskCompletionStatus.OK or not isinstance(result, Shareable):
             self.log_info(fl_ctx, f"{site}: no answer ({task.completion_status})")
             return None
         if result.get_return_code() != ReturnCode.OK:
-            self.log_info(fl_ctx, f"{site}: {result.get_return_code()}; its own log tells why")
+            self.log_info(fl_ctx, f"{site}: {result.get_return_code()}; see its own log")
             return None
         cycle.count(site, task.data["round"], _size(task.data), _size(result))
         return cycle.receive(site, own_entries(result))["state"]
 
 
 class Site(Executor):
-    """Site: answers from its spool, at once; its name is the one in its certificate."""
+    """Site: answers from its spool at once, under the name in its certificate."""
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
-        """Answer a question. What goes wrong is told in the site's own log, not to the server."""
+        """Answer a question; errors go to the site's own log, not to the server."""
         try:
             name = fl_ctx.get_identity_name()
             answer = Spool(_folder(fl_ctx, name), name).answer(own_entries(shareable))
@@ -164,7 +170,7 @@ class Site(Executor):
 
 
 def _size(message: Shareable) -> int:
-    """Bytes of a message as FLARE serializes it, headers and all."""
+    """Bytes of a message as FLARE serializes it, with its headers."""
     return len(fobs.dumps(message))
 
 

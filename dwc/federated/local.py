@@ -1,7 +1,6 @@
-"""Whole rounds on one machine: FLARE's simulator, simulated sites, real trainers, and a plan for more sites.
+"""Whole rounds on one machine: FLARE's simulator, simulated sites and real trainers, and a plan for more sites.
 
-For planning before a consortium begins: what a round takes, what each site sends and receives, and what it brings. The
-classes that answer are those of the real thing; only certificates and distances are missing.
+The classes that ask and answer are the real ones; certificates and distances are missing.
 """
 
 import contextlib
@@ -14,8 +13,10 @@ import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import yaml
 
 from dwc.base.errors import InputError
 from dwc.base.files import open_folder, write_whole
@@ -24,10 +25,12 @@ from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import read_manifest
 from dwc.evaluation import score_volumes, summary
-from dwc.federated.cycle import Cycle, read_state
+from dwc.federated.capacity import capacity_table
+from dwc.federated.cycle import Cycle
 from dwc.federated.exchange import ALLOWED, FOLDER, SERVER, Exchange
-from dwc.federated.planning import plan
 from dwc.federated.project import Project
+from dwc.federated.provisioning import TRAINING
+from dwc.federated.server_state import read_state
 from dwc.federated.service import write_job
 from dwc.federated.settings import SimulationSettings
 from dwc.federated.spool import Spool
@@ -44,17 +47,13 @@ _LOOK_S = 0.2
 
 
 def simulate(settings: SimulationSettings) -> None:
-    """Run the rounds, print what each took and brought, and the plan.
+    """Run the rounds and print time, traffic and Dice of each, then the plan.
 
-    `rounds.csv` and `plan.csv` keep the tables; `traffic.csv` has the bytes of each site and round.
-
-    Raises
-    ------
-    InputError
-        If a setting is wrong, the folder cannot be written, or the simulator ends before the rounds do.
+    Writes `rounds.csv`, `plan.csv` and, with the bytes of each site and round, `traffic.csv`.
     """
-    settings = replace(settings, out=settings.out.absolute())
-    settings.check()
+    if settings.out.exists() and any(settings.out.iterdir()):
+        raise InputError(f"`out` {settings.out}: is not empty; give another folder")
+    LabelMap.load(settings.label_map)
     open_folder(settings.out)
     names = [f"site-{number}" for number in range(1, settings.sites + 1)]
     manifests = [
@@ -64,17 +63,17 @@ def simulate(settings: SimulationSettings) -> None:
     project = Project(
         "simulation", "localhost", names, _first_prior(settings), rounds=settings.rounds, temper=settings.temper,
         training=settings.training(),
-    ).check()  # fmt: skip
+    )  # fmt: skip
     books = settings.out / "books"
     cycle = Cycle.create(books / SERVER, project)
     _run_flare(settings, names, books, manifests)
     if (cycle := Cycle(cycle.folder)).round is not None:
-        raise InputError(f"{settings.out / 'flare.log'}: the simulator ended in round {cycle.round}; it tells why")
+        raise InputError(f"{settings.out / 'flare.log'}: the simulator ended in round {cycle.round}; see this log")
     rounds = _rounds(settings, cycle.folder, manifests[0])
     write_whole(settings.out / "rounds.csv", rounds.to_csv(float_format="%.4f").encode())
     print(rounds.to_string(float_format="%.3f", na_rep="-"))
     if settings.plan_sites:
-        table = plan(settings.plan_sites, n_classes=50, width=96, link_mbit_s=settings.link_mbit_s)
+        table = capacity_table(settings.plan_sites, n_classes=50, width=96, link_mbit_s=settings.link_mbit_s)
         write_whole(settings.out / "plan.csv", table.to_csv(float_format="%.3f").encode())
         print(
             f"\none round of the full network (50 classes, 96 filters), server's link {settings.link_mbit_s:g} Mbit/s"
@@ -84,24 +83,23 @@ def simulate(settings: SimulationSettings) -> None:
 
 
 def _scans(settings: SimulationSettings, name: str, site: int, number: int) -> Path:
-    """A site's manifest of a round, each time with other subjects; the scanners of `load_sites` take turns."""
+    """Write a site's scans of a round, with new subjects, and return its manifest; sites take turns at the scanners."""
     kinds = list(load_sites())
     turn, kind = divmod(site, len(kinds))
     grid = Grid(settings.grid_size, settings.voxel_size)
     folder, seed = settings.out / "scans" / name / f"round-{number}", settings.seed + turn + 1000 * (number - 1)
-    n_test = settings.n_test if number == 1 else 0  # the same ones judge every round
+    n_test = settings.n_test if number == 1 else 0  # the same test scans for all rounds
     return write_site(folder, kinds[kind], settings.n_train, n_test, grid=grid, seed=seed)
 
 
 def _first_prior(settings: SimulationSettings) -> Path:
-    """The organization's network, MAP and then variational, on scans that no site has."""
+    """Train the organization's network, MAP and then variational, on scans that no site has."""
     grid = Grid(settings.grid_size, settings.voxel_size)
     kind = next(iter(load_sites()))
     data = write_site(settings.out / "scans" / "origin", kind, settings.n_train, 0, grid=grid, seed=settings.seed + 999)
     first = TrainSettings(
-        mode="map", data=data, out=settings.out / "origin" / "map", label_map=settings.label_map,
-        grid_size=settings.grid_size, voxel_size=settings.voxel_size, width=settings.width,
-        dilations=settings.dilations, device="cpu", **settings.training(),
+        mode="map", data=data, out=settings.out / "origin" / "map", device="cpu", **settings.network(),
+        **settings.training(),
     )  # fmt: skip
     train_network(replace(first, rho_lr=None))
     train_network(
@@ -111,15 +109,16 @@ def _first_prior(settings: SimulationSettings) -> Path:
 
 
 def _give_scans(settings: SimulationSettings, books: Path, manifests: dict[str, Path]) -> None:
-    """What `dwc federated join --data` does at each site, before a round."""
-    words = ["--mode", "vcl", "--device", "cpu"]
-    words += [word for key, value in settings.training().items() for word in (f"--{key}", json.dumps(value))]
+    """Give each site its scans of a round, as `dwc federated join` does."""
+    shared = settings.out / TRAINING
+    write_whole(shared, yaml.safe_dump(settings.training(), sort_keys=False).encode())
+    words = ["--config", str(shared), "--mode", "vcl", "--device", "cpu"]
     for name, manifest in manifests.items():
         Spool.create(books / name, words, scans=read_manifest(manifest))
 
 
 def _run_flare(settings: SimulationSettings, names: list[str], books: Path, manifests: list[dict[str, Path]]) -> None:
-    """All rounds as one job in the simulator, with a process for each site and new scans for each round."""
+    """Run all rounds as one job in the simulator, with a process for each site and new scans for each round."""
     workspace, log = settings.out / "flare", settings.out / "flare.log"
     (workspace / "local").mkdir(parents=True)
     policy = {"format_version": 2, "class_allow_list": list(ALLOWED)}
@@ -129,7 +128,7 @@ def _run_flare(settings: SimulationSettings, names: list[str], books: Path, mani
     n = str(len(names))
     words = [sys.executable, "-m", "nvflare.cli", "simulator", str(job), "-w", str(workspace)]
     words += ["-c", ",".join(names), "-t", n, "-m", n]
-    # All sites train at once: with a thread per core each, they would wait for one another's threads most of the time.
+    # All sites train at once: with a thread per core each, they would mostly wait for one another's threads.
     threads = max(1, (os.cpu_count() or 1) // len(names))
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, FOLDER: str(books)}
     until, given = time.monotonic() + settings.limit_s, 0
@@ -141,7 +140,9 @@ def _run_flare(settings: SimulationSettings, names: list[str], books: Path, mani
                     _give_scans(settings, books, manifests[given])
                     given += 1
                 if time.monotonic() > until:
-                    raise InputError(f"{log}: the rounds took more than {settings.limit_s:g} s; give more --limit_s")
+                    raise InputError(
+                        f"{log}: the rounds took more than {settings.limit_s:g} s; give a longer `limit_s`"
+                    )
                 time.sleep(_LOOK_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -150,7 +151,7 @@ def _run_flare(settings: SimulationSettings, names: list[str], books: Path, mani
 
 
 def _rounds(settings: SimulationSettings, folder: Path, manifests: dict[str, Path]) -> pd.DataFrame:
-    """A row per network q0, q1, ...: Dice; seconds of its round, posteriors in it, bytes of the site with the most."""
+    """One row per network q0, q1, ...: Dice; seconds and posteriors of its round, bytes of the site with the most."""
     state = read_state(folder)
     traffic = _traffic(state)
     write_whole(settings.out / "traffic.csv", traffic.to_csv().encode())
@@ -162,7 +163,7 @@ def _rounds(settings: SimulationSettings, folder: Path, manifests: dict[str, Pat
     for number in range(settings.rounds + 1):
         network = MeshNet.from_posterior(Posterior.load(folder / f"q{number}.safetensors"))
         scores = score_volumes([network], held_out, n_samples=3, progress=False)
-        row = {"network": f"q{number}", "dice": summary(scores)["volume_weighted"]["dice"]}
+        row: dict[str, Any] = {"network": f"q{number}", "dice": summary(scores)["volume_weighted"]["dice"]}
         if number:
             entered = [entry for entry in state["posteriors"] if entry["counted_in"] == number]
             row |= {
@@ -174,8 +175,8 @@ def _rounds(settings: SimulationSettings, folder: Path, manifests: dict[str, Pat
     return pd.DataFrame(rows).set_index("network")
 
 
-def _traffic(state: dict) -> pd.DataFrame:
-    """A row per site and round: bytes of the messages, as FLARE serializes them, to the site and from it."""
+def _traffic(state: dict[str, Any]) -> pd.DataFrame:
+    """One row per site and round: bytes of the messages to the site and from it, as FLARE serializes them."""
     rows = [
         {"site": site, "round": int(number), "bytes_to_a_site": to_site, "bytes_from_a_site": from_site}
         for site, rounds in state["traffic"].items()

@@ -1,59 +1,63 @@
-"""What a consortium agrees on before it starts: the settings of `project.yml`, and the checks that need no other file.
+"""A consortium's agreement, `project.yml`: who takes part, from which prior, for how many rounds.
 
-Who takes part, from which prior, for how many rounds, and when a round may go on without a site. Where a site's scans
-lie and how it trains on them is not in here: that stays at the site.
+Where a site's scans are and how it computes is not part of it.
 """
 
-import math
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dwc.base.errors import InputError
+from dwc.base.settings import Settings
 from dwc.training.settings import TrainSettings
 
 __all__ = ["OWN", "Project"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")  # of a certificate, a host and a file
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")  # valid in a certificate, as a host and as a file name
 _LOCAL = ("mode", "data", "out", "prior", "init", "cache_dir", "workers", "device", "stream")
-# What a site may set for itself: where and how it computes, nothing that decides what comes out.
-OWN = ("device", "workers", "cache_dir", "activation_checkpointing", "label_map")
+OWN = ("device", "workers", "cache_dir", "activation_checkpointing", "label_map")  # settings that a site chooses
 
 
 @dataclass(frozen=True)
-class Project:
+class Project(Settings):
     """A consortium's agreement.
 
     Parameters
     ----------
     name
-        Of the project.
+        Name of the project.
     server
-        Host name of the server, as the sites reach it; its certificate bears it.
+        Host name of the server, as the sites reach it; part of its certificate.
     sites
-        Names of the sites; each gets a start-up kit, and nobody else is let in.
+        Names of the sites; each gets a start-up kit.
     prior
-        Bayesian posterior that the first round starts from, relative to project.yml.
+        Bayesian posterior that round 1 starts from, relative to project.yml.
     rounds
-        How many.
+        Number of rounds.
     quorum
-        Posteriors with which a round may close. By default those of all sites.
+        Number of posteriors with which a round may close; by default one of every site.
     grace_hours
         How long a round that has its quorum waits for the other sites.
     port
         The one port that the server listens on.
     organizer
-        Who runs the server, as an e-mail address.
+        E-mail address of whoever runs the server.
     certificate_years
-        For how long the kits are valid.
+        How long the kits are valid.
     temper
         lambda of the consolidation, see `dwc consolidate --help`.
+    max_influence
+        Limit of a site's precision and pull on the means, as a multiple of the median site's; null switches it off. It
+        needs three sites.
+    trusted
+        Folder of public keys, `<site>.pem`, relative to project.yml; if given, every posterior must be signed by its
+        site, see `dwc posterior sign`.
     answer_timeout_s
-        How long one exchange waits for a site: for its posterior over its own link, or for those of all sites over the
-        server's, whichever takes longer; for no training.
+        Timeout of one message: a posterior over a site's link, or those of all sites over the server's, whichever
+        takes longer. Training does not count.
     training
-        Settings of `dwc train` that the sites share, such as epochs and lr; they go into each site's kit.
+        Settings of `dwc train` that all sites share, such as epochs and lr; part of each site's kit.
     """
 
     name: str
@@ -67,43 +71,38 @@ class Project:
     organizer: str = "organizer@dwc.org"
     certificate_years: float = 10.0
     temper: float = 1.0
+    max_influence: float | None = 3.0
+    trusted: Path | None = None
     answer_timeout_s: float = 600.0
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("rounds", "certificate_years", "temper", "answer_timeout_s", "max_influence")
+        self._require("grace_hours", self.grace_hours >= 0, "give 0 or more")
+        self._require("port", 1 <= self.port <= 65535, "give 1 to 65535")
+        self._require("organizer", "@" in self.organizer, "give an e-mail address")
+        self._check_names()
+        n_sites = len(self.sites)
         if self.quorum is None:
-            object.__setattr__(self, "quorum", len(self.sites))
+            object.__setattr__(self, "quorum", n_sites)
+        self._require("quorum", 1 <= (self.quorum or 0) <= n_sites, f"give 1 to {n_sites}, the number of sites")
+        self._check_training()
 
-    def check(self) -> "Project":
-        """Return itself, or refuse what cannot be meant.
-
-        Raises
-        ------
-        InputError
-            Naming the entry, its value and the remedy.
-        """
-        for name in (self.name, self.server, *self.sites):
+    def _check_names(self) -> None:
+        self._require("sites", len(self.sites) > 0, "give at least one name")
+        for key, name in (("name", self.name), ("server", self.server), *(("sites", site) for site in self.sites)):
             if not _NAME.fullmatch(name):
-                raise InputError(f"name {name!r}: give letters, digits, points and dashes, at most 63")
+                raise InputError(f"`{key}` {name!r}: give letters, digits, points and dashes, at most 63")
         names = [name.lower() for name in (*self.sites, self.server, "server", "simulator")]
         if twice := [name for name in self.sites if names.count(name.lower()) > 1]:
-            raise InputError(f"sites: the name {twice[0]!r} is taken; give each site its own")
-        if not 1 <= self.quorum <= len(self.sites):
-            raise InputError(f"quorum {self.quorum}: give 1 to {len(self.sites)}, the number of sites")
-        if not 1 <= self.port <= 65535:
-            raise InputError(f"port {self.port}: give 1 to 65535")
-        if "@" not in self.organizer:
-            raise InputError(f"organizer {self.organizer!r}: give an e-mail address")
-        for name in ("rounds", "certificate_years", "temper", "answer_timeout_s"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} {getattr(self, name)}: give a positive number")
-        if not 0 <= self.grace_hours < math.inf:
-            raise InputError(f"grace_hours {self.grace_hours}: give 0 or more")
+            raise InputError(f"`sites`: the name {twice[0]!r} is taken; give each site its own")
+
+    def _check_training(self) -> None:
         shared = {item.name for item in fields(TrainSettings)} - {*_LOCAL}
         if odd := sorted(self.training.keys() - shared):
-            raise InputError(f"training: {odd[0]!r} is no setting that sites share; see dwc train --help")
-        return self
-
-    def to_json(self) -> dict[str, Any]:
-        """The agreement as plain values."""
-        return {**asdict(self), "prior": str(self.prior)}
+            raise InputError(f"`training`: {odd[0]!r} is not a setting that sites share; see dwc train --help")
+        try:
+            TrainSettings(mode="vcl", data=Path("data"), out=Path("run"), prior=self.prior, **self.training)
+        except InputError as error:
+            raise InputError(f"`training`: {str(error).replace('`', '')}") from error

@@ -1,8 +1,7 @@
-"""From a consortium's agreement to start-up kits: certificates, addresses and folders, one kit per participant.
+"""Write start-up kits from a consortium's agreement: certificates, addresses and folders, one kit per participant.
 
-FLARE's own provisioning writes them, from a project file that is kept beside them. What is added is a lifetime of the
-certificates that outlasts a study, the server's books and, for each site, the training settings that all share. The
-certificate authority is made once and kept: a site that joins later invalidates nobody's kit.
+FLARE's provisioning writes them; added are certificates that outlast a study, the server's state and each site's copy
+of the shared training settings. The certificate authority is kept, so that kits of later sites invalidate no others.
 """
 
 from pathlib import Path
@@ -27,12 +26,12 @@ from dwc.posterior import Posterior
 __all__ = ["FIRST", "TRAINING", "LastingCertificates", "provision"]
 
 TRAINING = "training.yml"
-FIRST = "prod_00"  # FLARE's name for the first kits; the server's holds the books
+FIRST = "prod_00"  # FLARE's name for the first kits; the server's holds the cycle
 _LIGHTER = "nvflare.lighter.impl"
 
 
 class LastingCertificates(CertBuilder):
-    """FLARE's certificates; those of the participants last as long as the root's, not 360 days."""
+    """FLARE's certificates, valid as long as the root's instead of 360 days."""
 
     def _generate_cert(self, *identities: Any, server: Participant | None = None, **options: Any) -> Any:
         if self.root_cert is None:
@@ -43,18 +42,13 @@ class LastingCertificates(CertBuilder):
 
 
 def provision(project: Project, out: Path) -> Path:
-    """Write the kits, `out/<name>/prod_00/<participant>/`, and begin the cycle in the server's.
+    """Write the kits, `out/<name>/prod_00/<participant>/`, and create the cycle in the server's.
 
-    Called again with more sites, it writes all kits anew in `prod_01`, ...; the first ones stay valid, and the cycle
-    goes on in the first server's: the later one has no books.
-
-    Raises
-    ------
-    InputError
-        If the prior is none, the training is not on its split, the folder cannot be written, or FLARE refuses.
+    Called again with more sites, it writes new kits to `prod_01`, ...; the first ones stay valid, and the cycle stays
+    in the first server kit.
     """
     prior = Posterior.load(project.prior)
-    Consolidation(prior)  # refuses what is no prior, before anything is written
+    Consolidation(prior)  # refuses a MAP network before anything is written
     training = _on_the_priors_split(project, prior)
     open_folder(out)
     flare = _flare_project(project)
@@ -74,7 +68,7 @@ def provision(project: Project, out: Path) -> Path:
 
 
 def _on_the_priors_split(project: Project, prior: Posterior) -> dict[str, Any]:
-    """The shared settings, with seed and fraction of the prior's split: where a manifest has none, they must be."""
+    """The shared settings with the prior's seed and test fraction, for manifests without a split column."""
     made = prior.metadata.get("training") or {}
     split = {name: made[name] for name in ("seed", "test_fraction") if name in made}
     for name, value in split.items():
@@ -86,7 +80,7 @@ def _on_the_priors_split(project: Project, prior: Posterior) -> dict[str, Any]:
 
 
 def _flare_project(project: Project) -> dict[str, Any]:
-    """What FLARE's provisioning reads."""
+    """The project file of FLARE's provisioning."""
     participants = [
         {"name": project.server, "type": "server", "org": project.name, "fed_learn_port": project.port},
         *({"name": site, "type": "client", "org": project.name} for site in project.sites),
@@ -109,16 +103,16 @@ def _flare_project(project: Project) -> dict[str, Any]:
 
 
 class _Log:
-    """What FLARE's provisioning has to say; errors are kept."""
+    """A logger for FLARE's provisioning that keeps errors only."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
 
     def debug(self, message: str) -> None:
-        """Not kept."""
+        """Ignore a message."""
 
     info = warning = debug
 
     def error(self, message: str) -> None:
-        """Kept for the one line that a person sees."""
+        """Keep an error."""
         self.errors.append(message)

@@ -1,8 +1,8 @@
-"""The processes of a server and of a site: FLARE's, kept alive, and the passes that the server makes.
+"""The long-running processes of a server and a site: FLARE's, kept alive, and the server's passes.
 
-Each pass is a job of its own, submitted through FLARE's API by a process of its own with a time limit, so that nothing
-that hangs can hold up the cycle: what FLARE says about a job is only printed, progress is what the books tell. All
-here may be killed at any moment and started again.
+Each pass is a FLARE job, submitted by a separate process with a time limit, so that nothing that hangs holds up the
+cycle. What FLARE says about a job is only printed; progress is judged by the server's state. Every process may be
+killed at any time and started again.
 """
 
 import json
@@ -24,32 +24,24 @@ from dwc.base.errors import InputError, Interrupted
 from dwc.base.files import write_whole
 from dwc.base.locks import held
 from dwc.base.processes import end, start_once
-from dwc.federated.cycle import read_state
 from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, folder_in
+from dwc.federated.server_state import read_state
 
 __all__ = ["admin_kit_of", "configure", "join", "make_pass", "pass_limit", "serve", "write_job"]
 
-_KEEP_RUNS = 20  # folders of past jobs in a kit
-_START_UP_S = 120.0  # that FLARE may take for a job, apart from the answers
+_KEEP_RUNS = 20  # folders of past jobs
+_START_UP_S = 120.0  # for FLARE to start a job
 _LOOK_S = 5.0
-_CONNECT_S = 60.0  # that FLARE's server may take to come up
-_MAY = ("submit_job", "manage_job", "download_job", "view", "operate")  # the organizer; nobody else is an admin
+_CONNECT_S = 60.0  # for FLARE's server to come up
+_MAY = ("submit_job", "manage_job", "download_job", "view", "operate")  # the organizer, the only admin
 _MAY_NOT = ("byoc", "shell_commands", "clone_job", "server-predeployed-flwr")
 _RESOURCES = "nvflare.app_common.resource_{0}s.passthrough_resource_{0}.PassthroughResource{1}"
 
 
 def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
-    """Run the server and make a pass every `every_s` seconds, until stopped.
-
-    Raises
-    ------
-    InputError
-        If the kit is none of a server's or is served already, or there is no time between passes.
-    Interrupted
-        When stopped by a signal.
-    """
+    """Run the server and make a pass every `every_s` seconds, until a signal raises `Interrupted`."""
     if not 0 < every_s < math.inf:
-        raise InputError(f"--every_s {every_s}: give a positive number of seconds")
+        raise InputError(f"`every_s` {every_s}: give a positive number of seconds")
     read_state(folder_in(kit))
     configure(kit)
     words = [sys.executable, "-m", "dwc.cli", "federated", "round", str(kit), "--admin", str(admin_kit)]
@@ -62,7 +54,7 @@ def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
             with _ended(subprocess.Popen(words)) as one_pass:
                 while one_pass.poll() is None and time.monotonic() < began + 2 * pass_limit(kit):
                     time.sleep(1)
-                    if keep():  # a pass whose server was restarted waits for a job that will never end
+                    if keep():  # FLARE was restarted: the job that the pass waits for will never end
                         break
             _clear_runs(kit)
             _clear_runs(kit / "store" / "jobs")
@@ -72,19 +64,14 @@ def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
 
 
 def join(kit: Path) -> None:
-    """Run a site, until stopped; its trainers go on when it is. Where it runs already, return.
+    """Run a site until a signal raises `Interrupted`; return at once if it runs already.
 
-    Raises
-    ------
-    InputError
-        If the kit is none of a site's.
-    Interrupted
-        When stopped by a signal.
+    Its trainers keep running after it has stopped.
     """
     configure(kit)
     with _stopped_by_signals(), _kept_running(kit) as keep:
         if keep is None:
-            print(f"{kit.name}: runs already, and goes on with what its folder now says")
+            print(f"{kit.name}: runs already and uses the new settings from now on")
             return
         while True:
             keep()
@@ -93,17 +80,11 @@ def join(kit: Path) -> None:
 
 
 def make_pass(kit: Path, admin_kit: Path) -> str:
-    """Submit one pass over the sites and wait for it, but not for ever; returns what FLARE says of it.
-
-    Raises
-    ------
-    InputError
-        If the server cannot be reached or refuses, or the pass fails.
-    """
+    """Submit one pass over the sites, wait for at most `pass_limit`, and return FLARE's status of it."""
     from nvflare.fuel.flare_api import flare_api
 
     if not (admin_kit / "startup" / "fed_admin.json").is_file():
-        raise InputError(f"{admin_kit}: is not the organizer's kit; give it as --admin")
+        raise InputError(f"{admin_kit}: is not the organizer's kit; give it as `admin`")
     project = read_state(folder_in(kit))["project"]
     try:
         session = flare_api.new_secure_session(project["organizer"], str(admin_kit), timeout=_CONNECT_S)
@@ -118,47 +99,42 @@ def make_pass(kit: Path, admin_kit: Path) -> str:
         finally:
             session.close()
     except Exception as error:
-        if not type(error).__module__.startswith("nvflare."):  # FLARE raises many kinds of its own
+        if not type(error).__module__.startswith("nvflare."):  # FLARE has many exception classes without a common base
             raise
         raise InputError(
             f"{admin_kit}: no pass was made ({type(error).__name__}: {' '.join(str(error).split())}); try again"
         ) from error
     if not status.endswith("COMPLETED"):
         raise InputError(
-            f"{kit}: FLARE calls the pass {status}; see {kit / 'engine.log'}, and the state for what came in"
+            f"{kit}: FLARE reports the pass as {status}; see {kit / 'engine.log'} and dwc federated status"
         )
     return status
 
 
 def write_job(exchange: Exchange, folder: Path, answer_timeout_s: float) -> Path:
-    """Write the definition of a FLARE job, which holds no code: only the names of two classes installed everywhere."""
+    """Write the definition of a FLARE job: the names of two installed classes, no code."""
     from nvflare.job_config.api import FedJob
 
     job = FedJob("dwc", min_clients=1)
     job.set_app_packages(["dwc"])
     job.to_server(exchange)
     job.to_clients(Site())
-    # FLARE's own limits are seconds, in which no prior or posterior crosses a slow link.
+    # FLARE's default limits are seconds, too short for a prior or posterior over a slow link.
     job.to_clients({"get_task_timeout": answer_timeout_s, "submit_task_result_timeout": answer_timeout_s})
     job.export_job(str(folder))
     return folder / job.name
 
 
 def admin_kit_of(kit: Path) -> Path:
-    """The organizer's kit, where it lies beside the server's."""
+    """The organizer's kit, beside the server's."""
     return kit.parent / read_state(folder_in(kit))["project"]["organizer"]
 
 
 def configure(kit: Path) -> None:
-    """Write a kit's policy, `local/resources.json` and `authorization.json`: FLARE's defaults, but for what may run.
+    """Write a kit's policy, `local/resources.json` and `local/authorization.json`, from FLARE's defaults.
 
-    Only `ALLOWED` may run: nobody brings code along, nobody has a shell, not even the organizer. A site sends no logs;
-    its GPUs are left to its trainer. The server keeps its jobs in the kit, not under /tmp.
-
-    Raises
-    ------
-    InputError
-        If it is no kit or cannot be written.
+    Only the classes in `ALLOWED` may run; no job may bring code, and nobody has a shell. A site sends no logs and
+    leaves its GPUs to its trainer. The server keeps its jobs in the kit instead of /tmp.
     """
     path = kit / "local" / "resources.json.default"
     try:
@@ -187,18 +163,18 @@ def configure(kit: Path) -> None:
 
 
 def pass_limit(kit: Path) -> float:
-    """Seconds that a pass may take: a question and a prior to the slowest site, and FLARE's own start."""
+    """Maximum seconds of a pass: FLARE's start, then a question and a prior to the slowest site."""
     return _START_UP_S + 2 * read_state(folder_in(kit))["project"]["answer_timeout_s"]
 
 
 @contextmanager
 def _kept_running(kit: Path) -> Iterator[Callable[[], bool] | None]:
-    """A function that starts FLARE's process unless it runs, and tells whether; None where another service has it.
+    """A function that starts FLARE unless it runs and returns whether it did; None if another service runs.
 
-    The process ends with the block, though an earlier service, which was killed, may have started it.
+    FLARE ends with the block, even if an earlier service that was killed had started it.
     """
     lock = folder_in(kit) / "engine.lock"
-    words = ["bash", kit / "startup" / "sub_start.sh", "--once"]
+    words: list[str | Path] = ["bash", kit / "startup" / "sub_start.sh", "--once"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     environment.pop(FOLDER, None)
 
@@ -220,7 +196,7 @@ def _kept_running(kit: Path) -> Iterator[Callable[[], bool] | None]:
 
 @contextmanager
 def _ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
-    """A process that does not outlive the block."""
+    """Kill a process at the end of the block."""
     try:
         yield process
     finally:
@@ -242,7 +218,7 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _clear_runs(folder: Path) -> None:
-    """Remove the folders of past jobs but the last few; FLARE keeps one for each, and another in the server's store."""
+    """Remove FLARE's folders of past jobs except the last few."""
     runs = [path for path in folder.glob("*") if path.is_dir() and _is_job_id(path.name)]
     for path in sorted(runs, key=lambda path: path.stat().st_mtime)[:-_KEEP_RUNS]:
         shutil.rmtree(path, ignore_errors=True)

@@ -1,60 +1,61 @@
-"""What a person can set about a simulation of the cycle, and the checks that need nothing else."""
+"""Settings of a simulation of the cycle on one machine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from dwc.base.errors import InputError
+from dwc.training.settings import NetworkSettings, OptimizerSettings
 
 __all__ = ["SimulationSettings"]
 
 
-@dataclass(frozen=True)
-class SimulationSettings:
+@dataclass(frozen=True, kw_only=True)
+class SimulationSettings(OptimizerSettings, NetworkSettings):
     """Settings of a simulation.
 
     Parameters
     ----------
     out
-        New folder for scans, books, networks and tables.
+        New folder for scans, state, networks and tables.
     sites
-        How many; all train at once, each in a process of about half a gigabyte.
+        Number of sites; all train at once, each in a process of about half a gigabyte.
     rounds
-        How many.
+        Number of rounds.
     n_train
-        Training scans per site, other ones for each round.
+        Training scans per site and round, new ones in each round.
     n_test
-        Held-out scans per site, on which each round is scored.
+        Test scans per site, the same in all rounds.
     grid_size
-        Voxels along each edge of the simulated scans.
+        Voxels along each edge of the conformed volume.
     voxel_size
         Millimetres.
     label_map
-        Classes to learn.
+        fifty, coarse, or a TSV of FreeSurfer ids and classes.
     width
         Filters of each layer.
     dilations
         One per 3x3x3 layer.
-    steps
-        Of each training.
     lr
-        Learning rate of the means.
+        Adam's learning rate; its peak under one_cycle.
     rho_lr
-        Learning rate of rho.
+        Learning rate of rho, where sigma = softplus(rho).
+    steps
+        Steps of each training.
     batch_size
         Sub-volumes per step.
     temper
-        Power of each site in the consolidation, as in project.yml. 1 is Eq. 17; where trainings are too short to narrow
-        the posteriors, as here, it adds the sites' shifts up, and 1 over the number of sites averages them.
+        lambda of the consolidation, as in project.yml. 1 is Eq. 17; after trainings as short as these it adds the
+        sites' shifts up, and 1 over the number of sites averages them.
     pause_s
-        From one pass over the sites to the next.
+        Seconds from one pass over the sites to the next.
     limit_s
-        For all rounds together.
+        Maximum seconds for all rounds.
     plan_sites
-        Numbers of sites to plan for, at full size of the network.
+        Numbers of sites to plan for, with the full network.
     link_mbit_s
-        The server's link, for the plan.
+        Bandwidth of the server's link, for the plan.
     seed
-        Of scans and trainings.
+        Seed of scans and trainings.
     """
 
     out: Path = Path("simulation")
@@ -67,9 +68,9 @@ class SimulationSettings:
     label_map: str = "coarse"
     width: int = 6
     dilations: tuple[int, ...] = (1, 2)
-    steps: int = 60
     lr: float = 1e-2
     rho_lr: float = 3e-2
+    steps: int = 60
     batch_size: int = 2
     temper: float = 1.0
     pause_s: float = 1.0
@@ -78,31 +79,21 @@ class SimulationSettings:
     link_mbit_s: float = 100.0
     seed: int = 0
 
-    def check(self) -> None:
-        """Refuse what cannot be meant.
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("sites", "rounds", "n_train", "n_test", "steps", "batch_size")
+        self._require_positive("temper", "limit_s", "link_mbit_s")
+        self._require("pause_s", self.pause_s >= 0, "give 0 or more")
+        self._require("seed", self.seed >= 0, "give 0 or more")
+        self._require("grid_size", self.grid_size % 32 == 0, "give a multiple of 32 voxels")
+        self._require("plan_sites", not self.plan_sites or min(self.plan_sites) > 0, "give positive numbers")
 
-        Raises
-        ------
-        InputError
-            Naming the setting, its value and the remedy.
-        """
-        from dwc.data.grid import SIDE
-        from dwc.data.labels import LabelMap  # here, so that help is quick
+    def training(self) -> dict[str, Any]:
+        """The settings that all trainings share."""
+        optimizer = {item.name: getattr(self, item.name) for item in fields(OptimizerSettings)}
+        own = {"batch_size": self.batch_size, "steps_per_epoch": self.steps, "seed": self.seed}
+        return {**optimizer, **own, "epochs": 1}
 
-        for name in ("sites", "rounds", "n_train", "n_test", "steps", "temper", "limit_s", "link_mbit_s"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"--{name} {getattr(self, name)}: give a positive number")
-        if self.grid_size % SIDE or self.grid_size < SIDE:
-            raise InputError(f"--grid_size {self.grid_size}: give a multiple of {SIDE} voxels")
-        if self.plan_sites and min(self.plan_sites) < 1:
-            raise InputError(f"--plan_sites {self.plan_sites}: give positive numbers")
-        if self.out.exists() and any(self.out.iterdir()):
-            raise InputError(f"{self.out}: is not empty; give another --out")
-        LabelMap.load(self.label_map)
-
-    def training(self) -> dict:
-        """What all trainings share."""
-        return {
-            "lr": self.lr, "rho_lr": self.rho_lr, "batch_size": self.batch_size, "epochs": 1,
-            "steps_per_epoch": self.steps, "seed": self.seed,
-        }  # fmt: skip
+    def network(self) -> dict[str, Any]:
+        """Network and grid, as `TrainSettings` takes them."""
+        return {item.name: getattr(self, item.name) for item in fields(NetworkSettings)}

@@ -1,12 +1,12 @@
-"""A site's folder of work: priors that came in, the trainer that works on one of them, posteriors that go out.
+"""A site's side of the cycle: a folder of priors received, trainings and posteriors to send.
 
 Each round has a folder, `round-1-<prior>/`, with the prior, the run folder of `dwc train`, its log and the lock that
-the trainer holds while it lives. The trainer is a process group of its own: it outlives whoever started it, and is
-started again, to resume, if it ends without a posterior. A site works on one round at a time, the oldest first. What
-has been handed in the server's books tell, not this folder; a round that a person gives up has a file `given-up`.
+the trainer holds while it runs. The trainer is a detached process; if it ends without a posterior, it is started again
+and resumes. A site works on one round at a time, the oldest first. Which posteriors the server has is known from its
+questions alone; a file `given-up` in a round's folder skips the round.
 
-A round is trained on the scans that are the site's when it begins, and `scans.json` in its folder names them by their
-content: scans that have counted in one round are not trained on in another, unless a person says so.
+A round is trained on the scans that the site has when it begins; `scans.json` lists their content digests. Scans that
+have counted in one round are not used in another, unless `again` is set.
 """
 
 import json
@@ -33,7 +33,7 @@ TRAINER = (sys.executable, "-m", "dwc.train")
 
 
 def stream_of(site: str) -> int:
-    """The stream of noise that is a site's own: all sites train under one seed, as it splits their scans too."""
+    """A site's own noise stream: all sites share one seed, which also splits their scans."""
     return int(digest(site.encode())[:8], 16)
 
 
@@ -43,14 +43,9 @@ class Spool:
     Parameters
     ----------
     folder : Path
-        With `site.yml` in it, as `Spool.create` writes it.
+        Made by `Spool.create`.
     name : str
-        The site's, as its certificate has it.
-
-    Raises
-    ------
-    InputError
-        If it has none.
+        The site's name in its certificate.
     """
 
     def __init__(self, folder: Path, name: str = "") -> None:
@@ -73,56 +68,46 @@ class Spool:
         scans: Sequence[Scan] = (),
         again: bool = False,
     ) -> "Spool":
-        """Make the folder, or change what the rounds that have not begun yet are trained on.
+        """Make the folder, or change what future rounds are trained on.
 
         Parameters
         ----------
         folder : Path
-            Where.
+            The site's folder.
         arguments : list of str
-            Of `dwc train`; the scans, the prior, the run folder and the site's stream of noise are added to them.
+            Arguments of `dwc train`; scans, prior, run folder and noise stream are added.
         command : list of str, optional
-            What they are given to, and what must last as long as the training does: ``sbatch --wait /srv/job.sh``,
-            ``systemd-run --user --scope dwc train``, ``torchrun --standalone --nproc-per-node=4 -m dwc.train``. By
-            default `TRAINER`.
+            The program that runs `dwc train` with these arguments; it must not end before the training does:
+            ``sbatch --wait /srv/job.sh``, ``torchrun --standalone --nproc-per-node=4 -m dwc.train``. Default `TRAINER`.
         scans : sequence of Scan
-            The site's, of both parts of the split; each one to train on is read once, to know it by its content.
+            Training and test scans of the site; training images are read once, for their digests.
         again : bool
-            Whether rounds may be trained on scans that have counted in one before.
-
-        Raises
-        ------
-        InputError
-            If it cannot be written, a scan cannot be read, or one has counted already.
+            Allow rounds on scans that have counted before.
         """
         open_folder(folder)
-        to_train = [replace(scan, label=None) for scan in scans if scan.split == "train"]  # the same with other labels
+        to_train = [
+            replace(scan, label=None) for scan in scans if scan.split == "train"
+        ]  # other labels do not make it another scan
         known = [digest_of_scans([scan], folder / "cache") for scan in to_train]
         if (n := len(_counted(folder).intersection(known))) and not again:
             raise InputError(
-                f"{folder}: {n} of {len(known)} scans have counted in an earlier round; give others, or --again true"
+                f"{folder}: {n} of {len(known)} scans have counted in an earlier round; give others, or set `again`"
             )
         data = None
-        if scans:  # kept, so that a round goes on with what it began with, whatever becomes of the manifest
+        if scans:  # a copy, so that a round that has begun keeps its scans if the manifest changes
             manifest = as_csv(scans)
             data = str(folder / f"scans-{digest(manifest)[:12]}.csv")
             write_whole(data, manifest)
-        site = {"command": list(command or TRAINER), "arguments": list(arguments)}
+        site: dict[str, Any] = {"command": list(command or TRAINER), "arguments": list(arguments)}
         site |= {"data": data, "scans": known, "again": again}
         write_whole(folder / "site.yml", yaml.safe_dump(site, sort_keys=False).encode())
         return cls(folder)
 
     def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """Do what a question asks for and say how far the site is, within seconds: `wire.ANSWER`.
-
-        Raises
-        ------
-        InputError
-            If the message is none of ours, its prior is not the one it names, or the folder cannot be written.
-        """
+        """Answer a question, `wire.QUESTION`, within seconds; starts the trainer if need be. Returns `wire.ANSWER`."""
         question = check(question, QUESTION)
         with held(self.folder / "lock") as alone:
-            if not alone:  # another exchange that has not ended yet does this
+            if not alone:  # another exchange is still doing it
                 return _answer("idle", question)
             for place in (self.folder, *self._tasks()):
                 sweep(place)
@@ -131,6 +116,7 @@ class Spool:
             return self._next(question)
 
     def _next(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Work on the oldest round that is not settled, or ask for the open round's prior."""
         for task in self._tasks():
             key = json.loads((task / "task.json").read_text(encoding="utf-8"))
             if (task / "given-up").exists():
@@ -144,26 +130,26 @@ class Spool:
             if (reason := question["settled"].get(digest(content))) is None:
                 return _answer("trained", key) | {"posterior": content}
             if reason:
-                write_whole(task / "refused", reason.encode())  # for people
+                write_whole(task / "refused", reason.encode())  # to be read by people
         wanted = question["round"] and not (self._task(question) / "task.json").exists()
         if not wanted:
             return _answer("idle", question)
         return _answer("no scans" if self._lacks_scans() else "no prior", question)
 
     def _lacks_scans(self) -> bool:
-        """Whether a round that began now would count scans a second time, and nobody has said that it may."""
+        """Whether a round that began now would count scans twice, without `again`."""
         return not self.site["again"] and not _counted(self.folder).isdisjoint(self.site["scans"])
 
     def _task(self, question: Mapping[str, Any]) -> Path:
         return self.folder / f"round-{question['round']}-{question['prior_sha256'][:12]}"
 
     def _tasks(self) -> list[Path]:
-        """The rounds that have begun here, the oldest first."""
+        """Folders of the rounds that have begun here, the oldest first."""
         begun = [path.parent for path in self.folder.glob("round-*/task.json")]
         return sorted(begun, key=lambda task: (task / "task.json").stat().st_mtime_ns)
 
     def _take(self, question: Mapping[str, Any]) -> None:
-        """Keep a prior that came in; `task.json` is written last, and makes it a task."""
+        """Keep a prior that was sent; `task.json` is written last and makes it a task."""
         task = self._task(question)
         if (task / "task.json").exists():
             return
@@ -176,8 +162,8 @@ class Spool:
         write_whole(task / "task.json", json.dumps(key).encode())
 
     def _train(self, task: Path) -> str:
-        """Start the trainer, unless it runs."""
-        if not (task / "run").exists():  # it begins, or a person has taken it away to begin anew
+        """Start the trainer unless it runs; the state to report."""
+        if not (task / "run").exists():  # a new round, or one whose run was removed to start over
             write_whole(task / "scans.json", json.dumps(self._begun_with).encode())
             (task / "run").mkdir()
         data = json.loads((task / "scans.json").read_text(encoding="utf-8"))["data"]
@@ -188,7 +174,7 @@ class Spool:
 
 
 def _counted(folder: Path) -> set[str]:
-    """The scans of rounds that have a posterior, by their content; of one that was refused none has counted."""
+    """Digests of the scans of all rounds with a posterior that was not refused."""
     done = [path.parents[1] for path in folder.glob("round-*/run/posterior.safetensors")]
     entered = [task / "scans.json" for task in done if not (task / "refused").exists()]
     return {scan for path in entered for scan in json.loads(path.read_text(encoding="utf-8"))["scans"]}

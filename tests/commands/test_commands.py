@@ -188,7 +188,7 @@ def test_consolidate_writes_a_prior_and_prints_each_sites_weight(networks, tmp_p
 @pytest.mark.parametrize(
     ("sites", "message"),
     [
-        (["a", "a"], "this site is in already"),
+        (["a", "a"], "this site has been added already"),
         (["a", "map"], "a MAP network has no standard deviations"),
         (["a", "finetune"], "was trained from prior"),
         (["a", "cut"], "truncated or not a safetensors file"),

@@ -54,7 +54,7 @@ def offline(tmp_path, monkeypatch):
 def clock(monkeypatch):
     """A clock that stands still until it is set."""
     now = [NOW]
-    monkeypatch.setattr(room, "_now", lambda: now[0])
+    monkeypatch.setattr(room, "_now", lambda state: now[0])
     return now
 
 
@@ -62,7 +62,7 @@ def clock(monkeypatch):
 def project(tmp_path, clock) -> Project:
     prior = tmp_path / "prior.safetensors"
     a_prior().save(prior)
-    return Project("brains", "localhost", ["north", "east", "west"], prior, rounds=2, quorum=2, grace_hours=24).check()
+    return Project("brains", "localhost", ["north", "east", "west"], prior, rounds=2, quorum=2, grace_hours=24)
 
 
 @pytest.fixture

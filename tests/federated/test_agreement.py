@@ -15,7 +15,7 @@ def test_a_changed_agreement_lets_sites_and_rounds_in_and_loses_nothing(cycle, p
     again.receive("south", trained(again, 1))
     assert [row["site"] for row in again.state["posteriors"]] == ["north", "south"]
     assert not again.advance(NOW)  # the new quorum
-    with pytest.raises(InputError, match="north has handed in already"):
+    with pytest.raises(InputError, match="north has sent a posterior already"):
         again.amend(Project(**{**more, "sites": ["east", "west", "south"]}))
     again.amend(Project(**{**more, "rounds": 1}))
     assert again.round == 1
@@ -24,7 +24,7 @@ def test_a_changed_agreement_lets_sites_and_rounds_in_and_loses_nothing(cycle, p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "hearts"}, "name hearts: the books have brains for good"),
+        ({"name": "hearts"}, "`name` hearts: cannot change from brains"),
         ({"training": {"lr": 0.5}}, "training"),
         ({"organizer": "joe@dwc.org"}, "organizer"),
         ({"temper": 0.5}, "temper"),
@@ -47,7 +47,7 @@ def test_a_round_that_has_begun_is_not_taken_back(cycle, project):
     for seed, site in enumerate(("north", "east", "west")):
         cycle.receive(site, trained(cycle, seed))
     assert cycle.advance(NOW)
-    with pytest.raises(InputError, match="rounds 1: round 2 has begun already; give 2 or more"):
+    with pytest.raises(InputError, match="`rounds` 1: round 2 has begun already; give 2 or more"):
         cycle.amend(Project(**{**project.to_json(), "rounds": 1}))
     for seed, site in enumerate(("north", "east", "west")):
         cycle.receive(site, trained(cycle, 3 + seed, number=2))
@@ -64,15 +64,20 @@ def test_a_cycle_is_not_begun_twice_in_one_folder(cycle, project):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quorum": 4}, "quorum 4: give 1 to 3"),
+        ({"quorum": 4}, "`quorum` 4: give 1 to 3"),
         ({"sites": ["north", "North", "west"]}, "'north' is taken"),
         ({"sites": ["../etc", "b", "c"]}, "'../etc': give letters"),
-        ({"rounds": 0}, "rounds 0"),
-        ({"training": {"data": "x"}}, "'data' is no setting that sites share"),
-        ({"grace_hours": -1.0}, "grace_hours"),
+        ({"rounds": 0}, "`rounds` 0: give a positive number"),
+        ({"training": {"data": "x"}}, "'data' is not a setting that sites share"),
+        ({"grace_hours": -1.0}, "`grace_hours` -1.0: give 0 or more"),
+        ({"grace_hours": float("nan")}, "`grace_hours` nan"),
+        ({"rounds": "3"}, "`rounds` '3': give a whole number"),
+        ({"training": {"lr": "3"}}, "`training`: lr '3': give a number"),
+        ({"training": {"schedule": "bogus"}}, "`training`: schedule 'bogus'"),
+        ({"sites": []}, "`sites`"),
         ({"organizer": "me"}, "e-mail"),
     ],
 )
 def test_an_agreement_that_cannot_be_meant_is_refused(project, change, message):
     with pytest.raises(InputError, match=message):
-        Project(**{**project.to_json(), **change}).check()
+        Project(**{**project.to_json(), **change})

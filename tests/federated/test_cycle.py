@@ -8,8 +8,9 @@ import pytest
 from dwc import cli
 from dwc.base.errors import InputError
 from dwc.federated import cycle as room
-from dwc.federated.cycle import Cycle, describe
+from dwc.federated.cycle import Cycle
 from dwc.federated.project import Project
+from dwc.federated.server_state import describe
 from dwc.posterior import Posterior
 from tests.made_cycles import NOW, file_of, trained
 from tests.made_posteriors import a_prior, a_site
@@ -123,17 +124,17 @@ def other_tensors(prior: Posterior) -> Posterior:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda prior: a_site(prior, 1, prior_sha256="00"), "was trained from prior 00, none of ours"),
+        (lambda prior: a_site(prior, 1, prior_sha256="00"), "was trained from prior 00, which no round had"),
         (lambda prior: a_site(prior, 1, architecture={"width": 9}), "architecture width 9 differs"),
         (lambda prior: a_site(prior, 1, label_map={"sha256": "cd"}), "label map sha256 cd differs"),
         (lambda prior: Posterior(a_site(prior, 1).mu, {}, a_site(prior, 1).metadata), "a MAP network"),
         (grown, "sigma exceeds the prior's"),
         (lambda prior: a_site(prior, 1, sites=[{"sha256": "00", "n_volumes": 1}]), "its header has 'sites'"),
         (lambda prior: a_site(prior, 1, subjects=["patient 17"]), "its header has 'subjects'"),
-        (lambda prior: a_site(prior, 1, n_volumes="many"), "n_volumes 'many' is no count"),
-        (lambda prior: a_site(prior, 1, n_volumes=-1), "n_volumes '-1' is no count"),
-        (lambda prior: a_site(prior, 1, n_volumes=2**53), "n_volumes '9007199254740992' is no count"),
-        (lambda prior: a_site(prior, 1, n_volumes=10**4299), "n_volumes '10000000000000000000' is no count"),
+        (lambda prior: a_site(prior, 1, n_volumes="many"), "n_volumes 'many' is not a count"),
+        (lambda prior: a_site(prior, 1, n_volumes=-1), "n_volumes '-1' is not a count"),
+        (lambda prior: a_site(prior, 1, n_volumes=2**53), "n_volumes '9007199254740992' is not a count"),
+        (lambda prior: a_site(prior, 1, n_volumes=10**4299), "n_volumes '10000000000000000000' is not a count"),
         (lambda prior: moved(prior, 3e38), "layers.0.bias is more than 1e+09 sigmas from the prior"),
         (lambda prior: moved(prior, 0, shrink=1e-30), "layers.0.bias is more than 1e+09 sigmas from the prior"),
         (other_tensors, "layers.1.bias is not in both this file and q0.safetensors"),
@@ -169,7 +170,7 @@ def test_what_a_site_writes_reaches_terminal_and_books_printable_and_short(cycle
 
 
 def test_a_site_that_sends_junk_does_not_fill_the_books(cycle, monkeypatch):
-    monkeypatch.setattr(room, "_REFUSED", 3)
+    monkeypatch.setattr(room, "_MAX_REFUSALS", 3)
     junk = {"state": "trained", "round": 1, "prior_sha256": ""}
     cycle.receive("east", junk | {"posterior": b"east's"})
     for number in range(5):
@@ -272,11 +273,11 @@ def test_a_site_counts_once_and_not_with_anothers_posterior(cycle):
 @pytest.mark.parametrize(
     ("site", "change", "message"),
     [
-        ("south", {}, "is no site of brains"),
+        ("south", {}, "is not a site of brains"),
         ("north", {"scans": b"..."}, "unexpected entry 'scans'"),
         ("north", {"posterior": "a path"}, "unexpected entry 'posterior' of type str"),
-        ("north", {"state": "patient 17"}, "none of ours"),
-        ("north", {"round": 10**5000}, "no number of a round"),
+        ("north", {"state": "patient 17"}, "unknown state"),
+        ("north", {"round": 10**5000}, "round is out of range"),
     ],
 )
 def test_what_is_not_in_the_agreement_is_not_even_read(cycle, site, change, message):

@@ -10,11 +10,12 @@ from nvflare.apis.utils.decomposers import flare_decomposers
 from nvflare.fuel.utils import fobs
 
 from dwc.base.errors import InputError
-from dwc.federated import cycle as books
 from dwc.federated import exchange as room
-from dwc.federated.cycle import Cycle, describe
+from dwc.federated import server_state
+from dwc.federated.cycle import Cycle
 from dwc.federated.exchange import Exchange
 from dwc.federated.project import Project
+from dwc.federated.server_state import describe
 from dwc.federated.wire import GIVE
 from tests.made_posteriors import a_prior, a_site
 
@@ -84,7 +85,7 @@ def test_a_message_or_a_file_that_is_wrong_is_told_and_the_others_are_heard(cycl
     Pass(answers).make(cycle)
     assert sorted(row["site"] for row in cycle.state["posteriors"]) == ["north", "west"]
     assert cycle.round == 2
-    assert "in the last pass: message: " in describe(Cycle(cycle.folder).state)
+    assert "in the last pass: east: message: " in describe(Cycle(cycle.folder).state)
 
     (cycle.folder / "q1.safetensors").write_bytes(b"damaged")
     idle = {"state": "idle", "round": 1, "prior_sha256": ""}
@@ -158,7 +159,7 @@ def test_who_gets_no_prior_while_a_pass_lasts_gets_it_in_the_next(many, monkeypa
 
 def test_what_a_full_disk_kept_from_the_books_has_not_happened(cycle, monkeypatch):
     monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
-    write = books.write_whole
+    write = server_state.write_whole
 
     def full(path, content):
         if path.name == "state.json" and b'"counted_in": 1' in content:
@@ -166,7 +167,7 @@ def test_what_a_full_disk_kept_from_the_books_has_not_happened(cycle, monkeypatc
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(books, "write_whole", full)
+        patch.setattr(server_state, "write_whole", full)
         answers = {"east": posterior(cycle, 1), "north": posterior(cycle, 2), "west": NO_PRIOR}
         one_pass = Pass(answers)
         one_pass.make(cycle)

@@ -158,8 +158,8 @@ TRAIN = "scan.nii.gz,scan.nii.gz,train"
     [
         (["scan.nii.gz,,train"], "", "has no label"),
         (["scan.nii.gz,scan.nii.gz,test"], "", "has no scan to train on"),
-        ([TRAIN], "lr: 7.0", "'lr' is not a site's own to set"),
-        ([TRAIN], "seed: 3", "'seed' is not a site's own to set"),
+        ([TRAIN], "lr: 7.0", "'lr' cannot be set by a site"),
+        ([TRAIN], "seed: 3", "'seed' cannot be set by a site"),
         ([TRAIN], "device: cuda", "PyTorch finds no GPU here"),
         ([TRAIN], "device: tpu", "device"),
         ([TRAIN], "label_map: none.tsv", "none.tsv"),
@@ -212,7 +212,7 @@ def test_a_site_that_runs_is_given_its_next_scans_beside_it(kits, manifest, tmp_
     (task / "run" / "posterior.safetensors").touch()
     (task / "scans.json").write_text(json.dumps({"scans": known}))
     assert cli.main(["federated", *words, str(manifest(TRAIN))]) == 2
-    assert "1 of 1 scans have counted in an earlier round; give others, or --again true" in capsys.readouterr().err
+    assert "1 of 1 scans have counted in an earlier round; give others, or set --again" in capsys.readouterr().err
     with held(folder_in(kit) / "service.lock"):
         assert cli.main(["federated", *words, str(manifest(TRAIN)), "--again", "true"]) == 0
     assert yaml.safe_load((folder_in(kit) / "site.yml").read_text())["again"] is True
@@ -304,12 +304,12 @@ def test_what_goes_wrong_at_a_site_is_not_told_to_the_server(exchanged, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quorum": 3}, "quorum 3: give 1 to 2"),
-        ({"rounds": "many"}, "rounds"),
-        ({"quorom": 2}, "quorom"),
+        ({"quorum": 3}, "project.yml: quorum 3: give 1 to 2"),
+        ({"rounds": "many"}, "project.yml: rounds many: expected int"),
+        ({"quorom": 2}, "project.yml: "),
         ({"prior": "none.safetensors"}, "none.safetensors: no such file"),
         ({"sites": ["../north"]}, "'../north'"),
-        ({"training": {"prior": "x"}}, "'prior' is no setting that sites share"),
+        ({"training": {"prior": "x"}}, "'prior' is not a setting that sites share"),
     ],
 )
 def test_a_bad_agreement_is_one_line_and_leaves_no_kits(agreement, tmp_path, capsys, change, message):
@@ -324,7 +324,7 @@ def test_a_bad_agreement_is_one_line_and_leaves_no_kits(agreement, tmp_path, cap
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["join", "{kits}/localhost"], "is no site's kit"),
+        (["join", "{kits}/localhost"], "is not a site's kit"),
         (["join", "{kits}/north"], "write it with dwc federated join"),
         (["join", "{kits}/north", "--data", "none.csv"], "none.csv"),
         (["join", "{kits}/north", "--command", "[sbatch]"], "go with --data"),
@@ -332,7 +332,7 @@ def test_a_bad_agreement_is_one_line_and_leaves_no_kits(agreement, tmp_path, cap
         (["serve", "{kits}/north"], "give the server's kit"),
         (["status", "{kits}"], "give the server's kit"),
         (["init", "none.yml"], "none.yml: no such file"),
-        (["serve", "{kits}/localhost", "--every_s", "0"], "--every_s 0.0: give a positive number"),
+        (["serve", "{kits}/localhost", "--every_s", "0"], "--every-s 0.0: give a positive number"),
         (["round", "{kits}/localhost", "--admin", "{kits}/north"], "is not the organizer's kit"),
         (["amend", "{kits}/north", "{kits}/../../../project.yml"], "give the server's kit"),
         (["dance"], "dance"),

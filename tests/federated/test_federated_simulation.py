@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from dwc import cli
-from dwc.federated.planning import plan
+from dwc.federated import local  # noqa: F401 (before Popen is replaced)
+from dwc.federated.capacity import capacity_table
 from dwc.posterior import Posterior
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -46,7 +47,7 @@ def test_three_sites_and_two_rounds_in_the_simulator_give_what_consolidate_gives
 
 
 def test_the_plan_says_what_is_measured_and_what_is_not():
-    table = plan([2, 9, 100], n_classes=3, width=2, link_mbit_s=8.0)
+    table = capacity_table([2, 9, 100], n_classes=3, width=2, link_mbit_s=8.0)
     assert list(table["basis"]) == ["measured", "extrapolated from 2", "extrapolated from 2"]
     assert table.loc[100, "link_s"] == pytest.approx(100 * 2 * table.loc[2, "payload_mb"])
     assert table.loc[100, "answer_timeout_s"] == pytest.approx(table.loc[100, "link_s"] / 2)
@@ -59,8 +60,8 @@ def test_the_plan_says_what_is_measured_and_what_is_not():
     [
         (["--sites", "0"], "--sites 0: give a positive number"),
         (["--temper", "0"], "--temper 0.0: give a positive number"),
-        (["--grid_size", "33"], "--grid_size 33: give a multiple of 32"),
-        (["--plan_sites", "[0]"], "--plan_sites"),
+        (["--grid_size", "33"], "--grid-size 33: give a multiple of 32"),
+        (["--plan_sites", "[0]"], "--plan-sites [0]"),
     ],
 )
 def test_a_simulation_that_cannot_be_meant_is_refused_before_it_begins(words, message, tmp_path, capsys):

@@ -75,7 +75,7 @@ def test_flare_is_started_again_found_again_and_ended_with_its_service(tmp_path)
     time.sleep(3)
     assert len(engines(kit)) == 2  # it is found, not started a second time
     third = subprocess.run(second.args, capture_output=True, text=True, timeout=60)
-    assert (third.returncode, third.stdout) == (0, "north: runs already, and goes on with what its folder now says\n")
+    assert (third.returncode, third.stdout) == (0, "north: runs already and uses the new settings from now on\n")
     assert running(kit)
     second.send_signal(signal.SIGTERM)
     _, error = second.communicate(timeout=60)
@@ -149,7 +149,7 @@ def our_fault() -> str:
     ("end", "code", "message"),
     [
         (lambda: "FINISHED:COMPLETED", 0, ""),
-        (lambda: "FINISHED:EXECUTION_EXCEPTION", 2, "FLARE calls the pass FINISHED:EXECUTION_EXCEPTION; see "),
+        (lambda: "FINISHED:EXECUTION_EXCEPTION", 2, "FLARE reports the pass as FINISHED:EXECUTION_EXCEPTION; see "),
         (not_connected, 2, "no pass was made (NoConnection: cannot connect to server); try again"),
     ],
 )

@@ -1,8 +1,4 @@
-"""What a cycle would ask of a server with many sites: measured at a size that fits here, carried on to larger ones.
-
-Posteriors of the full network are entered in a server's books and consolidated for real; what would not fit is in
-proportion to them, and the table says which is which. Links are computed from the payload alone.
-"""
+"""What a round costs a server with many sites: measured with a few, extrapolated in proportion to more."""
 
 import math
 import multiprocessing
@@ -22,31 +18,21 @@ from dwc.federated.project import Project
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
 
-__all__ = ["plan"]
+__all__ = ["capacity_table"]
 
 _MEASURED = 10  # sites
 
 
-def plan(sites: Sequence[int], *, n_classes: int, width: int, link_mbit_s: float) -> pd.DataFrame:
-    """A row per number of sites, for one round with all of them.
+def capacity_table(sites: Sequence[int], *, n_classes: int, width: int, link_mbit_s: float) -> pd.DataFrame:
+    """One round, one row per number of sites.
 
-    Columns: ``payload_mb`` (one posterior; as much comes to a site as leaves it), ``server_traffic_gb`` (both ways),
-    ``link_s`` (that traffic at the server's link, if nothing else is on it), ``answer_timeout_s`` (what the project's
-    must exceed if all posteriors arrive at once: half of that), ``consolidation_s`` (with the books),
-    ``memory_mb`` (of a process that does nothing else, whatever the number of sites; FLARE's own comes on top),
-    ``in_flight_mb`` (more, if all posteriors arrive at once),
-    ``disk_gb`` and ``basis``, measured or extrapolated.
-
-    Parameters
-    ----------
-    sites : sequence of int
-        Numbers of sites.
-    n_classes, width : int
-        Of the network.
-    link_mbit_s : float
-        The server's link.
+    Columns: ``payload_mb`` (one posterior; a site receives and sends as much), ``server_traffic_gb`` (both ways),
+    ``link_s`` (that traffic on the server's idle link), ``answer_timeout_s`` (lower bound for the project's if all
+    posteriors arrive at once), ``consolidation_s``, ``memory_mb`` (without FLARE; the same for any number of sites),
+    ``in_flight_mb`` (in addition, if all posteriors arrive at once), ``disk_gb`` and ``basis``, measured or
+    extrapolated.
     """
-    # In a process of its own, whose peak of memory is not that of whatever ran here before.
+    # A separate process, so that peak memory is not that of what ran here before.
     n_measured = min(_MEASURED, *sites)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         payload, seconds, memory = pool.submit(_measure, n_measured, n_classes, width).result()
@@ -69,7 +55,7 @@ def plan(sites: Sequence[int], *, n_classes: int, width: int, link_mbit_s: float
 
 
 def _measure(n_sites: int, n_classes: int, width: int) -> tuple[int, float, int]:
-    """Bytes of a posterior, seconds that each site costs to check and consolidate, and bytes of memory at the peak."""
+    """Bytes of a posterior, seconds per site to check and consolidate it, and peak memory in bytes."""
     torch.manual_seed(0)
     prior = Posterior.from_model(MeshNet(n_classes, width))
     metadata = {**prior.metadata, "prior_sha256": prior.sha256, "n_volumes": 1}
@@ -85,7 +71,7 @@ def _measure(n_sites: int, n_classes: int, width: int) -> tuple[int, float, int]
             answer = {"state": "trained", "round": 1, "prior_sha256": prior.sha256, "posterior": path.read_bytes()}
             began = time.monotonic()
             cycle.receive(site, answer)
-            cycle.advance()  # with the last one, the round closes
+            cycle.advance()  # the last one closes the round
             seconds += time.monotonic() - began
         payload = math.ceil(sum(row["bytes"] for row in cycle.state["posteriors"]) / n_sites)
     unit = 1 if sys.platform == "darwin" else 1024

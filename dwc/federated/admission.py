@@ -1,0 +1,79 @@
+"""What is checked before a site's posterior is recorded. Whatever is wrong with it is this site's refusal alone."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dwc.base.errors import InputError, one_line
+from dwc.consolidation import Consolidation
+from dwc.federated.wire import HEADER
+from dwc.influence import Influence, measure
+from dwc.posterior import Posterior
+
+__all__ = ["Refused", "admit", "blamed_on", "check_size"]
+
+_MAX_REACH = 1e9  # shift in sigma_0, and factor by which a sigma may shrink
+_MAX_EXCESS = 2**20  # bytes of a file beyond its prior's: header and padding
+
+
+class Refused(InputError):
+    """A site's posterior does not belong."""
+
+
+@contextmanager
+def blamed_on(site: str, incoming: Path) -> Iterator[None]:
+    """Turn any error about a site's file into a refusal that names no path of the server; a failing disk is not one."""
+    try:
+        yield
+    except (OSError, Refused):
+        raise
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        reason = str(error).replace(str(incoming), f"{site}'s posterior").replace(f"{incoming.parent}/", "")
+        raise Refused(one_line(reason)) from error
+    except Exception as error:  # libraries raise all kinds for files that were made to break them
+        raise Refused(
+            one_line(f"{site}'s posterior: cannot be handled ({type(error).__name__}: {error}); train again")
+        ) from error
+
+
+def check_size(site: str, content: bytes, prior: Path) -> None:
+    """Refuse a file much larger than its prior's before it is written or read."""
+    if len(content) > prior.stat().st_size + _MAX_EXCESS:
+        raise Refused(f"{site}'s posterior: has {len(content)} bytes, many more than its prior; train again")
+
+
+def admit(posterior: Posterior, prior: Posterior, others: Mapping[str, Influence], temper: float) -> dict[str, Any]:
+    """Check a posterior against the prior that it was trained from and the round's other sites, and measure it.
+
+    It is consolidated alone as a trial, so that what is accepted here does not stop the round from closing.
+
+    Returns
+    -------
+    dict
+        Entries of the server's state: the claimed volumes and the `Influence`.
+    """
+    if odd := sorted(posterior.metadata.keys() - HEADER):
+        raise InputError(f"{posterior.name}: its header has {odd[0]!r}; send only what dwc train writes")
+    trial = Consolidation(prior).tempered(temper)
+    trial.add(posterior)
+    trial.posterior()
+    _check_reach(posterior, prior)
+    influence = measure(posterior, prior)
+    for name, other in others.items():
+        if influence.copies(other):
+            raise InputError(f"{posterior.name}: has tensors in common with the posterior of {name}; train your own")
+    return {"n_volumes": posterior.metadata.get("n_volumes"), "influence": influence.to_json()}
+
+
+def _check_reach(posterior: Posterior, prior: Posterior) -> None:
+    """Refuse values so far from the prior that, combined with other sites', they could leave the range of fp32."""
+    for name, sigma_0 in prior.sigma.items():
+        shift = (posterior.mu[name].double() - prior.mu[name]).abs()
+        if (shift > _MAX_REACH * sigma_0).any() or (posterior.sigma[name] < sigma_0 / _MAX_REACH).any():
+            raise InputError(
+                f"{posterior.name}: {name} is more than {_MAX_REACH:g} sigmas from the prior, or as much surer; "
+                "train again"
+            )
