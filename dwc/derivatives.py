@@ -8,7 +8,7 @@ import csv
 import gzip
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -45,7 +45,8 @@ class Derivatives:
     entropy : Path
         `<stem>_entropy.nii.gz`, float32, nats, on the scan's grid.
     volumes : Path
-        `<stem>_volumes.tsv`, index, name and volume_mm3 of each class, counted on the scan's grid.
+        `<stem>_volumes.tsv`, index, name, volume_mm3 of each class, counted on the scan's grid, and sd_mm3, its
+        standard deviation over the draws, counted on the conformed grid; n/a with fewer than two draws.
     picture : Path
         `<stem>_overlay.png`.
     """
@@ -129,9 +130,17 @@ def write_derivatives(
     write_whole(files.entropy, _nifti(to_native(prediction.entropy, scan, grid, order=1), source))
     write_whole(files.labels, _nifti(ids.astype(kind)[classes], source))
     write_whole(files.table, _tsv(("index", "name"), zip(ids, label_map.names, strict=True)))
-    rows = zip(ids, label_map.names, (f"{volume:.3f}" for volume in mm3), strict=True)
-    write_whole(files.volumes, _tsv(("index", "name", "volume_mm3"), rows))
+    rows = zip(ids, label_map.names, (f"{volume:.3f}" for volume in mm3), _spread(prediction, grid), strict=True)
+    write_whole(files.volumes, _tsv(("index", "name", "volume_mm3", "sd_mm3"), rows))
     return mm3
+
+
+def _spread(prediction: Prediction, grid: Grid) -> list[str]:
+    """The standard deviation of each class's volume over the draws, mm^3."""
+    n_draws, n_classes = prediction.draws.shape
+    if n_draws < 2:
+        return ["n/a"] * n_classes
+    return [f"{sd * grid.voxel_size**3:.3f}" for sd in prediction.draws.std(axis=0, ddof=1)]
 
 
 def _stem(scan: Path) -> str:
@@ -152,7 +161,7 @@ def _nifti(voxels: np.ndarray, source: nib.spatialimages.SpatialImage) -> bytes:
     return gzip.compress(image.to_bytes(), compresslevel=5, mtime=0)  # no date: the same result has the same bytes
 
 
-def _tsv(header: Sequence[str], rows) -> bytes:
+def _tsv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(header)

@@ -6,18 +6,19 @@ remove the study's networks/.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from dwc.base.files import canonical_json
 from dwc.study.context import Study
 from dwc.study.graph import Network
 from dwc.study.settings import Stage, shared
-from dwc.training.settings import ComputeSettings, NetworkSettings, OptimizerSettings
+from dwc.training.settings import ComputeSettings, CubeSettings, NetworkSettings, OptimizerSettings
 
 __all__ = ["digest_of", "network_key"]
 
 _FORMAT = 1
-_BY_CONTENT = ("label_map", "workers", "device")  # hashed by content or by type of device, or without effect
+_BY_CONTENT = {"label_map", "workers", "device"} | {field.name for field in fields(CubeSettings)}  # see `network_key`
 
 
 def network_key(study: Study, network: Network, stage: Stage | None, parents: Sequence[str]) -> str:
@@ -30,6 +31,7 @@ def network_key(study: Study, network: Network, stage: Stage | None, parents: Se
         values = shared(study.settings, NetworkSettings, ComputeSettings) | shared(stage, OptimizerSettings)
         values |= {"mode": network.mode, "epochs": stage.epochs, "steps_per_epoch": stage.steps // stage.epochs}
         content["settings"] = {name: value for name, value in values.items() if name not in _BY_CONTENT}
+        content["settings"] |= study.settings.decisive_cubes()
         content["label_map"] = study.label_map.sha256
         content["scans"] = study.digest(network.site)
         if study.device.type != "cpu":

@@ -26,7 +26,7 @@ from dwc.study.networks import Networks
 __all__ = ["Kind", "Row", "Scores"]
 
 Kind = Literal["map", "vi", "vcl", "chain", "consolidated", "average", "ensemble", "dwc", "pooled"]
-_FORMAT = 1  # raise it when the same networks and volumes give other scores
+_FORMAT = 2  # raise it when the same networks and volumes give other scores
 _TABLES = ("classes", "calibration", "volumes")  # in the order of writing; the last one marks completion
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dwc.base.errors import Interrupted
+from dwc.data.augmentation import Augmentation
 from dwc.posterior import Posterior
 from dwc.study import networks as module
 from dwc.study.context import Study
@@ -71,6 +72,13 @@ def test_another_setting_changes_only_the_networks_that_depend_on_it(settings, s
     assert same == {"H MAP", "H"}
 
 
+def test_the_cubes_change_all_networks(settings, study):
+    for cubes in ({"cubes": "paper"}, {"margin": 3}, {"augmentation": Augmentation(gamma=0.1)}):
+        assert Networks(study).key(map_network("H")) != Networks(Study(replace(settings, **cubes))).key(
+            map_network("H")
+        )
+
+
 def test_other_scans_change_the_networks_of_their_site_alone(settings, study):
     moved = Study(settings)
     moved.manifests["N"] = study.manifests["B"]
@@ -85,8 +93,9 @@ def test_where_a_study_lies_and_computes_does_not_change_its_networks(settings, 
     assert Networks(study).key(DWC) == Networks(elsewhere).key(DWC)
 
 
-def test_networks_that_earlier_versions_trained_are_found_again(study, monkeypatch):
+def test_networks_that_earlier_versions_trained_on_the_papers_cubes_are_found_again(settings, monkeypatch):
     monkeypatch.setattr(Study, "digest", lambda self, site: site)
+    study = Study(replace(settings, cubes="paper"))
     assert {network.name: Networks(study).key(network)[:12] for network in with_parents([DWC])} == KEYS
 
 
