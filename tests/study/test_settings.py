@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from dwc.base.errors import InputError
+from dwc.cli import main
 from dwc.study.settings import PRESETS, Stage, preset_file
 from tests.study.tiny_study import tiny_settings
 
@@ -63,3 +64,27 @@ def test_settings_go_through_a_config_file_and_come_back_the_same(tmp_path):
 def test_a_preset_that_does_not_exist_is_named_with_those_that_do():
     with pytest.raises(InputError, match=f"preset 'huge': does not exist; choose one of {', '.join(PRESETS)}"):
         preset_file("huge")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--many-sites.n-scored", "0"], "--many-sites.n-scored 0: give 1 to 64"),
+        (["--many_sites.n_scored", "0"], "--many-sites.n-scored 0: give 1 to 64"),
+        (["--pooled.rho-lr", "-2"], "--pooled.rho-lr -2.0: give a positive number"),
+        (["--vcl.rho-lr", "-2"], "--vcl.rho-lr -2.0: give a positive number"),
+        (["--n-test.site-5", "1"], "site-5: give one for each of H, N, B, W and A, no other"),
+        (["--study", "few"], "--study few: choose one of paper, demo, many-sites"),
+        (["--map.schedule", "bogus"], "--map.schedule bogus: choose one of constant, one_cycle"),
+        (["--sites", "[N,N]"], "give each a name of its own"),
+        (["--preset=huge"], "preset 'huge': does not exist; choose one of"),
+    ],
+)
+def test_flags_of_parts_of_a_setting_are_read_in_either_spelling_and_named_in_one_line(
+    flags, message, tmp_path, capsys
+):
+    assert main(["experiment", "--out", str(tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
