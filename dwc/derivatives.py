@@ -20,12 +20,14 @@ from dwc.base.files import write_whole
 from dwc.data.conform import to_native
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
+from dwc.data.paths import check_printable, existing_file, unreadable
+from dwc.data.reading import ScanFile, open_scan
 from dwc.metrics.confusion import volumes
 from dwc.prediction import Prediction
 
 __all__ = ["Derivatives", "find_scan", "name_derivatives", "write_derivatives"]
 
-_EXTENSIONS = (".nii.gz", ".nii", ".mgz", ".mgh", ".img", ".hdr")
+_EXTENSIONS = (".nii.gz", ".nii", ".mgz", ".mgh", ".img.gz", ".img", ".hdr.gz", ".hdr")
 _GEOMETRY = (
     "pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
     "sform_code", "srow_x", "srow_y", "srow_z",
@@ -66,10 +68,15 @@ def find_scan(path: str | Path) -> Path:
         If there is no such file.
     """
     path = Path(path)
-    for candidate in (path, *(path.with_name(path.name + extension) for extension in _EXTENSIONS[:3])):
-        if candidate.is_file():
-            return candidate
-    what = "is a folder; give scans" if path.is_dir() else f"no such file, also not with {', '.join(_EXTENSIONS[:3])}"
+    check_printable(str(path))
+    try:
+        for candidate in (path, *(path.with_name(path.name + extension) for extension in _EXTENSIONS[:3])):
+            if candidate.is_file() or candidate.is_symlink():
+                return existing_file(candidate)
+        is_folder = path.is_dir()
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    what = "is a folder; give scans" if is_folder else f"no such file, also not with {', '.join(_EXTENSIONS[:3])}"
     raise InputError(f"{path}: {what}; check the path")
 
 
@@ -123,7 +130,7 @@ def write_derivatives(
     classes = to_native(prediction.labels, scan, grid, order=0)
     ids = label_map.to_ids(np.arange(label_map.n_classes))
     kind = np.int16 if ids.max() <= np.iinfo(np.int16).max else np.int32
-    source = nib.load(scan)
+    source = open_scan(scan)
     voxel_volume = abs(np.linalg.det(source.affine[:3, :3]))
     mm3 = volumes(classes, label_map.n_classes, voxel_volume).numpy()
     write_whole(files.entropy, _nifti(to_native(prediction.entropy, scan, grid, order=1), source))
@@ -135,20 +142,22 @@ def write_derivatives(
 
 
 def _stem(scan: Path) -> str:
-    extension = next((end for end in _EXTENSIONS if scan.name.endswith(end)), scan.suffix)
-    return scan.name.removesuffix(extension).removesuffix("_T1w")
+    extension = next((end for end in _EXTENSIONS if scan.name.lower().endswith(end)), scan.suffix)
+    return scan.name[: len(scan.name) - len(extension)].removesuffix("_T1w")
 
 
-def _nifti(voxels: np.ndarray, source: nib.spatialimages.SpatialImage) -> bytes:
+def _nifti(voxels: np.ndarray, source: ScanFile) -> bytes:
     """A compressed NIfTI of voxels on the grid of `source`: its geometry bit for bit, no more of its header."""
-    kind = nib.Nifti2Image if isinstance(source.header, nib.Nifti2Header) else nib.Nifti1Image
-    image = kind(voxels, source.affine, dtype=voxels.dtype)
-    if isinstance(source.header, nib.Nifti1Header):  # the base of NIfTI-2's, too
+    header = source.header
+    affine = header.get_best_affine()  # in the header's own unit
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    image = kind(voxels, affine, dtype=voxels.dtype)
+    if isinstance(header, nib.Nifti1Header):  # the base of NIfTI-2's, too
         for field in _GEOMETRY:
-            image.header[field] = source.header[field]
+            image.header[field] = header[field]
     else:
-        image.set_qform(source.affine, code=1)
-        image.set_sform(source.affine, code=1)
+        image.set_qform(affine, code=1)
+        image.set_sform(affine, code=1)
     return gzip.compress(image.to_bytes(), compresslevel=5, mtime=0)  # no date: the same result has the same bytes
 
 

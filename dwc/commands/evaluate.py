@@ -47,6 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     from dwc import evaluation  # after the arguments, so that help is quick
     from dwc.base.devices import choose_device
     from dwc.base.files import open_folder, write_whole
+    from dwc.base.tables import as_csv
     from dwc.data.cache import prepare
     from dwc.prediction import load_networks
 
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
         "seed": values.seed,
         **evaluation.summary(scores),
     }
-    contents = [table.to_csv(index=False, float_format="%.6g") for table in tables] + [json.dumps(summary, indent=2)]
+    contents = [as_csv(table) for table in tables] + [json.dumps(summary, indent=2)]
     for name, content in zip(_RESULTS, contents, strict=True):
         write_whole(values.out / name, content.encode())
     print(_lines(summary))

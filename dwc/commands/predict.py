@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 from jsonargparse import Namespace
-from tqdm import tqdm
 
 from dwc.base.errors import InputError
 from dwc.commands.arguments import new_parser, parse
@@ -49,7 +48,9 @@ def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace)
     from dwc.base import ranks
     from dwc.base.devices import choose_device
     from dwc.base.files import open_folder
-    from dwc.data.conform import conform_image, load_image
+    from dwc.data.checks import check_scans, tell
+    from dwc.data.conform import conform_image
+    from dwc.data.scan import Scan
     from dwc.derivatives import find_scan, name_derivatives, write_derivatives
     from dwc.prediction import load_networks, predict_volume
     from dwc.report.figures import overlay
@@ -59,8 +60,7 @@ def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace)
     scans = [find_scan(scan) for scan in scans]
     derivatives = name_derivatives(scans, values.out, overwrite=values.overwrite)
     scans, derivatives = ranks.share(scans), ranks.share(derivatives)
-    for scan in tqdm(scans, desc="checking scans", unit="scan", disable=None if ranks.is_main() else True):
-        load_image(scan)
+    tell(check_scans([Scan(scan, None, "", "", "test") for scan in scans], ensemble.grid, progress=ranks.is_main()))
     ranks.barrier()  # before any rank writes where another still looks
     open_folder(values.out)
     for scan, files in zip(scans, derivatives, strict=True):

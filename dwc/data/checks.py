@@ -5,6 +5,7 @@ A finding is an error where a command would refuse the scan, or the split of the
 
 import hashlib
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from dwc.data.manifest import namesakes
 from dwc.data.reading import ScanFile, load_labels, open_scan
 from dwc.data.scan import Scan
 
-__all__ = ["CheckedScan", "Finding", "check_scans", "refuse", "warnings_of"]
+__all__ = ["CheckedScan", "Finding", "check_scans", "leak", "tell"]
 
 _FEW_LEVELS = 64  # of 255
 _THICK_MM = 4.0
@@ -33,6 +34,7 @@ _ANISOTROPIC = 3.0  # the longest edge of a voxel over the shortest
 _DISAGREEMENT_MM = 2.0  # between sform and qform
 _UNLISTED = 0.05  # of the labelled voxels
 _ON_SIGNAL = 0.6  # of the labelled voxels
+_MOST_WARNINGS = 20  # that are printed when something else is to be done
 _FEW_SCANS = 3  # of a site, below which no scan is compared with its neighbours
 # FreeSurfer's ids of structures that are on one side
 _LEFT = (2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 17, 18, 26, 28)
@@ -118,7 +120,17 @@ def check_scans(
     return checked
 
 
-def refuse(checked: Iterable[CheckedScan]) -> None:
+def tell(checked: Sequence[CheckedScan]) -> None:
+    """Raise the first error of checked scans; without any, print the first warnings to stderr."""
+    _refuse(checked)
+    warnings = _warnings_of(checked)
+    for line in warnings[:_MOST_WARNINGS]:
+        print(f"warning: {line}", file=sys.stderr)
+    if len(warnings) > _MOST_WARNINGS:
+        print(f"warning: {len(warnings) - _MOST_WARNINGS} more; dwc data check lists them", file=sys.stderr)
+
+
+def _refuse(checked: Iterable[CheckedScan]) -> None:
     """Raise the first error of checked scans, and say how many more there are."""
     errors = [finding.message for one in checked for finding in one.findings if finding.severity == "error"]
     if errors:
@@ -126,7 +138,7 @@ def refuse(checked: Iterable[CheckedScan]) -> None:
         raise InputError(f"{errors[0]}{more}")
 
 
-def warnings_of(checked: Iterable[CheckedScan]) -> list[str]:
+def _warnings_of(checked: Iterable[CheckedScan]) -> list[str]:
     """The warnings of checked scans, a line each, none twice."""
     return list(dict.fromkeys(f.message for one in checked for f in one.findings if f.severity == "warning"))
 
@@ -274,13 +286,17 @@ def _duplicates(checked: Sequence[CheckedScan]) -> dict[int, list[Finding]]:
         twin = checked[first.setdefault(one.content, number)]
         if twin is one:
             continue
-        what = f"{one.scan.image}: holds the same scan as {twin.scan.image}"
         if one.scan.split != twin.scan.split:
-            leak = f"{what}, one to train and one to test on; leave one out"
-            found[number].append(Finding("error", "duplicate", leak))
+            found[number].append(Finding("error", "duplicate", leak(one.scan, twin.scan)))
         else:
-            found[number].append(Finding("warning", "duplicate", f"{what}; leave one out"))
+            what = f"holds the same scan as {twin.scan.image}; leave one out"
+            found[number].append(_odd("duplicate", one.scan.image, what))
     return found
+
+
+def leak(one: Scan, twin: Scan) -> str:
+    """What to say of one scan in both parts of the split."""
+    return f"{one.image}: holds the same scan as {twin.image}, one to train and one to test on; leave one out"
 
 
 def _mirrored(checked: Sequence[CheckedScan]) -> dict[int, list[Finding]]:
