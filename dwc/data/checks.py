@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
+from nibabel.spatialimages import HeaderDataError
 from tqdm import tqdm
 
 from dwc.base import launcher
@@ -168,7 +170,7 @@ def _check(scan: Scan, grid: Grid, label_map: LabelMap | None) -> CheckedScan:
         image, placement = image_on_grid(values, opened.affine, grid)
         if image.min() == image.max():
             raise InputError(f"{scan.image}: only the value {image.flat[0]} is left on {grid}; check its affine")
-        content = hashlib.sha256(image).hexdigest()
+        content = hashlib.sha256(image.tobytes()).hexdigest()
         found += _placement_findings(scan, placement.moved_mm, placement.cut_mm)
         del values
         if scan.label is not None and label_map is not None:
@@ -195,11 +197,11 @@ def _header_findings(opened: ScanFile) -> list[Finding]:
         found.append(_odd("geometry", opened.path, f"voxels of {voxel} mm are coarse or long; small structures suffer"))
     if not isinstance(header, nib.Nifti1Header):
         return found
-    unit = {1: "metres", 3: "micrometres"}.get(int(header["xyzt_units"]) & 7)
+    unit, in_mm = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}.get(int(header["xyzt_units"]) & 7, ("", 1.0))
     if unit:
         found.append(_odd("units", opened.path, f"the header is in {unit} (xyzt_units); converted to mm"))
     with np.errstate(all="ignore"):
-        pixdim = np.abs(np.asarray(header["pixdim"][1:4], float)) * {"metres": 1000, "micrometres": 0.001}.get(unit, 1)
+        pixdim = np.abs(np.asarray(header["pixdim"][1:4], float)) * in_mm
     if not np.allclose(pixdim, sizes, rtol=0.01):
         shown = " x ".join(f"{size:.3g}" for size in pixdim)
         found.append(_odd("geometry", opened.path, f"pixdim says {shown} mm, its affine something else; that is used"))
@@ -216,12 +218,10 @@ def _header_findings(opened: ScanFile) -> list[Finding]:
 def _forms_findings(opened: ScanFile) -> list[Finding]:
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(opened.shape) - 1.0)
     try:
-        forms = [
-            nib.affines.apply_affine(form, corners) for form in (opened.header.get_sform(), opened.header.get_qform())
-        ]
-    except (ValueError, nib.spatialimages.HeaderDataError):
+        forms = [apply_affine(form, corners) for form in (opened.header.get_sform(), opened.header.get_qform())]
+    except (ValueError, HeaderDataError):
         return [_odd("geometry", opened.path, "its qform is no rotation; the sform is used")]
-    by_sform, by_qform = (nib.affines.apply_affine(form, corners) for form in forms)
+    by_sform, by_qform = (apply_affine(form, corners) for form in forms)
     apart = float(np.linalg.norm(by_sform - by_qform, axis=1).max())
     if not apart > _DISAGREEMENT_MM:
         return []
@@ -263,7 +263,7 @@ def _label_findings(
     for one_side, parcels in ((_LEFT, 1000), (_RIGHT, 2000)):
         here = np.argwhere(np.isin(ids, one_side) | ((ids >= parcels) & (ids < parcels + 1000)))
         if len(here):
-            sides.append(nib.affines.apply_affine(affine, here.mean(axis=0))[0])
+            sides.append(apply_affine(affine, here.mean(axis=0))[0])
     if len(sides) == 2 and sides[0] > sides[1]:
         found.append(_odd("left and right", label, "ids of the left side are on the right; the volume is mirrored"))
     return found
