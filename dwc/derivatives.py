@@ -20,12 +20,14 @@ from dwc.base.files import write_whole
 from dwc.data.conform import to_native
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
+from dwc.data.paths import check_printable, existing_file, unreadable
+from dwc.data.reading import ScanFile, open_scan
 from dwc.metrics.confusion import volumes
 from dwc.prediction import Prediction
 
 __all__ = ["Derivatives", "find_scan", "name_derivatives", "native_labels", "write_derivatives"]
 
-_EXTENSIONS = (".nii.gz", ".nii", ".mgz", ".mgh", ".img", ".hdr")
+_EXTENSIONS = (".nii.gz", ".nii", ".mgz", ".mgh", ".img.gz", ".img", ".hdr.gz", ".hdr")
 _GEOMETRY = (
     "pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
     "sform_code", "srow_x", "srow_y", "srow_z",
@@ -67,10 +69,15 @@ def find_scan(path: str | Path) -> Path:
         If there is no such file.
     """
     path = Path(path)
-    for candidate in (path, *(path.with_name(path.name + extension) for extension in _EXTENSIONS[:3])):
-        if candidate.is_file():
-            return candidate
-    what = "is a folder; give scans" if path.is_dir() else f"no such file, also not with {', '.join(_EXTENSIONS[:3])}"
+    check_printable(str(path))
+    try:
+        for candidate in (path, *(path.with_name(path.name + extension) for extension in _EXTENSIONS[:3])):
+            if candidate.is_file() or candidate.is_symlink():
+                return existing_file(candidate)
+        is_folder = path.is_dir()
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    what = "is a folder; give scans" if is_folder else f"no such file, also not with {', '.join(_EXTENSIONS[:3])}"
     raise InputError(f"{path}: {what}; check the path")
 
 
@@ -123,7 +130,7 @@ def write_derivatives(
     """
     classes = to_native(prediction.labels, scan, grid, order=0)
     ids = _ids(label_map)
-    source = nib.load(scan)
+    source = open_scan(scan)
     voxel_volume = abs(np.linalg.det(source.affine[:3, :3]))
     mm3 = volumes(classes, label_map.n_classes, voxel_volume).numpy()
     write_whole(files.entropy, _compressed(_nifti(to_native(prediction.entropy, scan, grid, order=1), source)))
@@ -137,7 +144,7 @@ def write_derivatives(
 def native_labels(prediction: Prediction, scan: Path, label_map: LabelMap, grid: Grid) -> nib.Nifti1Image:
     """The label ids of a prediction on the scan's own grid."""
     classes = to_native(prediction.labels, scan, grid, order=0)
-    return _nifti(_ids(label_map)[classes], nib.load(scan))
+    return _nifti(_ids(label_map)[classes], open_scan(scan))
 
 
 def _ids(label_map: LabelMap) -> np.ndarray:
@@ -155,20 +162,22 @@ def _spread(prediction: Prediction, grid: Grid) -> list[str]:
 
 
 def _stem(scan: Path) -> str:
-    extension = next((end for end in _EXTENSIONS if scan.name.endswith(end)), scan.suffix)
-    return scan.name.removesuffix(extension).removesuffix("_T1w")
+    extension = next((end for end in _EXTENSIONS if scan.name.lower().endswith(end)), scan.suffix)
+    return scan.name[: len(scan.name) - len(extension)].removesuffix("_T1w")
 
 
-def _nifti(voxels: np.ndarray, source: nib.spatialimages.SpatialImage) -> nib.Nifti1Image:
+def _nifti(voxels: np.ndarray, source: ScanFile) -> nib.Nifti1Image:
     """A NIfTI of voxels on the grid of `source`: its geometry bit for bit, no more of its header."""
-    kind = nib.Nifti2Image if isinstance(source.header, nib.Nifti2Header) else nib.Nifti1Image
-    image = kind(voxels, source.affine, dtype=voxels.dtype)
-    if isinstance(source.header, nib.Nifti1Header):  # the base of NIfTI-2's, too
+    header = source.header
+    affine = header.get_best_affine()  # in the header's own unit
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    image = kind(voxels, affine, dtype=voxels.dtype)
+    if isinstance(header, nib.Nifti1Header):  # the base of NIfTI-2's, too
         for field in _GEOMETRY:
-            image.header[field] = source.header[field]
+            image.header[field] = header[field]
     else:
-        image.set_qform(source.affine, code=1)
-        image.set_sform(source.affine, code=1)
+        image.set_qform(affine, code=1)
+        image.set_sform(affine, code=1)
     return image
 
 

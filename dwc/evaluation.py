@@ -23,7 +23,7 @@ from dwc.data.cache import prepare
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
-from dwc.data.manifest import Scan, has_split_column, read_manifest
+from dwc.data.manifest import Scan, has_split_column, labelled, read_manifest
 from dwc.meshnet import MeshNet
 from dwc.metrics.calibration import CalibrationCounts
 from dwc.metrics.confusion import confusion_matrix, dice, mean_dice
@@ -192,10 +192,7 @@ def scans_to_score(
             )
     if not scans:
         raise InputError(f"{manifest}: has no scan to {split} on; set split to {split} for some, or give `split` all")
-    for scan in scans:
-        if scan.label is None:
-            raise InputError(f"{manifest}: {scan.image} has no label; scores need one, name it or leave the scan out")
-    return scans
+    return labelled(scans, manifest, "scores need one, name it or leave the scan out")
 
 
 def score_volumes(
