@@ -8,6 +8,7 @@ import yaml
 
 from dwc.base.errors import InputError
 from dwc.cli import main
+from dwc.data.augmentation_settings import Augmentation
 from dwc.study.settings import PRESETS, Stage, preset_file
 from tests.study.tiny_study import tiny_settings
 
@@ -58,7 +59,8 @@ def test_settings_go_through_a_config_file_and_come_back_the_same(tmp_path):
     values = yaml.safe_load(yaml.safe_dump(settings.to_json()))
     assert "out" not in values
     stages = {name: Stage(**values.pop(name)) for name in ("map", "vi", "vcl", "finetune")}
-    assert tiny_settings(out=tmp_path, **values, **stages) == settings
+    augmentation = Augmentation(**values.pop("augmentation"))
+    assert tiny_settings(out=tmp_path, **values, **stages, augmentation=augmentation) == settings
 
 
 def test_a_preset_that_does_not_exist_is_named_with_those_that_do():
