@@ -218,7 +218,7 @@ def _header_findings(opened: ScanFile) -> list[Finding]:
 def _forms_findings(opened: ScanFile) -> list[Finding]:
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(opened.shape) - 1.0)
     try:
-        forms = [apply_affine(form, corners) for form in (opened.header.get_sform(), opened.header.get_qform())]
+        forms = (opened.header.get_sform(), opened.header.get_qform())
     except (ValueError, HeaderDataError):
         return [_odd("geometry", opened.path, "its qform is no rotation; the sform is used")]
     by_sform, by_qform = (apply_affine(form, corners) for form in forms)

@@ -26,7 +26,7 @@ _MOST_UNLISTED = 0.25  # of the labelled voxels
 _SPECKS = 0.002  # share of a plane that is bright for other reasons than a head
 _SLAB = 16  # planes of a scan at a time
 _DOWN = 1  # the grid's axis from the top of the head down
-_HALF = 0.501  # voxels
+_BEYOND = 0.999  # voxels of the grid that a scan may reach beyond the last without being cut
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _on_signal(placement: Placement, signal: np.ndarray, grid: Grid) -> Placemen
         return placement
     step = np.rint((low + high) / 2 - (grid.size - 1) / 2)
     if high[_DOWN] - low[_DOWN] > grid.size - 1:
-        step[_DOWN] = np.floor(low[_DOWN])
+        step[_DOWN] = min(np.floor(low[_DOWN]), 0)
     step[excess == 0] = 0
     positions = placement.positions.copy()
     positions[:3, 3] += positions[:3, :3] @ step
@@ -256,9 +256,9 @@ def _span(placement: Placement) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _excess(low: np.ndarray, high: np.ndarray, grid: Grid) -> np.ndarray:
-    """How many voxels reach beyond the grid along each of its axes, [3]; up to half a voxel counts as none."""
+    """How many voxels reach beyond the grid along each of its axes, [3]; less than one counts as none."""
     over = np.maximum(-low, 0) + np.maximum(high - (grid.size - 1), 0)
-    return np.where(over > _HALF, over, 0)
+    return np.where(over > _BEYOND, over, 0)
 
 
 def _cut_voxels(classes: np.ndarray, placement: Placement, grid: Grid) -> int:
@@ -266,4 +266,4 @@ def _cut_voxels(classes: np.ndarray, placement: Placement, grid: Grid) -> int:
     if not _excess(*_span(placement), grid).any():
         return 0
     on_grid = apply_affine(np.linalg.inv(placement.positions), np.argwhere(classes))
-    return int(((on_grid < -_HALF) | (on_grid > grid.size - 1 + _HALF)).any(axis=1).sum())
+    return int(((on_grid < -_BEYOND) | (on_grid > grid.size - 1 + _BEYOND)).any(axis=1).sum())
