@@ -7,7 +7,7 @@ specification's identity, which is all that decides the bits of the result.
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from dwc.data.labels import SHIPPED, LabelMap
 from dwc.data.manifest import Scan, has_split_column, labelled, read_manifest
 from dwc.meshnet import DILATIONS, WIDTH, checked_architecture, describe
 from dwc.posterior import Posterior
-from dwc.training.settings import TrainSettings
+from dwc.training.settings import CubeSettings, TrainSettings
 from dwc.training.state import Checkpoint, load_checkpoint
 
 __all__ = ["LOCK", "RunSpecification", "labelled_scans", "resolve"]
@@ -96,6 +96,8 @@ class RunSpecification:
         values = {name: value for name, value in self.settings.to_json().items() if name not in _FREE}
         if self.settings.schedule != "constant":
             values["epochs"] = self.settings.epochs  # the length of a cycle decides every step of it
+        cubes = {field.name for field in fields(CubeSettings)}
+        values = {name: value for name, value in values.items() if name not in cubes} | self.settings.decisive_cubes()
         if not self.settings.stream:
             del values["stream"]  # so that a run without one has the header that it always had
         return values
