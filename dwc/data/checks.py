@@ -179,7 +179,9 @@ def _check(scan: Scan, grid: Grid, label_map: LabelMap | None) -> CheckedScan:
             classes = label_map.apply(ids)
             facts["unlisted_ids"] = check_ids(scan.label, ids, classes, label_map)
             found += _label_findings(scan, ids, labels.affine, label_map, facts["unlisted_ids"])
-            classes = classes_on_grid(scan.label, classes, labels.affine, grid, placement)
+            classes, cut = classes_on_grid(scan.label, classes, labels.affine, grid, placement)
+            if cut:
+                found.append(_odd("cut off", scan.label, f"{cut:.1%} of the labelled voxels lie outside of the grid"))
             voxels_of_class = np.bincount(classes.ravel(), minlength=label_map.n_classes)
             facts["labels_on_signal"] = float(np.mean(image[classes > 0] > SIGNAL)) if classes.any() else 0.0
             found += _overlap_findings(scan, facts["labels_on_signal"])

@@ -185,3 +185,12 @@ def test_the_real_scan_has_no_findings(shared_data):
     real = Scan(folder / "S1_T1w.nii.gz", folder / "S1_aparc+aseg.nii.gz", "S1", "S", "train")
     (one,) = check_scans([real], Grid(64, 4.0), FIFTY, progress=False)
     assert one.findings == ()
+
+
+def test_a_few_labelled_voxels_beyond_a_small_grid_are_told(scan):
+    image, labels = head()
+    image[:, :, 2:48] = np.random.default_rng(0).integers(200, 800, (60, 60, 46))
+    labels[29:31, 29:31, 2:48] = 2
+    (one,) = check_scans([scan(image=image, labels=labels)], Grid(44, 2.0), FIFTY, progress=False)
+    assert any("% of the labelled voxels lie outside" in finding.message for finding in one.findings)
+    assert not one.is_refused
