@@ -157,7 +157,7 @@ def classes_on_grid(
     own = _on_centre(classes.shape, affine, grid)  # the labels' storage order may be another than the image's
     classes = in_ras_order(classes, own)
     placement = placement or _on_signal(own, classes > 0, grid)
-    cut = _cut_voxels(classes, placement, grid) / max(np.count_nonzero(classes), 1)
+    cut = _cut_voxels(classes, placement, grid) / max(int(np.count_nonzero(classes)), 1)
     if cut > _MOST_CUT:
         raise InputError(
             f"{path}: {cut:.0%} of the labelled voxels lie outside of {grid}; crop scan and labels to the head, or "
