@@ -37,7 +37,9 @@ class Parser(ArgumentParser):
 
     def format_help(self) -> str:  # type: ignore[override]
         """The help text, with flags in kebab-case and booleans as switches."""
-        text = re.sub(r"(--[\w.-]+) \{true,false\}", lambda m: f"{m[1]} | --no-{m[1][2:]}", super().format_help())
+        text = super().format_help()
+        switch = r"(--[\w.-]+) \{true,false(?:,null)?\}"
+        text = re.sub(switch, lambda m: f"{m[1]} | --no-{m[1][2:]}", text)
         text = re.sub(r"<class\s+'(\w+)'>", lambda m: m[1].lower(), text)
         return re.sub(r"(?<![\w-])--[a-z][\w.-]*", lambda m: m[0].replace("_", "-"), text)
 
@@ -180,7 +182,8 @@ def _declared(name: str, actions: Mapping[str, Any]) -> str:
 
 
 def _is_boolean(action: argparse.Action) -> bool:
-    return getattr(action, "_typehint", action.type) is bool
+    hint = getattr(action, "_typehint", action.type)
+    return hint is bool or set(get_args(hint)) == {bool, type(None)}
 
 
 def _in_short(message: str, parser: ArgumentParser) -> str:
