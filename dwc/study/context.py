@@ -30,10 +30,7 @@ _SCANS = (  # the settings that the scans in a study's folder depend on
 class Study:
     """A study, its files checked and its settings resolved; creating one writes nothing.
 
-    Attributes
-    ----------
-    manifests : dict of str to Path
-        Manifest of each site, given or to be simulated, and of all training sites pooled. A study may add more.
+    ``manifests`` has each site's, given or to be simulated, and that of all training sites pooled; more may be added.
     """
 
     def __init__(self, settings: StudySettings) -> None:
@@ -48,7 +45,6 @@ class Study:
         names = (*settings.all_sites, settings.pooled_name)
         self.manifests = {name: self.site_folder(name) / "manifest.csv" for name in names} | (settings.manifests or {})
         self._scans: dict[str, list[Scan]] = {}
-        self._held_out: dict[str, SubVolumes] = {}
         self._digests: dict[str, str] = {}
         self._check_folder()
 
@@ -119,9 +115,7 @@ class Study:
 
     def held_out(self, site: str) -> SubVolumes:
         """The prepared volumes of `held_out_scans`."""
-        if site not in self._held_out:
-            self._held_out[site] = self.prepare(self.held_out_scans(site))
-        return self._held_out[site]
+        return self.prepare(self.held_out_scans(site))
 
     def is_prepared(self, site: str) -> bool:
         """Whether a site's held-out scans exist and are in the cache; writes nothing."""
