@@ -80,23 +80,56 @@ def _serve(values: Namespace) -> None:
 
 
 def _amend_arguments(parser: ArgumentParser) -> None:
-    """Change the sites, rounds, quorum, grace_hours or answer_timeout_s of a running cycle."""
-    parser.add_argument("kit", type=Path, help="the server's start-up kit; its server may be running")
-    parser.add_argument("project", type=Path, help="the new project.yml")
+    """Change a cycle under way: its project.yml, or what sites have contributed; its server may be running."""
+    parser.add_argument("kit", type=Path, help="the server's start-up kit")
+    parser.add_argument("project", type=Path | None, nargs="?", default=None, help="the new project.yml")
+    parser.add_argument("--drop", type=str | None, default=None, help="take out a posterior, as north/1: site/round")
+    parser.add_argument("--reopen", type=int | None, default=None, help="open this closed round again")
+    parser.add_argument("--recompute", type=int | None, default=None, help="consolidate this closed round again, now")
+    parser.add_argument("--ban", type=str | None, default=None, help="ignore this site from now on")
+    parser.add_argument("--allow", type=str | None, default=None, help="listen to this banned site again")
+    parser.add_argument("--prune", type=bool, default=False, help="delete posteriors that nothing needs any more")
 
 
 def _amend(values: Namespace) -> None:
     from dwc.base.locks import held
+    from dwc.federated import corrections
     from dwc.federated.cycle import Cycle
     from dwc.federated.exchange import folder_in
     from dwc.federated.service import pass_limit
 
-    kit, project = values.kit.absolute(), _agreement(values.project)
+    kit = values.kit.absolute()
+    project = _agreement(values.project) if values.project else None
+    dropped = _site_and_round(values.drop) if values.drop else None
+    asked = (project, dropped, values.reopen, values.recompute, values.ban, values.allow, values.prune or None)
+    if not any(one is not None for one in asked):
+        raise InputError("nothing to do: give project.yml, `drop`, `reopen`, `recompute`, `ban`, `allow` or `prune`")
     with held(folder_in(kit) / "lock", pass_limit(kit)) as alone:
         if not alone:
             raise InputError(f"{kit}: a pass over the sites has not ended; try again")
-        Cycle(folder_in(kit)).amend(project)
+        cycle = Cycle(folder_in(kit))
+        if project is not None:
+            cycle.amend(project)
+        if values.ban is not None:
+            corrections.ban(cycle, values.ban)
+        if values.allow is not None:
+            corrections.allow(cycle, values.allow)
+        if dropped is not None:
+            corrections.drop(cycle, *dropped)
+        if values.reopen is not None:
+            corrections.reopen(cycle, values.reopen)
+        if values.recompute is not None:
+            corrections.recompute(cycle, values.recompute)
+        if values.prune:
+            print(f"{corrections.prune(cycle) / 1e6:.1f} MB freed")
     _print_state(kit)
+
+
+def _site_and_round(text: str) -> tuple[str, int]:
+    site, _, number = text.partition("/")
+    if not number.isdecimal():
+        raise InputError(f"`drop` {text}: give a site and a round, as north/1")
+    return site, int(number)
 
 
 def _join_arguments(parser: ArgumentParser) -> None:

@@ -170,6 +170,17 @@ class Cycle:
             return False
         return self._publish(number, waiting)
 
+    def close(self) -> None:
+        """Close the open round now, whatever its quorum."""
+        number = self.round or self.project["rounds"]
+        waiting = [row for row in self.state["posteriors"] if row["counted_in"] is None]
+        self._publish(number, waiting)
+
+    def record(self, act: str, **about: Any) -> None:
+        """Record an act of the organizer and write the state."""
+        self.state["acts"].append({"at": _now(self.state).isoformat(), "act": act, **about})
+        write_state(self.folder, self.state)
+
     def note(self, trouble: list[str]) -> None:
         """Keep the problems of a pass, for `describe`."""
         if trouble != self.state["trouble"]:
@@ -247,12 +258,12 @@ class Cycle:
             os.replace(incoming, self.folder / row["file"])
             self.state["posteriors"].append(row)
         except Refused as error:
-            self._refuse(row, str(error))
+            self.refuse(row, str(error))
         finally:
             incoming.unlink(missing_ok=True)
 
-    def _refuse(self, row: Mapping[str, Any], reason: str) -> None:
-        """Record a refusal; the site is told with the next question."""
+    def refuse(self, row: Mapping[str, Any], reason: str) -> None:
+        """Note a refusal, written with the next change; the site is told with the next question."""
         kept = ("site", "file_sha256", "received", "bytes")
         self.state["refused"].append({**{name: row[name] for name in kept if name in row}, "reason": reason})
         earlier = [other for other in self.state["refused"] if other["site"] == row["site"]]

@@ -26,6 +26,7 @@ _ROWS: dict[str, dict[str, tuple[type, ...]]] = {
         "counted_in": (int, type(None)),
     },
     "refused": {"site": (str,), "reason": (str,), "file_sha256": (str,)},
+    "acts": {"at": (str,), "act": (str,)},
 }  # fmt: skip
 _SITE: dict[str, tuple[type, ...]] = {"state": (str,), "round": (int,), "heard": (str, type(None))}
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -78,6 +79,7 @@ def describe(state: Mapping[str, Any]) -> str:
         if site in state["banned"]:
             heard = f"banned; {heard}"
         lines.append(f"  {site:<{width}}  {heard}; posteriors in: {', '.join(entered) or 'none'}")
+    lines += [f"the organizer: {_act(act)}" for act in state["acts"]]
     lines += _limited(state)
     lines += _warnings(state)
     lines += [
@@ -118,6 +120,11 @@ def _boot() -> str:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:
         return ""
+
+
+def _act(act: Mapping[str, Any]) -> str:
+    about = [f"{name} {str(value)[:20]}" for name, value in act.items() if name not in ("act", "at")]
+    return f"{act['act']} {', '.join(about)} at {act['at']}"
 
 
 def _limited(state: Mapping[str, Any]) -> list[str]:

@@ -83,6 +83,24 @@ def test_certificates_last_for_years_and_survive_a_site_that_joins_later(kits, p
     assert (again / "west/startup/client.crt").exists()
 
 
+def test_private_keys_are_their_owners_alone_also_where_an_earlier_version_left_them_open(project, tmp_path):
+    words = ["federated", "init", str(project / "project.yml"), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    root = tmp_path / "out" / "brains"
+    for again in (False, True):
+        keys = [path for path in root.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
+        assert root / "state" / "cert.json" in keys
+        assert len(keys) >= 5
+        assert {path.stat().st_mode & 0o777 for path in keys} == {0o600}
+        for path in (root, root / "state", root / "prod_00", root / "prod_00" / "north"):
+            assert path.stat().st_mode & 0o777 == 0o700
+        if not again:  # as it was before
+            root.chmod(0o755)
+            (root / "state").chmod(0o755)
+            (root / "state" / "cert.json").chmod(0o644)
+            assert cli.main(words) == 0
+
+
 def test_a_site_that_joins_later_begins_no_second_cycle(project, capsys):
     words = ["federated", "init", str(project / "project.yml"), "--out", str(project / "later")]
     assert cli.main(words) == 0
