@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 test = ["hypothesis", "monai", "niimath", "pytest", "pytest-benchmark", "pytest-xdist"]
-federated = ["nvflare>=2.9,<2.10"]
+signing = ["cryptography>=42"]
+federated = ["nvflare>=2.9,<2.10", *signing]
 triton = ["triton>=3.3; platform_system == 'Linux'"]
 
 setup(
@@ -42,6 +43,7 @@ setup(
     ],
     extras_require={
         "federated": federated,
+        "signing": signing,
         "triton": triton,
         "test": test,
         "dev": [*test, *federated, *triton, "ruff"],

@@ -12,13 +12,14 @@ from difflib import get_close_matches
 
 from dwc import __version__
 from dwc.base import launcher
-from dwc.base.errors import InputError, Interrupted
+from dwc.base.errors import InputError, Interrupted, printable
 
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
     "train": "train a network: MAP, variational, a site's from a prior, fine-tuning",
     "consolidate": "consolidate the posteriors of several sites into one",
+    "posterior": "sign, verify, inspect and audit posterior files",
     "federated": "run the cycle over many sites on NVIDIA FLARE: init, serve, amend, join, status, round, simulate",
     "predict": "segment scans with one network or an ensemble",
     "evaluate": "score networks on the held-out scans of a manifest",
@@ -27,7 +28,10 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
 }
 _SHARED = ("train", "predict")  # those that torchrun may start many processes of
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_EXTRAS = {"nvflare": "federated", "pandas": "study", "matplotlib": "study", "scipy": "study", "jinja2": "study"}
+_EXTRAS = {
+    "nvflare": "federated", "cryptography": "signing", "pandas": "study", "matplotlib": "study", "scipy": "study",
+    "jinja2": "study",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +89,8 @@ def _help() -> str:
 
 
 def _end(line: str, code: int) -> int:
-    """Say why, in one line, and return the exit code."""
+    """Say why, in one line, and return the exit code. What others wrote does not steer the terminal."""
+    line = printable(line)
     if launcher.processes() > 1:
         from dwc.base.ranks import say_once  # here, so that one process says it without PyTorch
 

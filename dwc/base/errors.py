@@ -1,6 +1,6 @@
 """What ends a command in one line: input that a person can mend (exit code 2), or a signal (128 plus its number)."""
 
-__all__ = ["InputError", "Interrupted", "brief", "one_line"]
+__all__ = ["InputError", "Interrupted", "brief", "one_line", "printable"]
 
 
 class InputError(ValueError):
@@ -20,6 +20,11 @@ def brief(value: object) -> str:
     return ", ".join(f"{key} {str(part)[:20]}" for key, part in value.items()) if isinstance(value, dict) else "missing"
 
 
+def printable(text: str) -> str:
+    """Text for a terminal or a log, without control characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def one_line(text: str) -> str:
     """What others may have written, fit for a terminal and a log: printable, and no more than 400 characters."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:400])
+    return printable(text[:400])

@@ -63,7 +63,14 @@ def _agreement(path: Path) -> "Project":
 
     if not path.is_file():
         raise InputError(f"{path}: no such file; docs/federated.md describes it")
-    return from_file(Project, path, lambda entries: {**entries, "prior": path.absolute().parent / entries["prior"]})
+    folder = path.absolute().parent
+
+    def resolve(entries: dict[str, Any]) -> dict[str, Any]:
+        """Paths relative to the file."""
+        names = [name for name in ("prior", "trusted") if entries[name] is not None]
+        return {**entries, **{name: folder / entries[name] for name in names}}
+
+    return from_file(Project, path, resolve)
 
 
 def _serve_arguments(parser: ArgumentParser) -> None:
@@ -144,6 +151,7 @@ def _join_arguments(parser: ArgumentParser) -> None:
         help="program that runs a training and lasts as long, as [sbatch, --wait, /srv/job.sh]; default: dwc train",
     )  # fmt: skip
     parser.add_argument("--again", type=bool, default=False, help="allow scans that have counted in an earlier round")
+    parser.add_argument("--key", type=Path | None, default=None, help="private key that signs the site's posteriors")
 
 
 def _join(values: Namespace) -> None:
@@ -166,12 +174,15 @@ def _join(values: Namespace) -> None:
         if values.command is None:  # another program may run on other devices
             choose_device(settings.device)
         words += ["--config", str(folder / "own.yml")]
-        Spool.create(folder, words, values.command, scans=scans, again=values.again)
+        key = values.key and values.key.absolute()
+        Spool.create(folder, words, values.command, scans=scans, again=values.again, key=key)
         # As resolved here, so that relative paths stay right in the trainer's folder.
         resolved = {name: value for name, value in settings.to_json().items() if name in own}
         write_whole(folder / "own.yml", yaml.safe_dump(resolved).encode())
-    elif values.settings or values.command or values.again:
-        raise InputError("`settings`, `command` and `again` go with `data`; give the manifest of the site's scans too")
+    elif values.settings or values.command or values.again or values.key:
+        raise InputError(
+            "`settings`, `command`, `again` and `key` go with `data`; give the manifest too"
+        )
     Spool(folder)
     join(kit)
 

@@ -21,6 +21,7 @@ from dwc.federated.server_state import VERSION, n_expected, quorum_since, read_s
 from dwc.federated.wire import ANSWER, check, digest
 from dwc.influence import Influence, limit_powers
 from dwc.posterior import Posterior
+from dwc.signing import TrustedKeys
 
 __all__ = ["Cycle"]
 
@@ -57,6 +58,8 @@ class Cycle:
         """Open round 1 from the project's prior, in a new folder."""
         prior = Posterior.load(project.prior)
         Consolidation(prior)  # refuses a MAP network
+        if project.trusted is not None:
+            TrustedKeys(project.trusted)
         if (folder / "state.json").exists():
             raise InputError(f"{folder / 'state.json'}: a cycle has begun here; give another folder")
         open_folder(folder)
@@ -280,12 +283,15 @@ class Cycle:
             number = self._round_of(posterior)
             row = {"round": number, "prior_sha256": posterior.metadata["prior_sha256"], "sha256": posterior.sha256}
         prior = self._prior(number)
+        trusted = self.project["trusted"] and TrustedKeys(Path(self.project["trusted"]))
         others = {
             other["site"]: Influence.from_json(other["influence"])
             for other in self.state["posteriors"]
             if other["round"] == number and other["site"] != site and other.get("influence")
         }
         with blamed_on(site, incoming):
+            if trusted:
+                trusted.require(posterior, site)
             self._check_once(site, row, posterior)
             return row | admit(posterior, prior, others, self.project["temper"])
 

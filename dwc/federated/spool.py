@@ -26,6 +26,7 @@ from dwc.data.cache import digest_of_scans
 from dwc.data.manifest import Scan, as_csv
 from dwc.federated.wire import QUESTION, check, digest
 from dwc.posterior import Posterior
+from dwc.signing import sign
 
 __all__ = ["TRAINER", "Spool", "stream_of"]
 
@@ -67,6 +68,7 @@ class Spool:
         *,
         scans: Sequence[Scan] = (),
         again: bool = False,
+        key: Path | None = None,
     ) -> "Spool":
         """Make the folder, or change what future rounds are trained on.
 
@@ -83,6 +85,8 @@ class Spool:
             Training and test scans of the site; training images are read once, for their digests.
         again : bool
             Allow rounds on scans that have counted before.
+        key : Path, optional
+            Private key to sign posteriors with, see `dwc.signing`.
         """
         open_folder(folder)
         to_train = [
@@ -99,7 +103,7 @@ class Spool:
             data = str(folder / f"scans-{digest(manifest)[:12]}.csv")
             write_whole(data, manifest)
         site: dict[str, Any] = {"command": list(command or TRAINER), "arguments": list(arguments)}
-        site |= {"data": data, "scans": known, "again": again}
+        site |= {"data": data, "scans": known, "again": again, "key": None if key is None else str(key)}
         write_whole(folder / "site.yml", yaml.safe_dump(site, sort_keys=False).encode())
         return cls(folder)
 
@@ -126,6 +130,7 @@ class Spool:
                 if not (task / "run").exists() and self._lacks_scans():
                     return _answer("no scans", key)
                 return _answer(self._train(task), key)
+            self._sign(path)
             content = path.read_bytes()
             if (reason := question["settled"].get(digest(content))) is None:
                 return _answer("trained", key) | {"posterior": content}
@@ -135,6 +140,13 @@ class Spool:
         if not wanted:
             return _answer("idle", question)
         return _answer("no scans" if self._lacks_scans() else "no prior", question)
+
+    def _sign(self, path: Path) -> None:
+        """Sign a posterior with the site's key, unless it is signed."""
+        if key := self.site.get("key"):
+            posterior = Posterior.load(path)
+            if not posterior.signature:
+                sign(posterior, Path(key)).save(path)
 
     def _lacks_scans(self) -> bool:
         """Whether a round that began now would count scans twice, without `again`."""
