@@ -22,6 +22,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks/test_cpu_layer.py --benchmark-enable -q

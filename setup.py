@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 test = ["hypothesis", "monai", "niimath", "pytest", "pytest-benchmark", "pytest-xdist"]
+lint = ["mypy", "ruff", "types-PyYAML", "types-tqdm"]
+study = ["jinja2>=3.1", "matplotlib", "tensorboard"]  # reports and pictures, TensorBoard files of trainings
 signing = ["cryptography>=42"]
 federated = ["nvflare>=2.9,<2.10", *signing]
 triton = ["triton>=3.3; platform_system == 'Linux'"]
@@ -22,6 +24,8 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["dwc", "dwc.*", "dwc_kernels", "dwc_kernels.*"]),
     package_data={
+        "dwc": ["py.typed"],
+        "dwc_kernels": ["py.typed"],
         "dwc.data": ["*.tsv"],
         "dwc.simulation": ["*.tsv"],
         "dwc.study": ["presets/*.yaml"],
@@ -34,19 +38,17 @@ setup(
         "nibabel>=5",
         "safetensors>=0.4",
         "pandas>=2.2",
-        "matplotlib",
-        "jinja2>=3.1",
-        "tensorboard",
+        "pydantic>=2.10",
         "tqdm",
         "pyyaml",
         "jsonargparse[signatures]>=4.49",
     ],
     extras_require={
+        "study": study,
         "federated": federated,
         "signing": signing,
         "triton": triton,
-        "test": test,
-        "dev": [*test, *federated, *triton, "ruff"],
+        "dev": [*study, *federated, *triton, *test, *lint],
     },
     entry_points={"console_scripts": ["dwc = dwc.cli:main"]},
     classifiers=[

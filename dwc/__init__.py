@@ -1,7 +1,61 @@
-"""Distributed weight consolidation: train Bayesian segmentation networks apart, consolidate them once."""
+"""Distributed weight consolidation: train Bayesian segmentation networks apart, consolidate them once.
 
-from importlib.metadata import version
+>>> import dwc
+>>> q0 = dwc.train_network(dwc.TrainSettings(mode="vi", data="manifest.csv", init="map.safetensors", out="runs/q0"))
+>>> q1 = dwc.consolidate(q0, [dwc.Posterior.load(path) for path in ("a.safetensors", "b.safetensors")])
+>>> prediction = dwc.predict(q1, "scan.nii.gz")
+>>> scores = dwc.evaluate(q1, "manifest.csv")
 
-__version__ = version("dwc")
+Names are imported when they are first used, so that `import dwc` is quick.
+"""
 
-__all__ = ["__version__"]
+import re
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dwc.base.errors import InputError, Interrupted
+    from dwc.consolidation import Consolidation, consolidate
+    from dwc.meshnet import MeshNet
+    from dwc.posterior import Posterior
+    from dwc.training.loop import train_network
+    from dwc.training.settings import TrainSettings
+
+_HOME = {
+    "Consolidation": "dwc.consolidation",
+    "InputError": "dwc.base.errors",
+    "Interrupted": "dwc.base.errors",
+    "MeshNet": "dwc.meshnet",
+    "Posterior": "dwc.posterior",
+    "TrainSettings": "dwc.training.settings",
+    "consolidate": "dwc.consolidation",
+    "train_network": "dwc.training.loop",
+}
+
+__all__ = [
+    "Consolidation", "InputError", "Interrupted", "MeshNet", "Posterior", "TrainSettings", "__version__", "consolidate",
+    "train_network",
+]  # fmt: skip
+
+
+def _version() -> str:
+    """The version, which `dwc_kernels` states, read without importing PyTorch; there need not be an installation."""
+    spec = find_spec("dwc_kernels")
+    text = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+    found = re.search(r'^__version__ = "(.+)"', text, re.MULTILINE)
+    return found[1] if found else "unknown"
+
+
+__version__ = _version()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dwc' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

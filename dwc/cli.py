@@ -17,6 +17,7 @@ from dwc.base.errors import InputError, Interrupted, printable
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
+    "data": "check scans and labels before anything runs: data check",
     "train": "train a network: MAP, variational, a site's from a prior, fine-tuning",
     "consolidate": "consolidate the posteriors of several sites into one",
     "posterior": "sign, verify, inspect and audit posterior files",
@@ -29,9 +30,12 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
 _SHARED = ("train", "predict")  # those that torchrun may start many processes of
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _EXTRAS = {
-    "nvflare": "federated", "cryptography": "signing", "pandas": "study", "matplotlib": "study", "scipy": "study",
+    "nvflare": "federated",
+    "matplotlib": "study",
     "jinja2": "study",
-}  # fmt: skip
+    "cryptography": "signing",
+    "triton": "triton",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

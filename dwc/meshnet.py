@@ -19,6 +19,7 @@ from dwc_kernels import FFGConv3d
 
 __all__ = ["DILATIONS", "MeshNet", "checked_architecture", "describe"]
 
+WIDTH = 96
 DILATIONS = (1, 1, 1, 2, 4, 8, 1)  # Table 1, layers 1 to 7
 
 

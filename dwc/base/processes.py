@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dwc.base.errors import InputError
 from dwc.base.locks import held, hold
@@ -13,7 +14,7 @@ from dwc.base.locks import held, hold
 __all__ = ["end", "start_once"]
 
 
-def start_once(words: Sequence[str | Path], lock: Path, log: Path, **options) -> subprocess.Popen | None:
+def start_once(words: Sequence[str | Path], lock: Path, log: Path, **options: Any) -> subprocess.Popen | None:
     """Start a process that holds the lock while it lives, in a process group of its own; None if one holds it.
 
     The lock file tells its id, for `end` and for people.

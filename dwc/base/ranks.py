@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from dwc.base import launcher
@@ -81,9 +82,9 @@ def joined() -> Iterator[None]:
     dist.destroy_process_group()  # after an error there is nobody left to agree on it with
 
 
-def share(items: Sequence[_T]) -> Sequence[_T]:
+def share(items: Sequence[_T]) -> list[_T]:
     """This rank's part of the items: every world_size-th, beginning at its rank."""
-    return items[rank() :: world_size()]
+    return list(items[rank() :: world_size()])
 
 
 def merge(parts: Sequence[Sequence[_T]]) -> list[_T]:
@@ -131,12 +132,14 @@ def replicate(network: nn.Module) -> nn.Module:
     if world_size() == 1:
         return network
     buffers = _BUFFERS if _BUFFERS in signature(DistributedDataParallel).parameters else "broadcast_buffers"
-    replica = DistributedDataParallel(network, **{buffers: False})
+    options: dict[str, Any] = {buffers: False}
+    replica = DistributedDataParallel(network, **options)
     replica.register_comm_hook(None, _mean_in_order)
     return replica
 
 
-def _mean_in_order(state: None, bucket) -> torch.futures.Future[Tensor]:  # a dist.GradBucket, not in every build
+# DDP checks the hook's annotations, and dist.GradBucket is not in every build.
+def _mean_in_order(state: None, bucket) -> torch.futures.Future[Tensor]:  # type: ignore[no-untyped-def]
     """Add a bucket's gradients up in the order of the ranks.
 
     An all-reduce of three ranks or more adds in an order that depends on an element's place in its bucket, and buckets
@@ -159,7 +162,7 @@ def say_once(line: str) -> None:
     store = None
     if launcher.processes() > 1:
         with contextlib.suppress(RuntimeError):  # from the store: better said twice than not at all
-            store, _, _ = next(iter(dist.rendezvous("env://", timeout=_A_MOMENT)))
+            store, _, _ = next(iter(rendezvous("env://", timeout=_A_MOMENT)))
             if store.add("dwc/speakers", 1) > 1:
                 store.wait(["dwc/said"], _A_MOMENT)  # the launcher ends all ranks when one has ended
                 return

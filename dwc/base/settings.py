@@ -7,8 +7,9 @@ and their help. What depends on files (a prior, a manifest) is resolved later, o
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from functools import cache
+from functools import cache, reduce
 from numbers import Integral, Real
+from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -27,7 +28,8 @@ class Settings:
     def __post_init__(self) -> None:
         from pydantic import ValidationError  # here: help is printed without it
 
-        for name, adapter in _adapters(type(self)).items():
+        cls: Any = type(self)  # a dataclass, which mypy does not see here
+        for name, adapter in _adapters(cls).items():
             value = getattr(self, name)
             try:
                 parsed = adapter.validate_python(value)
@@ -56,7 +58,7 @@ class Settings:
 
 
 @cache
-def _adapters(cls: type) -> dict[str, Any]:
+def _adapters(cls: Any) -> dict[str, Any]:
     from pydantic import ConfigDict, TypeAdapter
 
     config = ConfigDict(strict=True, arbitrary_types_allowed=True)
@@ -74,15 +76,15 @@ def _strict(hint: Any) -> Any:
     """The type as pydantic is to check it."""
     from pydantic import BeforeValidator, Field, InstanceOf, Strict
 
-    arguments = tuple(_strict(argument) if argument is not ... else ... for argument in get_args(hint))
+    arguments: Any = tuple(_strict(argument) if argument is not ... else ... for argument in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
-        return Union[arguments]  # noqa: UP007 (made at run time)
+        return reduce(or_, arguments)
     if get_origin(hint) is tuple:
-        return Annotated[tuple[arguments], Strict(False)]
+        return Annotated[types.GenericAlias(tuple, arguments), Strict(False)]
     if get_origin(hint) in (list, dict):
-        return get_origin(hint)[arguments]
+        return types.GenericAlias(get_origin(hint), arguments)
     if _is_model(hint):
-        return InstanceOf[hint]
+        return InstanceOf[hint]  # type: ignore[misc]
     if hint is int:
         return Annotated[int, BeforeValidator(_number(int, Integral))]
     if hint is float:

@@ -27,7 +27,7 @@ def catch_signals() -> Iterator[Caught]:
 
     def note(number: int, frame: FrameType | None) -> None:
         caught.number = number
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

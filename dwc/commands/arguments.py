@@ -30,11 +30,11 @@ _known: set[str] = set()  # the parameters that are options of the command at wo
 class Parser(ArgumentParser):
     """A parser that reads flags in either spelling and prints them in one."""
 
-    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Namespace:
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """As the library's, after `canonical`."""
         return super().parse_args(list(self.canonical(args or [])), *others, **options)
 
-    def format_help(self) -> str:
+    def format_help(self) -> str:  # type: ignore[override]
         """The help text, with flags in kebab-case and booleans as switches."""
         text = re.sub(r"(--[\w.-]+) \{true,false\}", lambda m: f"{m[1]} | --no-{m[1][2:]}", super().format_help())
         text = re.sub(r"<class\s+'(\w+)'>", lambda m: m[1].lower(), text)
@@ -79,7 +79,7 @@ def add_settings(parser: ArgumentParser, cls: type[Settings]) -> None:
     left = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     for part in cls.__mro__:
         if own := left & set(get_annotations(part)):
-            others = {field.name for field in fields(part)} - own  # type: ignore[arg-type]
+            others = {field.name for field in fields(part)} - own
             parser.add_class_arguments(part, skip=others)
             left -= own
 

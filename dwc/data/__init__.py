@@ -1,1 +1,1 @@
-"""Data: from a list of scans on disk to sub-volumes for a network, and simulated sites for trying it all out."""
+"""Data: from scans on disk to sub-volumes for a network."""

@@ -1,7 +1,7 @@
-"""Sub-volumes: conformed scans cut into 32^3 cubes, in a memory-mapped cache, as a dataset for training and scoring.
+"""The cache of conformed scans, cut into 32^3 cubes, in memory-mapped files.
 
 Each scan becomes one folder of the cache, named by the hash of everything that went into it, so nothing is computed
-twice and nothing stale is read. Samplers, batches and augmentation are the trainer's.
+twice and nothing stale is read.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -27,14 +27,12 @@ from dwc.data.dataset import MOMENTS, SubVolumes, read_moments
 from dwc.data.grid import SIDE, Grid
 from dwc.data.intensity import moments
 from dwc.data.labels import LabelMap
-from dwc.data.manifest import Scan
+from dwc.data.paths import OUT_OF_HANDLES, unreadable
+from dwc.data.scan import Scan
 
-__all__ = [
-    "SIDE", "digest_of_scans", "is_prepared", "prepare",
+__all__ = ["digest_of_scans", "is_prepared", "prepare", "unprepared"]
 
-]  # fmt: skip
-
-_CACHE_FORMAT = 2  # raise it when the same inputs give other files
+_CACHE_FORMAT = 3  # raise it when the same inputs give other files
 _UNFINISHED = ".unfinished-"
 _DIGESTS = ".digests.json"  # absolute path -> size, date in ns, SHA-256
 _DAY = 24 * 3600  # s
@@ -50,7 +48,7 @@ def prepare(
     workers: int | None = None,
     progress: bool = True,
 ) -> SubVolumes:
-    """Conform scans and cut them into sub-volumes, or find that already done in the cache; ranks share the work.
+    """Conform scans and cut them into sub-volumes, or find them in the cache; ranks share the work.
 
     Parameters
     ----------
@@ -62,19 +60,15 @@ def prepare(
         Folder of the cache, made if need be. It holds 2 bytes per voxel and scan. Any number of processes may share it.
         Entries are named by the content of the scans; a scan is hashed again when its size or date has changed.
     workers : int
-        Threads that read and resample (both leave Python's lock); 0 counts as 1. None: one per core of this process's
-        share of the machine, up to 8. The
-        result does not depend on it. Each holds one scan in memory, 0.3 GB at 256^3.
+        Threads that read and resample; 0 counts as 1. None: one per core of this process's share of the machine, up to
+        8. The result does not depend on it. Each holds one scan in memory, 0.5 GB at 256^3.
     progress : bool
         Show a progress bar while scans are prepared.
-
-    Raises
-    ------
-    InputError
-        A scan is bad input for `conform_image` or `conform_labels`, or the cache cannot be written or is full.
     """
     if grid.size % SIDE:
-        raise InputError(f"grid size {grid.size} does not split into sub-volumes of {SIDE}; take a multiple of {SIDE}")
+        raise InputError(
+            f"`grid_size` {grid.size} does not split into sub-volumes of {SIDE}; give a multiple of {SIDE}"
+        )
     cache_dir = Path(cache_dir)
     if workers is None:
         workers = min(8, (os.cpu_count() or 1) // launcher.local_processes())
@@ -91,6 +85,8 @@ def prepare(
         if digests != known and ranks.is_main():
             write_whole(cache_dir / _DIGESTS, json.dumps(digests).encode())
     except OSError as error:
+        if error.errno in OUT_OF_HANDLES:
+            raise unreadable(cache_dir, error) from error
         reason = error.strerror or error
         raise InputError(
             f"{cache_dir}: cannot write the cache ({reason}); free space or choose another folder"
@@ -99,26 +95,21 @@ def prepare(
 
 
 def is_prepared(scans: Sequence[Scan], label_map: LabelMap, grid: Grid, cache_dir: str | os.PathLike) -> bool:
-    """Whether `prepare` would find all of these scans in the cache; writes nothing.
+    """Whether `prepare` would find all of these scans in the cache; writes nothing."""
+    return not unprepared(scans, label_map, grid, cache_dir)
 
-    Raises
-    ------
-    InputError
-        If a file cannot be read.
-    """
-    digests, cache_dir = _read_digests(Path(cache_dir)), Path(cache_dir)
-    return all(_is_whole(cache_dir / _key(scan, label_map, grid, digests), scan, grid) for scan in scans)
+
+def unprepared(scans: Sequence[Scan], label_map: LabelMap, grid: Grid, cache_dir: str | os.PathLike) -> list[Scan]:
+    """The scans that `prepare` would not find in the cache; writes nothing."""
+    cache_dir = Path(cache_dir)
+    digests = _read_digests(cache_dir)
+    return [scan for scan in scans if not _is_whole(cache_dir / _key(scan, label_map, grid, digests), scan, grid)]
 
 
 def digest_of_scans(scans: Sequence[Scan], cache_dir: str | os.PathLike) -> str:
     """SHA-256, hex, of the bytes of scans and labels and of the split, in their order; not of names.
 
     Files that `prepare` has read with this cache are not read again as long as they keep size and date.
-
-    Raises
-    ------
-    InputError
-        If a file cannot be read.
     """
     known = _read_digests(Path(cache_dir))
     parts = [(_digest(scan.image, known), scan.label and _digest(scan.label, known), scan.split) for scan in scans]
@@ -133,11 +124,11 @@ def _together(folders: list[Path], digests: dict[str, list], known: dict[str, li
         digests = digests | part["digests"]
     folders = [Path(folder) for folder in ranks.merge([part["folders"] for part in parts])]
     if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise InputError(f"{missing[0]}: is not seen by all processes; give a --cache_dir that their machines share")
+        raise InputError(f"{missing[0]}: is not seen by all processes; give a `cache_dir` that their machines share")
     return folders, digests
 
 
-def _map(function, scans: Sequence[Scan], workers: int, progress: bool) -> list[Path]:
+def _map(function: Callable[[Scan], Path], scans: Sequence[Scan], workers: int, progress: bool) -> list[Path]:
     with (
         ThreadPoolExecutor(max(workers, 1)) as pool,
         tqdm(total=len(scans), desc="preparing scans", unit="scan", disable=None if progress else True) as bar,
@@ -187,7 +178,7 @@ def _digest(path: Path, digests: dict[str, list]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise InputError(f"{path}: cannot read the file ({error.strerror}); check the path") from error
+        raise unreadable(path, error) from error
     if time.time_ns() - status.st_mtime_ns > _SETTLED:
         digests[str(path.resolve())] = [*state, digest.hexdigest()]
     return digest.hexdigest()
@@ -197,7 +188,7 @@ def _read_digests(cache_dir: Path) -> dict[str, list]:
     try:
         return json.loads((cache_dir / _DIGESTS).read_text())
     except (FileNotFoundError, ValueError):
-        return {}  # only a memory: it is made again
+        return {}  # files are hashed again
 
 
 def _build(folder: Path, scan: Scan, label_map: LabelMap, grid: Grid) -> None:
@@ -249,7 +240,7 @@ def _is_whole(folder: Path, scan: Scan, grid: Grid) -> bool:
 
 
 def _sweep(cache_dir: Path) -> None:
-    """Remove what builds that were killed a day ago or longer have left."""
+    """Remove what builds that were killed a day or more ago have left."""
     for folder in [*cache_dir.glob(f"{_UNFINISHED}*"), *cache_dir.glob(f".{_DIGESTS}.*")]:
         try:
             if time.time() - folder.stat().st_mtime > _DAY:

@@ -1,100 +1,89 @@
 """Conforming: any scan onto the network's grid, and results back onto the scan's own grid.
 
 What `mri_convert --conform` does, on a grid of any size: the intensities become uint8 first, then the volume is
-resampled about its centre to isotropic voxels in LIA orientation along the scanner's axes. This room checks volumes as
-it opens them; it keeps no files.
+resampled about its centre to isotropic voxels in LIA orientation along the scanner's axes. Volumes are put into RAS
+order first, so that results do not depend on the order in which a file stores them.
 """
 
-import gzip
 import os
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.funcs import squeeze_image
-from nibabel.processing import resample_from_to
-from nibabel.spatialimages import HeaderDataError
 
 from dwc.base.errors import InputError
 from dwc.data.grid import LIA, Grid
+from dwc.data.intensity import SIGNAL, to_uint8
 from dwc.data.labels import LabelMap
+from dwc.data.reading import canonical_affine, load_image, load_labels, open_scan
+from dwc.data.resampling import resample_image, resample_labels, tidied
 
-__all__ = ["conform_image", "conform_labels", "load_image", "load_labels", "to_native"]
+__all__ = ["Placement", "conform_image", "conform_labels", "load_image", "load_labels", "place", "to_native"]
 
-_FORMATS = (nib.Nifti1Pair, nib.MGHImage)  # Nifti1Pair is the base of NIfTI-1 and NIfTI-2
-_AFFINE_TOLERANCE = 1e-3  # mm, in any entry of an affine
 _MOST_UNLISTED = 0.25  # of the labelled voxels
+_SPECKS = 0.002  # share of a plane that is bright for other reasons than a head
+_SLAB = 16  # planes of a scan at a time
+_DOWN = 1  # the grid's axis from the top of the head down
+_HALF = 0.501  # voxels
 
 
-def load_image(path: str | os.PathLike) -> nib.spatialimages.SpatialImage:
-    """Open a T1 image (NIfTI-1, NIfTI-2 or FreeSurfer's mgz) and check it.
+@dataclass(frozen=True)
+class Placement:
+    """Where the grid lies on a scan.
 
-    Returns
-    -------
-    image
-        3-D and real-valued, its voxels in memory; a 4-D file of one volume counts as 3-D.
-
-    Raises
-    ------
-    InputError
-        The file is missing, not such a volume, truncated, 4-D, has no size in space, or its values are not finite or
-        all the same.
-    """
-    image = _load(path)
-    data = np.asanyarray(image.dataobj)
-    if data.min() == data.max():
-        raise InputError(f"{path}: every voxel is {data.flat[0]:g}; a constant volume is no image, check the file")
-    return image
-
-
-def load_labels(path: str | os.PathLike, image: str | os.PathLike | None = None) -> nib.spatialimages.SpatialImage:
-    """Open a volume of label ids and check it; the voxels of the result are integers.
-
-    Parameters
+    Attributes
     ----------
-    path, image : path
-        The labels, and the image whose shape and affine they must have (not checked where None).
-
-    Raises
-    ------
-    InputError
-        As `load_image` (constant labels are allowed), or the values are not whole numbers, or the grid is another.
+    positions : ndarray
+        Affine from the grid's voxels to the scan's, [4, 4], the scan in RAS order.
+    affine : ndarray
+        From the grid's voxels to RAS mm, [4, 4].
+    orientation : ndarray
+        nibabel's orientation transform [3, 2] that brings the scan into RAS order.
+    shape : tuple of int
+        Of the scan in RAS order.
+    moved_mm : float
+        How far the grid has been moved off FreeSurfer's centre, so that it cuts no signal.
+    cut_mm : float
+        How much of the signal along the grid's axes it cuts all the same, added up.
     """
-    labels = _load(path)
-    ids = np.asanyarray(labels.dataobj)
-    if ids.dtype.kind == "f":
-        with np.errstate(invalid="ignore"):
-            whole = ids.astype(np.int32)
-        if not np.array_equal(whole, ids):
-            raise InputError(f"{path}: labels are not whole numbers ({ids[whole != ids][0]:g}); resample with nearest")
-        labels = _in_memory(labels, whole)
-    if image is not None:
-        _check_same_grid(Path(path), labels, Path(image))
-    return labels
+
+    positions: np.ndarray
+    affine: np.ndarray
+    orientation: np.ndarray
+    shape: tuple[int, int, int]
+    moved_mm: float = 0.0
+    cut_mm: float = 0.0
+
+
+def place(path: str | os.PathLike, grid: Grid) -> Placement:
+    """Where the grid lies on a scan.
+
+    FreeSurfer's rule: voxel size/2 of the grid is voxel shape/2 of the scan, counted in RAS order, or in LIA order if
+    the scan is a cube along the scanner's axes as FreeSurfer's conformed volumes are. Along axes on which the scan has
+    the grid's spacing the grid is put on the scan's voxels, so that odd sizes need no interpolation either. A grid
+    that would cut signal is centred on the signal instead; where there is more of it than the grid holds, the superior
+    end is kept.
+
+    The voxels are read only if the scan reaches beyond the grid.
+    """
+    scan = open_scan(path)
+    placement = _on_centre(scan.shape, scan.affine, grid)
+    if not _excess(*_span(placement), grid).any():
+        return placement
+    return _on_signal(placement, in_ras_order(to_uint8(scan.read()), placement) > SIGNAL, grid)
 
 
 def conform_image(path: str | os.PathLike, grid: Grid) -> np.ndarray:
     """The image on the grid, uint8 [size, size, size] in LIA orientation.
 
     A volume that is uint8 and on such a grid already is returned byte for byte. Any other type is first scaled to
-    uint8: 0 is the minimum and 255 the value that 0.1 % of the non-zero voxels exceed, in a histogram of 1000 bins.
-    Then it is interpolated linearly, zero outside the scan. An oblique scan is straightened to the scanner's axes.
-    Going to coarser voxels this is plain linear interpolation at the new voxels' centres, without smoothing, as in
-    `mri_convert`: fine structure may alias.
-
-    Raises
-    ------
-    InputError
-        As `load_image`; or nothing of the image is left on the grid.
+    uint8 (`to_uint8`). Then it is interpolated linearly, zero outside the scan. An oblique scan is straightened to the
+    scanner's axes. On coarser grids there is no smoothing before the interpolation, as in `mri_convert`: fine
+    structure may alias.
     """
     image = load_image(path)
-    data = _to_uint8(np.asanyarray(image.dataobj))
-    if not _is_on(grid, image):
-        data = _resample(data, image.affine, grid.shape, grid.affine(_centre(image)), order=1)
+    data, _ = image_on_grid(to_uint8(np.asanyarray(image.dataobj)), image.affine, grid)
     if data.min() == data.max():
         raise InputError(f"{path}: only the value {data.flat[0]} is left on {grid}; check the image and its affine")
     return data
@@ -103,11 +92,13 @@ def conform_image(path: str | os.PathLike, grid: Grid) -> np.ndarray:
 def conform_labels(
     path: str | os.PathLike, grid: Grid, label_map: LabelMap, image: str | os.PathLike | None = None
 ) -> np.ndarray:
-    """The classes of a label volume on the grid, uint8 [size, size, size], by nearest neighbour; class 0 outside.
+    """The classes of a label volume on the grid, uint8 [size, size, size]; class 0 outside.
+
+    Between voxels the class is chosen by a vote of the weights that interpolate the image.
 
     Ids that the label map does not list become class 0, as long as they fill no more than a quarter of the voxels that
-    are not 0. More says that the labels are of another kind: an image, or a segmentation whose cortex has other ids,
-    as in FreeSurfer's aseg (3 and 42, two fifths of a brain). Where such ids are background on purpose, list them
+    are not 0. If they fill more, the labels are of another kind: an image, or a segmentation whose cortex has other
+    ids, as in FreeSurfer's aseg (3 and 42, two fifths of a brain). Where such ids are background on purpose, list them
     in the label map as class 0.
 
     Parameters
@@ -117,24 +108,17 @@ def conform_labels(
     grid, label_map : Grid, LabelMap
         Where to, and which class each id belongs to.
     image : path
-        The image these labels belong to; they must share its grid.
-
-    Raises
-    ------
-    InputError
-        As `load_labels`; or no voxel has an id of a class other than 0, or too many have unlisted ids.
+        The image these labels belong to: they must lie on its voxels, and go where `conform_image` takes it.
     """
     labels = load_labels(path, image)
     ids = np.asanyarray(labels.dataobj)
     classes = label_map.apply(ids)
-    _check_ids(path, ids, classes, label_map)
-    if _is_on(grid, labels):
-        return classes
-    return _resample(classes, labels.affine, grid.shape, grid.affine(_centre(labels)), order=0)
+    check_ids(path, ids, classes, label_map)
+    return classes_on_grid(path, classes, labels.affine, grid, None if image is None else place(image, grid))
 
 
-def to_native(array: np.ndarray, path: str | os.PathLike, grid: Grid, *, order: int) -> np.ndarray:
-    """Bring an array on the conformed grid back onto the scan's own grid, of the same dtype.
+def to_native(array: np.ndarray, path: str | os.PathLike, grid: Grid, *, order: Literal[0, 1]) -> np.ndarray:
+    """Bring an array on the conformed grid back onto the scan's own voxels, of the same dtype.
 
     Parameters
     ----------
@@ -143,129 +127,142 @@ def to_native(array: np.ndarray, path: str | os.PathLike, grid: Grid, *, order: 
     path : path
         The scan.
     order : int
-        0 for labels (nearest), 1 for maps (linear). Voxels outside the conformed cube are 0.
+        0 for labels, which are chosen by a vote, 1 for maps (linear). Voxels outside the conformed cube are 0.
     """
     if array.shape != grid.shape:
         raise ValueError(f"array of shape {array.shape} is not on {grid}")
-    image = _open(path)
-    if _is_on(grid, image):
-        return array
-    return _resample(array, grid.affine(_centre(image)), image.shape, image.affine, order)
+    placement = place(path, grid)
+    positions = tidied(np.linalg.inv(placement.positions), placement.shape)
+    resample = resample_image if order else resample_labels
+    native = resample(array, positions, placement.shape)
+    back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), placement.orientation)
+    return np.ascontiguousarray(nib.apply_orientation(native, back))
 
 
-def _open(path) -> nib.spatialimages.SpatialImage:
-    """The 3-D image of a file, its header checked and its voxels not yet read."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; check the path")
-    try:
-        image = nib.load(path)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
-        raise InputError(f"{path}: not a NIfTI or mgz volume ({_line(error)}); convert it to .nii.gz") from error
-    if not isinstance(image, _FORMATS):
-        raise InputError(f"{path}: {type(image).__name__} is not supported; convert it to .nii.gz")
-    shape = image.shape
-    if len(shape) > 3 and set(shape[3:]) == {1}:
-        with _reading(path):
-            image = squeeze_image(image)
-    if len(image.shape) != 3:
-        raise InputError(f"{path}: shape {shape} is {len(shape)}-D; give one 3-D volume")
-    if 0 in shape:
-        raise InputError(f"{path}: shape {shape} holds no voxel; export the scan again")
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
-        raise InputError(f"{path}: its affine has no volume (voxel size 0 or not finite); repair the header")
-    if image.get_data_dtype().kind not in "iuf":
-        raise InputError(f"{path}: voxels of type {image.get_data_dtype()}; give one real number per voxel")
-    return image
+def image_on_grid(data: np.ndarray, affine: np.ndarray, grid: Grid) -> tuple[np.ndarray, Placement]:
+    """A uint8 image on the grid, and where the grid lies on it."""
+    placement = _on_centre(data.shape, affine, grid)
+    data = in_ras_order(data, placement)
+    placement = _on_signal(placement, data > SIGNAL, grid)
+    return resample_image(data, placement.positions, grid.shape), placement
 
 
-def _load(path) -> nib.spatialimages.SpatialImage:
-    """The checked 3-D image of a file, its voxels in memory."""
-    image = _open(path)
-    with _reading(path):
-        _check_gzip(Path(path))
-        data = np.asanyarray(image.dataobj)
-    if data.dtype.kind == "f" and not np.isfinite(data).all():
-        count = data.size - np.count_nonzero(np.isfinite(data))
-        raise InputError(f"{path}: {count} voxels are NaN or infinite; replace them, by 0 where there is no tissue")
-    return _in_memory(image, data)
+def classes_on_grid(
+    path: str | os.PathLike, classes: np.ndarray, affine: np.ndarray, grid: Grid, placement: Placement | None
+) -> np.ndarray:
+    """Classes on the grid where it lies on the image, or else about the labels' own centre; none may be cut off."""
+    own = _on_centre(classes.shape, affine, grid)  # the labels' storage order may be another than the image's
+    classes = in_ras_order(classes, own)
+    placement = placement or _on_signal(own, classes > 0, grid)
+    if cut := _cut_voxels(classes, placement, grid):
+        raise InputError(
+            f"{path}: {cut / np.count_nonzero(classes):.0%} of the labelled voxels lie outside of {grid}; crop scan "
+            f"and labels to the head, or choose a larger `grid_size`"
+        )
+    return resample_labels(classes, placement.positions, grid.shape)
 
 
-@contextmanager
-def _reading(path) -> Iterator[None]:
-    """Name the file whose voxels cannot be read."""
-    try:
-        yield
-    except (OSError, EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
-        raise InputError(f"{path}: truncated or damaged ({_line(error)}); copy the file again") from error
+def in_ras_order(data: np.ndarray, placement: Placement) -> np.ndarray:
+    """A scan's voxels in RAS order."""
+    return nib.apply_orientation(data, placement.orientation)
 
 
-def _check_gzip(path: Path) -> None:
-    """Read to the end, where gzip keeps its checksum; nibabel stops at the last voxel."""
-    if path.suffix in (".gz", ".mgz"):
-        with gzip.open(path) as file:
-            while file.read(1 << 20):
-                pass
-
-
-def _in_memory(image, data: np.ndarray) -> nib.Nifti1Image:
-    return nib.Nifti1Image(data, image.affine, dtype=data.dtype)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _check_same_grid(path: Path, labels, image_path: Path) -> None:
-    image = _open(image_path)
-    if labels.shape != image.shape:
-        what = f"shape {labels.shape} is not the image's {image.shape}"
-    elif not np.allclose(labels.affine, image.affine, rtol=0, atol=_AFFINE_TOLERANCE):
-        what = f"affine differs from the image's by up to {np.abs(labels.affine - image.affine).max():.3g} mm"
-    else:
-        return
-    raise InputError(f"{path}: off the grid of {image_path}, {what}; resample the labels onto the image (nearest)")
-
-
-def _check_ids(path, ids: np.ndarray, classes: np.ndarray, label_map: LabelMap) -> None:
+def check_ids(path: str | os.PathLike, ids: np.ndarray, classes: np.ndarray, label_map: LabelMap) -> float:
+    """The share of the labelled voxels whose ids the label map does not list, after refusing labels of another kind."""
     if not classes.any():
         raise InputError(
-            f"{path}: holds none of the ids of label map {label_map.name!r}; give --label_map or aparc+aseg ids"
+            f"{path}: holds none of the ids of label map {label_map.name!r}; give `label_map` or aparc+aseg ids"
         )
     unlisted = ids[(classes == 0) & ~np.isin(ids, (0, *label_map.ids))]
-    part = unlisted.size / np.count_nonzero(ids)
-    if part > _MOST_UNLISTED:
+    share = unlisted.size / np.count_nonzero(ids)
+    if share > _MOST_UNLISTED:
         found, counts = np.unique(unlisted, return_counts=True)
         common = ", ".join(map(str, found[np.argsort(counts)[:-4:-1]]))
         raise InputError(
-            f"{path}: {part:.0%} of the labelled voxels have ids that label map {label_map.name!r} does not list "
-            f"({common}); give FreeSurfer aparc+aseg ids, or a --label_map that lists them (class 0: background)"
+            f"{path}: {share:.0%} of the labelled voxels have ids that label map {label_map.name!r} does not list "
+            f"({common}); give FreeSurfer aparc+aseg ids, or a `label_map` that lists them (class 0: background)"
         )
+    return share
 
 
-def _is_on(grid: Grid, image) -> bool:
-    linear = image.affine[:3, :3]
-    return image.shape == grid.shape and np.allclose(linear, LIA * grid.voxel_size, rtol=0, atol=1e-4)
+def _on_centre(shape: tuple[int, ...], affine: np.ndarray, grid: Grid) -> Placement:
+    """FreeSurfer's centre, put on the scan's voxels where they have the grid's spacing."""
+    orientation, affine = canonical_affine(shape, affine)
+    size = np.array(shape)[np.argsort(orientation[:, 0])]
+    linear = np.eye(4)
+    linear[:3, :3] = np.linalg.inv(affine[:3, :3]) @ (LIA * grid.voxel_size)
+    linear = tidied(linear, grid.shape)[:3, :3]
+    begin = size / 2 - linear @ np.full(3, grid.size / 2)  # the grid's first voxel on the scan
+    if len(set(size)) == 1 and np.allclose(np.abs(linear), np.abs(LIA.T) * np.abs(linear).max(), atol=1e-6):
+        begin -= linear.sum(axis=1) < 0  # a conformed volume, whose own order is the grid's and not RAS
+    for axis, row in enumerate(linear):
+        if sorted(np.abs(row)) == [0, 0, 1]:  # the grid's spacing: onto the voxels
+            begin[axis] = np.floor(begin[axis])
+            ends = sorted((begin[axis], begin[axis] + row.sum() * (grid.size - 1)))
+            if size[axis] <= grid.size:  # FreeSurfer's centre of an even size is off to one side: keep the last plane
+                begin[axis] += max(size[axis] - 1 - ends[1], 0) - max(ends[0], 0)
+    positions = np.eye(4)
+    positions[:3, :3], positions[:3, 3] = linear, begin
+    return Placement(positions, affine @ positions, orientation, (int(size[0]), int(size[1]), int(size[2])))
 
 
-def _centre(image) -> np.ndarray:
-    return (image.affine @ [*(np.array(image.shape) / 2), 1])[:3]
+def _on_signal(placement: Placement, signal: np.ndarray, grid: Grid) -> Placement:
+    """The grid moved where it would cut signal (bool, the scan in RAS order)."""
+    if not _excess(*_span(placement), grid).any():
+        return placement
+    bright = _planes_with_signal(placement, signal)
+    if not all(len(planes) for planes in bright):
+        return placement
+    first, last = _span(placement)
+    low = np.maximum([planes[0] for planes in bright], first)
+    high = np.minimum([planes[-1] for planes in bright], last)
+    excess = _excess(low, high, grid)
+    if not excess.any():
+        return placement
+    step = np.rint((low + high) / 2 - (grid.size - 1) / 2)
+    if high[_DOWN] - low[_DOWN] > grid.size - 1:
+        step[_DOWN] = np.floor(low[_DOWN])
+    step[excess == 0] = 0
+    positions = placement.positions.copy()
+    positions[:3, 3] += positions[:3, :3] @ step
+    moved = replace(placement, positions=positions, affine=placement.affine @ nib.affines.from_matvec(np.eye(3), step))
+    cut = _excess(low - step, high - step, grid).sum() * grid.voxel_size
+    return replace(moved, moved_mm=float(np.linalg.norm(step) * grid.voxel_size), cut_mm=float(cut))
 
 
-def _resample(data: np.ndarray, affine, to_shape, to_affine, order: int) -> np.ndarray:
-    image = resample_from_to(nib.Nifti1Image(data, affine, dtype=data.dtype), (to_shape, to_affine), order=order)
-    return np.asanyarray(image.dataobj)
+def _planes_with_signal(placement: Placement, signal: np.ndarray) -> list[np.ndarray]:
+    """The planes along each of the grid's axes, within it or not, in which more than specks is signal."""
+    to_grid = np.linalg.inv(placement.positions)
+    first = np.floor(_span(placement)[0]).astype(int)
+    length = np.ceil(_span(placement)[1]).astype(int) + 1 - first
+    counts = [np.zeros(n, int) for n in length]
+    for begin in range(0, len(signal), _SLAB):
+        voxels = np.argwhere(signal[begin : begin + _SLAB]) + np.array([begin, 0, 0])
+        planes = np.rint(nib.affines.apply_affine(to_grid, voxels)).astype(int) - first
+        for count, plane in zip(counts, planes.T, strict=True):
+            count += np.bincount(plane, minlength=len(count))
+    return [
+        np.flatnonzero(count > _SPECKS * signal.size / len(count)) + begin
+        for count, begin in zip(counts, first, strict=True)
+    ]
 
 
-def _to_uint8(data: np.ndarray, n_bins: int = 1000, clipped: float = 0.001) -> np.ndarray:
-    """Scale to 0..255 as `mri_convert` does; uint8 stays as it is."""
-    if data.dtype == np.uint8:
-        return data
-    low, high = float(data.min()), float(data.max())
-    counts, _ = np.histogram(data, n_bins, (low, high))
-    n_clipped = int(clipped * np.count_nonzero(data))
-    in_last = np.cumsum([0, *counts[::-1]])  # voxels in the last 0, 1, 2, ... bins
-    top = n_bins - 1 - int(np.searchsorted(in_last, n_clipped))
-    high_kept = low + max(top, 1) * (high - low) / n_bins
-    scaled = (data.astype(np.float32) - low) * (255 / (high_kept - low))
-    return np.clip(scaled, 0, 255, out=scaled).round().astype(np.uint8)
+def _span(placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the greatest of the grid's planes along each axis that the scan reaches, within the grid or not."""
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(placement.shape) - 1.0)
+    on_grid = nib.affines.apply_affine(np.linalg.inv(placement.positions), corners)
+    return on_grid.min(axis=0), on_grid.max(axis=0)
+
+
+def _excess(low: np.ndarray, high: np.ndarray, grid: Grid) -> np.ndarray:
+    """How many voxels reach beyond the grid along each of its axes, [3]; up to half a voxel counts as none."""
+    over = np.maximum(-low, 0) + np.maximum(high - (grid.size - 1), 0)
+    return np.where(over > _HALF, over, 0)
+
+
+def _cut_voxels(classes: np.ndarray, placement: Placement, grid: Grid) -> int:
+    """Labelled voxels (of classes in RAS order) that lie beyond the grid."""
+    if not _excess(*_span(placement), grid).any():
+        return 0
+    on_grid = nib.affines.apply_affine(np.linalg.inv(placement.positions), np.argwhere(classes))
+    return int(((on_grid < -_HALF) | (on_grid > grid.size - 1 + _HALF)).any(axis=1).sum())

@@ -8,13 +8,7 @@ __all__ = ["join_volume", "split_volume"]
 
 
 def split_volume(volume: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """Cut a volume [D, H, W] into its non-overlapping cubes [n, side, side, side], in C order of their places.
-
-    Raises
-    ------
-    ValueError
-        An edge of the volume is not a multiple of `side`.
-    """
+    """Cut a volume [D, H, W] into its non-overlapping cubes [n, side, side, side], in C order of their places."""
     if volume.ndim != 3 or any(size % side for size in volume.shape):
         raise ValueError(f"a volume of shape {volume.shape} does not split into cubes of {side}")
     d, h, w = (size // side for size in volume.shape)

@@ -14,7 +14,8 @@ from dwc.data.cubes import join_volume
 from dwc.data.grid import SIDE, Grid
 from dwc.data.intensity import z_score
 from dwc.data.labels import LabelMap
-from dwc.data.manifest import Scan
+from dwc.data.paths import OUT_OF_HANDLES, unreadable
+from dwc.data.scan import Scan
 
 __all__ = ["MOMENTS", "SubVolumes", "read_moments"]
 
@@ -38,7 +39,7 @@ class SubVolumes(torch.utils.data.Dataset):
         Their product is `len(self)`; sub-volume i belongs to volume i // sub_volumes_per_volume.
     """
 
-    def __init__(self, scans: Sequence[Scan], folders: Sequence[Path], label_map: LabelMap, grid: Grid):
+    def __init__(self, scans: Sequence[Scan], folders: Sequence[Path], label_map: LabelMap, grid: Grid) -> None:
         self.scans, self.label_map, self.grid = list(scans), label_map, grid
         self._folders = list(folders)
         self._moments = [read_moments(folder) for folder in self._folders]
@@ -84,6 +85,19 @@ def read_moments(folder: Path) -> tuple[float, float]:
     return values["mean"], values["sd"]
 
 
-@lru_cache(maxsize=128)  # each open map holds a file descriptor
 def _memory_map(path: Path) -> np.ndarray:
+    try:
+        return _opened(path)
+    except OSError as error:
+        if error.errno not in OUT_OF_HANDLES:
+            raise
+    _opened.cache_clear()  # fewer at a time, then
+    try:
+        return _opened(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+@lru_cache(maxsize=128)  # each open map holds a file handle
+def _opened(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -6,7 +6,7 @@ import numpy as np
 
 from dwc.base.errors import InputError
 
-__all__ = ["LIA", "SIDE", "Grid", "affine_about"]
+__all__ = ["LIA", "SIDE", "Grid"]
 
 SIDE = 32  # voxels along each edge of a sub-volume
 LIA = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # columns: voxel axes to the left, inferior, anterior
@@ -19,7 +19,7 @@ class Grid:
     size: int = 256
     voxel_size: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size < 1 or not 0 < self.voxel_size < np.inf:
             raise InputError(f"grid of size {self.size} and voxel size {self.voxel_size} mm; both must be positive")
 
@@ -30,11 +30,7 @@ class Grid:
 
     def affine(self, centre: np.ndarray) -> np.ndarray:
         """Voxel to RAS mm, [4, 4], with voxel size/2 at `centre` (RAS mm), as FreeSurfer counts a volume's centre."""
-        return affine_about(LIA * self.voxel_size, self.shape, centre)
-
-
-def affine_about(linear: np.ndarray, shape, centre) -> np.ndarray:
-    affine = np.eye(4)
-    affine[:3, :3] = linear
-    affine[:3, 3] = np.asarray(centre) - linear @ (np.array(shape) / 2)
-    return affine
+        affine = np.eye(4)
+        affine[:3, :3] = LIA * self.voxel_size
+        affine[:3, 3] = np.asarray(centre) - affine[:3, :3] @ np.full(3, self.size / 2)
+        return affine

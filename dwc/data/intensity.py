@@ -1,8 +1,74 @@
-"""The intensity scheme: what a network takes in."""
+"""The intensity scheme: from a scanner's numbers to 8 bits, and from those to what a network takes in."""
 
 import numpy as np
 
-__all__ = ["moments", "z_score"]
+__all__ = ["SIGNAL", "moments", "to_uint8", "z_score"]
+
+SIGNAL = 25  # of 255: brighter voxels are not air, a tenth of the range as in FSL's BET
+
+_RARE = 0.001  # share of the voxels that may be darker than the rest without setting the scale
+_LIFTED = 8  # grey levels; rare voxels that would lift everything else by more are ignored
+_FEW_BINS = 64  # of the histogram; a head in fewer is looked at more closely
+_PLAIN = (1e-30, 1e30)  # spans that float32 arithmetic holds
+
+
+def to_uint8(data: np.ndarray, n_bins: int = 1000, clipped: float = 0.001) -> np.ndarray:
+    """Scale to 0..255 as `mri_convert` does; uint8 stays as it is.
+
+    0 is the minimum, 255 the value that `clipped` of the non-zero voxels exceed, in a histogram of `n_bins`. Unlike in
+    `mri_convert`, a few extreme voxels do not set the scale: the darkest 0.1 % are clipped where they would lift all
+    others by more than 8 grey levels, and where the brightest leave the others fewer than 64 bins, the histogram is
+    taken again without them.
+    """
+    if data.dtype == np.uint8:
+        return data
+    low, high = float(data.min()), float(data.max())
+    if not _is_plain(low, high, n_bins):
+        data = _normalized(data)
+        low, high = 0.0, 1.0
+    n_clipped = int(clipped * np.count_nonzero(data))
+    top = _brightest(data, low, high, n_bins, n_clipped)
+    dark = _ranked(data, _RARE)
+    if (dark - low) * 255 > _LIFTED * (top - low):
+        low = dark
+        top = _brightest(data, low, high, n_bins, n_clipped)
+    scaled = (np.clip(data, low, top).astype(np.float32) - low) * (255 / (top - low))
+    return np.clip(scaled, 0, 255, out=scaled).round().astype(np.uint8)
+
+
+def _brightest(data: np.ndarray, low: float, high: float, n_bins: int, n_clipped: int) -> float:
+    """The upper edge of the brightest bin above `low` once `n_clipped` voxels are left out."""
+    is_flat = np.count_nonzero(data > low) <= n_clipped
+    while True:
+        counts, _ = np.histogram(data, n_bins, (low, high))
+        counts[-1] += np.count_nonzero(data > high)
+        in_last = np.cumsum([0, *counts[::-1]])  # voxels in the last 0, 1, 2, ... bins
+        bins = max(n_bins - 1 - int(np.searchsorted(in_last, n_clipped)), 1)
+        closer = low + (bins + 1) * (high - low) / n_bins
+        if bins >= _FEW_BINS or n_clipped == 0 or is_flat or not _is_plain(low, closer, n_bins):
+            return low + bins * (high - low) / n_bins
+        high = closer
+
+
+def _is_plain(low: float, high: float, n_bins: int) -> bool:
+    """Whether a range can be cut into bins and scaled in float32."""
+    return _PLAIN[0] < high - low < _PLAIN[1] and (high - low) / n_bins > np.spacing(max(abs(low), abs(high)))
+
+
+def _normalized(data: np.ndarray) -> np.ndarray:
+    """0..1 in float64, rare extremes clipped unless all but those are one value."""
+    low, high = _ranked(data, _RARE), _ranked(data, 1 - _RARE)
+    if low == high:
+        low, high = data.min(), data.max()
+    wide = np.clip(data, low, high).astype(np.longdouble)
+    wide -= np.longdouble(low)
+    return (wide / wide.max()).astype(np.float64)
+
+
+def _ranked(data: np.ndarray, share: float) -> float:
+    """The value that this share of the voxels lies below."""
+    rank = min(int(share * data.size), data.size - 1)
+    return float(np.partition(data, rank, axis=None)[rank])
 
 
 def moments(image: np.ndarray) -> tuple[np.float32, np.float32]:
@@ -11,5 +77,5 @@ def moments(image: np.ndarray) -> tuple[np.float32, np.float32]:
 
 
 def z_score(voxels: np.ndarray, mean: np.float32, sd: np.float32) -> np.ndarray:
-    """(voxels - mean) / sd, computed in float32: what a network takes in, with the `moments` of the whole volume."""
+    """(voxels - mean) / sd in float32: what a network takes in, with the `moments` of the whole volume."""
     return (voxels.astype(np.float32) - np.float32(mean)) / np.float32(sd)

@@ -1,7 +1,7 @@
 """Label maps: which class of the network each label id of a segmentation belongs to.
 
-A label map is a table (TSV) of `index`, `class` and `name`. This room reads, checks and applies such tables.
-It reads no volumes and knows nothing of grids.
+A label map is a table (TSV) of `index`, `class` and `name`. This module reads, checks and applies such tables; it
+does not read volumes.
 """
 
 import csv
@@ -27,13 +27,7 @@ _MAX_ID = 1_000_000  # ids are looked up in a table of this length at most
 
 
 def read_table(path: str | os.PathLike, columns: tuple[str, ...] | None = None) -> list[dict[str, str]]:
-    """Rows of a tab-separated table with a header; lines that start with `#` and blank lines are comments.
-
-    Raises
-    ------
-    InputError
-        The file is missing, is not UTF-8 text, has other columns than `columns`, or a row of another length.
-    """
+    """Rows of a tab-separated table with a header; blank lines and lines that start with `#` are skipped."""
     try:
         lines = Path(str(path)).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -146,7 +140,8 @@ class LabelMap:
         table = np.zeros(max(self.ids) + 2, np.uint8)  # the last entry, which no listed id has, is for unlisted ids
         table[list(self.ids)] = self.classes
         outside = (ids < 0) | (ids >= len(table))
-        return table[np.where(outside, len(table) - 1, ids).astype(np.intp)]
+        # widened first: the last entry's index does not fit into 8 bits, and perhaps not into 16
+        return table[np.where(outside, len(table) - 1, ids.astype(np.int64))]
 
     def to_ids(self, classes: np.ndarray) -> np.ndarray:
         """Label ids of classes, int32: the first listed id of each class, so the left one where sides are merged.

@@ -1,37 +1,32 @@
 """Manifests: which scans there are, whose they are, and whether they train or test.
 
-A manifest is a CSV or a BIDS-derivatives folder. This room finds the files and fixes the split; it opens no volume.
+A manifest is a CSV or a folder (`bids`). This module finds the files and fixes the split; it opens no volume.
 """
 
 import csv
 import hashlib
 import io
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, TypeVar
 
-from dwc.base.errors import InputError
+from dwc.base.cells import as_text, from_text
+from dwc.base.errors import InputError, one_line
+from dwc.data.bids import has_split, scans_in_folder, subject_of
+from dwc.data.paths import check_printable, existing_file, unreadable
+from dwc.data.scan import SPLITS, Scan, is_missing
 
-__all__ = ["Scan", "as_csv", "has_split_column", "read_manifest"]
+__all__ = ["Scan", "as_csv", "has_split_column", "labelled", "namesakes", "read_manifest"]
+
+T = TypeVar("T")
 
 _COLUMNS = ("image", "label", "subject", "site", "split")
-_SPLITS = ("train", "test")
-_TEMPLATE = ("space-", "cohort-", "res-")  # entities of what was resampled
-_PREFERRED = "aparcaseg"  # the segmentation with all structures, where derivatives hold several
-
-
-@dataclass(frozen=True)
-class Scan:
-    """One T1 image, its label volume (None where there is none), whose it is, and its part of the split."""
-
-    image: Path
-    label: Path | None
-    subject: str
-    site: str
-    split: Literal["train", "test"]
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a spreadsheet's "Unicode text" begins
 
 
 def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: float = 0.1) -> list[Scan]:
@@ -40,12 +35,11 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
     Parameters
     ----------
     path : path
-        A CSV with the columns `image,label[,subject,site,split]`, whose paths are relative to the CSV's folder; or a
-        BIDS-derivatives folder, in which `sub-*/[ses-*/]anat/*_T1w.nii.gz` are the images and the `*_dseg.nii.gz` that
-        agree with them in every entity but `desc` the labels (`desc-aparcaseg` where there are several). Images in a
-        template's space are left out where the scan that they were made from is there too. An empty label is a scan for
-        prediction only. A missing subject is read from `sub-...` in the path of the image, or else is the image's name,
-        which then must not stand in two folders. A missing site is the name of the manifest's folder.
+        A CSV with the columns `image,label[,subject,site,split]`, whose paths are relative to the CSV's folder; a BIDS
+        data set or another folder (`scans_in_folder`). Columns may also be separated by semicolons or tabs. An empty
+        label is a scan for prediction only. A missing subject is read from `sub-...` in the path of the image, or else
+        is the image's name, which then must not occur in two folders. A missing site is the name of the manifest's
+        folder. `n/a` counts as empty.
     seed : int
         Fixes the split. Not used where there is a split column.
     test_fraction : float
@@ -55,9 +49,8 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
     Raises
     ------
     InputError
-        The manifest is missing, unreadable, empty, or has unknown columns; a file it names is missing; an image is
-        listed twice; a subject is in both parts of the split; a split is neither train nor test; two images in
-        different folders have the same name and no subject.
+        Among other things, where two spellings of one subject (`sub-01`, `01` and `1`) are in different parts of the
+        split.
 
     Notes
     -----
@@ -69,23 +62,38 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
     one who was for training only because all were below `test_fraction`.
     """
     path = Path(path)
+    check_printable(str(path))
     if not 0 <= test_fraction < 1:
         raise InputError(
             f"test fraction {test_fraction} is not a part of the subjects; give a number from 0 to below 1"
         )
-    if path.is_dir():
-        scans, split_is_given = _from_bids(path), False
-    else:
-        scans, split_is_given = _from_csv(path)
+    is_folder = _is_folder(path)
+    scans = scans_in_folder(path) if is_folder else _from_csv(path)
     if not scans:
-        what = "*_T1w.nii.gz in sub-*/[ses-*/]anat" if path.is_dir() else "rows"
+        what = "*_T1w.nii.gz in sub-*/[ses-*/]anat, nor other volumes" if is_folder else "rows"
         raise InputError(f"{path}: the manifest is empty, it has no {what}; list at least one scan")
-    if not split_is_given:
-        return _split_by_subject(scans, seed, test_fraction)
-    for subject, splits in _group(scans, lambda scan: scan.subject, lambda scan: scan.split).items():
-        if len(set(splits)) > 1:
-            raise InputError(f"{path}: subject {subject} is in both train and test; give each subject one split")
+    if not has_split_column(path):
+        scans = _split_by_subject(scans, seed, test_fraction)
+    _check_split(path, scans)
     return scans
+
+
+def labelled(scans: Iterable[Scan], manifest: str | os.PathLike, purpose: str) -> tuple[list[Scan], list[Scan]]:
+    """Scans with a label and those without; a CSV must have one for every scan that it lists.
+
+    `purpose` ends the error: "training needs one for each scan".
+    """
+    scans = list(scans)
+    without = [scan for scan in scans if scan.label is None]
+    if without and (len(without) == len(scans) or not _is_folder(Path(manifest))):
+        raise InputError(f"{manifest}: {without[0].image} has no label; {purpose}")
+    return [scan for scan in scans if scan.label is not None], without
+
+
+def namesakes(scans: Iterable[Scan]) -> list[list[str]]:
+    """Groups of subjects that may be one person: `sub-01`, `01` and `1`, of one site or of several."""
+    spellings = _group(scans, lambda scan: _plain_name(scan.subject), lambda scan: scan.subject)
+    return [sorted(set(names)) for names in spellings.values() if len(set(names)) > 1]
 
 
 def as_csv(scans: Iterable[Scan]) -> bytes:
@@ -93,16 +101,25 @@ def as_csv(scans: Iterable[Scan]) -> bytes:
     rows = [[scan.image.absolute(), scan.label and scan.label.absolute(), scan.subject, scan.site, scan.split]
             for scan in scans]  # fmt: skip
     table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([_COLUMNS, *rows])
+    cells = [[as_text(str(cell or "")) for cell in row] for row in rows]
+    csv.writer(table, lineterminator="\n").writerows([_COLUMNS, *cells])
     return table.getvalue().encode()
 
 
 def has_split_column(path: str | os.PathLike) -> bool:
     """Whether a manifest fixes the split itself, rather than leaving it to the seed."""
-    return not Path(path).is_dir() and "split" in _read_csv(Path(path))[0]
+    path = Path(path)
+    return has_split(path) if _is_folder(path) else "split" in _read_csv(path)[0]
 
 
-def _from_csv(path: Path) -> tuple[list[Scan], bool]:
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def _from_csv(path: Path) -> list[Scan]:
     header, rows = _read_csv(path)
     scans: list[Scan] = []
     line_of: dict[Path, int] = {}
@@ -111,107 +128,101 @@ def _from_csv(path: Path) -> tuple[list[Scan], bool]:
         where = f"{path}, line {line}"
         if not row["image"]:
             raise InputError(f"{where}: the image is empty; name a file")
-        for column in ("image", "label"):
-            if row.get(column) and not (path.parent / row[column]).is_file():
-                raise InputError(f"{where}: {column} {path.parent / row[column]} does not exist; paths are relative to "
-                                 f"the manifest's folder")  # fmt: skip
-        image = path.parent / row["image"]
+        files = {column: path.parent / row[column] for column in ("image", "label") if row.get(column)}
+        for column, file in files.items():
+            _check_file(where, column, file)
+        image = files["image"]
         first = line_of.setdefault(image.resolve(), line)
         if first != line:
             raise InputError(f"{where}: image {row['image']} is already on line {first}; list each image once")
-        if "split" in header and row["split"] not in _SPLITS:
+        if "split" in header and row["split"] not in SPLITS:
             raise InputError(f"{where}: split is {row['split']!r}; write train or test, or leave the column out")
-        subject = row.get("subject") or _bids_subject(Path(row["image"]))
+        subject = row.get("subject") or subject_of(Path(row["image"]))
         if not subject:
             subject = image.name.split(".")[0]
             other = namesake.setdefault(subject, image)
             if other.parent.resolve() != image.parent.resolve():
                 raise InputError(f"{where}: {image} and {other} would both be subject {subject}, after their file "
                                  f"names; add a subject column")  # fmt: skip
-        scans.append(
-            Scan(
-                image=image,
-                label=path.parent / row["label"] if row.get("label") else None,
-                subject=subject,
-                site=row.get("site") or path.resolve().parent.name,
-                split=row.get("split", "train"),
-            )
-        )
-    return scans, "split" in header
+        site = row.get("site") or path.resolve().parent.name
+        scans.append(Scan(image, files.get("label"), subject, site, "test" if row.get("split") == "test" else "train"))
+    return scans
+
+
+def _check_file(where: str, column: str, file: Path) -> None:
+    try:
+        check_printable(str(file))
+        if not (file.exists() or file.is_symlink()):
+            raise InputError(f"{file} does not exist; paths are relative to the manifest's folder")
+        existing_file(file)
+    except InputError as error:
+        raise InputError(f"{where}: {column} {error}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: {column} {unreadable(file, error)}") from error
 
 
 def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Header, and (line number, cells by column) of each row that is not blank."""
+    wanted = f"give a CSV with columns {','.join(_COLUMNS)}"
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            lines = [
-                (reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))
-            ]
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the manifest ({error.strerror}); give a CSV or a BIDS folder") from error
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error, "give a CSV or a BIDS folder") from error
+    try:
+        text = content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
+        separator = _separator(text)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"{path}: not a CSV in UTF-8 ({error}); give a CSV with columns {','.join(_COLUMNS)}"
-        ) from error
+        raise InputError(f"{path}: not a CSV in UTF-8 ({error}); {wanted}") from error
     if not lines:
-        raise InputError(f"{path}: the manifest is empty; give a CSV with columns {','.join(_COLUMNS)}")
-    header = lines[0][1]
+        raise InputError(f"{path}: the manifest is empty; {wanted}")
+    header = [name.lower() for name in lines[0][1]]
+    while header and not header[-1]:
+        header.pop()
     unknown = [column for column in header if column not in _COLUMNS]
     if unknown or "image" not in header or len(set(header)) < len(header):
         wrong = f"unknown columns {', '.join(map(repr, unknown))}" if unknown else f"columns {','.join(header)}"
-        raise InputError(f"{path}: {wrong}; the columns are image,label[,subject,site,split], each once")
+        raise InputError(
+            f"{path}: {one_line(wrong)}; the columns are image,label[,subject,site,split], each once, separated by "
+            f"commas, semicolons or tabs"
+        )
+    rows = []
     for line, cells in lines[1:]:
-        if len(cells) != len(header):
+        beyond = cells[len(header) :]
+        if len(cells) < len(header) or any(beyond):
             raise InputError(
-                f"{path}, line {line}: {len(cells)} cells, not {len(header)}; quote cells that hold commas"
+                f"{path}, line {line}: {len(cells)} cells, not {len(header)}; quote cells that hold "
+                f"{_SEPARATORS[separator]}"
             )
-    return header, [(line, dict(zip(header, cells, strict=True))) for line, cells in lines[1:]]
+        cells = ["" if is_missing(cell) else from_text(cell) for cell in cells[: len(header)]]
+        rows.append((line, dict(zip(header, cells, strict=True))))
+    return header, rows
 
 
-def _from_bids(path: Path) -> list[Scan]:
-    images = sorted(path.glob("sub-*/anat/*_T1w.nii.gz")) + sorted(path.glob("sub-*/ses-*/anat/*_T1w.nii.gz"))
-    folders = {image.parent for image in images}
-    labels = _group(
-        (label for folder in sorted(folders) for label in sorted(folder.glob("*_dseg.nii.gz"))), _acquisition
-    )
-    site = path.resolve().name
-    acquisitions = {_acquisition(image) for image in images}
-    return [
-        Scan(image, _choose(image, labels.get(_acquisition(image), [])), _bids_subject(image), site, "train")
-        for image in sorted(images)
-        if not _is_resampled(image, acquisitions)
-    ]
+def _separator(text: str) -> str:
+    """What separates the columns of the header."""
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    return max(_SEPARATORS, key=header.count)
 
 
-def _is_resampled(image: Path, acquisitions: set) -> bool:
-    """Whether an image is another one of the folder brought to a template's space, and so no scan of its own."""
-    folder, entities = _acquisition(image)
-    native = frozenset(entity for entity in entities if not entity.startswith(_TEMPLATE))
-    return native != entities and (folder, native) in acquisitions
+def _check_split(path: Path, scans: list[Scan]) -> None:
+    """Nobody is in both parts of the split, under one name or under two spellings of it at one site."""
+    for subject, splits in _group(scans, lambda scan: scan.subject, lambda scan: scan.split).items():
+        if len(set(splits)) > 1:
+            raise InputError(f"{path}: subject {subject} is in both train and test; give each subject one split")
+    for group in _group(scans, lambda scan: (scan.site, _plain_name(scan.subject))).values():
+        if len({scan.split for scan in group}) > 1:
+            names = " and ".join(sorted({scan.subject for scan in group}))
+            raise InputError(
+                f"{path}: subjects {names} of site {group[0].site} look like one, and are in both train and test; name "
+                f"each subject in one way"
+            )
 
 
-def _acquisition(path: Path) -> tuple[Path, frozenset[str]]:
-    """What a BIDS image and its segmentation share: the folder and all entities but `desc`."""
-    *entities, _suffix = path.name.split("_")
-    return path.parent, frozenset(entity for entity in entities if not entity.startswith("desc-"))
-
-
-def _choose(image: Path, labels: list[Path]) -> Path | None:
-    if len(labels) > 1:
-        preferred = [label for label in labels if f"_desc-{_PREFERRED}_" in label.name]
-        if len(preferred) != 1:
-            names = ", ".join(label.name for label in labels)
-            raise InputError(f"{image}: several segmentations fit ({names}); keep one, or name one desc-{_PREFERRED}")
-        labels = preferred
-    return labels[0] if labels else None
-
-
-def _bids_subject(image: Path) -> str | None:
-    for part in reversed(image.parts):
-        if part.startswith("sub-"):
-            return part.split("_")[0].split(".")[0]
-    return None
+def _plain_name(subject: str) -> str:
+    """A subject's name without what spreadsheets and tools add or lose: the prefix sub-, zeros in front of numbers."""
+    return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"^sub[-_]?(?=.)", "", subject.casefold()))
 
 
 def _split_by_subject(scans: list[Scan], seed: int, test_fraction: float) -> list[Scan]:
@@ -229,7 +240,7 @@ def _number(subject: str, seed: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _group(items, key, value=lambda item: item) -> dict:
+def _group(items: Iterable[T], key: Callable[[T], Any], value: Callable[[T], Any] = lambda item: item) -> dict:
     groups = defaultdict(list)
     for item in items:
         groups[key(item)].append(value(item))

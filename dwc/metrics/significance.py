@@ -54,16 +54,16 @@ def paired_test(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray
     ValueError
         If the lengths differ.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"paired scores are two lists of one length, not of shapes {a.shape} and {b.shape}")
-    both = np.isfinite(a) & np.isfinite(b)
-    a, b = a[both], b[both]
-    difference = a - b
+    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if first.shape != second.shape or first.ndim != 1:
+        raise ValueError(f"paired scores are two lists of one length, not of shapes {first.shape} and {second.shape}")
+    both = np.isfinite(first) & np.isfinite(second)
+    first, second = first[both], second[both]
+    difference = first - second
     n, mean = len(difference), float(difference.mean()) if len(difference) else math.nan
     if n < 2 or np.ptp(difference) <= 1e-12 * np.abs(difference).max():  # no spread but that of rounding
         return PairedTest(n, mean, *[math.nan] * 5)
-    test = stats.ttest_rel(a, b)
+    test = stats.ttest_rel(first, second)
     effect_size = mean / difference.std(ddof=1)
     values = (*test.confidence_interval(0.95), test.statistic, test.pvalue, effect_size)
     return PairedTest(n, mean, *map(float, values))

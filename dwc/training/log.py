@@ -1,14 +1,16 @@
 """What a training run reports while it goes on: the progress bar, TensorBoard, and log.jsonl with a line per epoch.
 
-With several ranks, the first one reports for all.
+With several ranks, the first one reports for all. TensorBoard's files, which repeat the log and add every step, are
+written where tensorboard is installed (the extra `study`).
 """
 
 import json
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dwc.base import ranks
@@ -37,7 +39,7 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         if ranks.is_main():
-            self._board = SummaryWriter(self.out / "tensorboard", purge_step=self.first_step + 1)
+            self._board = _board(self.out / "tensorboard", self.first_step + 1)
             self._bar = tqdm(
                 total=self.total_steps, initial=self.first_step, desc=self.title, unit="step", dynamic_ncols=True
             )
@@ -48,14 +50,14 @@ class Journal:
     ) -> None:
         if ranks.is_main():
             self._bar.close()
-            self._board.close()
+            if self._board is not None:
+                self._board.close()
 
     def step(self, step: int, **values: float) -> None:
         """Report a step; values by name, with ``loss`` among them."""
         if not ranks.is_main():
             return
-        for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+        self._add_scalars(step, {f"train/{name}": value for name, value in values.items()})
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", dice=self._last_dice(), refresh=False)
         self._bar.update()
 
@@ -64,19 +66,33 @@ class Journal:
         self.rows.append(row)
         if not ranks.is_main():
             return
-        for name in ("dice", "dice_with_background"):
-            if row[name] is not None:
-                self._board.add_scalar(f"validation/{name}", row[name], row["step"])
-        self._board.add_scalar("train/penalty", row["penalty"], row["step"])
-        for layer, measures in row["layers"].items():
-            for name, value in measures.items():
-                self._board.add_scalar(f"{name}/{layer}", value, row["step"])
-        self._board.flush()
+        scores = {f"validation/{name}": row[name] for name in ("dice", "dice_with_background")}
+        layers = {
+            f"{name}/{layer}": value for layer, measures in row["layers"].items() for name, value in measures.items()
+        }
+        self._add_scalars(row["step"], {**scores, "train/penalty": row["penalty"], **layers})
+        if self._board is not None:
+            self._board.flush()
         write_log(self.out / "log.jsonl", self.rows)
+
+    def _add_scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
 
     def _last_dice(self) -> str:
         dice = self.rows[-1]["dice"] if self.rows else None
         return "-" if dice is None else f"{dice:.3f}"
+
+
+def _board(folder: Path, first_step: int) -> Any:
+    """TensorBoard's writer, if it is installed."""
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # not part of a core installation
+
+    return SummaryWriter(folder, purge_step=first_step)
 
 
 def write_log(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -217,10 +217,11 @@ class _Run:
             keep_going=lambda: self.caught.number is None,
         )
         self._stop_if_asked()
-        confusion = sum(map(torch.tensor, ranks.gather(confusion.tolist())))
+        assert confusion is not None  # None only after a signal
+        total = torch.tensor(ranks.gather(confusion.tolist())).sum(dim=0)
         return {
-            "dice": mean_dice(confusion, with_background=False),
-            "dice_with_background": mean_dice(confusion, with_background=True),
+            "dice": mean_dice(total, with_background=False),
+            "dice_with_background": mean_dice(total, with_background=True),
         }
 
     def _stop_if_asked(self) -> None:
@@ -314,7 +315,7 @@ class _Batches(Sampler[list[int]]):
         return self.last - self.first
 
     def __iter__(self) -> Iterator[list[int]]:
-        order, current = None, -1
+        order, current = np.empty(0, np.int64), -1
         for step in range(self.first, self.last):
             batch = []
             for position in range(step * self.batch_size, (step + 1) * self.batch_size):

@@ -23,13 +23,14 @@ from dwc.data.dataset import SubVolumes
 from dwc.data.grid import SIDE, Grid
 from dwc.data.labels import SHIPPED, LabelMap
 from dwc.data.manifest import Scan, has_split_column, read_manifest
-from dwc.meshnet import DILATIONS, checked_architecture, describe
+from dwc.meshnet import DILATIONS, WIDTH, checked_architecture, describe
 from dwc.posterior import Posterior
 from dwc.training.settings import TrainSettings
 from dwc.training.state import Checkpoint, load_checkpoint
 
 __all__ = ["LOCK", "RunSpecification", "labelled_scans", "resolve"]
 
+GRID = Grid()  # FreeSurfer's, where nothing says otherwise
 LOCK = ".lock"  # in a run folder, held by the process that writes there
 # May change between a run and its resumption: where things are, where it runs and for how long.
 _FREE = {
@@ -77,7 +78,9 @@ class RunSpecification:
         """The part of the posterior's header that a prior must share: all but what training adds."""
         settings = self.settings
         return {
-            "architecture": describe(self.label_map.n_classes, settings.width, settings.dilations),
+            "architecture": describe(
+                self.label_map.n_classes, settings.width or WIDTH, settings.dilations or DILATIONS
+            ),
             "label_map": {"name": self.label_map.name, "sha256": self.label_map.sha256},
             "preprocessing": {
                 "grid_size": self.grid.size,
@@ -154,12 +157,9 @@ def resolve(settings: TrainSettings, *, resume: bool = False) -> tuple[RunSpecif
     _check_folder(settings.out, resume=resume)
     device = choose_device(settings.device)
     base = None if settings.base is None else Posterior.load(settings.base)
-    settings = replace(_inherit(settings, base), device=device.type)
-    assert settings.label_map is not None
-    assert settings.grid_size is not None
-    assert settings.voxel_size is not None
-    label_map = _label_map(settings.label_map, base)
-    grid = Grid(settings.grid_size, settings.voxel_size)
+    settings = replace(_inherit(settings, base), device="cuda" if device.type == "cuda" else "cpu")
+    label_map = _label_map(settings.label_map or SHIPPED[0], base)
+    grid = Grid(settings.grid_size or GRID.size, settings.voxel_size or GRID.voxel_size)
     if grid.size % SIDE:
         raise InputError(f"`grid_size` {grid.size}: give a multiple of {SIDE}, the edge of a sub-volume")
     if settings.batch_size < world_size():
@@ -211,10 +211,10 @@ def _inherit(settings: TrainSettings, base: Posterior | None) -> TrainSettings:
     architecture = checked_architecture(base) if base else {}
     preprocessing = metadata.get("preprocessing") or {}
     values = {
-        "label_map": (metadata.get("label_map") or {}).get("name", "fifty"),
-        "grid_size": preprocessing.get("grid_size", 256),
-        "voxel_size": preprocessing.get("voxel_size", 1.0),
-        "width": architecture.get("width", 96),
+        "label_map": (metadata.get("label_map") or {}).get("name", SHIPPED[0]),
+        "grid_size": preprocessing.get("grid_size", GRID.size),
+        "voxel_size": preprocessing.get("voxel_size", GRID.voxel_size),
+        "width": architecture.get("width", WIDTH),
         "dilations": tuple(architecture.get("dilations", DILATIONS)),
     }
     if settings.label_map is None and values["label_map"] not in SHIPPED:

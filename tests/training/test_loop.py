@@ -211,7 +211,7 @@ def test_resuming_with_other_settings_is_refused_by_name(settings, tmp_path):
     train_network(run)
     with pytest.raises(
         InputError,
-        match=r"started with batch_size 1, now 2; lr 0\.01, now 0\.02; resume",
+        match=r"started with lr 0\.01, now 0\.02; batch_size 1, now 2; resume",
     ):
         train_network(replace(run, lr=2e-2, batch_size=2), resume=True)
     with pytest.raises(InputError, match="no such run to resume"):

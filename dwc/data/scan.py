@@ -1,0 +1,31 @@
+"""A scan of a study: its files, whose it is, and its part of the split."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dwc.data.paths import check_printable
+
+__all__ = ["SPLITS", "Scan", "is_missing"]
+
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One T1 image, its label volume (None where there is none), whose it is, and its part of the split."""
+
+    image: Path
+    label: Path | None
+    subject: str
+    site: str
+    split: Literal["train", "test"]
+
+    def __post_init__(self) -> None:
+        for text in (str(self.image), str(self.label), self.subject, self.site):
+            check_printable(text)
+
+
+def is_missing(cell: str | None) -> bool:
+    """Whether a table's cell says nothing: it is empty, or n/a as BIDS writes it."""
+    return not cell or cell.casefold() == "n/a"
