@@ -81,6 +81,9 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
         ranks.barrier()  # before any rank writes where another still looks
         open_folder(settings.out)
         with _alone_in(settings.out):
+            ranks.barrier()
+            # Again: another run may have been in the folder between the checks and the lock.
+            specification, checkpoint = resolve(settings, resume=resume)
             data, held_out = (
                 prepare(scans, specification.label_map, specification.grid, specification.cache_dir)
                 for scans in (specification.train_scans, specification.test_scans)
