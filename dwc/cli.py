@@ -21,7 +21,7 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
     "train": "train a network: MAP, variational, a site's from a prior, fine-tuning",
     "consolidate": "consolidate the posteriors of several sites into one",
     "posterior": "sign, verify, inspect and audit posterior files",
-    "federated": "run the cycle over many sites on NVIDIA FLARE: init, serve, amend, join, status, round, simulate",
+    "federated": "run the cycle over many sites on NVIDIA FLARE: init, serve, join, status, amend, ...",
     "predict": "segment scans with one network or an ensemble",
     "evaluate": "score networks on the held-out scans of a manifest",
     "experiment": "run the paper's study: every row of its table, its figures, one report",

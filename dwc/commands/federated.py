@@ -95,22 +95,21 @@ def _amend_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--recompute", type=int | None, default=None, help="consolidate this closed round again, now")
     parser.add_argument("--ban", type=str | None, default=None, help="ignore this site from now on")
     parser.add_argument("--allow", type=str | None, default=None, help="listen to this banned site again")
-    parser.add_argument("--prune", type=bool, default=False, help="delete posteriors that nothing needs any more")
 
 
 def _amend(values: Namespace) -> None:
     from dwc.base.locks import held
     from dwc.federated import corrections
     from dwc.federated.cycle import Cycle
-    from dwc.federated.exchange import folder_in
+    from dwc.federated.project import folder_in
     from dwc.federated.service import pass_limit
 
     kit = values.kit.absolute()
     project = _agreement(values.project) if values.project else None
     dropped = _site_and_round(values.drop) if values.drop else None
-    asked = (project, dropped, values.reopen, values.recompute, values.ban, values.allow, values.prune or None)
+    asked = (project, dropped, values.reopen, values.recompute, values.ban, values.allow)
     if not any(one is not None for one in asked):
-        raise InputError("nothing to do: give project.yml, `drop`, `reopen`, `recompute`, `ban`, `allow` or `prune`")
+        raise InputError("nothing to do: give project.yml, `drop`, `reopen`, `recompute`, `ban` or `allow`")
     with held(folder_in(kit) / "lock", pass_limit(kit)) as alone:
         if not alone:
             raise InputError(f"{kit}: a pass over the sites has not ended; try again")
@@ -127,8 +126,6 @@ def _amend(values: Namespace) -> None:
             corrections.reopen(cycle, values.reopen)
         if values.recompute is not None:
             corrections.recompute(cycle, values.recompute)
-        if values.prune:
-            print(f"{corrections.prune(cycle) / 1e6:.1f} MB freed")
     _print_state(kit)
 
 
@@ -137,6 +134,27 @@ def _site_and_round(text: str) -> tuple[str, int]:
     if not number.isdecimal():
         raise InputError(f"`drop` {text}: give a site and a round, as north/1")
     return site, int(number)
+
+
+def _prune_arguments(parser: ArgumentParser) -> None:
+    """Delete files of past rounds that nothing needs any more, at the server or at a site."""
+    parser.add_argument("kit", type=Path, help="the start-up kit")
+
+
+def _prune(values: Namespace) -> None:
+    from dwc.base.locks import held
+    from dwc.federated import corrections
+    from dwc.federated.cycle import Cycle
+    from dwc.federated.project import folder_in
+    from dwc.federated.spool import Spool
+
+    folder = folder_in(values.kit.absolute())
+    with held(folder / "lock", 60.0) as alone:
+        if not alone:
+            raise InputError(f"{values.kit}: is busy; try again")
+        at_site = (values.kit / "startup" / "fed_client.json").is_file()
+        freed = Spool(folder).prune() if at_site else corrections.prune(Cycle(folder))
+    print(f"{freed / 1e6:.1f} MB freed")
 
 
 def _join_arguments(parser: ArgumentParser) -> None:
@@ -157,7 +175,7 @@ def _join_arguments(parser: ArgumentParser) -> None:
 def _join(values: Namespace) -> None:
     from dwc.base.devices import choose_device
     from dwc.base.files import write_whole
-    from dwc.federated.exchange import folder_in
+    from dwc.federated.project import folder_in
     from dwc.federated.provisioning import TRAINING
     from dwc.federated.service import join
     from dwc.federated.spool import Spool
@@ -180,9 +198,7 @@ def _join(values: Namespace) -> None:
         resolved = {name: value for name, value in settings.to_json().items() if name in own}
         write_whole(folder / "own.yml", yaml.safe_dump(resolved).encode())
     elif values.settings or values.command or values.again or values.key:
-        raise InputError(
-            "`settings`, `command`, `again` and `key` go with `data`; give the manifest too"
-        )
+        raise InputError("`settings`, `command`, `again` and `key` go with `data`; give the manifest too")
     Spool(folder)
     join(kit)
 
@@ -239,7 +255,7 @@ def _status_arguments(parser: ArgumentParser) -> None:
 
 
 def _status(values: Namespace) -> None:
-    from dwc.federated.exchange import folder_in
+    from dwc.federated.project import folder_in
     from dwc.federated.server_state import read_state
 
     if values.json:
@@ -249,7 +265,7 @@ def _status(values: Namespace) -> None:
 
 
 def _print_state(kit: Path) -> None:
-    from dwc.federated.exchange import folder_in
+    from dwc.federated.project import folder_in
     from dwc.federated.server_state import describe, read_state
 
     print(describe(read_state(folder_in(kit))), flush=True)
@@ -278,6 +294,7 @@ _STEPS: dict[str, tuple[Callable[[ArgumentParser], None], Callable[[Namespace], 
     "init": (_init_arguments, _init),
     "serve": (_serve_arguments, _serve),
     "amend": (_amend_arguments, _amend),
+    "prune": (_prune_arguments, _prune),
     "join": (_join_arguments, _join),
     "status": (_status_arguments, _status),
     "round": (_round_arguments, _round),

@@ -22,8 +22,7 @@ from dwc.base.errors import InputError
 from dwc.base.files import open_folder, write_whole
 from dwc.consolidation import Consolidation
 from dwc.federated.cycle import Cycle
-from dwc.federated.exchange import folder_in
-from dwc.federated.project import Project
+from dwc.federated.project import Project, folder_in
 from dwc.posterior import Posterior
 
 __all__ = ["FIRST", "TRAINING", "LastingCertificates", "provision"]

@@ -21,7 +21,7 @@ import yaml
 from dwc.base.errors import InputError
 from dwc.base.files import open_folder, sweep, write_whole
 from dwc.base.locks import held
-from dwc.base.processes import start_once
+from dwc.base.processes import rotate, start_once
 from dwc.data.cache import digest_of_scans
 from dwc.data.manifest import Scan, as_csv
 from dwc.federated.wire import QUESTION, check, digest
@@ -30,6 +30,7 @@ from dwc.signing import sign
 
 __all__ = ["TRAINER", "Spool", "stream_of"]
 
+_KEPT = ("task.json", "scans.json", "refused", "given-up", "trainer.lock")  # of a round, by `Spool.prune`
 TRAINER = (sys.executable, "-m", "dwc.train")
 
 
@@ -115,9 +116,27 @@ class Spool:
                 return _answer("idle", question)
             for place in (self.folder, *self._tasks()):
                 sweep(place)
+                rotate(place / "trainer.log")
             if "prior" in question:
                 self._take(question)
             return self._next(question)
+
+    def prune(self) -> int:
+        """Delete what finished rounds no longer need, checkpoints above all; returns the bytes freed.
+
+        Kept are the posteriors and the digests of the scans, by which counted scans and settled rounds are known.
+        """
+        freed = 0
+        for task in self._tasks():
+            posterior = task / "run" / "posterior.safetensors"
+            with held(task / "trainer.lock") as ended:
+                if not ended or not posterior.exists():
+                    continue
+                keep = {posterior, *(task / name for name in _KEPT)}
+                for path in [path for path in task.rglob("*") if path.is_file() and path not in keep]:
+                    freed += path.stat().st_size
+                    path.unlink()
+        return freed
 
     def _next(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Work on the oldest round that is not settled, or ask for the open round's prior."""

@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from dwc import audit
 from dwc.base.errors import InputError
@@ -15,22 +14,10 @@ from dwc.federated.cycle import Cycle
 from dwc.federated.project import Project
 from dwc.posterior import Posterior
 from dwc.signing import TrustedKeys, sign
+from tests.made_keys import write_keys
 from tests.made_posteriors import a_prior, a_site
 
 pytest_plugins = ["tests.tiny_runs"]
-
-
-def write_keys(folder: Path, name: str, key=None) -> Path:
-    """NAME.key, private, and trusted/NAME.pem, public, as OpenSSL writes them."""
-    key = key or ed25519.Ed25519PrivateKey.generate()
-    (folder / "trusted").mkdir(exist_ok=True)
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    (folder / f"{name}.key").write_bytes(private)
-    (folder / "trusted" / f"{name}.pem").write_bytes(public)
-    return folder / f"{name}.key"
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from tests.made_posteriors import a_prior, a_site
 CHUNK = 1000
 HOSTILE = [
     None, True, [], {}, [[]], {"a": 1}, -1, 0, 1, 2**53, 2**53 - 1, 10**30, 10**400, 1.5, -0.0, 1e308, "", "x",
-    "\x1b[2J", "x" * 5000, ["ab"], [{"sha256": "ab", "n_volumes": 1}], [{"sha256": 7, "n_volumes": 1, "temper": 10**400}],
+    "\x1b[2J", "x" * 5000, ["ab"], [{"sha256": "ab", "n_volumes": 1}],
+    [{"sha256": 7, "n_volumes": 1, "temper": 10**400}],
 ]  # fmt: skip
 
 

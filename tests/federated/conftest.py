@@ -13,7 +13,7 @@ from tests.made_posteriors import a_prior
 
 needs_flare = [
     "test_exchange.py", "test_federated_command.py", "test_loopback.py", "test_service.py",
-    "test_federated_simulation.py",
+    "test_federated_simulation.py", "test_hostile_sites.py", "test_spool.py",
 ]  # fmt: skip
 collect_ignore = [] if find_spec("nvflare") else needs_flare  # pip install '.[federated]'
 

@@ -6,6 +6,7 @@ from datetime import timedelta
 import pytest
 
 from dwc.base.errors import InputError
+from dwc.cli import main
 from dwc.consolidation import consolidate
 from dwc.federated import corrections
 from dwc.federated.cycle import Cycle
@@ -147,3 +148,25 @@ def test_the_acts_are_in_the_state_for_programs(closed):
     corrections.drop(closed, "north", 2)
     (act,) = json.loads((closed.folder / "state.json").read_text())["acts"]
     assert (act["act"], act["site"], act["round"]) == ("drop", "north", 2)
+
+
+def test_amend_and_prune_do_it_from_the_command_line(tmp_path, closed, capsys, monkeypatch):
+    kit = tmp_path / "kit"
+    kit.mkdir()
+    closed.folder.rename(kit / "cycle")
+    assert main(["federated", "amend", str(kit), "--drop", "west/1", "--ban", "west"]) == 0
+    said = capsys.readouterr().out
+    assert "round 1 of 2 is open" in said
+    assert "the organizer: drop site west, round 1" in said
+    assert "west   banned" in said
+    assert main(["federated", "amend", str(kit), "--allow", "west"]) == 0
+    assert main(["federated", "prune", str(kit)]) == 0
+    assert "MB freed" in capsys.readouterr().out
+    for words, message in (
+        ([], "nothing to do: give project.yml, --drop, --reopen"),
+        (["--drop", "west"], "--drop west: give a site and a round, as north/1"),
+        (["--reopen", "7"], "--reopen 7: "),
+        (["--ban", "south"], "--ban south: is not a site"),
+    ):
+        assert main(["federated", "amend", str(kit), *words]) == 2
+        assert message in capsys.readouterr().err

@@ -13,8 +13,8 @@ from dwc.base.locks import held
 from dwc.commands import federated as command
 from dwc.federated import service
 from dwc.federated.cycle import Cycle
-from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, folder_in, own_entries
-from dwc.federated.project import Project
+from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, own_entries
+from dwc.federated.project import Project, folder_in
 from dwc.federated.service import _clear_runs, configure, write_job
 from dwc.federated.spool import Spool
 from dwc.federated.wire import ANSWER, ASK
