@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import conv3d, relu
 from torch.nn.utils.parametrizations import weight_norm as normalize_weight
 from torch.utils.checkpoint import checkpoint
 
 from dwc.base.errors import InputError
+from dwc.base.seeds import seed_of
+from dwc.blocks import grow
+from dwc.data.head import Region
 from dwc.posterior import Posterior
 from dwc_kernels import FFGConv3d
+from dwc_kernels.noise import normal
 
 __all__ = ["DILATIONS", "MeshNet", "checked_architecture", "describe"]
 
@@ -130,6 +134,59 @@ class MeshNet(nn.Module):
         for layer in self.layers[:-1]:
             x = checkpoint(hidden, layer, x, use_reentrant=False) if again else hidden(layer, x)
         return self.layers[-1](x, **options)
+
+    def convolutions(self, seed: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of each layer: its means, or, with a seed, one draw of a Bayesian network's weights.
+
+        The draw is a function of the seed and the weight's place. A plain network has one draw.
+        """
+        if not self.bayesian:
+            return [(layer.weight, layer.bias) for layer in self.layers]
+        if seed is None:
+            return [(layer.weight_mu, layer.bias_mu) for layer in self.layers]
+        return [
+            (
+                layer.weight_mu + layer.weight_sigma * normal(layer.weight_mu, seed_of(seed, i, 1)),
+                layer.bias_mu + layer.bias_sigma * normal(layer.bias_mu, seed_of(seed, i, 2)),
+            )
+            for i, layer in enumerate(self.layers)
+        ]
+
+    def block_features(self, image: Tensor, block: Region, weights: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """What the last layer takes in, in a block: equal to one pass over the whole image but for rounding.
+
+        Each layer is computed on the margin that the next ones need. Along an axis where the margin ends at the image's
+        edge it stays as wide as there, padded with zeros, which is right at the edge and never reaches the block from
+        the other side.
+
+        Parameters
+        ----------
+        image : Tensor
+            The whole one, [in_channels, D, H, W].
+        block : Region
+            Three slices of it, of shape d, h, w.
+        weights : sequence of (Tensor, Tensor)
+            As `convolutions` gives them.
+
+        Returns
+        -------
+        Tensor
+            [d, h, w, width].
+        """
+        dilations = self.architecture["dilations"]
+        reach = sum(dilations)
+        seen = grow(block, reach, image.shape[1:])
+        at_edge = [s.start > b.start - reach or s.stop < b.stop + reach for s, b in zip(seen, block, strict=True)]
+        x = image[(slice(None), *seen)][None].contiguous(memory_format=torch.channels_last_3d)
+        for (weight, bias), dilation in zip(weights[:-1], dilations, strict=True):
+            x = relu(
+                conv3d(x, weight, bias, padding=[dilation * edge for edge in at_edge], dilation=dilation), inplace=True
+            )
+        inner = [
+            slice(b.start - s.start, b.stop - s.start) if edge else slice(None)
+            for s, b, edge in zip(seen, block, at_edge, strict=True)
+        ]
+        return x[0].movedim(0, -1)[tuple(inner)]
 
     def kl_loss(self) -> Tensor:
         """KL[q(w) || p(w)] in nats, summed over all weights (Eq. 5); a scalar.

@@ -1,10 +1,10 @@
-"""From a conformed scan to its segmentation: Monte Carlo samples, ensembles and what they disagree about.
+"""From a conformed scan to its segmentation: whole-volume inference, ensembles, and what their draws disagree about.
 
-A volume is predicted sub-volume by sub-volume, so that memory does not grow with the volume's probabilities, and each
-sub-volume has noise of its own, so that a prediction is a function of (networks, image, n_samples, seed) alone. The
-room reads networks; scans and result files are `data.conform`'s and `derivatives`' business, scores `evaluation`'s.
+The volume is predicted in blocks that see as far as the network does, as large as memory allows, so that the result is
+that of one pass over the whole scan. A Bayesian network is drawn as a whole, weights and all, `n_samples` times.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from tqdm import tqdm
 
+from dwc.base import launcher
 from dwc.base.errors import InputError, brief
+from dwc.base.memory import free_memory
 from dwc.base.seeds import seed_of
-from dwc.data.cubes import join_volume, split_volume
+from dwc.blocks import extent, plan_blocks
 from dwc.data.grid import SIDE, Grid
+from dwc.data.head import Region, head_box
 from dwc.data.intensity import moments, z_score
 from dwc.data.labels import SHIPPED, LabelMap
 from dwc.meshnet import MeshNet
@@ -25,12 +29,8 @@ from dwc.posterior import Posterior
 
 __all__ = ["Ensemble", "Prediction", "load_networks", "predict_volume"]
 
-# Samples of one sub-volume that pass together. Fixed, because the noise depends on the place in a batch: a setting
-# would change predictions. Ten keep 10 x 96 x 32^3 activations near 126 MB each.
-_SAMPLES_PER_PASS = 10
-# Sub-volumes that pass together, each with noise of its own. A narrow network alone with one would fall back to
-# PyTorch's slow convolution.
-_SUB_VOLUMES_PER_PASS = 4
+_SLAB = 1 << 16  # voxels whose classes are told at a time
+_FREE_PART = 0.5  # of the memory that is free, for a block where no limit is given
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,15 @@ class Prediction:
         where every class is as likely.
     confidence : ndarray
         float32 [size, size, size], the probability of the chosen class, 1 / n_classes to 1.
+    draws : ndarray
+        int64 [n_draws, n_classes], the voxels of each class in the segmentation that each draw makes by itself: every
+        draw of each Bayesian network, and each MAP network once. Their spread is the uncertainty of a volume.
     """
 
     labels: np.ndarray
     entropy: np.ndarray
     confidence: np.ndarray
+    draws: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,15 @@ class Ensemble:
     grid: Grid
 
 
-def load_networks(paths: Sequence[str | Path], label_map: str | None = None) -> Ensemble:
+def load_networks(
+    networks: str | Path | Posterior | Sequence[str | Path | Posterior], label_map: str | None = None
+) -> Ensemble:
     """Read networks and check that they can predict together.
 
     Parameters
     ----------
-    paths : sequence of path
-        Files of `dwc train` or `dwc consolidate`; widths and dilations may differ, MAP and Bayesian may mix.
+    networks : path, Posterior, or sequence of them
+        Of `dwc train` or `dwc consolidate`; widths and dilations may differ, MAP and Bayesian may mix.
     label_map : str, optional
         The TSV that the networks were trained on, where it is not shipped with dwc.
 
@@ -89,12 +95,13 @@ def load_networks(paths: Sequence[str | Path], label_map: str | None = None) -> 
         If a file is no such network, a label map is not at hand or not the one trained on, or networks differ in label
         map or preprocessing; names the files.
     """
-    if not paths:
-        raise InputError("no network: give --network posterior.safetensors, several for an ensemble")
-    posteriors = tuple(Posterior.load(path) for path in paths)
-    networks = tuple(MeshNet.from_posterior(posterior) for posterior in posteriors)
+    given = [networks] if isinstance(networks, str | Path | Posterior) else networks
+    if not given:
+        raise InputError("no `network`: give a posterior.safetensors, several for an ensemble")
+    posteriors = tuple(item if isinstance(item, Posterior) else Posterior.load(item) for item in given)
+    members = tuple(MeshNet.from_posterior(posterior) for posterior in posteriors)
     first, classes, grid = posteriors[0], _label_map(posteriors[0], label_map), _grid(posteriors[0])
-    for position, (posterior, network) in enumerate(zip(posteriors, networks, strict=True)):
+    for position, (posterior, network) in enumerate(zip(posteriors, members, strict=True)):
         for key in ("label_map", "preprocessing"):
             if posterior.shared(key) != first.shared(key):
                 theirs, ours = posterior.metadata.get(key), first.metadata[key]
@@ -110,7 +117,7 @@ def load_networks(paths: Sequence[str | Path], label_map: str | None = None) -> 
         for twin in posteriors[:position]:
             if twin.sha256 == posterior.sha256:
                 raise InputError(f"{posterior.name}: is the same network as {twin.name}; give each network once")
-    return Ensemble(posteriors, networks, classes, grid)
+    return Ensemble(posteriors, members, classes, grid)
 
 
 def predict_volume(
@@ -121,96 +128,118 @@ def predict_volume(
     seed: int = 0,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
+    memory_limit: float | None = None,
     progress: str | None = None,
 ) -> Prediction:
     """Segment a conformed volume.
 
     The predictive distribution of a voxel is the mean over the networks of p(y | x), which for a Bayesian network is
-    the mean of its softmax over `n_samples` draws of the network's noise, and for a MAP network its softmax. The noise
-    of draw k on sub-volume i under network j depends on (seed, j, i, k) alone, whatever `n_samples` is, and not on
-    PyTorch's generator, whose state is left as it was. Another number of threads changes the result by rounding only.
+    the mean of its softmax over `n_samples` draws of its weights, and for a MAP network its softmax. Draw k of network
+    j depends on (seed, j, k) alone. Outside the head's box (`head_box`) every voxel is background, with certainty.
+    Blocks and threads change the result by rounding only.
 
     Parameters
     ----------
     networks : sequence of MeshNet
         One, or an ensemble whose probabilities are averaged; moved to `device`.
     image : ndarray
-        [size, size, size] on the networks' grid, uint8 as `conform_image` gives it; z-scored here over all its voxels.
+        uint8 [D, H, W] on the networks' grid, as `conform_image` gives it; z-scored here over all its voxels.
     n_samples : int
         Draws per Bayesian network.
     seed : int
-        Of the noise, >= 0.
+        Of the draws, >= 0.
     device, precision
         Where to compute, and "fp32" or "bf16" (autocast).
+    memory_limit : float, optional
+        GB that a block may take, estimated. By default half of what is free on the device, shared by this machine's
+        processes.
     progress : str, optional
         Name on a progress bar; none is shown without.
 
     Raises
     ------
     ValueError
-        If `n_samples` or the seed is out of range, there is no network, or the volume does not split into sub-volumes.
+        If `n_samples` or the seed is out of range, or there is no network.
     """
     if n_samples < 1 or seed < 0 or not networks:
         raise ValueError(f"{len(networks)} networks, n_samples {n_samples}, seed {seed}; need >= 1, >= 1 and >= 0")
     device = torch.device(device)
     networks = [network.to(device) for network in networks]
-    cubes = split_volume(image)
-    mean, sd = moments(image)
-    labels = np.empty(cubes.shape, np.uint8)
-    entropy, confidence = (np.empty(cubes.shape, np.float32) for _ in range(2))
+    draws = [(j, k) for j, network in enumerate(networks) for k in range(n_samples if network.bayesian else 1)]
+    n_classes = networks[0].architecture["n_classes"]
+    box = head_box(image)
+    blocks = _blocks(networks, box, image.shape, _limit(memory_limit, device))
+    labels = np.zeros(image.shape, np.uint8)
+    entropy, confidence = np.zeros(image.shape, np.float32), np.ones(image.shape, np.float32)
+    counts = torch.zeros(len(draws), n_classes, dtype=torch.int64)
+    counts[:, 0] = image.size - math.prod(extent(box))
     with (
         torch.inference_mode(),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
         tqdm(
-            total=len(cubes), desc=progress, unit="sub-volume", disable=None if progress else True, dynamic_ncols=True
+            total=len(blocks) * len(draws), desc=progress, unit="pass", disable=None if progress else True,
+            dynamic_ncols=True,
         ) as bar,
-    ):
-        for start in range(0, len(cubes), _SUB_VOLUMES_PER_PASS):
-            here = slice(start, start + _SUB_VOLUMES_PER_PASS)
-            x = torch.from_numpy(z_score(cubes[here], mean, sd))[:, None].to(device)
-            each = (_probability(network, x, n_samples, seed, j, start) for j, network in enumerate(networks))
-            probability = sum(each) / len(networks)
-            labels[here] = probability.argmax(dim=1).to(torch.uint8).cpu()
-            entropy[here] = torch.special.entr(probability).sum(dim=1).clamp_min_(0).cpu()
-            confidence[here] = probability.amax(dim=1).clamp_max_(1).cpu()
-            bar.update(len(x))
-    return Prediction(*(join_volume(part, image.shape) for part in (labels, entropy, confidence)))
+    ):  # fmt: skip
+        x = torch.from_numpy(z_score(image, *moments(image)))[None].to(device)
+        for block in blocks:
+            mean = torch.zeros(*extent(block), n_classes, device=device)
+            for (j, k), count in zip(draws, counts, strict=True):
+                network = networks[j]
+                weights = network.convolutions(seed_of(seed, j, k))
+                features = network.block_features(x, block, weights)
+                share = 1 / (len(networks) * (n_samples if network.bayesian else 1))
+                for part in _slabs(block):
+                    probability = _classify(features[part], *weights[-1]).softmax(dim=-1)
+                    count += torch.bincount(probability.max(dim=-1).indices.flatten(), minlength=n_classes).cpu()
+                    mean[part].add_(probability, alpha=share)
+                del features  # before the next pass needs the memory
+                bar.update()
+            for part in _slabs(block):
+                highest, chosen = mean[part].max(dim=-1)
+                labels[block][part] = chosen.to(torch.uint8).cpu()
+                entropy[block][part] = torch.special.entr(mean[part]).sum(dim=-1).clamp_min_(0).cpu()
+                confidence[block][part] = highest.clamp_max_(1).cpu()
+    return Prediction(labels, entropy, confidence, counts.numpy())
 
 
-def _probability(network: MeshNet, x: Tensor, n_samples: int, seed: int, position: int, first: int) -> Tensor:
-    """A network's predictive distribution fp32 [N, n_classes, 32, 32, 32] on sub-volumes [N, 1, 32, 32, 32].
-
-    ``position`` is the network's in the ensemble, ``first`` the first sub-volume's in the volume.
-    """
-    if not network.bayesian:
-        return network(x).float().softmax(dim=1)
-    each = (_expected(network, cube, n_samples, (seed, position, first + i)) for i, cube in enumerate(x))
-    return torch.stack(list(each))
+def _classify(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Logits fp32 [..., n_classes] of a 1x1x1 convolution."""
+    return linear(features, weight[..., 0, 0, 0], bias).float()
 
 
-def _expected(network: MeshNet, cube: Tensor, n_samples: int, entropy: tuple[int, ...]) -> Tensor:
-    """A Bayesian network's mean softmax [n_classes, 32, 32, 32] on one sub-volume [1, 32, 32, 32]."""
-    total = 0
-    for start in range(0, n_samples, _SAMPLES_PER_PASS):
-        # The draws are the batch: noise is a function of (seed, element index), so each place has noise of its own.
-        torch.manual_seed(seed_of(*entropy, start // _SAMPLES_PER_PASS))
-        n = min(_SAMPLES_PER_PASS, n_samples - start)
-        logits = network(cube.expand(n, -1, -1, -1, -1), sample=True)
-        total = total + logits.float().softmax(dim=1).sum(dim=0)
-    return total / n_samples
+def _slabs(block: Region) -> list[slice]:
+    """Planes of a block, a few at a time, so that what has the classes' size stays small."""
+    depth, *plane = extent(block)
+    step = max(1, _SLAB // math.prod(plane))
+    return [slice(start, start + step) for start in range(0, depth, step)]
+
+
+def _limit(gigabytes: float | None, device: torch.device) -> float:
+    """Bytes that a block may take."""
+    if gigabytes is not None:
+        return gigabytes * 1e9
+    return _FREE_PART * free_memory(device) / (1 if device.type == "cuda" else launcher.local_processes())
+
+
+def _blocks(networks: Sequence[MeshNet], box: Region, shape: Sequence[int], limit: float) -> list[Region]:
+    """The blocks for all networks: for the widest one, with the dilations of the one that sees farthest."""
+    architectures = [network.architecture for network in networks]
+    dilations = max((a["dilations"] for a in architectures), key=sum)
+    width = max(a["width"] for a in architectures)
+    return plan_blocks(box, shape, dilations, width, architectures[0]["n_classes"], limit)
 
 
 def _label_map(posterior: Posterior, path: str | None) -> LabelMap:
     trained_on = posterior.metadata.get("label_map") or {}
     name = trained_on.get("name")
     if path is None and name not in SHIPPED:
-        raise InputError(f"{posterior.name}: was trained on label map {name!r}; give its TSV as --label_map")
+        raise InputError(f"{posterior.name}: was trained on label map {name!r}; give its TSV as `label_map`")
     label_map = LabelMap.load(path or name)
     if label_map.sha256 != trained_on.get("sha256"):
         raise InputError(
             f"{posterior.name}: was trained on another table of label map {name!r} than {path or 'the one of this dwc'}"
-            "; give the TSV it was trained on as --label_map"
+            "; give the TSV it was trained on as `label_map`"
         )
     return label_map
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -31,9 +32,11 @@ def scan_of(path: Path, kind=nib.Nifti1Image, shape=(40, 30, 25), affine=OBLIQUE
 
 
 def thresholded(scan: Path, klass: int = 4) -> Prediction:
-    """The block as a class, with an entropy and a confidence of 1 in it."""
+    """The block as a class, with an entropy and a confidence of 1 in it; two draws of class 1, 10 voxels apart."""
     block = conform_image(scan, GRID) > 127
-    return Prediction(np.where(block, klass, 0).astype(np.uint8), *[block.astype(np.float32)] * 2)
+    draws = np.zeros((2, COARSE.n_classes), np.int64)
+    draws[:, 1] = 90, 100
+    return Prediction(np.where(block, klass, 0).astype(np.uint8), *[block.astype(np.float32)] * 2, draws)
 
 
 def written(scan: Path, out: Path):
@@ -82,9 +85,19 @@ def test_volumes_are_those_of_the_written_labels(tmp_path):
     n_voxels = (np.asarray(nib.load(files.labels).dataobj) > 0).sum()
     assert mm3[4] == pytest.approx(n_voxels * abs(np.linalg.det(OBLIQUE[:3, :3])), rel=1e-5)
     rows = [line.split("\t") for line in files.volumes.read_text().splitlines()]
-    assert rows[0] == ["index", "name", "volume_mm3"]
+    assert rows[0] == ["index", "name", "volume_mm3", "sd_mm3"]
     assert float(rows[5][2]) == pytest.approx(mm3[4], abs=1e-3)
+    assert float(rows[2][3]) == pytest.approx(10 / 2**0.5 * GRID.voxel_size**3, abs=1e-3)
     assert mm3.sum() == pytest.approx(40 * 30 * 25 * abs(np.linalg.det(OBLIQUE[:3, :3])), rel=1e-5)
+
+
+def test_a_volume_drawn_once_has_no_standard_deviation(tmp_path):
+    scan = scan_of(tmp_path / "a.nii.gz")
+    once = replace(thresholded(scan), draws=np.zeros((1, COARSE.n_classes), np.int64))
+    (files,) = name_derivatives([scan], tmp_path)
+    write_derivatives(files, once, scan, label_map=COARSE, grid=GRID)
+    rows = files.volumes.read_text().splitlines()[1:]
+    assert {row.split("\t")[3] for row in rows} == {"n/a"}
 
 
 def test_the_same_result_has_the_same_bytes(tmp_path):
@@ -141,7 +154,7 @@ def test_scans_that_would_overwrite_each_other_are_refused_naming_both():
 
 def test_a_segmentation_that_is_there_is_not_overwritten_unasked(tmp_path):
     (tmp_path / "sub-01_dseg.nii.gz").write_text("a week of manual work")
-    with pytest.raises(InputError, match=r"sub-01_dseg.nii.gz: exists already; .*--overwrite true"):
+    with pytest.raises(InputError, match=r"sub-01_dseg.nii.gz: exists already; .*or `overwrite` to replace it"):
         name_derivatives([Path("sub-01_T1w.nii.gz")], tmp_path)
     assert name_derivatives([Path("sub-01_T1w.nii.gz")], tmp_path, overwrite=True)
 

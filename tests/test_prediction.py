@@ -6,11 +6,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dwc.base.errors import InputError
 from dwc.data.cache import prepare
-from dwc.data.cubes import join_volume, split_volume
 from dwc.data.grid import Grid
+from dwc.data.head import head_box
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan
 from dwc.meshnet import MeshNet
@@ -39,14 +40,25 @@ def image(edge: int = 64) -> np.ndarray:
 
 @torch.no_grad()
 def probabilities(net: MeshNet, volume: np.ndarray) -> np.ndarray:
-    """[n, n_classes, 32, 32, 32] of a network without noise, by a z-score of the test's own."""
-    z = (volume - volume.mean()) / volume.std()
-    cubes = torch.from_numpy(split_volume(z.astype(np.float32)))[:, None]
-    return net(cubes, sample=False).softmax(dim=1).numpy()
+    """[n_classes, D, H, W] of a network at its means, in one pass, by a z-score of the test's own."""
+    return net(z_scored(volume), sample=False)[0].softmax(dim=0).numpy()
 
 
-def entropy_of(p: np.ndarray, shape) -> np.ndarray:
-    return join_volume(-(p * np.log(p)).sum(axis=1), shape)
+def z_scored(volume: np.ndarray) -> Tensor:
+    return torch.from_numpy(((volume - volume.mean()) / volume.std()).astype(np.float32))[None, None]
+
+
+def entropy_of(p: np.ndarray) -> np.ndarray:
+    return -(p * np.log(p)).sum(axis=0)
+
+
+def drawn(net: MeshNet) -> MeshNet:
+    """A plain network whose weights are drawn from a Bayesian one's, by PyTorch's generator."""
+    plain = MeshNet(*list(net.architecture.values())[1:4], bayesian=False, weight_norm=False)
+    for ours, theirs in zip(plain.layers, net.layers, strict=True):
+        ours.weight.data = torch.normal(theirs.weight_mu, theirs.weight_sigma)
+        ours.bias.data = torch.normal(theirs.bias_mu, theirs.bias_sigma)
+    return plain
 
 
 def test_a_map_network_gives_its_most_probable_class_and_the_entropy_in_nats():
@@ -54,9 +66,10 @@ def test_a_map_network_gives_its_most_probable_class_and_the_entropy_in_nats():
     prediction = predict_volume([net], volume)
     p = probabilities(net, volume)
     assert (prediction.labels.dtype, prediction.entropy.dtype) == (np.uint8, np.float32)
-    assert (prediction.labels == join_volume(p.argmax(axis=1), volume.shape)).mean() > 0.9999
-    np.testing.assert_allclose(prediction.entropy, entropy_of(p, volume.shape), atol=1e-5)
+    assert (prediction.labels == p.argmax(axis=0)).mean() > 0.9999
+    np.testing.assert_allclose(prediction.entropy, entropy_of(p), atol=1e-5)
     assert 0 <= prediction.entropy.min() < prediction.entropy.max() <= math.log(3) + 1e-6
+    np.testing.assert_array_equal(prediction.draws, [np.bincount(prediction.labels.ravel(), minlength=3)])
 
 
 def test_the_confidence_is_the_probability_of_the_chosen_class():
@@ -64,8 +77,40 @@ def test_the_confidence_is_the_probability_of_the_chosen_class():
     mean = sum(probabilities(net, volume) for net in nets) / 2
     confidence = predict_volume(nets, volume).confidence
     assert confidence.dtype == np.float32
-    np.testing.assert_allclose(confidence, join_volume(mean.max(axis=1), volume.shape), atol=1e-5)
+    np.testing.assert_allclose(confidence, mean.max(axis=0), atol=1e-5)
     assert 1 / 3 <= confidence.min() < confidence.max() <= 1
+
+
+@pytest.mark.parametrize("limit", [2e-5, 1e-4, 3e-4, 1e-3, 2e-3], ids=str)
+@pytest.mark.parametrize("sigma", [None, 0.3], ids=["map", "bayesian"])
+def test_blocks_of_any_size_give_what_one_pass_over_the_scan_gives(limit, sigma):
+    torch.manual_seed(1)
+    net = MeshNet(3, 2, (1, 2, 4), bayesian=sigma is not None, weight_norm=False)
+    volume = image(32)[:26, :20, :23]
+    whole, blocks = (predict_volume([net], volume, n_samples=2, memory_limit=gb) for gb in (1, limit))
+    np.testing.assert_array_equal(blocks.labels, whole.labels)
+    np.testing.assert_allclose(blocks.entropy, whole.entropy, atol=1e-5)
+    np.testing.assert_allclose(blocks.confidence, whole.confidence, atol=1e-5)
+    np.testing.assert_array_equal(blocks.draws, whole.draws)
+    if sigma is None:
+        np.testing.assert_allclose(blocks.entropy, entropy_of(probabilities(net, volume)), atol=1e-5)
+
+
+def test_the_scan_is_predicted_in_the_heads_box_and_the_air_around_it_is_background():
+    torch.manual_seed(1)
+    net, volume = MeshNet(3, 2, (1, 2), bayesian=False, weight_norm=False), np.zeros((40, 44, 32), np.uint8)
+    volume[8:30, 5:44, 10:20] = image(64)[:22, :39, :10]
+    prediction, p = predict_volume([net], volume, memory_limit=1e-4), probabilities(net, volume)
+    box = head_box(volume)
+    assert box == (slice(8, 30), slice(5, 44), slice(10, 20))
+    np.testing.assert_array_equal(prediction.labels[box], p.argmax(axis=0)[box])
+    np.testing.assert_allclose(prediction.entropy[box], entropy_of(p)[box], atol=1e-5)
+    air = np.ones(volume.shape, bool)
+    air[box] = False
+    assert not prediction.labels[air].any()
+    assert not prediction.entropy[air].any()
+    assert (prediction.confidence[air] == 1).all()
+    np.testing.assert_array_equal(prediction.draws[0], np.bincount(prediction.labels.ravel(), minlength=3))
 
 
 def test_volumes_are_z_scored_as_in_training(tmp_path):
@@ -76,41 +121,68 @@ def test_volumes_are_z_scored_as_in_training(tmp_path):
     seen = []
 
     class Spy(MeshNet):
-        def forward(self, x, sample=None):
-            seen.append(x.clone())
-            return super().forward(x, sample)
+        def block_features(self, image, block, weights):
+            seen.append(image.clone())
+            return super().block_features(image, block, weights)
 
     predict_volume([Spy(3, 2, (1,), bayesian=False)], data.volume(0)[0])
-    expected = torch.from_numpy(data.z_score(0, data._cubes(0, "image")))  # items need labels, this scan has none
-    assert torch.equal(torch.cat(seen)[:, 0], expected)
+    np.testing.assert_array_equal(seen[0][0], data.z_score(0, data.volume(0)[0]))
 
 
 def test_ensembles_average_probabilities_not_votes():
     nets, volume = [network(seed=0), network(seed=1)], image()
     mean = sum(probabilities(net, volume) for net in nets) / 2
     prediction = predict_volume(nets, volume)
-    np.testing.assert_allclose(prediction.entropy, entropy_of(mean, volume.shape), atol=1e-5)
-    assert (prediction.labels == join_volume(mean.argmax(axis=1), volume.shape)).mean() > 0.9999
+    np.testing.assert_allclose(prediction.entropy, entropy_of(mean), atol=1e-5)
+    assert (prediction.labels == mean.argmax(axis=0)).mean() > 0.9999
+
+
+def test_a_bayesian_network_weighs_as_much_as_a_map_network_however_often_it_is_drawn():
+    nets, volume = [network(sigma=1e-7, seed=0), network(seed=1)], image()
+    mean = sum(probabilities(net, volume) for net in nets) / 2
+    np.testing.assert_allclose(predict_volume(nets, volume, n_samples=3).entropy, entropy_of(mean), atol=1e-4)
 
 
 def test_a_bayesian_network_whose_sigmas_vanish_predicts_as_its_means():
     net, volume = network(sigma=1e-7), image()
     prediction = predict_volume([net], volume, n_samples=3)
-    np.testing.assert_allclose(prediction.entropy, entropy_of(probabilities(net, volume), volume.shape), atol=1e-4)
+    np.testing.assert_allclose(prediction.entropy, entropy_of(probabilities(net, volume)), atol=1e-4)
 
 
 @torch.no_grad()
-def test_samples_approach_the_mean_of_the_softmax_over_the_networks_noise():
-    net, volume = network(sigma=0.5), image(32)
+def test_samples_approach_the_mean_of_the_softmax_over_draws_of_the_weights():
+    net, volume = network(sigma=0.5), image(32)[:12, :12, :12]
     torch.manual_seed(7)
-    z = torch.from_numpy(((volume - volume.mean()) / volume.std()).astype(np.float32))[None, None]
-    p = torch.stack([net(z, sample=True).softmax(dim=1)[0] for _ in range(200)]).mean(dim=0)
-    expected = torch.special.entr(p).sum(dim=0).numpy()
-    one, two, many = (predict_volume([net], volume, n_samples=n).entropy for n in (1, 2, 150))
-    errors = [abs(entropy - expected).mean() for entropy in (many, two, one)]
-    assert errors[0] < 0.03
-    assert errors[0] < 0.3 * errors[1] < 0.3 * errors[2]
-    assert many.mean() == pytest.approx(expected.mean(), abs=0.01)
+    p = sum(probabilities(drawn(net), volume) for _ in range(600)) / 600
+    few, many = (predict_volume([net], volume, n_samples=n).entropy for n in (3, 600))
+    assert abs(many - entropy_of(p)).mean() < 0.02
+    assert abs(many - entropy_of(p)).mean() < 0.3 * abs(few - entropy_of(p)).mean()
+
+
+@torch.no_grad()
+def test_the_spread_of_a_volume_over_draws_is_that_of_weights_drawn_by_brute_force():
+    net, volume = network(sigma=0.2), image(32)[:12, :12, :12]
+    torch.manual_seed(7)
+    labels = [probabilities(drawn(net), volume).argmax(axis=0).ravel() for _ in range(600)]
+    theirs = np.array([np.bincount(each, minlength=3) for each in labels])
+    ours = predict_volume([net], volume, n_samples=600).draws
+    assert ours.shape == (600, 3)
+    np.testing.assert_allclose(ours.mean(axis=0), theirs.mean(axis=0), atol=0.2 * theirs.std(axis=0).max())
+    np.testing.assert_allclose(ours.std(axis=0), theirs.std(axis=0), rtol=0.1)
+
+
+@torch.no_grad()
+def test_drawn_weights_and_local_noise_agree_voxel_by_voxel_but_not_in_sums_over_voxels():
+    net, x = network(sigma=0.1), z_scored(image(32)[:12, :12, :12])
+    torch.manual_seed(7)
+    weights = [net.convolutions(seed)[0] for seed in range(1500)]
+    once = torch.stack([torch.conv3d(x, *each, padding=1)[0, 0] for each in weights])
+    local = torch.stack([net.layers[0](x, sample=True)[0, 0] for _ in range(1500)])
+    spread = local.std(dim=0)
+    assert ((once.mean(dim=0) - local.mean(dim=0)) / spread).abs().mean() < 0.06
+    assert (once.std(dim=0) / spread - 1).abs().mean() < 0.06
+    sums = [each.sum(dim=(1, 2, 3)).std() for each in (once, local)]
+    assert sums[0] > 5 * sums[1]
 
 
 def test_the_seed_decides_and_the_callers_random_numbers_stay_untouched():
@@ -126,24 +198,11 @@ def test_the_seed_decides_and_the_callers_random_numbers_stay_untouched():
     assert abs(first.entropy - other.entropy).mean() > 0.01
 
 
-def test_each_sub_volume_and_network_has_noise_of_its_own():
-    net = network(sigma=0.5)
-    volume = np.tile(image(32), (2, 2, 1))  # four equal sub-volumes
-    cubes = split_volume(predict_volume([net], volume, n_samples=1).entropy)
-    for i in range(3):
-        assert abs(np.corrcoef((cubes[i] - cubes.mean(0)).ravel(), (cubes[i + 1] - cubes.mean(0)).ravel())[0, 1]) < 0.5
-        assert abs(cubes[i] - cubes[i + 1]).mean() > 0.01
-    twice = predict_volume([net, net], volume, n_samples=1)  # with one noise for both it would equal the single one
-    assert abs(split_volume(twice.entropy) - cubes).mean() > 0.01
-
-
-def test_a_sub_volume_is_predicted_the_same_whatever_else_the_volume_holds():
+def test_each_draw_and_each_network_has_weights_of_its_own_however_many_draws_there_are():
     net, volume = network(sigma=0.5), image()
-    swapped = volume.copy()
-    swapped[32:, 32:] = volume[32:, 32:][::-1]  # mean and sd stay
-    first, second = (predict_volume([net], v, n_samples=12).entropy for v in (volume, swapped))
-    np.testing.assert_array_equal(first[:32], second[:32])
-    assert (first[32:, 32:] != second[32:, 32:]).any()
+    two, four = (predict_volume([net, net], volume, n_samples=n).draws for n in (2, 4))
+    assert len(np.unique(four, axis=0)) == 8
+    np.testing.assert_array_equal(two, four[[0, 1, 4, 5]])
 
 
 def test_the_number_of_threads_changes_no_more_than_rounding():

@@ -4,7 +4,13 @@ __all__ = ["InputError", "Interrupted", "brief", "one_line", "printable"]
 
 
 class InputError(ValueError):
-    """Bad input, named in one line: the file or setting, what is wrong with it, and the remedy."""
+    """Bad input, named in one line: the file or setting, what is wrong with it, and the remedy.
+
+    What is not printable in the message, such as a control character in a file's name, becomes a question mark.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Interrupted(Exception):

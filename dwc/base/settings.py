@@ -6,7 +6,7 @@ and their help. What depends on files (a prior, a manifest) is resolved later, o
 
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache, reduce
 from numbers import Integral, Real
 from operator import or_
@@ -18,6 +18,7 @@ from dwc.base.errors import InputError
 __all__ = ["Settings"]
 
 
+@dataclass(frozen=True)
 class Settings:
     """Base of settings dataclasses: types are checked when an object is made.
 

@@ -2,21 +2,19 @@
 
 from collections.abc import Sequence
 
-from dwc.commands.arguments import new_parser, parse
+from dwc.commands.experiment import parse_study
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the demo.
+    """Run the study `demo` at the preset `demo`."""
+    settings, _ = parse_study(
+        "demo",
+        "Run the whole cycle on simulated sites: train apart, consolidate, fine-tune, compare.",
+        arguments,
+        "demo",
+    )
+    from dwc.study.demo import run  # here: help is printed without PyTorch
 
-    Raises
-    ------
-    InputError
-        If an argument is wrong or the folder cannot be written.
-    """
-    from dwc.study.demo import DemoSettings, run  # here, so that other commands start without PyTorch
-
-    parser = new_parser("demo", "Run the whole cycle on simulated sites: train apart, consolidate, fine-tune, compare.")
-    parser.add_class_arguments(DemoSettings)
-    run(DemoSettings(**parser.instantiate(parse(parser, arguments)).as_dict()))
+    run(settings)

@@ -70,6 +70,22 @@ class SubVolumes(torch.utils.data.Dataset):
             return image, None
         return image, join_volume(self._cubes(v, "label"), self.grid.shape)
 
+    def region(self, v: int, start: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image (float32, not z-scored) and classes (uint8) of a cube of volume v at any place.
+
+        Beyond the volume's edge the image is the volume's mean, which z-scores to 0, and the class 0.
+        """
+        image = np.full((side,) * 3, self._moments[v][0], np.float32)
+        labels = np.zeros((side,) * 3, np.uint8)
+        first, last = np.maximum(start, 0), np.minimum(start + side, self.grid.size)
+        for place in np.ndindex(*(-(-last // SIDE) - first // SIDE)):
+            cube = first // SIDE + place
+            low, high = np.maximum(cube * SIDE, first), np.minimum((cube + 1) * SIDE, last)
+            to, of = (tuple(map(slice, low - corner, high - corner)) for corner in (start, cube * SIDE))
+            index = np.ravel_multi_index(cube, (self.grid.size // SIDE,) * 3)
+            image[to], labels[to] = (self._cubes(v, name)[index][of] for name in ("image", "label"))
+        return image, labels
+
     def z_score(self, v: int, voxels: np.ndarray) -> np.ndarray:
         """`z_score` of voxels of volume v with the moments of all its voxels."""
         return z_score(voxels, *self._moments[v])
@@ -80,9 +96,10 @@ class SubVolumes(torch.utils.data.Dataset):
         return _memory_map(self._folders[v] / f"{name}.npy")
 
 
-def read_moments(folder: Path) -> tuple[float, float]:
+def read_moments(folder: Path) -> tuple[np.float32, np.float32]:
+    """Mean and standard deviation of a prepared image."""
     values = json.loads((folder / MOMENTS).read_text())
-    return values["mean"], values["sd"]
+    return np.float32(values["mean"]), np.float32(values["sd"])
 
 
 def _memory_map(path: Path) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Pictures of volumes: the scan, its true and predicted classes, and the errors in red.
 
-Drawn without a display and written whole. The room shows what it is given and computes only the Dice in the titles.
+Nothing is computed here but the Dice in the titles.
 """
 
 import colorsys
@@ -41,7 +41,7 @@ class _Row:
 
 
 def class_colours(n_classes: int) -> np.ndarray:
-    """RGB in 0..1 of each class, [n_classes, 3]: black, eight for every eye, then hues a golden angle apart."""
+    """RGB in 0..1 of each class, [n_classes, 3]: black, eight for colour-blind eyes, then hues a golden angle apart."""
     lights = ((0.65, 0.95), (0.95, 0.85), (0.45, 0.75))  # saturation and value, in turn, so that neighbours differ
     hues = [colorsys.hsv_to_rgb(k * 0.618034 % 1, *lights[k % 3]) for k in range(len(_FIRST) + 1, n_classes)]
     return np.array([(0.0, 0.0, 0.0), *map(to_rgb, _FIRST), *hues])[:n_classes]
@@ -75,16 +75,6 @@ def overlay(
         Name of each class; a legend is drawn for 16 classes or fewer.
     title : str, optional
         Above it all.
-
-    Returns
-    -------
-    Path
-        What was written.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written.
     """
     n_classes = _n_classes((truth, *predictions.values()), names)
     captions = {name: _dice(truth, classes, n_classes) for name, classes in predictions.items()}
@@ -110,16 +100,6 @@ def site_slices(
         PNG to write.
     names : sequence of str, optional
         As `overlay` takes them.
-
-    Returns
-    -------
-    Path
-        What was written.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written.
     """
     volumes = (classes for _, truth, predictions, _ in pictures.values() for classes in (truth, *predictions.values()))
     n_classes = _n_classes(volumes, names)

@@ -1,8 +1,8 @@
 """Which of the paper's findings (McClure et al. 2018, section 3.2) hold in a study's numbers, in words.
 
-Each finding is a claim, a verdict and the numbers that decide it, all from the study's tables; a finding whose numbers
-are not there says which rows would give them. A claim about a difference puts a line to it, and the 95 % interval
-across subjects decides: above the line it holds, below it does not, across it nothing is shown. `RULES` tells readers.
+Each finding is a claim, a verdict and the numbers behind it, all from the study's tables; without these numbers it
+names the rows that would give them. A claim about a difference is judged by the 95 % interval across subjects: above a
+line it holds, below the line it does not, across the line nothing is shown. `RULES` explains this to readers.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ RULES = (
     "Verdicts on differences follow from 95 % intervals of paired t-tests across subjects, each with the mean Dice "
     f"over its volumes. Above: the interval lies above 0. Not below: it lies above {points(-MARGIN)} points. Not "
     "shown: it reaches over that line. Does not hold: it lies below that line. Order matters if an interval, on the "
-    "training sites or on the unseen one, does not reach over 0; otherwise that is not shown. Between: by the means, "
-    "unless the intervals against both chains lie on one side of 0. By steps: not tested. No test tells chance in "
-    "training, which a seed's volumes share."
+    "training sites or on an unseen one, does not reach over 0; otherwise that is not shown. Between: by the means, "
+    "unless the intervals against both chains lie on one side of 0. By steps: not tested. No test accounts for chance "
+    "in training, which a seed's volumes share."
 )
 
 
@@ -40,9 +40,12 @@ def findings(results: Results) -> list[Finding]:
     """The paper's five findings, judged by a study's tables."""
     near = f"{100 * MARGIN:g} point of Dice"
     return [
-        _against_the_ensemble(results, "DWC is above the ensemble on the training sites.", line=0),
+        _against_the_ensemble(results, "DWC is above the ensemble on the training sites.", [AVERAGE], line=0),
         _against_the_ensemble(
-            results, f"DWC is not below the ensemble by {near} or more on the unseen site.", line=-MARGIN, unseen=True
+            results,
+            f"DWC is not below the ensemble by {near} or more on {_unseen(results)}.",
+            results.unseen,
+            line=-MARGIN,
         ),
         _chains_depend_on_order(results),
         _between_the_chains(results),
@@ -50,15 +53,28 @@ def findings(results: Results) -> list[Finding]:
     ]
 
 
-def _against_the_ensemble(results: Results, claim: str, *, line: float, unseen: bool = False) -> Finding:
+def _against_the_ensemble(results: Results, claim: str, columns: list[str], *, line: float) -> Finding:
+    """Holds if it does in every column, does not if it does not in one."""
     if missing := _missing(results, dwc=1, ensemble=1):
         return Finding(claim, NOT_TESTED, missing)
-    column = results.unseen if unseen else AVERAGE
-    test, evidence = _compared(results, *results.of_kind("dwc", "ensemble"), column)
-    if not _has_interval(test):
-        return Finding(claim, NOT_TESTED, evidence)
-    verdict = HOLDS if test["ci_low"] > line else DOES_NOT_HOLD if test["ci_high"] < line else NOT_SHOWN
-    return Finding(claim, verdict, evidence)
+    if not columns:
+        return Finding(claim, NOT_TESTED, "The study has no unseen site.")
+    compared = [_compared(results, *results.of_kind("dwc", "ensemble"), column) for column in columns]
+    verdicts = {_by_interval(test, line) for test, _ in compared}
+    verdict = next(each for each in (DOES_NOT_HOLD, NOT_TESTED, NOT_SHOWN, HOLDS) if each in verdicts)
+    return Finding(claim, verdict, " ".join(sentence for _, sentence in compared))
+
+
+def _unseen(results: Results) -> str:
+    return "the unseen site" if len(results.unseen) < 2 else f"every unseen site ({', '.join(results.unseen)})"
+
+
+def _by_interval(test: pd.Series | None, line: float) -> str:
+    if test is None or not _has_interval(test):
+        return NOT_TESTED
+    if test["ci_low"] > line:
+        return HOLDS
+    return DOES_NOT_HOLD if test["ci_high"] < line else NOT_SHOWN
 
 
 def _chains_depend_on_order(results: Results) -> Finding:
@@ -68,26 +84,33 @@ def _chains_depend_on_order(results: Results) -> Finding:
     first, second = results.of_kind("chain")
     tests, sentences = zip(*(_compared(results, second, first, column) for column in results.groups), strict=True)
     intervals = [(test["ci_low"], test["ci_high"]) for test in tests if _has_interval(test)]
-    verdict = HOLDS if any(low > 0 or high < 0 for low, high in intervals) else NOT_SHOWN if intervals else NOT_TESTED
+    verdict = NOT_SHOWN if intervals else NOT_TESTED
+    if any(low > 0 or high < 0 for low, high in intervals):
+        verdict = HOLDS
     return Finding(claim, verdict, " ".join(sentences))
 
 
 def _between_the_chains(results: Results) -> Finding:
-    claim = "In the means, DWC lies between the two chains, on the training sites' volumes and on the unseen site."
-    if missing := _missing(results, dwc=1, chain=2):
+    claim = "In the means, DWC lies between the two chains, on the training sites' volumes"
+    claim += f" and on {_unseen(results)}." if results.unseen or results.table is None else "."
+    if (missing := _missing(results, dwc=1, chain=2)) or results.table is None:
         return Finding(claim, NOT_TESTED, missing)
-    (dwc, *chains), sentences, places, outside = results.of_kind("dwc", "chain"), [], [], False
+    dwc, *chains = results.of_kind("dwc", "chain")
+    sentences, places, outside = [], [], False
     for column in results.groups:
         ours, theirs = results.table.loc[dwc, column], results.table.loc[chains, column]
-        places.append("above both" if ours > theirs.max() else "below both" if ours < theirs.min() else "between them")
+        place = "between them"
+        if ours > theirs.max() or ours < theirs.min():
+            place = "above both" if ours > theirs.max() else "below both"
         named = ", ".join(f"{printed(row)} {100 * dice:.2f}" for row, dice in theirs.items())
-        sentences.append(f"On {_sites(results, column)} DWC's mean is {places[-1]}: DWC {100 * ours:.2f}, {named}.")
+        sentences.append(f"On {_sites(results, column)} DWC's mean is {place}: DWC {100 * ours:.2f}, {named}.")
+        places.append(place)
         tests, compared = zip(*(_compared(results, dwc, chain, column) for chain in chains), strict=True)
         sentences += compared
         low, high = ([test[end] for test in tests if _has_interval(test)] for end in ("ci_low", "ci_high"))
         outside |= len(low) == len(chains) and (min(low) > 0 or max(high) < 0)
-    verdict = DOES_NOT_HOLD if outside else HOLDS if set(places) == {"between them"} else NOT_SHOWN
-    return Finding(claim, verdict, " ".join(sentences))
+    verdict = HOLDS if set(places) == {"between them"} else NOT_SHOWN
+    return Finding(claim, DOES_NOT_HOLD if outside else verdict, " ".join(sentences))
 
 
 def _vcl_is_faster(results: Results) -> Finding:
@@ -103,10 +126,12 @@ def _vcl_is_faster(results: Results) -> Finding:
     known = theirs.notna() & ours.notna()
     if missing := _places(table[~known]):
         sentences.append(f"Not to be compared on {missing}.")
+    verdict = NOT_SHOWN if missing else HOLDS
+    if not known.any():
+        verdict = NOT_TESTED
     if behind := _places(table[known & ~(ours < theirs if by_plateau else ours > theirs)]):
         sentences.append(f"VCL is not {'sooner' if by_plateau else 'above'} on {behind}.")
-        return Finding(claim, DOES_NOT_HOLD, " ".join(sentences))
-    verdict = NOT_TESTED if not known.any() else NOT_SHOWN if missing else HOLDS
+        verdict = DOES_NOT_HOLD
     return Finding(claim, verdict, " ".join(sentences))
 
 

@@ -1,7 +1,7 @@
-"""A study's report: one page of HTML with its pictures inside, for whoever has nothing but a browser.
+"""A study's report: one page of HTML with its pictures inside, for readers who have only a browser.
 
-Every part reads the study's tables, draws its picture into figures/ and says in a sentence what it lacks, if it lacks
-something. The page asks for nothing from elsewhere: no script, no address, no font.
+Each section reads the study's tables, draws its picture into figures/, and names what is missing. The page loads
+nothing from elsewhere: no script, no address, no font.
 """
 
 import base64
@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from dwc.base.files import open_folder, write_whole
 from dwc.metrics.calibration import error_detection_auc, expected_calibration_error
@@ -24,7 +24,7 @@ from dwc.report.words import count, number, p_value, points, printed
 
 __all__ = ["SITES_PICTURE", "write_report"]
 
-SITES_PICTURE = "sites.png"  # in figures/, drawn by whoever has the volumes
+SITES_PICTURE = "sites.png"  # in figures/; the study draws it, which has the volumes
 _CHARTS = {
     "table": plots.table_plot,
     "classes": plots.class_plot,
@@ -42,7 +42,7 @@ _TITLE = "Distributed weight consolidation: the paper's study"
 
 @dataclass(frozen=True)
 class _Table:
-    """Cells as they are printed; marked rows are shaded, best cells (row, column) bold, words begin on the left."""
+    """Cells as printed; marked rows are shaded, best cells (row, column) bold, columns of words left-aligned."""
 
     header: Sequence[str]
     body: Sequence[Sequence[str]]
@@ -53,7 +53,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Section:
-    """A part of the page: sentences, a table and a picture (a data address), each where there is one."""
+    """A part of the page: sentences, a table and a picture (a data address), each optional."""
 
     title: str
     notes: Sequence[str] = field(default_factory=list)
@@ -62,23 +62,7 @@ class _Section:
 
 
 def write_report(out: str | Path) -> Path:
-    """Write a study's pictures and its report.
-
-    Parameters
-    ----------
-    out : path
-        Folder of a study, of one seed or of several that were pooled. Gets figures/*.png and report.html.
-
-    Returns
-    -------
-    Path
-        The report.
-
-    Raises
-    ------
-    InputError
-        If the folder or a file in it cannot be read, or the report cannot be written.
-    """
+    """Write figures/*.png and report.html into the folder of a study, of one seed or pooled; returns the report."""
     results = read_results(out)
     open_folder(results.out / "figures")
     page = _template().render(
@@ -95,7 +79,7 @@ def write_report(out: str | Path) -> Path:
     return path
 
 
-def _template():
+def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(files("dwc.report").joinpath("page.html").read_text(encoding="utf-8"))
 
@@ -193,13 +177,7 @@ def _speed(results: Results) -> _Section:
         return _Section(title, ["No site's MAP, VCL and control networks have all been trained."])
     table = results.speed
     named = {name: title for name, title in _SPEED.items() if name in table and table[name].notna().any()}
-    body = [
-        [
-            value if name == "site" else number(100 * value) if name.endswith("dice") else count(value)
-            for name, value in row.items()
-        ]
-        for row in table[list(named)].to_dict("records")
-    ]
+    body = [[_speed_cell(name, value) for name, value in row.items()] for row in table[list(named)].to_dict("records")]
     notes = [
         "Optimizer steps of a site's own training, and Dice in % on the held-out sub-volumes that it logs. Equal "
         "steps: a MAP network from scratch that takes as many as VCL, under MAP's learning rates. The Dice aimed at "
@@ -207,22 +185,28 @@ def _speed(results: Results) -> _Section:
         "plateau are told where both learning rates are constant and one window judges them; under a falling one they "
         "would measure the schedule. The steps of the networks that VCL starts from are not counted."
     ]
-    logs = {site: _logs(results, site) for site in table["site"].unique()} if not results.seeds else {}
-    logs = {site: pair for site, pair in logs.items() if pair is not None}
-    picture = None
-    if logs:
-        picture = _drawn(results, "training", logs, table)
-    elif results.seeds:
+    pairs, picture = {site: _logs(results, site) for site in table["site"].unique()}, None
+    logs = {site: pair for site, pair in pairs.items() if pair is not None}
+    if results.seeds:
         notes.append("The training curves are in the reports of the seeds.")
+    elif logs:
+        origin = next(iter(results.groups[AVERAGE]))
+        picture = _drawn(results, "training", logs, table, origin=origin)
     return _Section(title, notes, _Table(list(named.values()), body), picture)
+
+
+def _speed_cell(name: str, value: Any) -> str:
+    if name == "site":
+        return value
+    return number(100 * value) if name.endswith("dice") else count(value)
 
 
 def _logs(results: Results, site: str) -> tuple[pd.DataFrame, pd.DataFrame] | None:
     """The training logs of a site's MAP and of its VCL network."""
     names = [row for row in results.of_kind("map") if row.split()[0] == site]
     names += [row for row in results.of_kind("vcl") if row.split("->")[-1] == site]
-    logs = [results.log(name) for name in names]
-    return tuple(logs) if len(logs) == 2 and all(log is not None for log in logs) else None
+    logs = [log for name in names if (log := results.log(name)) is not None]
+    return (logs[0], logs[1]) if len(logs) == 2 else None
 
 
 def _slices(results: Results) -> _Section:
@@ -288,9 +272,9 @@ def _interest(results: Results) -> dict[str, str]:
 
 
 def _absent(results: Results) -> list[str]:
-    there = set(_interest(results).values())
     words = {"pooled": "pooled MAP", "ensemble": "the ensemble", "dwc": "DWC"}
-    return [f"Not scored yet: {', '.join(words[kind] for kind in INTEREST if kind not in there)}."] * (len(there) < 3)
+    missing = [words[kind] for kind in INTEREST if not results.of_kind(kind)]
+    return [f"Not scored yet: {', '.join(missing)}."] if missing else []
 
 
 def _titled(results: Results) -> dict[str, list[str]]:

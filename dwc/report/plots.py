@@ -1,7 +1,7 @@
 """Charts of a study: the table as dots, Dice per class, calibration, training curves.
 
-Drawn without a display from the frames of `results` and written whole. Colours are told apart by colour-blind eyes and
-go with a row's kind, and so do markers, so that a row looks the same in every chart.
+Colours and markers go with a row's kind, so that a row looks the same in every chart; colour-blind readers can tell
+them apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ STYLE = {
     "dwc": ("#0072b2", "o"),
     "pooled": ("#000000", "s"),
 }
-FEWEST = 100  # voxels in a bin; a rate of fewer is left out
+FEWEST = 100  # voxels in a bin that is drawn
 
 
 def table_plot(
@@ -43,12 +43,12 @@ def table_plot(
     *,
     table_sd: pd.DataFrame | None = None,
 ) -> Path:
-    """Write a PNG with a panel per column of the table: each row's mean Dice, over a faint dot for each volume.
+    """Write a PNG with a panel per column of the table: each row's mean Dice, over a faint tick for each volume.
 
     Parameters
     ----------
-    table : DataFrame
-        Mean Dice, 0..1, row by column.
+    table, table_sd : DataFrame
+        Mean Dice, 0..1, row by column, and its standard deviation over seeds, drawn as bars.
     kinds : mapping of str to str
         The kind of each row.
     volumes : DataFrame
@@ -57,13 +57,6 @@ def table_plot(
         The sites of each column that is not a site itself.
     path : path
         PNG to write.
-    table_sd : DataFrame, optional
-        Standard deviations over seeds, drawn as bars.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written.
     """
     n_rows, n_columns = table.shape
     figure, axes = _figure(1, n_columns, (3.0 + 1.65 * n_columns, 1.3 + 0.31 * n_rows), sharex=True, sharey=True)
@@ -110,11 +103,6 @@ def class_plot(
         Sites by the title of their panel.
     path : path
         PNG to write.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written.
     """
     classes = classes[(classes["class"] > 0) & classes["row"].isin(kinds)]
     sizes = classes.groupby("name")["truth_mm3"].mean().sort_values(ascending=False)
@@ -151,21 +139,7 @@ def calibration_plot(
 ) -> Path:
     """Write a PNG with a row of panels per group of sites: accuracy against confidence, error rate against entropy.
 
-    Parameters
-    ----------
-    calibration : DataFrame
-        row, site, and the columns of `CalibrationCounts.frame`.
-    kinds : mapping of str to str
-        Rows to draw, in this order, and their kinds.
-    groups : mapping of str to sequence of str
-        Sites by the title of their panels.
-    path : path
-        PNG to write.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written.
+    `calibration` has row, site, and the columns of `CalibrationCounts.frame`; the rest is as for `class_plot`.
     """
     figure, axes = _figure(len(groups), 2, (11, 0.6 + 4.4 * len(groups)))
     for (reliability, errors), (title, sites) in zip(axes, groups.items(), strict=True):
@@ -197,7 +171,7 @@ def calibration_plot(
 
 
 def training_plot(
-    pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], speed: pd.DataFrame, path: str | Path
+    pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], speed: pd.DataFrame, path: str | Path, *, origin: str
 ) -> Path:
     """Write a PNG with a column per site: training loss and validation Dice of its MAP and of its VCL network.
 
@@ -209,23 +183,20 @@ def training_plot(
         site, map_plateau_step, vcl_plateau_step.
     path : path
         PNG to write.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written.
+    origin : str
+        The site whose network VCL starts from.
     """
     figure, axes = _figure(2, len(pairs), (1 + 3.6 * len(pairs), 6), sharex="col", sharey="row")
     began = speed.set_index("site")
     for (loss, dice), (site, logs) in zip(axes.T, pairs.items(), strict=True):
-        for kind, name, log in zip(("map", "vcl"), ("MAP", "VCL from H"), logs, strict=True):
+        for kind, name, log in zip(("map", "vcl"), ("MAP", f"VCL from {origin}"), logs, strict=True):
             colour, marker = STYLE[kind]
             line = dict(color=colour, label=name, linewidth=2, marker=marker, markersize=3)
             loss.plot(log["step"], log["nll"], **line)
             dice.plot(log["step"], 100 * log["dice"].astype(float), **line)
-            step = began[f"{kind}_plateau_step"].get(site)
-            for axis in (loss, dice) if step is not None and not pd.isna(step) else ():
-                axis.axvline(step, color=colour, linestyle=":", linewidth=2, label=f"{name}: plateau from here")
+            if pd.notna(step := began[f"{kind}_plateau_step"].get(site)):
+                for axis in (loss, dice):
+                    axis.axvline(step, color=colour, linestyle=":", linewidth=2, label=f"{name}: plateau from here")
         loss.set_title(site, fontsize=13, fontweight="bold")
         dice.set_xlabel("optimizer steps", fontsize=12)
         dice.set_xlim(left=0)
@@ -241,7 +212,7 @@ def training_plot(
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float], **shared: bool | str) -> tuple[Figure, np.ndarray]:
-    """A figure without a display, and its panels [rows, columns] in the room's plain style."""
+    """A figure without a display, and its panels [rows, columns] in plain style."""
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **shared)

@@ -1,11 +1,10 @@
-"""What a study's folder holds, for pictures and pages: its tables, read once and asked for by what they mean.
+"""The tables in a study's folder, read once, for its charts and its report.
 
-A study of one seed and one that pools several have files of the same names; the pooled ones have a column ``seed`` and
-their table one of standard deviations beside it. What a study has not written, as one that ran only some rows, is None
-here, and whoever draws it says so.
+A study of one seed and one that pools several have files of the same names; pooled ones have a column ``seed`` and a
+table of standard deviations. A table that a study has not written, as after running only some rows, is None here.
 """
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ import pandas as pd
 
 from dwc.base.errors import InputError
 from dwc.base.tables import read_settings, read_table
+from dwc.training.log import read_log
 
-__all__ = ["AVERAGE", "INTEREST", "Results", "read_results"]
+__all__ = ["AVERAGE", "INTEREST", "Results", "column_groups", "read_results"]
 
-AVERAGE = "Avg."
-INTEREST = ("pooled", "ensemble", "dwc")  # kinds of rows that are drawn and compared closely
+AVERAGE = "Avg."  # of all sites that networks are trained on
+INTEREST = ("pooled", "ensemble", "dwc")  # kinds of rows whose classes and calibration are shown
 _TABLES = {  # and the columns without which they say nothing
     "rows": ("row", "kind", "networks", "steps", "total_steps"),
     "volumes": ("row", "site", "subject", "image", "dice"),
@@ -34,18 +34,9 @@ _TABLES = {  # and the columns without which they say nothing
 
 @dataclass(frozen=True)
 class Results:
-    """The tables of a study's folder, each as its CSV has it or None, and the settings.
+    """The tables in the folder ``out``, each as its CSV has it or None, and the settings of its config.yaml.
 
-    Attributes
-    ----------
-    out : Path
-        The folder.
-    rows, volumes, classes, calibration, tests, by_seed, speed : DataFrame or None
-        Of the files of these names.
-    table, table_sd : DataFrame or None
-        Mean Dice, 0..1, row by column, and its standard deviation over the seeds of a pooled study.
-    config : dict
-        Of config.yaml; empty without.
+    ``table`` and ``table_sd`` hold mean Dice, 0..1, by row and column, and its standard deviation over pooled seeds.
     """
 
     out: Path
@@ -67,20 +58,16 @@ class Results:
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """Sites by the column that averages them: those trained on, and each one that was not."""
-        if self.table is None or AVERAGE not in self.table:
-            return {}
-        columns = list(self.table)
-        place = columns.index(AVERAGE)
-        return {AVERAGE: columns[:place]} | {site: [site] for site in columns[place + 1 :]}
+        """Sites by the table's column that averages them, see `column_groups`; empty without a table."""
+        return {} if self.table is None else column_groups(list(self.table))
 
     @property
-    def unseen(self) -> str:
-        """The column of the site that took no part in training; the last one of the table."""
-        return list(self.groups)[-1]
+    def unseen(self) -> list[str]:
+        """The sites that took no part in training."""
+        return list(self.groups)[1:]
 
     def of_kind(self, *kinds: str) -> list[str]:
-        """The names of the rows of these kinds that have been scored, in the order of the kinds."""
+        """The names of the scored rows of these kinds, in the order of the kinds."""
         if self.rows is None or self.table is None:
             return []
         names = [row for kind in kinds for row in self.rows.loc[self.rows["kind"] == kind, "row"]]
@@ -88,30 +75,31 @@ class Results:
 
     def log(self, row: str) -> pd.DataFrame | None:
         """The training log of a row's network, a line per epoch; None where there is none, as for an ensemble."""
-        files = self.rows.loc[self.rows["row"] == row, "networks"]
-        path = self.out / Path(str(files.iloc[0])).parent / "log.jsonl" if len(files) else None
-        if path is None or not path.is_file():
+        if self.rows is None:
             return None
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return pd.DataFrame([json.loads(line) for line in lines])
+        files = self.rows.loc[self.rows["row"] == row, "networks"]
+        lines = read_log(self.out / Path(str(files.iloc[0])).parent / "log.jsonl") if len(files) else []
+        return pd.DataFrame(lines) if lines else None
+
+
+def column_groups(columns: Sequence[str]) -> dict[str, list[str]]:
+    """Sites by the column that averages them: Avg. of all columns before it, then each unseen site behind it."""
+    place = list(columns).index(AVERAGE)
+    return {AVERAGE: list(columns[:place])} | {site: [site] for site in columns[place + 1 :]}
 
 
 def read_results(out: str | Path) -> Results:
-    """Read a study's folder.
-
-    Raises
-    ------
-    InputError
-        If it is no folder, or a file in it cannot be read.
-    """
+    """Read a study's folder."""
     out = Path(out)
     if not out.is_dir():
         raise InputError(f"{out}: no such folder; give the folder of a study")
     config = out / "config.yaml"
-    settings = read_settings(config) if config.is_file() else {}
-    paths = {name: out / f"{name}.csv" for name in _TABLES}
-    tables = {name: read_table(path, _TABLES[name]) if path.is_file() else None for name, path in paths.items()}
-    tables = {name: None if table is None or table.empty else table for name, table in tables.items()}
-    for name in ("table", "table_sd"):
-        tables[name] = None if tables[name] is None else tables[name].set_index("row")
-    return Results(out, **tables, config=settings)
+    tables = {name: _read(out / f"{name}.csv", name) for name in _TABLES}
+    return Results(out, **tables, config=read_settings(config) if config.is_file() else {})
+
+
+def _read(path: Path, name: str) -> pd.DataFrame | None:
+    table = read_table(path, _TABLES[name]) if path.is_file() else None
+    if table is None or table.empty:
+        return None
+    return table.set_index("row") if name in ("table", "table_sd") else table

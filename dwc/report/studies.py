@@ -1,9 +1,5 @@
-"""Pictures of the studies beyond the paper's: curves and bars from their tables.
+"""Pictures of the studies beyond the paper's: curves and bars from their tables."""
 
-Drawn without a display and written whole; nothing is scored or averaged here.
-"""
-
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,26 +8,29 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dwc.base.files import write_whole
+from dwc.report.figures import save
+from dwc.report.results import AVERAGE
 
 __all__ = ["leave_one_out", "many_sites", "rounds", "tempering"]
 
 _DICE = "mean Dice, %"
-_STYLES = {"1": ("C3", "Eq. 17 (λ = 1)"), "1/S": ("C0", "geometric mean (λ = 1/S)"), "chosen": ("C2", "λ chosen by H")}
-_COLUMNS = ("H", "N", "B", "W", "Avg.", "A")
-_COLOURS = dict(zip(_COLUMNS, ("C0", "C1", "C2", "C3", "black", "C4"), strict=True))
+_RULES = {"1": ("C3", "Eq. 17 (λ = 1)"), "1/S": ("C0", "geometric mean (λ = 1/S)"), "chosen": ("C2", "λ chosen by {}")}
+_NO_DICE = ("row", "round", "network", "weight", "sigma_ratio", "lambda", "log_likelihood", "validation_dice", "chosen")
 
 
-def many_sites(table: pd.DataFrame, path: Path) -> Path:
+def many_sites(table: pd.DataFrame, origin: str, unseen: Sequence[str], path: Path) -> Path:
     """Dice against the number of sites, a panel per column and a line per rule for lambda; the last panel is time."""
-    columns = {"H": "H, the origin", "sites": "sites of the same kind", "A": "A, never in"}
+    columns = {origin: f"{origin}, the origin", "sites": "sites of the same kind"}
+    columns |= {site: f"{site}, never in" for site in unseen}
     figure, panels = _figure(len(columns) + 1)
     prior, grown = table[table["S"] == 0].iloc[0], table[table["S"] > 0]
     for panel, (column, title) in zip(panels, columns.items(), strict=False):
         panel.axhline(100 * prior[column], color="grey", linestyle="--", label="the prior, no site")
-        for rule, (colour, label) in _STYLES.items():
+        for rule, (colour, label) in _RULES.items():
             part = grown[grown["rule"] == rule]
-            panel.plot(part["S"], 100 * part[column], color=colour, marker="o", markersize=4, label=label)
+            panel.plot(
+                part["S"], 100 * part[column], color=colour, marker="o", markersize=4, label=label.format(origin)
+            )
         _titled(panel, title, _DICE)
     time = grown.groupby("S")["seconds"].first()
     panels[-1].plot(time.index, time, color="black", marker="o", markersize=4)
@@ -43,55 +42,55 @@ def many_sites(table: pd.DataFrame, path: Path) -> Path:
         panel.minorticks_off()
         panel.set_xlabel("sites S")
     panels[0].legend(fontsize=7)
-    return _written(figure, path)
+    return save(figure, path)
 
 
-def rounds(table: pd.DataFrame, path: Path) -> Path:
+def rounds(table: pd.DataFrame, origin: str, path: Path) -> Path:
     """Dice of every column against the round: the consolidated networks, and the same fine-tuned."""
     figure, panels = _figure(2, sharey=True)
     start = table[table["round"] == 0]
     tuned = table["row"].astype(str).str.endswith("FT")
-    parts = {"consolidated": table[~tuned & (table["round"] > 0)], "fine-tuned on H": table[tuned]}
+    parts = {"consolidated": table[~tuned & (table["round"] > 0)], f"fine-tuned on {origin}": table[tuned]}
     for panel, (title, part) in zip(panels, parts.items(), strict=True):
         _columns(panel, pd.concat([start, part]), "round")
         panel.set_xticks(sorted(table["round"].unique()))
         panel.set_xlabel("round (0: before the first)")
         _titled(panel, title, _DICE)
     panels[-1].legend(fontsize=7)
-    return _written(figure, path)
+    return save(figure, path)
 
 
-def leave_one_out(tests: pd.DataFrame, path: Path) -> Path:
-    """What each site brings to each column: Dice of all sites less Dice without it, in points, with 95 % intervals."""
+def leave_one_out(tests: pd.DataFrame, columns: Sequence[str], path: Path) -> Path:
+    """What each site contributes to columns: Dice of all sites less Dice without it, in points, with 95 % intervals."""
     figure, (panel,) = _figure(1, width=7)
     tests = tests[tests["against"].str.startswith("without ")]
     sites = tests["against"].unique()
     width = 0.8 / len(sites)
     for k, site in enumerate(sites):
-        brought = 100 * tests[tests["against"] == site].set_index("column").loc[list(_COLUMNS)]
-        places = [place + (k - (len(sites) - 1) / 2) * width for place in range(len(_COLUMNS))]
+        brought = 100 * tests[tests["against"] == site].set_index("column").loc[list(columns)]
+        places = [place + (k - (len(sites) - 1) / 2) * width for place in range(len(columns))]
         mean = brought["mean_difference"]
         reach = [mean - brought["ci_low"], brought["ci_high"] - mean]
         label, colour = site.replace("without ", "site "), f"C{k + 1}"
         panel.bar(places, mean, width, label=label, color=colour, yerr=reach, error_kw={"linewidth": 0.8, "capsize": 2})
     panel.axhline(0, color="black", linewidth=0.8)
-    panel.set_xticks(range(len(_COLUMNS)), _COLUMNS)
+    panel.set_xticks(range(len(columns)), columns)
     panel.set_xlabel("held-out scans of")
     _titled(panel, "what each site brought: Dice with it less Dice without it", "points of Dice, 95 % interval")
     panel.legend(fontsize=8)
-    return _written(figure, path)
+    return save(figure, path)
 
 
-def tempering(table: pd.DataFrame, n_sites: int, path: Path) -> Path:
+def tempering(table: pd.DataFrame, origin: str, n_sites: int, path: Path) -> Path:
     """What the origin sees of lambda, and what the held-out volumes say; marks 1/S, 1 and the lambda chosen."""
     figure, (left, right) = _figure(2, width=5)
     prior, grid = table[table["lambda"] == 0].iloc[0], table[table["lambda"] > 0]
     left.plot(grid["lambda"], grid["log_likelihood"], color="black", marker="o", markersize=4)
     left.axhline(prior["log_likelihood"], color="grey", linestyle="--", label="the prior")
-    _titled(left, "H's scans that choose", "log-likelihood, nats per voxel")
+    _titled(left, f"{origin}'s scans that choose", "log-likelihood, nats per voxel")
     _columns(right, grid, "lambda")
-    for column in _COLUMNS:
-        right.axhline(100 * prior[column], color=_COLOURS[column], linestyle="--", linewidth=0.8)
+    for column, colour in _colours(grid).items():
+        right.axhline(100 * prior[column], color=colour, linestyle="--", linewidth=0.8)
     _titled(right, "held-out scans (dashed: the prior)", _DICE)
     marks = {"1/S": 1 / n_sites, "1": 1.0, "chosen": grid[grid["chosen"]]["lambda"].iloc[0]}
     for panel in (left, right):
@@ -102,21 +101,20 @@ def tempering(table: pd.DataFrame, n_sites: int, path: Path) -> Path:
         panel.set_xlabel("λ")
     left.legend(fontsize=8)
     right.legend(fontsize=7, ncols=2)
-    return _written(figure, path)
+    return save(figure, path)
 
 
 def _columns(panel: Axes, table: pd.DataFrame, x: str) -> None:
-    for column in _COLUMNS:
-        wide = 2.2 if column == "Avg." else 1.2
-        panel.plot(
-            table[x],
-            100 * table[column],
-            color=_COLOURS[column],
-            linewidth=wide,
-            marker="o",
-            markersize=3,
-            label=column,
-        )
+    for column, colour in _colours(table).items():
+        width = 2.2 if column == AVERAGE else 1.2
+        panel.plot(table[x], 100 * table[column], color=colour, linewidth=width, marker="o", markersize=3, label=column)
+
+
+def _colours(table: pd.DataFrame) -> dict[str, str]:
+    """The table's columns of Dice, each with a colour."""
+    sites = [column for column in table if column not in (*_NO_DICE, AVERAGE)]
+    return {column: "black" if column == AVERAGE else f"C{sites.index(column) % 10}"
+            for column in table if column not in _NO_DICE}  # fmt: skip
 
 
 def _figure(n_panels: int, *, width: float = 3.6, sharey: bool = False) -> tuple[Figure, Sequence[Axes]]:
@@ -129,10 +127,3 @@ def _titled(panel: Axes, title: str, y: str) -> None:
     panel.set_title(title, fontsize=10)
     panel.set_ylabel(y)
     panel.grid(alpha=0.3)
-
-
-def _written(figure: Figure, path: Path) -> Path:
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
-    write_whole(path, png.getvalue())
-    return path

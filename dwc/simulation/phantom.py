@@ -1,9 +1,9 @@
-"""A procedural head: label volumes with all 50 classes and the tissues outside the brain, from a seed and no file.
+"""A procedural head of ellipsoids and tubes: label volumes with all 50 classes and the tissues outside the brain.
 
-It is a drawing of a head, made of ellipsoids and tubes, for tests and for a demonstration without data. It is not an
-atlas; sizes and places are about right. Intensities are drawn from it in `dwc.data.simulation`.
+It serves tests and demonstrations without data. It is not an atlas; sizes and positions are about right.
 """
 
+from collections.abc import Sequence
 from importlib.resources import files
 from itertools import pairwise
 
@@ -119,13 +119,13 @@ def _folds(point: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return field
 
 
-def _ellipsoid(mirrored: np.ndarray, centre, radii) -> np.ndarray:
+def _ellipsoid(mirrored: np.ndarray, centre: Sequence[float], radii: Sequence[float] | np.ndarray) -> np.ndarray:
     """Squared distance from the centre in units of the radii: below 1 inside."""
     terms = ((m - np.float32(c)) / np.float32(r) for m, c, r in zip(mirrored, centre, radii, strict=True))
     return sum(np.square(term) for term in terms)
 
 
-def _tube(mirrored: np.ndarray, points) -> np.ndarray:
+def _tube(mirrored: np.ndarray, points: Sequence[Sequence[float]]) -> np.ndarray:
     """Squared distance in mm from a chain of line segments."""
     chain = np.asarray(points, np.float32)
     nearest = np.full(mirrored.shape[1:], np.inf, np.float32)
@@ -142,12 +142,12 @@ def _outside(point: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
     """Air, skin, soft tissue, eyes, skull, and CSF wherever the brain may be."""
     _, y, z = point
     vault = _ellipsoid(mirrored, (0, -17, 8), (72, 91, 74))
-    base = _ellipsoid(mirrored, (0, -54, -36), (55, 46, 32))  # the room of the cerebellum
+    base = _ellipsoid(mirrored, (0, -54, -36), (55, 46, 32))  # the space for the cerebellum
     neck = _ellipsoid(mirrored, (0, -38, -110), (58, 62, 110))
     face = _ellipsoid(mirrored, (0, 42, -58), (56, 54, 62))
     jaw = np.where(z < -8, np.minimum(face, neck), np.inf)
     codes = np.zeros(point.shape[1:], np.uint8)
-    skull_radius, skin_radius = 1.17, 1.32  # squared: 6 and 11 mm outside the brain's room
+    skull_radius, skin_radius = 1.17, 1.32  # squared: 6 and 11 mm outside the brain's space
     codes[(vault < skin_radius) & (z > -50)] = _SKIN
     codes[jaw < 1] = _SKIN
     codes[jaw < 0.88] = _SOFT_TISSUE
@@ -155,8 +155,8 @@ def _outside(point: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
     codes[(np.minimum(vault, base) < skull_radius) & (codes > 0) | (base < skull_radius)] = _SKULL
     codes[_ellipsoid(mirrored, (0, 62, -56), (14, 34, 20)) < 1] = 0  # nose and mouth hold air
     codes[_ellipsoid(mirrored, (32, 66, -34), (13, 13, 13)) < 1] = _EYE
-    room = (vault < 1) & (z > np.where(y > 10, -27 - 0.8 * np.maximum(30 - y, 0), -50)) | (base < 1)
-    codes[room] = _CSF
+    inside = (vault < 1) & (z > np.where(y > 10, -27 - 0.8 * np.maximum(30 - y, 0), -50)) | (base < 1)
+    codes[inside] = _CSF
     codes[(_tube(mirrored, ((0, -40, -60), (0, -48, -140))) < 13**2) & (z < -50)] = _CSF
     return codes
 
@@ -189,15 +189,15 @@ def _near_core(mirrored: np.ndarray) -> np.ndarray:
     return _ellipsoid(mirrored, (0, -8, 2), (17, 42, 25)) < 1
 
 
-def _place_cerebellum(codes: np.ndarray, mirrored: np.ndarray, folds: np.ndarray, room: np.ndarray) -> None:
+def _place_cerebellum(codes: np.ndarray, mirrored: np.ndarray, folds: np.ndarray, free: np.ndarray) -> None:
     hemisphere = _ellipsoid(mirrored, (25, -62, -37), (30, 29, 23))
     vermis = _ellipsoid(mirrored, (0, -62, -34), (14, 25, 23))
     body = np.minimum(hemisphere, vermis)
-    codes[room & (body < 1)] = _CEREBELLAR_CORTEX
+    codes[free & (body < 1)] = _CEREBELLAR_CORTEX
     core = np.minimum(
         _ellipsoid(mirrored, (20, -58, -38), (20, 17, 10)), _ellipsoid(mirrored, (8, -52, -36), (12, 10, 8))
     )
-    codes[room & (core + 0.12 * folds < 1) & (body < 1)] = _CEREBELLAR_WHITE
+    codes[free & (core + 0.12 * folds < 1) & (body < 1)] = _CEREBELLAR_WHITE
 
 
 def _parcel(mirrored: np.ndarray, cortex: np.ndarray) -> np.ndarray:

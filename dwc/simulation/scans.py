@@ -1,15 +1,16 @@
-"""Simulated sites: T1 scans of five scanners and populations, made from label volumes of heads.
+"""Simulated sites: T1 scans of different scanners and populations, made from label volumes of heads.
 
-Stands in for data that cannot be shared: the sites of `sites.tsv` differ in contrast, noise, bias field, resolution,
-and in the people they scan. Label volumes come from `dwc.data.phantom` or from a folder of real anatomies.
+They stand in for data that cannot be shared: the sites of `sites.tsv` differ in contrast, noise, bias field,
+resolution, and in the people they scan. Label volumes come from `dwc.simulation.phantom` or from a folder of real
+anatomies.
 """
 
 import csv
 import gzip
 import io
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -27,7 +28,7 @@ from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap, read_table
 from dwc.simulation.phantom import phantom
 
-__all__ = ["Site", "load_sites", "simulate", "write_site"]
+__all__ = ["Site", "load_sites", "mixed_site", "simulate", "write_site"]
 
 _N_CODES = 61  # classes 0..49 and 50..60 outside the brain
 _N_CLASSES = 50
@@ -36,17 +37,16 @@ _REGION_SD = 3.0  # intensity offset of a region from its tissue, drawn for each
 _ELASTIC_SPACING = 40.0  # mm between the nodes of the elastic field
 _BIAS_NODES = 3  # along each axis
 _FWHM_TO_SD = 0.4247
-_VENTRICLE_REACH = 12.0  # mm over which the tissue gives way to grown ventricles
+_VENTRICLE_REACH = 12.0  # mm over which tissue is displaced by grown ventricles
+_MIXED = ("N", "B", "W")  # the sites that others are mixed from
 
 
 @dataclass(frozen=True)
 class Site:
-    """A simulated scanner and population: one row of `sites.tsv`.
+    """A simulated scanner and population: a row of `sites.tsv`, or a mixture of rows.
 
     Attributes
     ----------
-    name : str
-        H, N, B, W or A.
     tissue_means : dict[str, float]
         Mean intensity of each tissue, 0..255.
     sd : float
@@ -58,7 +58,7 @@ class Site:
     scale, ventricle, elastic : float
         Size of heads; growth of the ventricles, mm; amplitude of the elastic deformation, mm.
     log_gamma : float
-        Log of the exponent that intensities are raised to.
+        Log of the exponent of the intensities.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Site:
 
 @lru_cache(maxsize=1)
 def load_sites() -> dict[str, Site]:
-    """The five simulated sites, by name."""
+    """The five simulated sites that stand for the paper's cohorts, by name."""
     tissues = set(_tissue_of_code())
     sites = {}
     for row in read_table(files(__package__) / "sites.tsv"):
@@ -87,14 +87,28 @@ def load_sites() -> dict[str, Site]:
     return sites
 
 
+def mixed_site(name: str, rng: np.random.Generator) -> Site:
+    """A site whose scanner and people are mixed from those of N, B and W, with random shares."""
+    parts = [load_sites()[site] for site in _MIXED]
+    shares = rng.dirichlet(np.ones(len(parts)))
+
+    def mixed(values: Iterable[float]) -> float:
+        return float(np.dot(shares, list(values)))
+
+    tissues = {tissue: mixed(part.tissue_means[tissue] for part in parts) for tissue in parts[0].tissue_means}
+    x, y, z = (mixed(part.resolution[axis] for part in parts) for axis in range(3))
+    numbers = ("sd", "noise", "bias", "scale", "ventricle", "elastic", "log_gamma")
+    values = {field: mixed(getattr(part, field) for part in parts) for field in numbers}
+    return replace(parts[0], name=name, tissue_means=tissues, resolution=(x, y, z), **values)
+
+
 def simulate(labels: np.ndarray, site: Site | str, *, voxel_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Deform a head and scan it at a site; a pure function of its arguments.
 
-    The labels are warped (scale, rotation of some degrees, a coarse random elastic field, growth of the ventricles by
-    pushing the tissue around them), nearest neighbour. The image is, per voxel, the site's mean of the tissue + an
-    offset of the region + noise within it, blurred by a voxel (full width at half maximum), sampled at the site's
-    resolution where that is coarser than the voxels, times exp(a smooth bias field), with Rician noise, clipped at
-    its 99.9th percentile and raised to gamma.
+    The labels are warped (scale, rotation by a few degrees, a coarse random elastic field, growth of the ventricles),
+    nearest neighbour. Each voxel of the image is the site's mean of the tissue + an offset of the region + noise within
+    it, blurred by a voxel (full width at half maximum), sampled at the site's resolution where that is coarser, times
+    exp(a smooth bias field), with Rician noise, clipped at the 99.9th percentile and raised to gamma.
 
     Parameters
     ----------
@@ -112,21 +126,22 @@ def simulate(labels: np.ndarray, site: Site | str, *, voxel_size: float, seed: i
     image, labels : ndarray, uint8 [D, H, W]
         The scan 0..255, and the warped codes it shows.
     """
-    site = _site(site)
+    site = site if isinstance(site, Site) else _known(site)
     rng = np.random.default_rng(seed)
     labels = _warp(labels, site, voxel_size, rng)
     return _scan(labels, site, voxel_size, rng), labels
 
 
 def write_site(
-    out_dir: str | os.PathLike,
+    out_dir: str | os.PathLike[str],
     site: Site | str,
     n_train: int,
     n_test: int,
     *,
     grid: Grid,
     seed: int = 0,
-    anatomies: str | os.PathLike | None = None,
+    anatomies: str | os.PathLike[str] | None = None,
+    shared_by: Sequence[str] = (),
 ) -> Path:
     """Write scans of a simulated site, their labels and a manifest.
 
@@ -142,30 +157,27 @@ def write_site(
     grid : Grid
         Size and voxel size of the volumes.
     seed : int
-        Another seed gives other scans, and other heads; of anatomies, another division among sites and splits.
+        Another seed gives other scans and other heads, and assigns anatomies to sites and splits anew.
     anatomies : path
-        A folder of label volumes (`*.nii.gz`, codes as in `simulate`) to take instead of the phantom, each centred on
-        its brain. Every site takes its own fifth of them, some for testing and the others for training; where there
-        are fewer than scans, an anatomy is one subject scanned and deformed several times.
+        A folder of label volumes (`*.nii.gz`, codes as in `simulate`) instead of the phantom, each centred on its
+        brain. If a site has fewer than scans, an anatomy is one subject scanned and deformed several times.
+    shared_by : sequence of str
+        Names of the sites, this one among them, that the anatomies are divided among; by default `load_sites`.
 
     Returns
     -------
     manifest : Path
         The manifest.
-
-    Raises
-    ------
-    InputError
-        There is nothing to write, there are too few anatomies, they hold other codes, or `out_dir` cannot be written.
     """
-    site, out_dir = _site(site), Path(out_dir)
+    site, out_dir = site if isinstance(site, Site) else _known(site), Path(out_dir)
     if min(n_train, n_test, seed) < 0 or n_train + n_test < 1:
         raise InputError(
             f"site {site.name}: {n_train} + {n_test} scans, seed {seed}; ask for at least one scan, seed >= 0"
         )
     heads = _phantoms(site, n_train, n_test, grid, seed)
     if anatomies is not None:
-        heads = _anatomies(site, n_train, n_test, grid, Path(anatomies), seed)
+        sites = list(shared_by or load_sites())
+        heads = _anatomies(site.name, sites, n_train, n_test, grid, Path(anatomies), seed)
     label_map = LabelMap.load("fifty")
     affine = grid.affine(np.zeros(3))
     try:
@@ -187,16 +199,14 @@ def write_site(
     return out_dir / "manifest.csv"
 
 
-def _site(site: Site | str) -> Site:
-    if isinstance(site, Site):
-        return site
-    if site not in load_sites():
-        raise InputError(f"site {site!r} is not simulated; choose one of {', '.join(load_sites())}")
-    return load_sites()[site]
+def _known(name: str) -> Site:
+    if name not in load_sites():
+        raise InputError(f"site {name!r} is not simulated; choose one of {', '.join(load_sites())}")
+    return load_sites()[name]
 
 
 def _seed(seed: int, site: Site, number: int, purpose: int) -> int:
-    """A seed for each scan (purpose 0) and each head (1) of each site: sites never share one."""
+    """A seed for each scan (purpose 0) and each head (1) of each site."""
     words = [seed, int.from_bytes(site.name.encode(), "little"), number, purpose]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
@@ -208,24 +218,19 @@ def _phantoms(site: Site, n_train: int, n_test: int, grid: Grid, seed: int) -> I
 
 
 def _anatomies(
-    site: Site, n_train: int, n_test: int, grid: Grid, folder: Path, seed: int
+    site: str, sites: Sequence[str], n_train: int, n_test: int, grid: Grid, folder: Path, seed: int
 ) -> Iterator[tuple[str, str, np.ndarray]]:
-    names = list(load_sites())
-    if site.name not in names:
-        raise InputError(f"site {site.name!r} has no anatomies of its own; choose one of {', '.join(names)}")
     paths = sorted(folder.glob("*.nii.gz"))
     order = np.random.default_rng(seed).permutation(len(paths))  # the same at all sites, so that they share none
-    mine = [paths[i] for i in order[names.index(site.name) :: len(names)]]
+    mine = [paths[i] for i in order[sites.index(site) :: len(sites)]]
     n_for_test = min(n_test, max(1, len(mine) // 3)) if n_test else 0
     if len(mine) - n_for_test < bool(n_train) or not mine:
-        raise InputError(
-            f"{folder}: {len(mine)} label volumes for site {site.name}; put at least {2 * len(names)} there"
-        )
+        raise InputError(f"{folder}: {len(mine)} label volumes for site {site}; put at least {2 * len(sites)} there")
     parts = {"train": (mine[n_for_test:], n_train), "test": (mine[:n_for_test], n_test)}
-    for split, (paths, n) in parts.items():
+    for split, (anatomies, n) in parts.items():
         for number in range(n):
-            path = paths[number % len(paths)]
-            yield f"{site.name}-{path.name.split('.')[0]}", split, _load_anatomy(path, grid)
+            path = anatomies[number % len(anatomies)]
+            yield f"{site}-{path.name.split('.')[0]}", split, _load_anatomy(path, grid)
 
 
 @lru_cache(maxsize=8)
@@ -334,6 +339,6 @@ def _sample(image: np.ndarray, resolution: tuple[float, float, float], voxel_siz
     return _zoom(scanned, image.shape, order=1)
 
 
-def _zoom(array: np.ndarray, shape, order: int) -> np.ndarray:
+def _zoom(array: np.ndarray, shape: Sequence[int], order: int) -> np.ndarray:
     factors = [to / size for to, size in zip(shape, array.shape, strict=True)]
     return ndimage.zoom(array, factors, order=order, mode="nearest", grid_mode=True)

@@ -1,41 +1,38 @@
-"""Studies beyond the paper's, each a question about consolidation, answered in a table, a picture and raw scores.
+"""Studies beyond the paper's, each a question about consolidation, answered by a table, a picture and raw scores.
 
-many-sites: what becomes of accuracy and time as sites grow in number. rounds: the cycle repeated, each consolidated
-network the next prior. leave-one-out: what each site brings, by taking it out again. tempering: which power lambda is
-best, and whether the origin can find it by itself. Each trains what it needs through `networks`, and scores through
-`dwc.evaluation`; what is computed from files within seconds is not kept.
+many-sites: how accuracy and time change with the number of sites. rounds: the cycle repeated, each consolidated network
+the next prior. leave-one-out: what each site contributes, by removing it again. tempering: which power lambda is best,
+and whether the origin can find it alone. What is computed from files within seconds is not kept.
 """
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dwc.base.devices import choose_device
 from dwc.base.errors import InputError
 from dwc.base.files import open_folder
 from dwc.base.tables import write_table
 from dwc.consolidation import Consolidation
-from dwc.data.cache import prepare
 from dwc.data.dataset import SubVolumes
-from dwc.data.grid import Grid
-from dwc.data.labels import LabelMap
-from dwc.data.manifest import Scan
 from dwc.evaluation import per_volume, score_volumes
 from dwc.meshnet import MeshNet
 from dwc.metrics.significance import paired_test
 from dwc.posterior import Posterior
 from dwc.report import studies as pictures
-from dwc.simulation.scans import Site, load_sites, write_site
-from dwc.study.networks import Network, Networks, consolidated, finetuned, variational, vcl
-from dwc.study.paper import keep_config
-from dwc.study.settings import ALL_SITES, ORIGIN, SITES, TRAINING_SITES, UNSEEN, StudySettings
-from dwc.study.sites import held_out_scans, held_out_volumes, make_manifests, scans_held
-from dwc.study.statistics import COLUMNS, dice_table
-from dwc.tempering import choose_temper
+from dwc.report.results import AVERAGE
+from dwc.simulation.scans import mixed_site
+from dwc.study.context import Study
+from dwc.study.graph import Network, consolidated, finetuned, variational, vcl
+from dwc.study.networks import Networks
+from dwc.study.settings import ManySites, StudySettings
+from dwc.study.sites import begin, simulate
+from dwc.study.statistics import dice_table
+from dwc.tempering import TemperScore, choose_temper
 
 __all__ = ["leave_one_out", "many_sites", "rounds", "run", "tempering"]
 
@@ -48,9 +45,9 @@ def run(name: str, settings: StudySettings) -> pd.DataFrame:
     Parameters
     ----------
     name : str
-        One of `dwc.study.study.STUDIES` but paper.
+        many-sites, rounds, leave-one-out or tempering.
     settings : StudySettings
-        As for the paper's study, whose networks it takes if they lie in the folder.
+        As for the paper's study, whose networks are used if they are in the folder.
 
     Returns
     -------
@@ -60,135 +57,134 @@ def run(name: str, settings: StudySettings) -> pd.DataFrame:
 
     Raises
     ------
-    InputError
-        If a setting or a file is wrong, before work starts; later if a loss diverges or the disk is full.
     Interrupted
-        After a signal; called again, the study goes on.
+        After a signal; called again, the study continues.
     """
     if name not in _STUDIES:
-        raise InputError(f"--study {name}: no such study; choose one of {', '.join(_STUDIES)}")
-    settings.check()
-    if name in ("many-sites", "tempering") and settings.manifests is None and settings.n_test[ORIGIN] < 2:
-        raise InputError(f"--n_test.{ORIGIN} 1: every second held-out scan chooses lambda; give 2 or more")
-    if name == "many-sites" and (given := settings.manifests or settings.anatomies):
-        raise InputError(f"--study many-sites: simulates sites of its own, from the procedural head; leave {given} out")
-    keep_config(settings)
-    folder = settings.out / name
+        raise InputError(f"`study` {name}: no such study; choose one of {', '.join(_STUDIES)}")
+    study, origin = Study(settings), settings.origin
+    if name in ("many-sites", "tempering") and settings.manifests is None and settings.n_scans(origin)[1] < 2:
+        raise InputError(f"`n_test.{origin}` 1: every second held-out scan chooses lambda; give 2 or more")
+    if name == "leave-one-out" and len(settings.sites) < 2:
+        raise InputError(f"`sites` {', '.join(settings.sites)}: one leaves none to consolidate without it; name two")
+    if name == "many-sites":
+        if given := settings.manifests or settings.anatomies:
+            raise InputError(f"`study` {name}: simulates its own sites from the procedural head; leave {given} out")
+        if taken := set(_mixed_names(settings)) & set(settings.all_sites):
+            raise InputError(f"`study` {name}: names its own sites {min(taken)} and so on; rename that site")
+    begin(study, conform=False)
+    folder = study.out / name
     open_folder(folder)
-    table, volumes, tests = _STUDIES[name](settings, folder)
+    table, volumes, tests = _STUDIES[name](study, folder)
     write_table(folder / "volumes.csv", volumes)
     write_table(folder / "tests.csv", tests)
     write_table(folder / "table.csv", table)
-    print(_for_people(table))
+    print(_for_people(table, settings))
     print(f"\n{folder}: table.csv, tests.csv, volumes.csv and a picture")
     return table
 
 
-def rounds(settings: StudySettings, folder: Path) -> _Result:
+def rounds(study: Study, folder: Path) -> _Result:
     """The cycle several times over the same sites; every round's consolidated network is also fine-tuned and scored.
 
     Columns of the table: round, network, those of Dice, weight (with which a site's means entered) and sigma_ratio
     (sigma_s / sigma_0 of that round), medians over sites and tensors.
     """
-    networks, held_out = _paper_sites(settings)
-    prior = variational(ORIGIN)
-    volumes = [_score(settings, networks.get(prior), held_out, "0")]
-    rows = [{"row": "0", "round": 0, "network": f"{ORIGIN}, before any round"}]
-    for number in range(1, settings.rounds + 1):
-        joint = consolidated(prior, _vcl_networks(prior))
-        for row, network in ((f"{number}", joint), (f"{number} FT", finetuned(joint, ORIGIN))):
-            volumes.append(_score(settings, networks.get(network), held_out, row))
+    networks, held_out = Networks(study), _held_out(study)
+    origin = study.settings.origin
+    prior = variational(origin)
+    volumes = [_score(study, networks.get(prior), held_out, "0")]
+    rows: list[dict[str, Any]] = [{"row": "0", "round": 0, "network": f"{origin}, before any round"}]
+    for number in range(1, study.settings.rounds + 1):
+        joint = consolidated(prior, _of_sites(study, prior))
+        for row, network in ((f"{number}", joint), (f"{number} FT", finetuned(joint, origin))):
+            volumes.append(_score(study, networks.get(network), held_out, row))
         weights = pd.read_csv(networks.folder(joint) / "weights.csv")[["weight", "sigma_ratio"]].median()
         rows.append({"row": f"{number}", "round": number, "network": "consolidated", **weights})
-        rows.append({"row": f"{number} FT", "round": number, "network": f"fine-tuned on {ORIGIN}"})
+        rows.append({"row": f"{number} FT", "round": number, "network": f"fine-tuned on {origin}"})
         prior = joint
-    table, volumes = _joined(rows, volumes)
-    pictures.rounds(table, folder / "rounds.png")
-    return table, volumes, _tests(volumes, [(row["row"], "0") for row in rows[1:]])
+    table, joined = _joined(study, rows, volumes)
+    pictures.rounds(table, origin, folder / "rounds.png")
+    return table, joined, _tests(study, joined, [(row["row"], "0") for row in rows[1:]])
 
 
-def leave_one_out(settings: StudySettings, folder: Path) -> _Result:
-    """Every site taken out of the consolidated posterior in turn; what is lost is what it brought.
+def leave_one_out(study: Study, folder: Path) -> _Result:
+    """Every site removed from the consolidated posterior in turn; what is lost is what it contributed.
 
-    Columns of the table: network, those of Dice, seconds of CPU that taking out took (and those of training, for the
-    row of all sites).
+    Columns of the table: network, those of Dice, seconds of CPU for the removal (and for training, in the row of all
+    sites).
     """
-    networks, held_out = _paper_sites(settings)
-    origin = variational(ORIGIN)
-    site_of = {str(networks.file(network)): network for network in _vcl_networks(origin)}
-    networks.make(site_of.values())
-    consolidation = Consolidation(networks.get(origin))
-    for network in site_of.values():
-        consolidation.add(networks.get(network))
-    everything = f"all of {', '.join(SITES)}"
+    networks, held_out, origin = Networks(study), _held_out(study), study.settings.origin
+    site_of = {str(networks.file(network)): network for network in _of_sites(study, variational(origin))}
+    consolidation = _consolidation(study, networks)
+    everything, nothing = f"all of {', '.join(study.settings.sites)}", f"none ({origin})"
     volumes = [
-        _score(settings, consolidation.prior, held_out, f"none ({ORIGIN})"),
-        _score(settings, consolidation.posterior(), held_out, everything),
+        _score(study, consolidation.prior, held_out, nothing),
+        _score(study, consolidation.posterior(), held_out, everything),
     ]
-    trained = sum(networks.seconds(network) for network in site_of.values())
-    rows = [{"row": f"none ({ORIGIN})"}, {"row": everything, "seconds": trained}]
+    trained = sum(map(networks.seconds, site_of.values()))
+    rows: list[dict[str, Any]] = [{"row": nothing}, {"row": everything, "seconds": trained}]
     began = time.process_time()
     for site, rest in consolidation.leave_one_out(map(Posterior.load, site_of)):
         seconds = time.process_time() - began
         row = f"without {site_of[site.name].site}"
-        volumes.append(_score(settings, rest, held_out, row))
+        volumes.append(_score(study, rest, held_out, row))
         rows.append({"row": row, "seconds": seconds})
         began = time.process_time()
-    table, volumes = _joined(rows, volumes)
-    tests = _tests(volumes, [(everything, row["row"]) for row in rows if row["row"] != everything])
-    pictures.leave_one_out(tests, folder / "leave-one-out.png")
-    return table, volumes, tests
+    table, joined = _joined(study, rows, volumes)
+    tests = _tests(study, joined, [(everything, row["row"]) for row in rows if row["row"] != everything])
+    pictures.leave_one_out(tests, table.columns.drop(["row", "seconds"]), folder / "leave-one-out.png")
+    return table, joined, tests
 
 
-def tempering(settings: StudySettings, folder: Path) -> _Result:
+def tempering(study: Study, folder: Path) -> _Result:
     """Every lambda of the grid, chosen on half of the origin's held-out scans and scored on the other volumes.
 
     Columns of the table: lambda (0 is the prior), log_likelihood (nats per voxel) and validation_dice on the scans that
-    choose, chosen, and those of Dice, whose H are the scans that did not choose.
+    choose, chosen, and those of Dice, the origin's on the scans that did not choose.
     """
-    networks, held_out = _paper_sites(settings)
-    validation, held_out[ORIGIN] = _halves(settings, networks)
-    origin = variational(ORIGIN)
-    networks.make(_vcl_networks(origin))
-    consolidation = Consolidation(networks.get(origin))
-    for network in _vcl_networks(origin):
-        consolidation.add(networks.get(network))
-    chosen, scores = _choose(settings, consolidation, validation)
+    settings = study.settings
+    held_out = _held_out(study)
+    validation, held_out[settings.origin] = _halves(study)
+    consolidation = _consolidation(study, Networks(study))
+    chosen, scores = _choose(study, consolidation, validation)
     rows, volumes = [], []
     for score in scores:
         network = consolidation.tempered(score.temper).posterior() if score.temper else consolidation.prior
         row = f"lambda {score.temper:.4g}"
-        volumes.append(_score(settings, network, held_out, row))
+        volumes.append(_score(study, network, held_out, row))
         rows.append(
             {"row": row, "lambda": score.temper, "log_likelihood": score.log_likelihood,
              "validation_dice": score.dice, "chosen": score.temper == chosen}
         )  # fmt: skip
-    table, volumes = _joined(rows, volumes)
-    pictures.tempering(table, len(SITES), folder / "tempering.png")
+    table, joined = _joined(study, rows, volumes)
+    pictures.tempering(table, settings.origin, len(settings.sites), folder / "tempering.png")
     best = f"lambda {chosen:.4g}"
-    return table, volumes, _tests(volumes, [(best, "lambda 0"), (best, "lambda 1"), ("lambda 1", "lambda 0")])
+    return table, joined, _tests(study, joined, [(best, "lambda 0"), (best, "lambda 1"), ("lambda 1", "lambda 0")])
 
 
-def many_sites(settings: StudySettings, folder: Path) -> _Result:
-    """More and more simulated sites, each a mixture of N, B and W, each trained once from the origin's network.
+def many_sites(study: Study, folder: Path) -> _Result:
+    """More and more simulated sites, each a mixture of scanners, each trained once from the origin's network.
 
-    Columns of the table: sites (S), rule (how lambda is set: 1, 1/S, chosen on the origin), lambda, Dice on H (the
-    scans that did not choose), sites (a held-out scan of each of the first ones, in or not) and A, seconds of CPU to
-    read and consolidate S files, weight and sigma_ratio (medians over sites and tensors, not tempered).
+    Columns of the table: sites (S), rule (how lambda is set: 1, 1/S, chosen on the origin), lambda, Dice on the origin
+    (the scans that did not choose), on sites (a held-out scan of each of the first ones, consolidated or not) and on
+    the unseen sites, seconds of CPU to read and consolidate S files, weight and sigma_ratio (medians over sites and
+    tensors, not tempered).
     """
-    counts, origin = settings.many_sites.counts, variational(ORIGIN)
-    manifests = make_manifests(settings) | _simulated_sites(settings)
-    networks = Networks(settings, manifests)
-    names = [name for name in manifests if name.startswith("S")]
-    of_sites = [s for n in names[: settings.many_sites.n_scored] for s in held_out_scans(settings, n, manifests[n])]
-    validation, others = _halves(settings, networks)
-    unseen = held_out_volumes(settings, UNSEEN, manifests[UNSEEN])
-    held_out = {ORIGIN: others, "sites": _prepared(settings, of_sites), UNSEEN: unseen}
-    volumes = [_score(settings, networks.get(origin), held_out, "0")]
-    rows = [{"row": "0", "S": 0}]
+    settings = study.settings
+    origin, many = variational(settings.origin), settings.many_sites or ManySites()
+    names = _mixed_names(settings)
+    _simulate_mixed(study, names, many.n_train)
+    networks = Networks(study)
+    validation, others = _halves(study)
+    of_sites = [scan for name in names[: many.n_scored] for scan in study.held_out_scans(name)]
+    held_out = {settings.origin: others, "sites": study.prepare(of_sites)}
+    held_out |= {site: study.held_out(site) for site in settings.unseen}
+    volumes = [_score(study, networks.get(origin), held_out, "0")]
+    rows: list[dict[str, Any]] = [{"row": "0", "S": 0}]
     networks.make(vcl(origin, name) for name in names)
     files = [networks.file(vcl(origin, name)) for name in names]
-    for n_sites in counts:
+    for n_sites in many.counts:
         began = time.process_time()
         consolidation = Consolidation(networks.get(origin))
         for file in files[:n_sites]:
@@ -196,23 +192,23 @@ def many_sites(settings: StudySettings, folder: Path) -> _Result:
         consolidation.posterior()
         seconds = time.process_time() - began
         report = pd.DataFrame(consolidation.report())
-        rules = {"1": 1.0, "1/S": 1 / n_sites, "chosen": _choose(settings, consolidation, validation)[0]}
-        scored = {}
+        rules = {"1": 1.0, "1/S": 1 / n_sites, "chosen": _choose(study, consolidation, validation)[0]}
+        scored: dict[float, pd.DataFrame] = {}
         for rule, temper in rules.items():
             row = f"{n_sites}, {rule}"
             if temper not in scored:
-                scored[temper] = _score(settings, consolidation.tempered(temper).posterior(), held_out, row)
+                scored[temper] = _score(study, consolidation.tempered(temper).posterior(), held_out, row)
             volumes.append(scored[temper].assign(row=row))
             rows.append({"row": row, "S": n_sites, "rule": rule, "lambda": temper, "seconds": seconds,
                          **report[["weight", "sigma_ratio"]].median()})  # fmt: skip
-    volumes = pd.concat(volumes, ignore_index=True)
-    dice = volumes.pivot_table(index="row", columns="column", values="dice")[list(held_out)]
+    joined = pd.concat(volumes, ignore_index=True)
+    dice = joined.pivot_table(index="row", columns="column", values="dice")[list(held_out)]
     table = pd.DataFrame(rows).join(dice, on="row").drop(columns="row")
-    pictures.many_sites(table, folder / "many-sites.png")
-    return table, volumes, _tests(volumes, [(row["row"], "0") for row in rows[1:]])
+    pictures.many_sites(table, settings.origin, settings.unseen, folder / "many-sites.png")
+    return table, joined, _tests(study, joined, [(row["row"], "0") for row in rows[1:]])
 
 
-_STUDIES: dict[str, Callable[[StudySettings, Path], _Result]] = {
+_STUDIES: dict[str, Callable[[Study, Path], _Result]] = {
     "many-sites": many_sites,
     "rounds": rounds,
     "leave-one-out": leave_one_out,
@@ -220,103 +216,83 @@ _STUDIES: dict[str, Callable[[StudySettings, Path], _Result]] = {
 }
 
 
-def _paper_sites(settings: StudySettings) -> tuple[Networks, dict[str, SubVolumes]]:
-    """The networks of the paper's five sites, and their held-out volumes."""
-    manifests = make_manifests(settings)
-    held_out = {site: held_out_volumes(settings, site, manifests[site]) for site in ALL_SITES}
-    return Networks(settings, manifests), held_out
+def _held_out(study: Study) -> dict[str, SubVolumes]:
+    return {site: study.held_out(site) for site in study.settings.all_sites}
 
 
-def _vcl_networks(prior: Network) -> list[Network]:
-    return [vcl(prior, site) for site in SITES]
+def _of_sites(study: Study, prior: Network) -> list[Network]:
+    return [vcl(prior, site) for site in study.settings.sites]
 
 
-def _simulated_sites(settings: StudySettings) -> dict[str, Path]:
-    """Manifests of S01, S02, ...: sites whose scanner and people are mixed from those of N, B and W at random."""
-    manifests = {}
-    for number in range(1, max(settings.many_sites.counts) + 1):
-        site = _mixed_site(f"S{number:02d}", np.random.default_rng([settings.seed, number]))
-        manifest = settings.out / "sites" / f"{site.name}-{settings.many_sites.n_train}" / "manifest.csv"
-        with scans_held(settings):
-            if not manifest.exists():
-                print(f"simulating site {site.name}", flush=True)
-                grid = Grid(settings.grid_size, settings.voxel_size)
-                write_site(manifest.parent, site, settings.many_sites.n_train, 1, grid=grid, seed=settings.seed)
-        manifests[site.name] = manifest
-    return manifests
+def _consolidation(study: Study, networks: Networks) -> Consolidation:
+    """The sites' networks, trained from the origin's, consolidated."""
+    origin = variational(study.settings.origin)
+    networks.make(_of_sites(study, origin))
+    consolidation = Consolidation(networks.get(origin))
+    for network in _of_sites(study, origin):
+        consolidation.add(networks.get(network))
+    return consolidation
 
 
-def _mixed_site(name: str, rng: np.random.Generator) -> Site:
-    parts = [load_sites()[site] for site in SITES]
-    shares = rng.dirichlet(np.ones(len(parts)))
-
-    def mixed(values: Iterable[float]) -> float:
-        return float(np.dot(shares, list(values)))
-
-    tissues = {tissue: mixed(part.tissue_means[tissue] for part in parts) for tissue in parts[0].tissue_means}
-    resolution = tuple(mixed(part.resolution[axis] for part in parts) for axis in range(3))
-    numbers = ("sd", "noise", "bias", "scale", "ventricle", "elastic", "log_gamma")
-    values = {field: mixed(getattr(part, field) for part in parts) for field in numbers}
-    return replace(parts[0], name=name, tissue_means=tissues, resolution=resolution, **values)
+def _mixed_names(settings: StudySettings) -> list[str]:
+    many = settings.many_sites or ManySites()
+    return [f"S{number:02d}" for number in range(1, max(many.counts) + 1)]
 
 
-def _halves(settings: StudySettings, networks: Networks) -> tuple[SubVolumes, SubVolumes]:
-    """The origin's held-out scans in turn: those that choose lambda, and those that score.
+def _simulate_mixed(study: Study, names: list[str], n_train: int) -> None:
+    """Simulate sites whose scanner and people are mixed at random, and add their manifests to the study."""
+    for number, name in enumerate(names, 1):
+        site = mixed_site(name, np.random.default_rng([study.settings.seed, number]))
+        study.manifests[name] = study.site_folder(f"{name}-{n_train}") / "manifest.csv"
+        with study.scans_held():
+            simulate(study, site, study.manifests[name], n_train, 1)
 
-    Raises
-    ------
-    InputError
-        If there is one alone.
-    """
-    scans = held_out_scans(settings, ORIGIN, networks.manifests[ORIGIN])
+
+def _halves(study: Study) -> tuple[SubVolumes, SubVolumes]:
+    """The origin's held-out scans in turn: those that choose lambda, and those that score."""
+    origin = study.settings.origin
+    scans = study.held_out_scans(origin)
     if len(scans) < 2:
-        raise InputError(f"{networks.manifests[ORIGIN]}: has one scan to test on; name two, one of them chooses lambda")
-    return _prepared(settings, scans[::2]), _prepared(settings, scans[1::2])
+        raise InputError(f"{study.manifests[origin]}: has one scan to test on; name two, one of them chooses lambda")
+    return study.prepare(scans[::2]), study.prepare(scans[1::2])
 
 
-def _prepared(settings: StudySettings, scans: list[Scan]) -> SubVolumes:
-    grid = Grid(settings.grid_size, settings.voxel_size)
-    return prepare(scans, LabelMap.load(settings.label_map), grid, settings.cache_dir, progress=False)
-
-
-def _choose(settings: StudySettings, consolidation: Consolidation, validation: SubVolumes):
+def _choose(study: Study, consolidation: Consolidation, validation: SubVolumes) -> tuple[float, list[TemperScore]]:
     """`choose_temper` with the study's samples, seed and device."""
+    settings = study.settings
     return choose_temper(
         consolidation, validation, n_samples=settings.n_samples, at_most=len(validation), seed=settings.seed,
-        device=choose_device(settings.device), progress=False,
+        device=study.device, progress=False,
     )  # fmt: skip
 
 
-def _score(settings: StudySettings, posterior: Posterior, held_out: Mapping[str, SubVolumes], row: str) -> pd.DataFrame:
+def _score(study: Study, posterior: Posterior, held_out: Mapping[str, SubVolumes], row: str) -> pd.DataFrame:
     """A line per held-out volume: row, column (of the table), site, subject, image and Dice."""
     print(f"scoring {row}", flush=True)
+    networks = [MeshNet.from_posterior(posterior)]
     parts = []
     for column, data in held_out.items():
-        scores = score_volumes(
-            [MeshNet.from_posterior(posterior)], data, n_samples=settings.n_samples, seed=settings.seed,
-            device=choose_device(settings.device), precision=settings.precision, progress=False,
-        )  # fmt: skip
-        part = per_volume(scores)
+        part = per_volume(score_volumes(networks, data, progress=False, **study.prediction))
         part.insert(0, "row", row)
         part.insert(1, "column", column)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
 
-def _joined(rows: list[dict], volumes: list[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _joined(study: Study, rows: list[dict[str, Any]], volumes: list[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Table of the rows with the mean Dice of each column, and all volumes."""
     joined = pd.concat(volumes, ignore_index=True)
-    dice = dice_table(joined.assign(site=joined["column"]))
+    dice = dice_table(joined.assign(site=joined["column"]), study.settings.groups)
     return pd.DataFrame(rows).join(dice, on="row"), joined
 
 
-def _tests(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+def _tests(study: Study, volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
     """Paired t-tests of row a against row b across the volumes of each column, and of all training sites (Avg.)."""
     dice = volumes.pivot(index=["column", "site", "subject", "image"], columns="row", values="dice")
     of_column = dice.index.get_level_values("column")
     groups = {column: of_column == column for column in volumes["column"].unique()}
-    if set(TRAINING_SITES) <= groups.keys():
-        groups["Avg."] = of_column.isin(TRAINING_SITES)
+    if groups.keys() >= (training := set(study.settings.training_sites)):
+        groups[AVERAGE] = of_column.isin(training)
     return pd.DataFrame(
         {"row": a, "against": b, "column": column, **asdict(paired_test(dice[a][group], dice[b][group]))}
         for a, b in pairs
@@ -324,9 +300,9 @@ def _tests(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFr
     )
 
 
-def _for_people(table: pd.DataFrame) -> str:
+def _for_people(table: pd.DataFrame, settings: StudySettings) -> str:
     """Dice in per cent, one digit."""
     shown = table.copy()
-    dice = [column for column in (*COLUMNS, "sites", "validation_dice") if column in shown]
+    dice = [name for name in (*settings.all_sites, AVERAGE, "sites", "validation_dice") if name in shown]
     shown[dice] = (100 * shown[dice].astype(float)).round(1)
     return "\nDice in %, without background\n" + shown.to_string(index=False, float_format="%.4g", na_rep="-")

@@ -1,7 +1,7 @@
-"""What a study will cost before it is run: what there is to train and to score, and about how long that takes here.
+"""What a study will cost before it is run: what is left to train and to score, and about how long that takes here.
 
-Times come from a few steps on noise, taken now, with the network of the study. They are estimates for the machine as it
-is now; nothing in a study depends on them.
+Times come from a few steps on noise, taken now with the study's network. They are estimates for the machine as it is
+now; nothing in a study depends on them.
 """
 
 import os
@@ -11,22 +11,21 @@ from dataclasses import dataclass
 
 import torch
 
-from dwc.base.devices import choose_device
 from dwc.data.grid import SIDE
-from dwc.data.labels import LabelMap
 from dwc.meshnet import MeshNet
-from dwc.study.networks import Network, Networks
+from dwc.study.context import Study
+from dwc.study.graph import Network, with_parents
+from dwc.study.networks import Networks
 from dwc.study.scoring import Row, Scores
-from dwc.study.settings import ALL_SITES, StudySettings
-from dwc.study.sites import held_out_if_prepared, held_out_scans
-from dwc.training.objective import Objective, negative_log_prior
+from dwc.training.objective import Objective
+from dwc.training.step import Optimization, logits_of
 
 __all__ = ["Left", "estimate", "what_is_left"]
 
 _PATIENCE = 5.0  # s for the calls that are measured
 _AT_MOST = 3  # of them, after one that warms up
-# On a CPU a batch of two stands for larger ones, whose time goes with their size and may be minutes in wide networks.
-# One alone would not do: PyTorch takes a slow convolution for it in narrow networks.
+# On a CPU a batch of two stands for larger ones, whose time is proportional and may be minutes in wide networks. A
+# batch of one would not do: PyTorch takes a slow convolution for it in narrow networks.
 _CPU_BATCH = 2
 
 
@@ -41,7 +40,7 @@ class Left:
     n_rows : int
         Rows that are not scored on every held-out volume yet.
     predictions : dict of bool to int
-        Volumes to predict once by a network, plain (False) and Bayesian (True).
+        Predictions of a volume by a network that are left, plain (False) and Bayesian (True).
     """
 
     steps: dict[Network, int]
@@ -74,16 +73,16 @@ def what_is_left(networks: Networks, needed: Sequence[Network], rows: Sequence[R
     rows : sequence of Row
         What is to be scored.
     """
-    settings, manifests = networks.settings, networks.manifests
-    scores = Scores(networks, held_out_if_prepared(settings, manifests))
-    there = {site: manifests[site].exists() for site in ALL_SITES}
+    study = networks.study
+    sites = study.settings.all_sites
+    there = {site: study.manifests[site].exists() for site in sites}
     n_volumes = {
-        site: len(held_out_scans(settings, site, manifests[site])) if there[site] else settings.n_test[site]
-        for site in ALL_SITES
+        site: len(study.held_out_scans(site)) if there[site] else study.settings.n_scans(site)[1] for site in sites
     }
+    scores = Scores(networks, [site for site in sites if study.is_prepared(site)])
     n_rows, predictions = 0, {False: 0, True: 0}
     for row in rows:
-        n_left = sum(n_volumes[site] for site in _sites_left(networks, scores, row))
+        n_left = sum(n_volumes[site] for site in _sites_left(scores, row))
         n_rows += bool(n_left)
         for network in row.networks:
             predictions[network.mode not in ("map", "average")] += n_left
@@ -91,19 +90,19 @@ def what_is_left(networks: Networks, needed: Sequence[Network], rows: Sequence[R
     return Left(steps, n_rows, predictions)
 
 
-def estimate(settings: StudySettings, left: Left) -> str:
+def estimate(study: Study, left: Left) -> str:
     """About how long that takes, for people: optimizer steps and predictions alone, measured now."""
-    device = choose_device(settings.device)
     steps = {bayesian: sum(n for network, n in left.steps.items() if (network.mode != "map") == bayesian)
              for bayesian in (False, True)}  # fmt: skip
-    seconds = {kind: _measure(settings, kind, device) for kind in steps if steps[kind] or left.predictions[kind]}
+    seconds = {kind: _measure(study, kind) for kind in steps if steps[kind] or left.predictions[kind]}
     if not seconds:
         return "nothing is left to train or to score"
     training = sum(steps[kind] * step for kind, (step, _) in seconds.items())
-    passes = {False: 1, True: settings.n_samples}
-    n_cubes = (settings.grid_size // SIDE) ** 3
+    passes = {False: 1, True: study.settings.n_samples}
+    n_cubes = (study.grid.size // SIDE) ** 3
     scoring = sum(left.predictions[kind] * n_cubes * passes[kind] * once for kind, (_, once) in seconds.items())
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    on_gpu = study.device.type == "cuda"
+    where = torch.cuda.get_device_name(study.device) if on_gpu else f"{torch.get_num_threads()} CPU threads"
     names = {False: "MAP", True: "variational"}
     basis = " and ".join(f"{step:.2g} s per {names[kind]} step" for kind, (step, _) in seconds.items())
     return (
@@ -113,53 +112,50 @@ def estimate(settings: StudySettings, left: Left) -> str:
 
 
 def _steps_left(networks: Networks, network: Network) -> int:
-    """Steps that a network still needs, by its folder; all of them where scans that it depends on are not there yet."""
+    """Steps that a network still needs; all of them where scans that it depends on are not there yet."""
     steps = networks.stage(network).steps
     if not _has_its_scans(networks, [network]):
         return steps
     return 0 if networks.is_done(network) else steps - networks.steps(network)
 
 
-def _sites_left(networks: Networks, scores: Scores, row: Row) -> list[str]:
-    """Where a row is to be scored; wherever the scans that it depends on are not there or not prepared yet."""
-    if not _has_its_scans(networks, row.networks):
-        return list(ALL_SITES)
+def _sites_left(scores: Scores, row: Row) -> list[str]:
+    """Where a row is to be scored; everywhere that its scans are not there or not prepared yet."""
+    sites = scores.study.settings.all_sites
+    if not _has_its_scans(scores.networks, row.networks):
+        return list(sites)
     missing = scores.missing(row)
-    return [site for site in ALL_SITES if site in missing or site not in scores.held_out]
+    return [site for site in sites if site in missing or site not in scores.sites]
 
 
 def _has_its_scans(networks: Networks, of: Sequence[Network]) -> bool:
-    sites = {network.site for network in networks.needed(of) if network.is_trained}
-    return all(networks.manifests[site].exists() for site in sites)
+    sites = {network.site for network in with_parents(of) if network.site is not None}
+    return all(networks.study.manifests[site].exists() for site in sites)
 
 
-def _measure(settings: StudySettings, bayesian: bool, device: torch.device) -> tuple[float, float]:
+def _measure(study: Study, bayesian: bool) -> tuple[float, float]:
     """Seconds of an optimizer step, and of predicting one sub-volume once."""
+    settings, device = study.settings, study.device
     batch = settings.batch_size if device.type == "cuda" else min(settings.batch_size, _CPU_BATCH)
-    classes = LabelMap.load(settings.label_map).n_classes
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        network = MeshNet(classes, settings.width, settings.dilations, bayesian=bayesian).to(device)
-        optimizer, objective = torch.optim.Adam(network.parameters()), Objective(1, SIDE**3)
+        network = MeshNet(study.label_map.n_classes, settings.width, settings.dilations, bayesian=bayesian).to(device)
+        stage = settings.vi if bayesian else settings.map
+        optimization = Optimization(network, stage, Objective(1, SIDE**3), settings.precision)
         images = torch.randn(batch, 1, *[SIDE] * 3, device=device)
         labels = torch.zeros(batch, *[SIDE] * 3, dtype=torch.int64, device=device)
 
         def step() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                logits = network.train()(images)
-            penalty = network.kl_loss() if bayesian else negative_log_prior(network)
-            optimizer.zero_grad()
-            objective(logits, labels, penalty)[0].backward()
-            optimizer.step()
+            optimization.step(network, images, labels)
 
         @torch.inference_mode()
         def predict() -> None:
-            network.eval()(images, sample=bayesian)
+            logits_of(network.eval(), images, settings.precision, sample=bayesian)
 
         return _seconds(step, device) * settings.batch_size / batch, _seconds(predict, device) / batch
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    """The shortest of a few calls after one that warms up; any may be held up by what else runs."""
+    """The shortest of a few calls after one that warms up; any may be slowed by other processes."""
     taken: list[float] = []
     while not taken[1:] or (len(taken) <= _AT_MOST and sum(taken) < _PATIENCE):
         began = time.perf_counter()
@@ -171,7 +167,7 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
 
 
 def _span(seconds: float) -> str:
-    """Seconds in the unit that a person would use."""
+    """Seconds in a readable unit."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"about {seconds / length:.1f} {unit}"

@@ -1,7 +1,6 @@
-"""Several seeds of one study as one: means and standard deviations over seeds, tests, what each seed says by itself.
+"""Several seeds of one study pooled: means and standard deviations over seeds, tests, and what each seed says alone.
 
-Reads the tables that `paper.run` left in each seed's folder and writes tables of the same names; it trains and scores
-nothing.
+Reads the tables in each seed's folder and writes tables of the same names; it trains and scores nothing.
 """
 
 from collections.abc import Sequence
@@ -15,12 +14,13 @@ from dwc.base.errors import InputError
 from dwc.base.files import open_folder, write_whole
 from dwc.base.tables import read_settings, read_table, write_table
 from dwc.report.html import write_report
-from dwc.study.paper import COMPARISONS, tests_as_text
+from dwc.report.results import AVERAGE, column_groups
+from dwc.study.paper import comparisons, tests_as_text
 from dwc.study.statistics import dice_table, differences_by_seed, paired_tests
 
 __all__ = ["pool"]
 
-_TABLES = {  # and the columns that they must have; none: the table is not there where there is nothing to say
+_TABLES = {  # and the columns that they must have; tables without may be absent
     "rows": ("row", "kind", "networks"),
     "volumes": ("row", "site", "subject", "image", "dice"),
     "classes": ("row",),
@@ -35,53 +35,51 @@ def pool(folders: Sequence[Path], out: Path) -> None:
     volumes.csv, classes.csv, calibration.csv and speed.csv gain a column seed; table.csv is the mean over seeds and
     table_sd.csv the standard deviation; tests.csv pairs volumes and subjects of all seeds, by_seed.csv has the mean
     difference under each; rows.csv has means over seeds, config.yaml the settings but the seed.
-
-    Raises
-    ------
-    InputError
-        If a folder holds no finished study, two hold the same seed, studies differ in another setting or in their
-        rows, or `out` is one of them or cannot be written.
     """
     folders = [Path(folder).expanduser().absolute() for folder in folders]
     if len(folders) < 2:
-        raise InputError("--pool: one folder; give those of two seeds or more")
+        raise InputError("`pool`: one folder; give those of two seeds or more")
     if out in folders:
-        raise InputError(f"--out {out}: is one of the folders to pool; give another")
+        raise InputError(f"`out` {out}: is one of the folders to pool; give another")
     config, seeds = _settings(folders)
     tables = {name: _read(folders, seeds, name) for name in _TABLES}
     volumes = tables["volumes"]
     if config.get("manifests") is None:
         if config.get("anatomies") is None:  # another head under the same name
             volumes["subject"] += " (seed " + volumes["seed"].astype(str) + ")"
-        else:  # seeds divide the anatomies anew, so one may come from several sites
+        else:  # each seed assigns the anatomies to sites anew, so one may come from several sites
             names = zip(volumes["subject"], volumes["site"], strict=True)
             volumes["anatomy"] = [subject.removeprefix(f"{site}-") for subject, site in names]
-    averages = [dice_table(part) for _, part in volumes.groupby("seed", sort=False)]
+    columns = read_table(folders[0] / "table.csv", ("row", AVERAGE)).columns.drop("row")
+    groups = list(column_groups(list(columns)).values())
+    averages = [dice_table(part, groups) for _, part in volumes.groupby("seed", sort=False)]
     for folder, table in zip(folders, averages, strict=True):
         if list(table.index) != list(averages[0].index):
             raise InputError(f"{folder}: has other rows than {folders[0]}; finish the study there")
     stacked = pd.concat(averages, keys=seeds).groupby(level=1, sort=False)
     mean, sd = stacked.mean(), stacked.std()
-    tables |= {"rows": _rows(tables["rows"]), "tests": (tests := paired_tests(volumes, COMPARISONS))}
-    tables["by_seed"] = differences_by_seed(volumes, COMPARISONS)
+    rows = _rows(tables["rows"])
+    pairs = comparisons(zip(rows["row"], rows["kind"], strict=True))
+    tests, by_seed = paired_tests(volumes, pairs, groups), differences_by_seed(volumes, pairs, groups)
     open_folder(out)
-    for name, table in tables.items():
+    for name, table in (tables | {"rows": rows, "tests": tests, "by_seed": by_seed}).items():
         if len(table):
             write_table(out / f"{name}.csv", table)
     write_table(out / "table.csv", mean, index=True)
     write_table(out / "table_sd.csv", sd, index=True)
     write_whole(out / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
-    text = _as_text(mean, sd, tests, tables["by_seed"], len(seeds))
+    text = _as_text(mean, sd, tests, by_seed, len(seeds))
     write_whole(out / "table.txt", f"{text}\n".encode())
     print(f"{text}\n\n{write_report(out)}")
 
 
 def _settings(folders: Sequence[Path]) -> tuple[dict[str, Any], list[int]]:
     """The settings but the seed, after a check that nothing else differs, and the seed of each folder."""
-    first, seeds = {}, []
+    first: dict[str, Any] = {}
+    seeds: list[int] = []
     for folder in folders:
         if not (folder / "table.csv").is_file():
-            raise InputError(f"{folder}: holds no finished study (no table.csv); run dwc experiment --out {folder}")
+            raise InputError(f"{folder}: holds no finished study (no table.csv); run the study there first")
         values = read_settings(folder / "config.yaml")
         seed = values.pop("seed", 0)
         first = first or values

@@ -1,12 +1,11 @@
-"""Scores of a study: every row of its table on every site's held-out volumes, kept, so that none is computed twice.
+"""Scores of a study's rows on every site's held-out volumes, kept so that nothing is scored twice.
 
-A row is one network, or several that predict together. Its scores at a site lie in a folder named by a hash of all that
-they depend on, so that an interrupted study scores on where it stopped. Averages and tests are `statistics`' business.
+A row is one network, or several that predict together. Its scores at a site are in a folder named by a hash of all that
+they depend on. Averages and tests are in `statistics`.
 """
 
-import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,21 +13,21 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from dwc.base.devices import choose_device
-from dwc.base.files import canonical_json, open_folder
+from dwc.base.files import open_folder
 from dwc.base.tables import read_table, write_table
 from dwc.base.work_sharing import claimed
-from dwc.data.dataset import SubVolumes
 from dwc.evaluation import calibration, per_class, per_volume, score_volumes
 from dwc.meshnet import MeshNet
 from dwc.prediction import predict_volume
-from dwc.study.networks import Network, Networks
+from dwc.study.graph import Network
+from dwc.study.keys import digest_of
+from dwc.study.networks import Networks
 
 __all__ = ["Kind", "Row", "Scores"]
 
 Kind = Literal["map", "vi", "vcl", "chain", "consolidated", "average", "ensemble", "dwc", "pooled"]
-_FORMAT = 1  # raise it when the same networks and volumes give other scores
-_TABLES = ("classes", "calibration", "volumes")  # in the order of writing: the last one says that all are there
+_FORMAT = 2  # raise it when the same networks and volumes give other scores
+_TABLES = ("classes", "calibration", "volumes")  # in the order of writing; the last one marks completion
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Row:
     kind : str
         What it is in the paper's argument.
     networks : tuple of Network
-        What predicts, several by the mean of their probabilities.
+        What predicts; of several, the mean of their probabilities.
     """
 
     name: str
@@ -51,34 +50,41 @@ class Row:
 
 
 class Scores:
-    """The scores of rows on held-out volumes.
+    """The scores of rows at some sites of a study; by default at all."""
 
-    Parameters
-    ----------
-    networks : Networks
-        The study's networks; those of a row must be there when it is scored.
-    held_out : mapping of str to SubVolumes
-        Held-out volumes by the name of the site.
-    """
-
-    def __init__(self, networks: Networks, held_out: Mapping[str, SubVolumes]) -> None:
-        self.networks, self.held_out, self.settings = networks, dict(held_out), networks.settings
+    def __init__(self, networks: Networks, sites: Sequence[str] | None = None) -> None:
+        self.networks, self.study = networks, networks.study
+        self.sites = self.study.settings.all_sites if sites is None else tuple(sites)
 
     def score(self, rows: Iterable[Row]) -> None:
-        """Score rows at every site where that is not done yet, and no other process does it."""
-        open_folder(self.settings.locks)
+        """Score rows at every site where they are not scored yet, except those that another process scores."""
         for row in claimed(rows, lambda row: not self.missing(row), self._lock):
             self._score(row)
 
-    def _lock(self, row: Row) -> Path:
-        return self.settings.locks / self._folder(row, next(iter(self.held_out))).name
+    def missing(self, row: Row) -> list[str]:
+        """The sites where the row is not scored yet."""
+        return [site for site in self.sites if not (self._folder(row, site) / f"{_TABLES[-1]}.csv").exists()]
+
+    def table(self, name: Literal["volumes", "classes", "calibration"], rows: Iterable[Row]) -> pd.DataFrame:
+        """A table over rows and sites: the column row, and those of `dwc.evaluation`."""
+        parts = [
+            read_table(self._folder(row, site) / f"{name}.csv").assign(row=row.name)
+            for row in rows
+            for site in self.sites
+        ]
+        table = pd.concat(parts, ignore_index=True)
+        return table[["row", *table.columns.drop("row")]]
+
+    def predict(self, row: Row, image: np.ndarray) -> np.ndarray:
+        """The classes that a row predicts in a conformed volume."""
+        return predict_volume(self._models(row), image, **self.study.prediction).labels
 
     def _score(self, row: Row) -> None:
         missing, models = self.missing(row), self._models(row)
         print(f"scoring {row.name} on {', '.join(missing)}", flush=True)
         for site in missing:
-            data = self.held_out[site]
-            scores = score_volumes(models, data, progress=False, **self._prediction())
+            data = self.study.held_out(site)
+            scores = score_volumes(models, data, progress=False, **self.study.prediction)
             tables = {
                 "volumes": per_volume(scores),
                 "classes": per_class(scores, data.label_map, data.grid),
@@ -89,45 +95,22 @@ class Scores:
             for name in _TABLES:
                 write_table(folder / f"{name}.csv", tables[name])
 
-    def missing(self, row: Row) -> list[str]:
-        """The sites where the row is not scored yet."""
-        return [site for site in self.held_out if not self._is_done(row, site)]
-
-    def table(self, name: Literal["volumes", "classes", "calibration"], rows: Iterable[Row]) -> pd.DataFrame:
-        """A table over rows and sites: the column row, and those that `evaluation` gives."""
-        parts = [
-            read_table(self._folder(row, site) / f"{name}.csv").assign(row=row.name)
-            for row in rows
-            for site in self.held_out
-        ]
-        table = pd.concat(parts, ignore_index=True)
-        return table[["row", *table.columns.drop("row")]]
-
-    def predict(self, row: Row, image: np.ndarray) -> np.ndarray:
-        """The classes that a row sees in a conformed volume."""
-        return predict_volume(self._models(row), image, **self._prediction()).labels
-
     def _models(self, row: Row) -> list[MeshNet]:
         return [MeshNet.from_posterior(self.networks.get(network)) for network in row.networks]
 
-    def _prediction(self) -> dict:
-        settings = self.settings
-        device = choose_device(settings.device)
-        return dict(n_samples=settings.n_samples, seed=settings.seed, device=device, precision=settings.precision)
+    def _lock(self, row: Row) -> Path:
+        return self.study.lock(self._folder(row, self.sites[0]).name)
 
     def _folder(self, row: Row, site: str) -> Path:
+        data, settings = self.study.held_out(site), self.study.settings
         content = {
             "format": _FORMAT,
             "networks": [self.networks.key(network) for network in row.networks],
-            "volumes": self.held_out[site].digest,
-            "names": [[scan.subject, scan.image.name] for scan in self.held_out[site].scans],
-            "n_samples": self.settings.n_samples,
-            "seed": self.settings.seed,
-            "precision": self.settings.precision,
+            "volumes": data.digest,
+            "names": [[scan.subject, scan.image.name] for scan in data.scans],
+            "n_samples": settings.n_samples,
+            "seed": settings.seed,
+            "precision": settings.precision,
         }
-        key = hashlib.sha256(canonical_json(content).encode()).hexdigest()
         readable = re.sub(r"\W+", "_", f"{row.name.replace('+', '')} on {site}").replace("__", "_")
-        return self.settings.out / "scores" / f"{readable}-{key[:12]}"
-
-    def _is_done(self, row: Row, site: str) -> bool:
-        return (self._folder(row, site) / f"{_TABLES[-1]}.csv").exists()
+        return self.study.out / "scores" / f"{readable}-{digest_of(content)[:12]}"

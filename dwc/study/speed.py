@@ -1,29 +1,24 @@
-"""How soon VCL gets where MAP gets on the same site: at equal steps, to a Dice, to plateaus where those compare.
+"""How soon VCL gets to where MAP gets on the same site: at equal steps, to a Dice, and to plateaus where those compare.
 
-A falling learning rate settles every network near the end of its own schedule, so that steps to a plateau would measure
-the schedule's length. There VCL's network is set against a control, a MAP network from scratch with as many steps,
-each at the end of its whole schedule. The room says which controls a study needs and reads the logs; training is
-`networks`' business. Steps behind the prior that VCL starts from are never counted.
+A falling learning rate settles every network near the end of its schedule, so steps to a plateau would measure the
+schedule's length. VCL's network is then compared with a control, a MAP network from scratch with as many steps. The
+steps of the prior that VCL starts from are never counted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-import torch
 
-from dwc.base.devices import choose_device
 from dwc.meshnet import MeshNet
-from dwc.metrics.confusion import mean_dice
-from dwc.study.networks import Network, Networks, control_network, map_network, variational, vcl
-from dwc.study.settings import ORIGIN, SITES, StudySettings
-from dwc.study.sites import held_out_volumes
-from dwc.training.validation import draw_sub_volumes, validation_confusion
+from dwc.study.graph import Network, control_network, map_network, variational, vcl
+from dwc.study.networks import Networks
+from dwc.study.settings import StudySettings
+from dwc.training.validation import validation_dice
 
 __all__ = ["MARGIN", "compared", "controls", "plateaus_compare", "speed_table"]
 
 MARGIN = 0.05  # of the MAP network's last Dice: nearer than that counts as reached
-_PRIOR = variational(ORIGIN)
 _Log = Sequence[Mapping[str, Any]]
 
 
@@ -33,20 +28,17 @@ def plateaus_compare(settings: StudySettings) -> bool:
     return len({(stage.schedule, stage.plateau_window) for stage in stages}) == 1 and stages[0].schedule == "constant"
 
 
-def controls(settings: StudySettings, networks: Sequence[Network]) -> list[Network]:
-    """The controls of a study, of each site whose MAP and VCL network are among its networks.
-
-    Where plateaus compare it is the MAP network itself, which under a constant learning rate has been at VCL's steps.
-    """
-    pairs = {site: {map_network(site), vcl(_PRIOR, site)} for site in SITES}
-    return [_control(settings, site) for site, pair in pairs.items() if pair <= set(networks)]
+def controls(settings: StudySettings, networks: Iterable[Network]) -> list[Network]:
+    """The controls that a study needs: of each site whose MAP and VCL networks are among its networks."""
+    there, trios = set(networks), [_trio(settings, site) for site in settings.sites]
+    return [control for full, control, ours in trios if {full, ours} <= there]
 
 
 def speed_table(networks: Networks) -> pd.DataFrame:
     """A line per site whose networks are all trained: site, and what `compared` gives."""
-    settings, rows = networks.settings, []
-    for site in SITES:
-        trio = map_network(site), _control(settings, site), vcl(_PRIOR, site)
+    settings, rows = networks.study.settings, []
+    for site in settings.sites:
+        trio = _trio(settings, site)
         if all(map(networks.is_done, trio)):
             full, control, ours = map(networks.log, trio)
             ours = [{"step": 0, "dice": _dice_of_prior(networks, site)}, *ours]
@@ -61,10 +53,10 @@ def compared(full: _Log, control: _Log, ours: _Log, *, plateaus: bool) -> dict[s
     Parameters
     ----------
     full, control, ours : sequence of mapping
-        Lines of log.jsonl: of the MAP network, of the MAP network with VCL's steps, of the VCL network, its first line
-        step 0.
+        Lines of log.jsonl: of the MAP network, of the MAP network with VCL's steps, of the VCL network, beginning with
+        a line for step 0.
     plateaus : bool
-        Whether the plateaus of the training losses are told.
+        Whether to tell the plateaus of the training losses.
 
     Returns
     -------
@@ -86,8 +78,11 @@ def compared(full: _Log, control: _Log, ours: _Log, *, plateaus: bool) -> dict[s
     }  # fmt: skip
 
 
-def _control(settings: StudySettings, site: str) -> Network:
-    return map_network(site) if plateaus_compare(settings) else control_network(site)
+def _trio(settings: StudySettings, site: str) -> tuple[Network, Network, Network]:
+    """A site's MAP network, its control and its VCL network; if plateaus compare, the MAP network is the control."""
+    full = map_network(site)
+    control = full if plateaus_compare(settings) else control_network(site)
+    return full, control, vcl(variational(settings.origin), site)
 
 
 def _reached(log: _Log, target: float) -> int | None:
@@ -95,17 +90,7 @@ def _reached(log: _Log, target: float) -> int | None:
 
 
 def _dice_of_prior(networks: Networks, site: str) -> float | None:
-    """The prior's Dice on the held-out sub-volumes that the site's trainings log: VCL's before its first step."""
-    settings = networks.settings
-    device, data = choose_device(settings.device), held_out_volumes(settings, site, networks.manifests[site])
-    network = MeshNet.from_posterior(networks.get(_PRIOR)).to(device).eval()
-
-    def logits(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            return network(images, sample=False)
-
-    draw = draw_sub_volumes(len(data), settings.validation_sub_volumes, settings.seed)
-    n_classes, batch_size = data.label_map.n_classes, settings.batch_size
-    return mean_dice(
-        validation_confusion(logits, data, draw, n_classes=n_classes, batch_size=batch_size, device=device)
-    )
+    """The prior's Dice on the held-out sub-volumes that the site's training logs: VCL's before its first step."""
+    study = networks.study
+    prior = MeshNet.from_posterior(networks.get(variational(study.settings.origin)))
+    return validation_dice(prior, study.held_out(site), study.settings, study.device)

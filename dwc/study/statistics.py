@@ -3,82 +3,73 @@
 From data frames to data frames; no network, volume or file is opened here.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 import pandas as pd
 
 from dwc.metrics.significance import PairedTest, paired_test
-from dwc.study.settings import TRAINING_SITES, UNSEEN
+from dwc.report.results import AVERAGE
 
-__all__ = ["COLUMNS", "dice_table", "differences_by_seed", "paired_tests"]
+__all__ = ["dice_table", "differences_by_seed", "paired_tests"]
 
-COLUMNS = (*TRAINING_SITES, "Avg.", UNSEEN)
 _SUBJECT = ["site", "subject"]
 _TEST = list(PairedTest.__dataclass_fields__)
+_Groups = Sequence[Sequence[str]]  # the sites that comparisons are made on: the training sites, each unseen one
 
 
-def dice_table(volumes: pd.DataFrame) -> pd.DataFrame:
-    """Mean Dice without background, 0..1, of each row (in the order of their first volumes) in each of `COLUMNS`.
+def dice_table(volumes: pd.DataFrame, groups: _Groups) -> pd.DataFrame:
+    """Mean Dice without background, 0..1, of each row, in the order of their first volumes, at each site.
 
-    Avg. is over the volumes of all training sites, so that a site weighs as many as it has volumes.
+    The column Avg. is the mean over the volumes of the first group, all training sites, and stands behind these.
 
     Parameters
     ----------
     volumes : DataFrame
         A line per row and volume: row, site, dice and more.
+    groups : sequence of sequence of str
+        Sites: those trained on, then each unseen one.
     """
+    training, *unseen = groups
     by_site = volumes.pivot_table(index="row", columns="site", values="dice", aggfunc="mean")
-    trained_on = volumes[volumes["site"].isin(TRAINING_SITES)]
-    by_site["Avg."] = trained_on.groupby("row")["dice"].mean()
-    return by_site.reindex(index=volumes["row"].unique(), columns=list(COLUMNS)).rename_axis(columns=None)
+    by_site[AVERAGE] = volumes[volumes["site"].isin(training)].groupby("row")["dice"].mean()
+    columns = [*training, AVERAGE, *(site for group in unseen for site in group)]
+    return by_site.reindex(index=volumes["row"].unique(), columns=columns).rename_axis(columns=None)
 
 
-def paired_tests(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
-    """Two-tailed paired t-tests of rows a against b, across volumes and across subjects.
+def paired_tests(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], groups: _Groups) -> pd.DataFrame:
+    """Two-tailed paired t-tests of rows a against b on each group of sites, across volumes and across subjects.
 
     Volumes of one subject are not independent: sessions, deformed copies of one head, or one held-out scan that several
-    seeds' networks segmented. Across subjects, each counts once with the mean over its volumes. A column anatomy, where
-    there is one, tells subjects apart, else site and subject do. Across volumes, as in the paper, each volume under
-    each seed counts.
+    seeds' networks segmented. Across subjects, each counts once with the mean over its volumes; a column anatomy tells
+    subjects apart, or else site and subject do. Across volumes, as in the paper, each volume under each seed counts.
 
     Parameters
     ----------
-    volumes : DataFrame
-        As for `dice_table`; where seeds are pooled with a column seed.
+    volumes, groups
+        As for `dice_table`; pooled seeds have a column seed.
     pairs : iterable of (str, str)
-        Names of rows a and b; a pair whose rows are not both there is left out.
+        Names of rows a and b; a pair is left out unless both are there.
 
     Returns
     -------
     DataFrame
-        comparison ("a - b"), columns ("H, N, B, W" or "A"), unit ("volume" or "subject"; each counts the same, n of
-        them), and the fields of `dwc.metrics.PairedTest`, differences in Dice.
+        comparison ("a - b"), columns (the group, such as "H, N, B, W" or "A"), unit (volume or subject), and the fields
+        of `PairedTest`, differences in Dice.
     """
     units = {"volume": _volume(volumes), "subject": ["anatomy"] if "anatomy" in volumes else _SUBJECT}
     tests = []
-    for names, part in _comparisons(volumes, pairs):
+    for names, part in _comparisons(volumes, pairs, groups):
         for unit, keys in units.items():
             dice = _paired(part, keys)
             tests.append({**names, "unit": unit, **asdict(paired_test(dice["a"], dice["b"]))})
     return pd.DataFrame(tests, columns=["comparison", "columns", "unit", *_TEST])
 
 
-def differences_by_seed(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
-    """Mean difference of rows a and b under each seed: all volumes of a seed share its networks' luck.
-
-    Parameters
-    ----------
-    volumes, pairs
-        As for `paired_tests`, with a column seed.
-
-    Returns
-    -------
-    DataFrame
-        comparison, columns, seed, n (volumes) and mean_difference over them.
-    """
+def differences_by_seed(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], groups: _Groups) -> pd.DataFrame:
+    """Mean difference of rows a and b under each seed: comparison, columns, seed, n (volumes), mean_difference."""
     rows = []
-    for names, part in _comparisons(volumes, pairs):
+    for names, part in _comparisons(volumes, pairs, groups):
         dice = _paired(part, _volume(volumes))
         by_seed = (dice["a"] - dice["b"]).groupby(level="seed", sort=False).agg(n="count", mean_difference="mean")
         rows += [{**names, **row} for row in by_seed.reset_index().to_dict("records")]
@@ -86,18 +77,18 @@ def differences_by_seed(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]])
 
 
 def _volume(volumes: pd.DataFrame) -> list[str]:
-    """The columns that tell a volume from the others."""
+    """The columns that identify a volume."""
     return [*(["seed"] if "seed" in volumes else []), *_SUBJECT, "image"]
 
 
 def _comparisons(
-    volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]]
+    volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], groups: _Groups
 ) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
-    """What each comparison is called, and its volumes at the sites that it is made on, their rows called a and b."""
+    """Each comparison's name and its volumes on a group of sites, with the rows renamed to a and b."""
     there = set(volumes["row"])
     for a, b in pairs:
         if {a, b} <= there:
-            for sites in (TRAINING_SITES, (UNSEEN,)):
+            for sites in groups:
                 part = volumes[volumes["site"].isin(sites) & volumes["row"].isin((a, b))]
                 names = {"comparison": f"{a} - {b}", "columns": ", ".join(sites)}
                 yield names, part.assign(row=part["row"].map({a: "a", b: "b"}))

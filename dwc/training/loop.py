@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dwc.base import ranks
 from dwc.base.errors import InputError, Interrupted
@@ -25,9 +24,11 @@ from dwc.base.files import open_folder
 from dwc.base.locks import held
 from dwc.base.seeds import seed_of
 from dwc.base.signals import Caught, catch_signals, ignore_signals
+from dwc.data.admission import check_before_training
 from dwc.data.cache import prepare
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import SIDE
+from dwc.data.sampling import PaperCubes, RandomCubes
 from dwc.meshnet import MeshNet
 from dwc.metrics.confusion import mean_dice
 from dwc.posterior import Posterior
@@ -38,7 +39,7 @@ from dwc.training.settings import TrainSettings
 from dwc.training.specification import LOCK, RunSpecification, resolve
 from dwc.training.state import Checkpoint, State, save_checkpoint
 from dwc.training.step import Optimization, logits_of, penalty_of
-from dwc.training.validation import draw_sub_volumes, validation_confusion
+from dwc.training.validation import draw_sub_volumes, validation_confusion, validation_cubes
 from dwc_kernels import FFGConv3d
 
 __all__ = ["TrainSettings", "train_network"]
@@ -84,6 +85,10 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
             ranks.barrier()
             # Again: another run may have been in the folder between the checks and the lock.
             specification, checkpoint = resolve(settings, resume=resume)
+            check_before_training(
+                [*specification.train_scans, *specification.test_scans],
+                specification.label_map, specification.grid, specification.cache_dir,
+            )  # fmt: skip
             data, held_out = (
                 prepare(scans, specification.label_map, specification.grid, specification.cache_dir)
                 for scans in (specification.train_scans, specification.test_scans)
@@ -143,8 +148,8 @@ class _Run:
         """Take the remaining steps and write the posterior."""
         settings, state = self.settings, self.state
         loader = DataLoader(
-            self.data,
-            batch_sampler=_Batches(len(self.data), settings.batch_size, settings.seed, state.step, self.total_steps),
+            _cubes(self.data, settings),
+            batch_sampler=_Batches(settings.batch_size, range(state.step, self.total_steps)),
             num_workers=settings.workers,
             worker_init_fn=ignore_signals,
             pin_memory=self.specification.device.type == "cuda",
@@ -212,7 +217,7 @@ class _Run:
         self.network.eval()
         confusion = validation_confusion(
             lambda images: logits_of(self.network, images, self.settings.precision, sample=False),
-            self.held_out,
+            validation_cubes(self.held_out, self.settings, self.network),
             ranks.share(self.validation_draw),
             n_classes=self.specification.label_map.n_classes,
             batch_size=self.settings.batch_size,
@@ -305,25 +310,20 @@ def drift(network: nn.Module) -> dict[str, dict[str, float]]:
 
 
 class _Batches(Sampler[list[int]]):
-    """Batches of indices for the steps `first` to `last`: pass after pass over the data, each in its own order.
+    """The positions of each step's batch in the run's sequence of cubes, of which each rank gets its share."""
 
-    Batch k is the k-th stretch of one endless sequence of passes, whatever step the run begins with; a batch may
-    straddle two passes, so that every batch is full. Each rank gets its share of every batch.
-    """
-
-    def __init__(self, n: int, batch_size: int, seed: int, first: int, last: int) -> None:
-        self.n, self.batch_size, self.seed, self.first, self.last = n, batch_size, seed, first, last
+    def __init__(self, batch_size: int, steps: range) -> None:
+        self.batch_size, self.steps = batch_size, steps
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return len(self.steps)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order, current = np.empty(0, np.int64), -1
-        for step in range(self.first, self.last):
-            batch = []
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-                passed, place = divmod(position, self.n)
-                if passed != current:
-                    order, current = np.random.default_rng([self.seed, 1, passed]).permutation(self.n), passed
-                batch.append(int(order[place]))
-            yield ranks.share(batch)
+        for step in self.steps:
+            yield ranks.share(range(step * self.batch_size, (step + 1) * self.batch_size))
+
+
+def _cubes(data: SubVolumes, settings: TrainSettings) -> Dataset[tuple[Tensor, Tensor]]:
+    if settings.cubes == "paper":
+        return PaperCubes(data, settings.seed)
+    return RandomCubes(data, settings.seed, settings.margin, settings.air_share, settings.augmentation)

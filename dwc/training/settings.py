@@ -3,13 +3,14 @@
 Groups that other programs share (a study, a simulated federation) are classes of their own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dwc.base.settings import Settings
+from dwc.data.augmentation import Augmentation
 
-__all__ = ["ComputeSettings", "NetworkSettings", "OptimizerSettings", "TrainSettings"]
+__all__ = ["ComputeSettings", "CubeSettings", "NetworkSettings", "OptimizerSettings", "TrainSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,41 @@ class OptimizerSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeSettings(Settings):
+class CubeSettings(Settings):
+    """The training cubes of 32x32x32 voxels.
+
+    Parameters
+    ----------
+    cubes
+        random: anywhere, with a margin of their real neighbours. paper: the fixed sub-volumes that tile each volume,
+        zeros around them; the settings below do not apply.
+    margin
+        Voxels of neighbours on each side, which the loss does not count.
+    air_share
+        Share of the cubes whose centre lies anywhere in the volume; that of the others lies in the head's box.
+    augmentation
+        How strongly cubes are varied.
+    """
+
+    cubes: Literal["random", "paper"] = "random"
+    margin: int = 0
+    air_share: float = 0.05
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("margin", self.margin >= 0, "give a number of voxels >= 0")
+        self._require("air_share", 0 <= self.air_share <= 1, "give a share, 0 to 1")
+
+    def decisive_cubes(self) -> dict[str, Any]:
+        """The cubes' settings as plain values; none with the paper's, so that those runs keep header and key."""
+        if self.cubes == "paper":
+            return {}
+        return {field.name: self.to_json()[field.name] for field in fields(CubeSettings)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeSettings(CubeSettings):
     """Batches, the split, validation, and the machine.
 
     Parameters

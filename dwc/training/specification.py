@@ -7,7 +7,7 @@ specification's identity, which is all that decides the bits of the result.
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from dwc.base.ranks import world_size
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import SIDE, Grid
 from dwc.data.labels import SHIPPED, LabelMap
-from dwc.data.manifest import Scan, has_split_column, read_manifest
+from dwc.data.manifest import Scan, has_split_column, labelled, read_manifest
 from dwc.meshnet import DILATIONS, WIDTH, checked_architecture, describe
 from dwc.posterior import Posterior
-from dwc.training.settings import TrainSettings
+from dwc.training.settings import CubeSettings, TrainSettings
 from dwc.training.state import Checkpoint, load_checkpoint
 
 __all__ = ["LOCK", "RunSpecification", "labelled_scans", "resolve"]
@@ -96,6 +96,8 @@ class RunSpecification:
         values = {name: value for name, value in self.settings.to_json().items() if name not in _FREE}
         if self.settings.schedule != "constant":
             values["epochs"] = self.settings.epochs  # the length of a cycle decides every step of it
+        cubes = {field.name for field in fields(CubeSettings)}
+        values = {name: value for name, value in values.items() if name not in cubes} | self.settings.decisive_cubes()
         if not self.settings.stream:
             del values["stream"]  # so that a run without one has the header that it always had
         return values
@@ -199,9 +201,7 @@ def resolve(settings: TrainSettings, *, resume: bool = False) -> tuple[RunSpecif
 def labelled_scans(settings: TrainSettings) -> tuple[list[Scan], list[Scan]]:
     """The scans to train on and those held out, all of which must have labels."""
     scans = read_manifest(settings.data, seed=settings.seed, test_fraction=settings.test_fraction)
-    for scan in scans:
-        if scan.label is None:
-            raise InputError(f"{settings.data}: {scan.image} has no label; training needs one for each scan")
+    scans = labelled(scans, settings.data, "training needs one for each scan")
     train_scans, test_scans = ([scan for scan in scans if scan.split == part] for part in ("train", "test"))
     if not train_scans:
         raise InputError(f"{settings.data}: has no scan to train on; set split to train for some")

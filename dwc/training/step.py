@@ -7,13 +7,21 @@ from dwc.meshnet import MeshNet
 from dwc.training.objective import Objective, SigmaProjection, negative_log_prior
 from dwc.training.settings import OptimizerSettings
 
-__all__ = ["Optimization", "logits_of", "penalty_of"]
+__all__ = ["Optimization", "inner", "logits_of", "penalty_of"]
 
 
 def logits_of(network: nn.Module, images: Tensor, precision: str, *, sample: bool | None = None) -> Tensor:
     """Logits [N, n_classes, D, H, W] of images [N, 1, D, H, W], under autocast where the precision is bf16."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return network(images, sample=sample)
+
+
+def inner(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logits of the voxels that have labels: the middle, where the images have a margin."""
+    margin = (logits.shape[-1] - labels.shape[-1]) // 2
+    for axis in (2, 3, 4):
+        logits = logits.narrow(axis, margin, labels.shape[axis - 1])
+    return logits
 
 
 def penalty_of(network: MeshNet) -> Tensor:
@@ -57,7 +65,7 @@ class Optimization:
         network : nn.Module
             What computes the logits: the network itself, or its replica among several ranks.
         images, labels : Tensor
-            A batch, on the network's device.
+            A batch, on the network's device; images may have a margin around the voxels that have labels.
         factor : float
             Of the learning rates.
         share : float
@@ -72,7 +80,7 @@ class Optimization:
             group["lr"] = rate * factor
         self.network.train()
         self.adam.zero_grad(set_to_none=True)
-        logits = logits_of(network, images, self.precision)
+        logits = inner(logits_of(network, images, self.precision), labels)
         loss, nll = self.objective(logits, labels, penalty_of(self.network), share=share)
         loss.backward()
         self.adam.step()

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dwc.metrics.confusion import confusion_matrix
+from dwc.data.dataset import SubVolumes
+from dwc.data.sampling import SurroundedCubes
+from dwc.meshnet import MeshNet
+from dwc.metrics.confusion import confusion_matrix, mean_dice
+from dwc.training.settings import ComputeSettings
+from dwc.training.step import inner, logits_of
 
-__all__ = ["draw_sub_volumes", "validation_confusion"]
+__all__ = ["draw_sub_volumes", "validation_confusion", "validation_cubes", "validation_dice"]
 
 
 def draw_sub_volumes(n_sub_volumes: int, at_most: int, seed: int) -> list[int]:
@@ -22,6 +27,15 @@ def draw_sub_volumes(n_sub_volumes: int, at_most: int, seed: int) -> list[int]:
         return list(range(n_sub_volumes))
     drawn = np.random.default_rng([seed, 2]).choice(n_sub_volumes, at_most, replace=False)
     return sorted(drawn.tolist())
+
+
+def validation_cubes(
+    held_out: SubVolumes, settings: ComputeSettings, network: MeshNet
+) -> Dataset[tuple[Tensor, Tensor]]:
+    """The held-out sub-volumes as the network sees them: the paper's alone, others with all their neighbours."""
+    if settings.cubes == "paper":
+        return held_out
+    return SurroundedCubes(held_out, sum(network.architecture["dilations"]))
 
 
 @torch.inference_mode()
@@ -42,7 +56,7 @@ def validation_confusion(
     logits_of : callable
         Logits [N, n_classes, D, H, W] of images [N, 1, D, H, W].
     dataset : Dataset
-        Of (image [1, D, H, W], labels int64 [D, H, W]).
+        Of (image [1, D, H, W], labels int64 [D, H, W]); images may have a margin around the voxels that have labels.
     indices : list of int
         The items to score.
     n_classes, batch_size, device
@@ -60,6 +74,23 @@ def validation_confusion(
         if not keep_going():
             return None
         images, labels = zip(*(dataset[index] for index in indices[start : start + batch_size]), strict=True)
-        predicted = logits_of(torch.stack(images).to(device)).argmax(dim=1).cpu()
-        confusion += confusion_matrix(torch.stack(labels), predicted, n_classes)
+        truth = torch.stack(labels)
+        predicted = inner(logits_of(torch.stack(images).to(device)), truth).argmax(dim=1).cpu()
+        confusion += confusion_matrix(truth, predicted, n_classes)
     return confusion
+
+
+def validation_dice(
+    network: MeshNet, data: SubVolumes, settings: ComputeSettings, device: torch.device
+) -> float | None:
+    """Dice without background that training logs for a network: at its means, on its draw of held-out sub-volumes."""
+    network = network.to(device).eval()
+    confusion = validation_confusion(
+        lambda images: logits_of(network, images, settings.precision, sample=False),
+        validation_cubes(data, settings, network),
+        draw_sub_volumes(len(data), settings.validation_sub_volumes, settings.seed),
+        n_classes=data.label_map.n_classes,
+        batch_size=settings.batch_size,
+        device=device,
+    )
+    return None if confusion is None else mean_dice(confusion)

@@ -12,6 +12,7 @@ from dwc.metrics.calibration import CalibrationCounts
 from dwc.study.statistics import dice_table, differences_by_seed, paired_tests
 
 SITES = {"H": 5, "N": 6, "B": 2, "W": 2, "A": 5}
+GROUPS = (("H", "N", "B", "W"), ("A",))
 ROWS = {  # name: kind, skill at training sites and at the unseen one
     "H MAP": ("map", 0.70, 0.46), "N MAP": ("map", 0.66, 0.52), "B MAP": ("map", 0.60, 0.44),
     "W MAP": ("map", 0.62, 0.48), "H (variational)": ("vi", 0.69, 0.48), "H->N": ("vcl", 0.72, 0.55),
@@ -47,8 +48,8 @@ def write_pooled(out: Path, *, seeds: int = 3, skill: dict[str, tuple[float, flo
     }
     by_seed = pd.concat([part["table"] for part in parts]).groupby(level=0, sort=False)
     pooled |= {"rows": parts[0]["rows"], "table": by_seed.mean(), "table_sd": by_seed.std()}
-    pooled["tests"] = paired_tests(pooled["volumes"], _pairs())
-    pooled["by_seed"] = differences_by_seed(pooled["volumes"], _pairs())
+    pooled["tests"] = paired_tests(pooled["volumes"], _pairs(), GROUPS)
+    pooled["by_seed"] = differences_by_seed(pooled["volumes"], _pairs(), GROUPS)
     _write(out, pooled)
     return out
 
@@ -92,8 +93,8 @@ def _tables(skill: dict[str, tuple[float, float]], seed: int) -> dict[str, pd.Da
     ]  # fmt: skip
     return {
         "rows": pd.DataFrame(rows), "volumes": volumes, "classes": pd.DataFrame(classes),
-        "calibration": pd.concat(calibration), "table": dice_table(volumes), "tests": paired_tests(volumes, _pairs()),
-        "speed": pd.DataFrame(speed),
+        "calibration": pd.concat(calibration), "table": dice_table(volumes, GROUPS),
+        "tests": paired_tests(volumes, _pairs(), GROUPS), "speed": pd.DataFrame(speed),
     }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def test_calibration_shows_rates_of_bins_that_hold_enough_voxels(drawn):
 def test_training_curves_mark_where_each_network_reached_its_plateau(study, drawn):
     logs = {site: (study.log(f"{site} MAP"), study.log(f"H->{site}")) for site in ("N", "W")}
     speed = study.speed.assign(map_plateau_step=300, vcl_plateau_step=[100, 120, None])
-    figure = drawn(plots.training_plot, logs, speed)
+    figure = drawn(plots.training_plot, logs, speed, origin="H")
     loss_n, loss_w, dice_n, _ = figure.axes
     assert [list(line.get_xdata()) for line in loss_n.lines if line.get_linestyle() == ":"] == [[300, 300], [100, 100]]
     assert [list(line.get_xdata()) for line in loss_w.lines if line.get_linestyle() == ":"] == [[300, 300]]

@@ -10,28 +10,28 @@ from dwc.base.errors import InputError
 from dwc.cli import main
 from dwc.consolidation import consolidate
 from dwc.posterior import Posterior
-from dwc.simulation.scans import load_sites
+from dwc.simulation.scans import load_sites, mixed_site
 from dwc.study import beyond
-from dwc.study.networks import Networks, consolidated, variational, vcl
-from dwc.study.settings import SITES, STUDIES, ManySites, Stage, StudySettings
-from dwc.study.sites import known_manifests
+from dwc.study.context import Study
+from dwc.study.graph import consolidated, variational, vcl
+from dwc.study.networks import Networks
+from dwc.study.settings import STUDIES, ManySites, StudySettings
 from dwc.tempering import temper_grid
+from tests.study.tiny_study import tiny_settings
 
 pytest_plugins = ["tests.tiny_runs"]
 pytestmark = pytest.mark.usefixtures("one_thread")
+SITES = ("N", "B", "W")
 DICE = ["H", "N", "B", "W", "Avg.", "A"]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> StudySettings:
     """Networks of two steps; the studies share the folder and so the networks."""
-    stage = Stage(steps=2)
-    return StudySettings(
+    return tiny_settings(
         out=tmp_path_factory.mktemp("studies"), n_train={"H": 2, "N": 1, "B": 1, "W": 1},
-        n_test={"H": 2, "N": 1, "B": 1, "W": 1, "A": 1}, label_map="coarse",
-        validation_sub_volumes=32, grid_size=32, voxel_size=6.0, width=2, dilations=(1,),
-        batch_size=1, map=stage, vi=stage, vcl=stage, finetune=stage, n_samples=1, rounds=2,
-        many_sites=ManySites(counts=(1, 2), n_train=1, n_scored=2), device="cpu",
+        n_test={"H": 2, "N": 1, "B": 1, "W": 1, "A": 1}, rounds=2,
+        many_sites=ManySites(counts=(1, 2), n_train=1, n_scored=2),
     )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def volumes(tiny, name: str) -> pd.DataFrame:
     return pd.read_csv(tiny.out / name / "volumes.csv")
 
 
-@pytest.mark.parametrize("name", STUDIES[1:])
+@pytest.mark.parametrize("name", STUDIES[2:])
 def test_a_study_leaves_its_table_raw_scores_and_a_picture(name, run, tiny):
     table = run(name)
     kept = pd.read_csv(tiny.out / name / "table.csv", dtype={"row": str})
@@ -70,7 +70,7 @@ def test_a_study_leaves_its_table_raw_scores_and_a_picture(name, run, tiny):
 def test_each_round_starts_from_the_consolidated_network_of_the_round_before(run, tiny):
     table = run("rounds")
     assert list(table["row"]) == ["0", "1", "1 FT", "2", "2 FT"]
-    networks = Networks(tiny, known_manifests(tiny))
+    networks = Networks(Study(tiny))
     first = consolidated(variational("H"), [vcl(variational("H"), site) for site in SITES])
     second = [vcl(first, site) for site in SITES]
     prior = Posterior.load(networks.file(first))
@@ -88,10 +88,10 @@ def test_leaving_one_out_scores_the_network_that_the_others_alone_would_give(run
     scored = {}
     monkeypatch.setattr(beyond, "_score", lambda _, posterior, __, row: scored.setdefault(row, posterior))
     monkeypatch.setattr(beyond.pictures, "leave_one_out", lambda *_: None)
-    monkeypatch.setattr(beyond, "_joined", lambda *_: (None, None))
+    monkeypatch.setattr(beyond, "_joined", lambda *_: (pd.DataFrame(columns=["row", "seconds"]), None))
     monkeypatch.setattr(beyond, "_tests", lambda *_: None)
-    beyond.leave_one_out(tiny, tiny.out)
-    networks = Networks(tiny, known_manifests(tiny))
+    beyond.leave_one_out(Study(tiny), tiny.out)
+    networks = Networks(Study(tiny))
     origin = variational("H")
     prior = Posterior.load(networks.file(origin))
     others = [Posterior.load(networks.file(vcl(origin, site))) for site in ("N", "W")]
@@ -138,12 +138,12 @@ def test_more_sites_are_the_same_sites_and_others(run, tiny):
 
 def test_a_mixed_site_lies_between_those_it_is_mixed_from():
     parts = [load_sites()[site] for site in SITES]
-    mixed = beyond._mixed_site("S01", np.random.default_rng(0))
+    mixed = mixed_site("S01", np.random.default_rng(0))
     assert min(part.noise for part in parts) < mixed.noise < max(part.noise for part in parts)
     for tissue, mean in mixed.tissue_means.items():
         means = [part.tissue_means[tissue] for part in parts]
         assert min(means) - 1e-9 <= mean <= max(means) + 1e-9
-    assert mixed.tissue_means != beyond._mixed_site("S02", np.random.default_rng(1)).tissue_means
+    assert mixed.tissue_means != mixed_site("S02", np.random.default_rng(1)).tissue_means
 
 
 def test_a_study_gives_the_same_table_again_and_trains_nothing_twice(run, tiny, monkeypatch):
@@ -156,14 +156,16 @@ def test_a_study_gives_the_same_table_again_and_trains_nothing_twice(run, tiny, 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("few-sites", {}, "--study few-sites: no such study; choose one of many-sites, rounds"),
-        ("tempering", {"n_test": {"H": 1, "N": 1, "B": 1, "W": 1, "A": 1}}, "--n_test.H 1: every second"),
-        ("many-sites", {"n_test": {"H": 1, "N": 1, "B": 1, "W": 1, "A": 1}}, "--n_test.H 1: every second"),
-        ("many-sites", {"anatomies": "."}, "simulates sites of its own, from the procedural head; leave .* out"),
-        ("many-sites", {"many_sites": ManySites(counts=(4, 2))}, r"--many_sites.counts \[4, 2\]"),
-        ("many-sites", {"many_sites": ManySites(counts=(2,), n_scored=3)}, "--many_sites.n_scored 3"),
-        ("many-sites", {"many_sites": ManySites(n_train=0)}, "--many_sites.n_train 0"),
-        ("rounds", {"rounds": 0}, "--rounds 0: give a positive number"),
+        ("few-sites", {}, "`study` few-sites: no such study; choose one of many-sites, rounds"),
+        ("tempering", {"n_test": {"H": 1, "N": 1, "B": 1, "W": 1, "A": 1}}, "`n_test.H` 1: every second"),
+        ("many-sites", {"n_test": {"H": 1, "N": 1, "B": 1, "W": 1, "A": 1}}, "`n_test.H` 1: every second"),
+        ("many-sites", {"anatomies": "."}, "simulates its own sites from the procedural head; leave .* out"),
+        (
+            "many-sites",
+            {"sites": ("S01", "B", "W"), "n_train": 1, "n_test": 2},
+            "names its own sites S01 and so on; rename",
+        ),
+        ("rounds", {"rounds": 0}, "`rounds` 0: give a positive number"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_made(tiny, tmp_path, name, changes, message):
@@ -171,6 +173,19 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_made(tiny, tmp_path,
     with pytest.raises(InputError, match=message):
         beyond.run(name, replace(tiny, out=out, **changes))
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"counts": (4, 2)}, r"`counts` \[4, 2\]: give ascending"),
+        ({"counts": (2,), "n_scored": 3}, "`n_scored` 3"),
+        ({"n_train": 0}, "`n_train` 0"),
+    ],
+)
+def test_numbers_of_sites_that_cannot_be_meant_are_refused_when_they_are_given(values, message):
+    with pytest.raises(InputError, match=message):
+        ManySites(**values)
 
 
 def test_the_command_runs_a_study_from_flags_and_a_preset(run, tiny, capsys):

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from dwc.study.networks import map_network, variational, vcl
-from dwc.study.settings import SITES, Stage, StudySettings
+from dwc.study.graph import map_network, variational, vcl
+from dwc.study.settings import Stage, StudySettings
 from dwc.study.speed import compared, controls, plateaus_compare
+from tests.study.tiny_study import tiny_settings
 
+SITES = ("N", "B", "W")
 CONSTANT = Stage(steps=400, lr=1e-2, schedule="constant", stop_at_plateau=True)
 NETWORKS = [network for site in SITES for network in (map_network(site), vcl(variational("H"), site))]
 
@@ -18,13 +20,8 @@ def log(*dice: float | None, every: int = 10, plateau: int | None = None) -> lis
 
 @pytest.fixture
 def settings() -> StudySettings:
-    sizes = dict.fromkeys("HNBW", 1)
     stage = Stage(steps=12, lr=1e-3, rho_lr=1e-2, epochs=3)
-    return StudySettings(
-        n_train=sizes, n_test=sizes | {"A": 1}, label_map="coarse", grid_size=32, voxel_size=6.0, width=2,
-        dilations=(1,), batch_size=1, map=Stage(steps=100, lr=0.1, epochs=5), vi=stage, vcl=stage, finetune=stage,
-        validation_sub_volumes=1, n_samples=1,
-    )  # fmt: skip
+    return tiny_settings(map=Stage(steps=100, lr=0.1, epochs=5), vi=stage, vcl=stage, finetune=stage)
 
 
 def start(dice: float) -> dict:
@@ -70,12 +67,14 @@ def test_plateaus_are_told_only_where_they_compare():
     [
         (replace(CONSTANT, steps=200, lr=1e-3), True),
         (replace(CONSTANT, plateau_window=200), False),
-        (replace(CONSTANT, schedule="one_cycle"), False),
+        (replace(CONSTANT, schedule="one_cycle", stop_at_plateau=False), False),
     ],
 )
 def test_plateaus_compare_under_constant_learning_rates_and_one_window(settings, vcl_stage, compare):
     assert plateaus_compare(replace(settings, map=CONSTANT, vcl=vcl_stage)) == compare
-    assert not plateaus_compare(replace(settings, map=replace(CONSTANT, schedule="one_cycle"), vcl=vcl_stage))
+    assert not plateaus_compare(
+        replace(settings, map=replace(CONSTANT, schedule="one_cycle", stop_at_plateau=False), vcl=vcl_stage)
+    )
 
 
 def test_a_control_is_trained_as_map_with_the_steps_of_vcl(settings):

@@ -1,0 +1,40 @@
+"""How much memory a process may still take, on the CPU or on a GPU."""
+
+from pathlib import Path
+
+import torch
+
+__all__ = ["free_memory"]
+
+_UNKNOWN = 4 << 30  # bytes, where the system does not say
+_CGROUPS = (  # limit and use of a container, version 2 and version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on the CPU what the system calls available, within a container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([_available(), *_left_in_containers()])
+
+
+def _available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return _UNKNOWN
+    kib = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
+    return kib["MemAvailable"] << 10
+
+
+def _left_in_containers() -> list[int]:
+    """Limit less use of each control group that has a limit; caches count as use there, so a little too low."""
+    left = []
+    for limit, use in _CGROUPS:
+        try:
+            left.append(int(Path(limit).read_text()) - int(Path(use).read_text()))
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue
+    return left

@@ -1,0 +1,43 @@
+"""The box of a volume that holds the head. numpy only."""
+
+import numpy as np
+
+__all__ = ["Region", "head_box"]
+
+Region = tuple[slice, slice, slice]
+
+# A plane belongs to the head if more than this part of it is brighter than half of Otsu's threshold.
+_LEAST_PART = 0.002
+
+
+def head_box(image: np.ndarray) -> Region:
+    """The box that holds the head, and with it all of the brain; the whole volume where none stands out from air.
+
+    Planes are kept from the first to the last along each axis that holds something bright, and 1/64 of the axis (4 mm
+    of 256) on either side.
+
+    Parameters
+    ----------
+    image : ndarray
+        uint8 [D, H, W].
+    """
+    bright = image > _otsu(image) // 2
+    region = []
+    for axis, size in enumerate(image.shape):
+        others = tuple(other for other in range(3) if other != axis)
+        kept = np.flatnonzero(bright.mean(axis=others) > _LEAST_PART).tolist()
+        if not kept:
+            return tuple(slice(0, size) for size in image.shape)
+        margin = size // 64
+        region.append(slice(max(0, kept[0] - margin), min(size, kept[-1] + 1 + margin)))
+    return tuple(region)
+
+
+def _otsu(image: np.ndarray) -> int:
+    """The threshold that leaves the least variance within dark and bright voxels (Otsu 1979)."""
+    count = np.bincount(image.ravel(), minlength=256).astype(np.float64)
+    below, total = count.cumsum(), (count * np.arange(256)).cumsum()
+    above = below[-1] - below
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = np.nan_to_num(below * above * (total / below - (total[-1] - total) / above) ** 2)
+    return int(np.flatnonzero(between == between.max()).mean())  # where no voxel lies between the two, the middle

@@ -1,0 +1,119 @@
+"""The training cubes of a run, an endless sequence in which each is a function of (seed, position) alone.
+
+The paper's cubes lie on one grid and end in zeros, from which a network learns its place in the cube. Random cubes lie
+anywhere, with a margin of their real neighbours.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dwc.data.augmentation import Augmentation, augment, reach_of
+from dwc.data.dataset import SubVolumes
+from dwc.data.grid import SIDE
+from dwc.data.head import Region, head_box
+
+__all__ = ["PaperCubes", "RandomCubes", "SurroundedCubes"]
+
+Item = tuple[torch.Tensor, torch.Tensor]
+
+
+class PaperCubes(Dataset[Item]):
+    """The sub-volumes of prepared scans, pass after pass, each in an order of its own."""
+
+    def __init__(self, data: SubVolumes, seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, position: int) -> Item:
+        return self.data[_in_turn(position, len(self.data), self.seed)]
+
+
+class SurroundedCubes(Dataset[Item]):
+    """The sub-volumes of a dataset with `margin` voxels of their neighbours on each side.
+
+    Item i is (image, labels): image float32 [1, 32 + 2 margin, ...], z-scored as the sub-volume's and 0 beyond the
+    volume's edge, where a network pads with zeros too; labels int64 [32, 32, 32].
+    """
+
+    def __init__(self, data: SubVolumes, margin: int) -> None:
+        self.data, self.margin = data, margin
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Item:
+        volume, place = divmod(index, self.data.sub_volumes_per_volume)
+        start = SIDE * np.array(np.unravel_index(place, (self.data.grid.size // SIDE,) * 3))
+        image, labels = self.data.region(volume, start - self.margin, SIDE + 2 * self.margin)
+        return _item(self.data.z_score(volume, image), labels, self.margin)
+
+
+class RandomCubes(Dataset[Item]):
+    """Cubes at random places of prepared scans, for item 0, 1, ... of an endless sequence.
+
+    The volumes take turns, each pass in an order of its own. A cube's centre lies anywhere in the head's box, or, with
+    probability `air_share`, anywhere in the volume; cubes do not reach beyond the volume's edge, but their margins may.
+
+    Parameters
+    ----------
+    data : SubVolumes
+        With labels.
+    seed : int
+        Of places and augmentation.
+    margin : int
+        Voxels of neighbours on each side of the image; the labels have none.
+    air_share : float
+        See above.
+    augmentation : Augmentation
+        How strongly cubes are varied.
+    """
+
+    def __init__(self, data: SubVolumes, seed: int, margin: int, air_share: float, augmentation: Augmentation) -> None:
+        self.data, self.seed, self.margin, self.air_share, self.augmentation = (
+            data,
+            seed,
+            margin,
+            air_share,
+            augmentation,
+        )
+        self._boxes: dict[int, Region] = {}
+
+    def __getitem__(self, position: int) -> Item:
+        volume = _in_turn(position, self.data.n_volumes, self.seed)
+        rng = np.random.default_rng([self.seed, 3, position])
+        start = self._start(volume, rng)
+        side = SIDE + 2 * self.margin
+        border = self.margin + reach_of(self.augmentation, side)
+        image, labels = self.data.region(volume, start - border, SIDE + 2 * border)
+        if any(vars(self.augmentation).values()):
+            image, labels = augment(image, labels, side, self.augmentation, rng)
+        return _item(self.data.z_score(volume, image), labels, self.margin)
+
+    def _box(self, volume: int) -> Region:
+        if volume not in self._boxes:
+            self._boxes[volume] = head_box(self.data.volume(volume)[0])
+        return self._boxes[volume]
+
+    def _start(self, volume: int, rng: np.random.Generator) -> np.ndarray:
+        size = self.data.grid.size
+        box = self._box(volume) if rng.uniform() >= self.air_share else (slice(0, size),) * 3
+        centre = [rng.integers(side.start, side.stop) for side in box]
+        return np.clip(np.array(centre) - SIDE // 2, 0, size - SIDE)
+
+
+def _in_turn(position: int, n: int, seed: int) -> int:
+    """The number at a position of a sequence of passes over n numbers, each pass in an order of its own."""
+    turn, place = divmod(position, n)
+    return int(_order(n, seed, turn)[place])
+
+
+@lru_cache(maxsize=2)  # a batch may straddle two passes
+def _order(n: int, seed: int, turn: int) -> np.ndarray:
+    return np.random.default_rng([seed, 1, turn]).permutation(n)
+
+
+def _item(image: np.ndarray, labels: np.ndarray, margin: int) -> Item:
+    inner = (slice(margin, margin + SIDE),) * 3
+    return torch.from_numpy(image)[None], torch.from_numpy(labels[inner].astype(np.int64))

@@ -1,0 +1,39 @@
+"""Networks of a study that take no steps: consolidated, averaged, or before their first step."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import pandas as pd
+import torch
+
+from dwc.consolidation import Consolidation
+from dwc.meshnet import MeshNet
+from dwc.posterior import Posterior
+
+__all__ = ["average_means", "consolidate_sites", "fresh_network"]
+
+
+def consolidate_sites(posteriors: Iterator[Posterior], name: str) -> tuple[Posterior, pd.DataFrame]:
+    """The posterior consolidated from a prior and the sites' posteriors after it, and each site's weights in it."""
+    consolidation = Consolidation(next(posteriors))
+    for posterior in posteriors:
+        consolidation.add(posterior)
+    return consolidation.posterior(name), pd.DataFrame(asdict(row) for row in consolidation.report())
+
+
+def average_means(posteriors: Iterator[Posterior]) -> Posterior:
+    """The mean of the means, in fp64, of networks trained alike."""
+    first = next(posteriors)
+    total, n, n_volumes = {name: mu.double() for name, mu in first.mu.items()}, 1, first.metadata["n_volumes"]
+    for posterior in posteriors:
+        total = {name: mu + posterior.mu[name] for name, mu in total.items()}
+        n, n_volumes = n + 1, n_volumes + posterior.metadata["n_volumes"]
+    inherited = {key: first.metadata[key] for key in ("architecture", "label_map", "preprocessing")}
+    return Posterior({name: mu / n for name, mu in total.items()}, {}, {**inherited, "n_volumes": n_volumes})
+
+
+def fresh_network(like: Posterior, seed: int) -> Posterior:
+    """A plain network of the same architecture with its initial weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Posterior.from_model(MeshNet.from_architecture(like.metadata["architecture"], bayesian=False))

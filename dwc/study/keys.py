@@ -1,0 +1,51 @@
+"""What a network's weights depend on, as a hash that names its run folder: settings, scans, and the networks before it.
+
+The code is not in the hash. After a change of the code, or of PyTorch, that gives other weights, raise `_FORMAT` or
+remove the study's networks/.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from dwc.base.files import canonical_json
+from dwc.study.context import Study
+from dwc.study.graph import Network
+from dwc.study.settings import Stage, shared
+from dwc.training.settings import ComputeSettings, CubeSettings, NetworkSettings, OptimizerSettings
+
+__all__ = ["digest_of", "network_key"]
+
+_FORMAT = 1
+_BY_CONTENT = {"label_map", "workers", "device"} | {field.name for field in fields(CubeSettings)}  # see `network_key`
+
+
+def network_key(study: Study, network: Network, stage: Stage | None, parents: Sequence[str]) -> str:
+    """SHA-256, hex, of everything but the code that the network's weights depend on.
+
+    Parameters
+    ----------
+    study, network : Study, Network
+        The network and the study that makes it.
+    stage : Stage or None
+        How it is trained; None if it is computed.
+    parents : sequence of str
+        Keys of its parents.
+    """
+    content: dict[str, Any] = {"format": _FORMAT, "mode": network.mode, "parents": list(parents)}
+    if stage is not None and network.site is not None:
+        values = shared(study.settings, NetworkSettings, ComputeSettings) | shared(stage, OptimizerSettings)
+        values |= {"mode": network.mode, "epochs": stage.epochs, "steps_per_epoch": stage.steps // stage.epochs}
+        content["settings"] = {name: value for name, value in values.items() if name not in _BY_CONTENT}
+        content["settings"] |= study.settings.decisive_cubes()
+        content["label_map"] = study.label_map.sha256
+        content["scans"] = study.digest(network.site)
+        if study.device.type != "cpu":
+            content["device"] = study.device.type  # it rounds differently
+    return digest_of(content)
+
+
+def digest_of(content: Any) -> str:
+    """SHA-256, hex, of a JSON value."""
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
