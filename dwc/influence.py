@@ -27,7 +27,6 @@ _HARMLESS = 1.0  # the prior's own precision, or shifts of one sigma_0: no limit
 _LOUD = 3.0  # times the median, to be warned about
 _FAR = 100.0  # sigma_0, to be warned about
 _SURE = 1e-3  # of sigma_0, likewise
-_ALIKE = 0.99  # correlation of two sites' shifts, likewise
 _OPPOSED = -0.2  # correlation with the other sites' mean shift, likewise
 
 
@@ -148,8 +147,6 @@ def warnings_about(influences: Mapping[str, Influence]) -> dict[str, list[str]]:
         for other in names[: names.index(name)]:
             if own.copies(influences[other]):
                 lines.append(f"it has tensors in common with {other}")
-            elif _correlation(own.sketch, influences[other].sketch) > _ALIKE:
-                lines.append(f"its shifts are almost the same as those of {other}")
         rest = [influences[other].sketch for other in names if other != name]
         if len(rest) + 1 >= _MIN_SITES:
             mean = tuple(sum(values) / len(rest) for values in zip(*rest, strict=True))
