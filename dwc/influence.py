@@ -141,17 +141,17 @@ def limit_powers(influences: Sequence[Influence], max_influence: float | None) -
 def warnings_about(influences: Mapping[str, Influence]) -> dict[str, list[str]]:
     """What is suspicious about each site, in plain words; sites without a warning are left out."""
     found: dict[str, list[str]] = {}
-    names, everyone = list(influences), list(influences.values())
+    everyone = list(influences.values())
+    total = [sum(values) for values in zip(*(one.sketch for one in everyone), strict=True)]
     for name, own in influences.items():
         lines = [*_alone(own), *_against_median(own, everyone)]
-        for other in names[: names.index(name)]:
-            if own.copies(influences[other]):
-                lines.append(f"it has tensors in common with {other}")
-        rest = [influences[other].sketch for other in names if other != name]
-        if len(rest) + 1 >= _MIN_SITES:
-            mean = tuple(sum(values) / len(rest) for values in zip(*rest, strict=True))
-            if _correlation(own.sketch, mean) < _OPPOSED:
-                lines.append("its means move against those of the other sites")
+        copies = [other for other in influences if other != name and own.copies(influences[other])]
+        if copies:
+            more = f" and {len(copies) - 1} more" if len(copies) > 1 else ""
+            lines.append(f"it has tensors in common with {copies[0]}{more}")
+        rest = [whole - part for whole, part in zip(total, own.sketch, strict=True)]
+        if len(influences) >= _MIN_SITES and _correlation(own.sketch, rest) < _OPPOSED:
+            lines.append("its means move against those of the other sites")
         if lines:
             found[name] = lines
     return found
