@@ -17,7 +17,7 @@ from torch import Tensor
 from dwc.base.errors import InputError
 from dwc.posterior import Posterior
 
-__all__ = ["Influence", "limit_powers", "measure", "warnings_about"]
+__all__ = ["Influence", "limit_powers", "measure", "verdicts", "warnings_about"]
 
 _TELLING = 8  # values of a tensor that two sites do not share by chance
 _SKETCH = 256  # weights, evenly spaced, whose shifts are kept to compare sites
@@ -138,6 +138,22 @@ def limit_powers(influences: Sequence[Influence], max_influence: float | None) -
     return [power if power >= _EXCLUDED_BELOW else 0.0 for power in powers]
 
 
+def verdicts(influences: Mapping[str, Influence]) -> dict[str, str]:
+    """One line per site: how far it moved, what it brings for its claimed volumes, and whether others agree."""
+    precision = sum(one.precision for one in influences.values())
+    volumes = sum(one.n_volumes for one in influences.values())
+    total = [sum(values) for values in zip(*(one.sketch for one in influences.values()), strict=True)]
+    lines = {}
+    for name, own in influences.items():
+        rest = [whole - part for whole, part in zip(total, own.sketch, strict=True)]
+        agreement = _correlation(own.sketch, rest)
+        lines[name] = (
+            f"moved {_per_volume(own):.3g} nats per volume, brings {_share(own.precision, precision)} of the added "
+            f"precision for {_share(own.n_volumes, volumes)} of the volumes, agreement {agreement:.2f}"
+        )
+    return lines
+
+
 def warnings_about(influences: Mapping[str, Influence]) -> dict[str, list[str]]:
     """What is suspicious about each site, in plain words; sites without a warning are left out."""
     found: dict[str, list[str]] = {}
@@ -185,6 +201,10 @@ def _against_median(own: Influence, everyone: Sequence[Influence]) -> list[str]:
         if value > _LOUD * median and value > _HARMLESS:
             lines.append(text.format(value / median if median else math.inf))
     return lines
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole > 0 else "-"
 
 
 def _per_volume(own: Influence) -> float:

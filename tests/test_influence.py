@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dwc.base.errors import InputError
-from dwc.influence import Influence, limit_powers, measure, warnings_about
+from dwc.influence import Influence, limit_powers, measure, verdicts, warnings_about
 from dwc.posterior import Posterior
 from tests.made_posteriors import a_prior, a_site
 
@@ -100,3 +100,11 @@ def test_a_site_that_moves_against_the_others_is_named():
         influences[str(seed)] = measure(Posterior(mu, noise.sigma, base.metadata), PRIOR)
     assert warnings_about(influences)["4"] == ["its means move against those of the other sites"]
     assert {*warnings_about(influences)} == {"4"}
+
+
+def test_a_verdict_says_how_far_each_site_moved_and_what_it_brings_for_its_volumes():
+    found = {seed: measure(a_site(PRIOR, seed, n_volumes=1 + seed), PRIOR) for seed in range(3)}
+    lines = verdicts({str(seed): one for seed, one in found.items()})
+    share = found[1].precision / sum(one.precision for one in found.values())
+    assert f"moved {found[1].kl / 2:.3g} nats per volume, brings {share:.0%} of the added precision" in lines["1"]
+    assert "for 33% of the volumes, agreement " in lines["1"]

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from dwc.base.files import check_suffix  # here, so that help is quick
     from dwc.consolidation import Consolidation
-    from dwc.influence import limit_powers, measure
+    from dwc.influence import limit_powers, measure, verdicts
     from dwc.posterior import Posterior
     from dwc.signing import TrustedKeys
 
@@ -99,7 +99,10 @@ def main(arguments: Sequence[str]) -> None:
     posterior = consolidation.posterior(str(out))
     posterior.save(out)
     names = [str(path) for path in values.sites]
-    _warn(_verdicts(dict(zip(names, influences, strict=True)), dict(zip(names, powers, strict=True))))
+    judged = dict(zip(names, influences, strict=True))
+    for name, verdict in verdicts(judged).items():
+        print(printable(f"{name}: {verdict}"))
+    _warn(_doubts(judged, dict(zip(names, powers, strict=True))))
     _warn(f"{out}: {name}: fp32 rounds {n} means by over 0.1 sigma" for name, n in posterior.coarse().items())
     print(_table(consolidation.report()))
     print(
@@ -155,7 +158,7 @@ def _chooser(values: Namespace) -> "Callable[[Consolidation, Sequence[Path]], fl
     return choose
 
 
-def _verdicts(influences: "Mapping[str, Influence]", powers: Mapping[str, float]) -> Iterator[str]:
+def _doubts(influences: "Mapping[str, Influence]", powers: Mapping[str, float]) -> Iterator[str]:
     """What a person should look at before the result is used, one line each."""
     from dwc.influence import warnings_about
 
