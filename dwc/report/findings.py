@@ -59,7 +59,8 @@ def _against_the_ensemble(results: Results, claim: str, columns: list[str], *, l
         return Finding(claim, NOT_TESTED, missing)
     if not columns:
         return Finding(claim, NOT_TESTED, "The study has no unseen site.")
-    compared = [_compared(results, *results.of_kind("dwc", "ensemble"), column) for column in columns]
+    dwc, ensemble = results.of_kind("dwc", "ensemble")
+    compared = [_compared(results, dwc, ensemble, column) for column in columns]
     verdicts = {_by_interval(test, line) for test, _ in compared}
     verdict = next(each for each in (DOES_NOT_HOLD, NOT_TESTED, NOT_SHOWN, HOLDS) if each in verdicts)
     return Finding(claim, verdict, " ".join(sentence for _, sentence in compared))
