@@ -17,7 +17,7 @@ from torch import Tensor
 from dwc_kernels import winograd
 from dwc_kernels.noise import normal
 
-__all__ = ["forward", "grad_input", "grad_weight", "multiplies_bf16", "native", "output_layout"]
+__all__ = ["forward", "grad_bias", "grad_input", "grad_weight", "multiplies_bf16", "native", "output_layout"]
 
 Triple = tuple[int, int, int]
 
@@ -154,8 +154,13 @@ def grad_weight(
     padding: Triple,
     dilation: Triple,
     groups: int,
-) -> tuple[Tensor, Tensor]:
-    """dL/dmu = corr(x, g) and dL/dsigma = 2 sigma * corr(x^2, g * r), in the dtype of weight_sigma."""
+    *,
+    bias_sigma: Tensor | None = None,  # [F]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dL/dmu = corr(x, g) and dL/dsigma = 2 sigma * corr(x^2, g * r), in the dtype of weight_sigma, then `grad_bias`,
+    empty without ``bias_sigma``."""
+    empty = weight_sigma.new_empty(0)
+    biases = (empty, empty.clone()) if bias_sigma is None else grad_bias(g, r, bias_sigma)
     working, shape = _working_dtype(x.dtype, x.device), weight_sigma.shape
     g, r, h = (native(t.to(working)) for t in (g, r, x))
     wide = x.device.type == "cpu" and x.shape[1] * g.shape[1] >= _WIDE
@@ -169,7 +174,15 @@ def grad_weight(
         dmu = torch.nn.grad.conv3d_weight(h, shape, g, *geometry)
         dvar = torch.nn.grad.conv3d_weight(h.square(), shape, g * r, *geometry)
     dsigma = dvar.mul_(weight_sigma).mul_(2.0)
-    return dmu.to(weight_sigma.dtype).contiguous(), dsigma.to(weight_sigma.dtype).contiguous()
+    return dmu.to(weight_sigma.dtype).contiguous(), dsigma.to(weight_sigma.dtype).contiguous(), *biases
+
+
+def grad_bias(g: Tensor, r: Tensor, bias_sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/db_mu = sum g and dL/db_sigma = 2 b_sigma * sum g * r, both [F], in the dtype of bias_sigma."""
+    voxels, wide = (0, 2, 3, 4), torch.promote_types(g.dtype, torch.float32)
+    db_mu = g.sum(voxels, dtype=wide)
+    db_var = (g.to(wide) * r).sum(voxels)
+    return db_mu.to(bias_sigma.dtype), (2 * bias_sigma * db_var).to(bias_sigma.dtype)
 
 
 def _correlate_both(
