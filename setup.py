@@ -20,7 +20,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["dwc", "dwc.*", "dwc_kernels", "dwc_kernels.*"]),
-    package_data={"dwc.data": ["*.tsv"], "dwc.experiment": ["presets/*.yaml"], "dwc.report": ["*.html"]},
+    package_data={"dwc_kernels": ["py.typed"], "dwc.data": ["*.tsv"], "dwc.experiment": ["presets/*.yaml"], "dwc.report": ["*.html"]},
     install_requires=[
         "torch>=2.13",
         "numpy",

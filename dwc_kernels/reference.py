@@ -60,8 +60,9 @@ def forward(
     seed: Tensor,  # int64 scalar
     *,
     keep_r: bool = True,
+    transposed_size: Triple | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample the convolution.
+    """Sample the convolution, or with ``transposed_size``, the output's voxels, the transposed one.
 
     Returns
     -------
@@ -72,9 +73,16 @@ def forward(
     working = _working_dtype(x.dtype, x.device)
     h, mu, sigma = (native(t.to(working)) for t in (x, weight_mu, weight_sigma))
     b_mu, b_var = (None, None) if bias_mu is None else (bias_mu.to(working), bias_sigma.to(working).square())
-    y = _conv3d(h, mu, b_mu, stride, padding, dilation, groups)
-    # Direct: Winograd's differences could make a variance that is nearly 0 negative.
-    var = F.conv3d(h.square(), sigma.square(), b_var, stride, padding, dilation, groups)
+    if transposed_size:
+        shape = torch.Size((len(x), weight_mu.shape[1] * groups, *transposed_size))
+        y = _transposed(h, mu, shape, stride, padding, dilation, groups)
+        var = _transposed(h.square(), sigma.square(), shape, stride, padding, dilation, groups, differences=False)
+        if bias_mu is not None:
+            y, var = (t.add_(b.view(-1, 1, 1, 1)) for t, b in ((y, b_mu), (var, b_var)))
+    else:
+        y = _conv3d(h, mu, b_mu, stride, padding, dilation, groups)
+        # Direct: Winograd's differences could make a variance that is nearly 0 negative.
+        var = F.conv3d(h.square(), sigma.square(), b_var, stride, padding, dilation, groups)
     std = var.sqrt_()
     eps = normal(std, int(seed)).to(working)
     y.addcmul_(std, eps)
@@ -114,13 +122,20 @@ def grad_input(
     padding: Triple,
     dilation: Triple,
     groups: int,
+    *,
+    transposed: bool = False,
 ) -> Tensor:
-    """dL/dx = convT(g, mu) + 2 x * convT(g * r, sigma^2), in the dtype and layout of x."""
+    """dL/dx = convT(g, mu) + 2 x * convT(g * r, sigma^2), in the dtype and layout of x; conv for convT."""
     working = _working_dtype(x.dtype, x.device)
     g, r, h, mu, sigma = (native(t.to(working)) for t in (g, r, x, weight_mu, weight_sigma))
     geometry = (stride, padding, dilation, groups)
-    dvar = _transposed(g, sigma.square(), h.shape, *geometry, times=r)
-    dx = _transposed(g, mu, h.shape, *geometry).addcmul_(dvar, h, value=2.0)
+    if transposed:
+        dvar = _conv3d(g, sigma.square(), None, *geometry, times=r)
+        dx = _conv3d(g, mu, None, *geometry)
+    else:
+        dvar = _transposed(g, sigma.square(), h.shape, *geometry, times=r)
+        dx = _transposed(g, mu, h.shape, *geometry)
+    dx.addcmul_(dvar, h, value=2.0)
     return dx.to(x.dtype).contiguous(memory_format=output_layout(x))
 
 
@@ -133,8 +148,10 @@ def _transposed(
     dilation: Triple,
     groups: int,
     times: Tensor | None = None,
+    differences: bool = True,
 ) -> Tensor:
-    """The adjoint of conv3d(. , weight) applied to g, or to g * times."""
+    """The adjoint of conv3d(. , weight) applied to g, or to g * times; without ``differences`` no sum of terms >= 0 is
+    negative."""
     reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
     if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0:
         g = g if times is None else g * times
@@ -142,6 +159,8 @@ def _transposed(
     # At stride 1 the adjoint is a convolution with the mirrored filter, inputs and outputs exchanged within a group.
     per_group = weight.unflatten(0, (groups, -1))  # [groups, F / groups, C / groups, kD, kH, kW]
     mirrored = native(per_group.transpose(1, 2).flatten(0, 1).flip(2, 3, 4))
+    if not differences:
+        return F.conv3d(g, mirrored, None, stride, reach, dilation, groups)
     return _conv3d(g, mirrored, None, stride, reach, dilation, groups, times)
 
 
@@ -156,39 +175,74 @@ def grad_weight(
     groups: int,
     *,
     bias_sigma: Tensor | None = None,  # [F]
+    wants_mu: bool = True,
+    wants_sigma: bool = True,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dL/dmu = corr(x, g) and dL/dsigma = 2 sigma * corr(x^2, g * r), in the dtype of weight_sigma, then `grad_bias`,
-    empty without ``bias_sigma``."""
-    empty = weight_sigma.new_empty(0)
-    biases = (empty, empty.clone()) if bias_sigma is None else grad_bias(g, r, bias_sigma)
-    working, shape = _working_dtype(x.dtype, x.device), weight_sigma.shape
-    g, r, h = (native(t.to(working)) for t in (g, r, x))
+    """dL/dmu = corr(x, g) and dL/dsigma = 2 sigma * corr(x^2, g * r), in the dtype of weight_sigma, then `grad_bias`.
+
+    What is not wanted is empty, the gradients of the biases without ``bias_sigma``; r may be empty where no sigma's
+    gradient is wanted.
+    """
+    working, shape, geometry = (
+        _working_dtype(x.dtype, x.device),
+        weight_sigma.shape,
+        (stride, padding, dilation, groups),
+    )
+    dmu = dvar = db_mu = db_sigma = weight_sigma.new_empty(0)
+    if bias_sigma is not None:
+        db_mu, db_sigma = grad_bias(g, r, bias_sigma)
+    g, h = (native(t.to(working)) for t in (g, x))
+    r = native(r.to(working)) if wants_sigma else r
+    # A transposed convolution's input is the output of the convolution whose weight it has.
+    a, b, a_times, b_times = (g, h, r, h) if transposed else (h, g, h, r)
+    tiled = winograd.suits(a, shape, stride, padding, dilation)
     wide = x.device.type == "cpu" and x.shape[1] * g.shape[1] >= _WIDE
-    if winograd.suits(h, shape, stride, padding, dilation):
-        dmu = winograd.correlate(h, g, padding, dilation)
-        dvar = winograd.correlate(h, g, padding, dilation, x_times=h, g_times=r)
-    elif wide and stride == (1, 1, 1) and groups == 1:
-        dmu, dvar = _correlate_both(g, r, h, shape, padding, dilation)
+    if wants_mu and wants_sigma and wide and not tiled and stride == (1, 1, 1) and groups == 1:
+        dmu, dvar = _correlate_both(a, b, a_times, b_times, shape, padding, dilation)
     else:
-        geometry = (stride, padding, dilation, groups)
-        dmu = torch.nn.grad.conv3d_weight(h, shape, g, *geometry)
-        dvar = torch.nn.grad.conv3d_weight(h.square(), shape, g * r, *geometry)
-    dsigma = dvar.mul_(weight_sigma).mul_(2.0)
-    return dmu.to(weight_sigma.dtype).contiguous(), dsigma.to(weight_sigma.dtype).contiguous(), *biases
+        dmu = _correlate(tiled, a, None, b, None, shape, *geometry) if wants_mu else dmu
+        dvar = _correlate(tiled, a, a_times, b, b_times, shape, *geometry) if wants_sigma else dvar
+    dsigma = dvar.mul_(weight_sigma).mul_(2.0) if wants_sigma else dvar
+    biased = bias_sigma is not None
+    wanted = ((dmu, wants_mu), (dsigma, wants_sigma), (db_mu, wants_mu and biased), (db_sigma, wants_sigma and biased))
+    return tuple(t.to(weight_sigma.dtype).contiguous() if want else weight_sigma.new_empty(0) for t, want in wanted)
 
 
 def grad_bias(g: Tensor, r: Tensor, bias_sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """dL/db_mu = sum g and dL/db_sigma = 2 b_sigma * sum g * r, both [F], in the dtype of bias_sigma."""
+    """dL/db_mu = sum g and dL/db_sigma = 2 b_sigma * sum g * r, both [F], in the dtype of bias_sigma.
+
+    The latter is 0 where r is empty because nobody wants it.
+    """
     voxels, wide = (0, 2, 3, 4), torch.promote_types(g.dtype, torch.float32)
     db_mu = g.sum(voxels, dtype=wide)
-    db_var = (g.to(wide) * r).sum(voxels)
+    db_var = (g.to(wide) * r).sum(voxels) if r.numel() else torch.zeros_like(db_mu)
     return db_mu.to(bias_sigma.dtype), (2 * bias_sigma * db_var).to(bias_sigma.dtype)
 
 
+def _correlate(
+    tiled: bool,  # whether `winograd` suits
+    a: Tensor,
+    a_times: Tensor | None,
+    b: Tensor,
+    b_times: Tensor | None,
+    shape: torch.Size,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+) -> Tensor:
+    """The weight gradient of a convolution of a * a_times, with b * b_times the gradient of its output."""
+    if tiled:
+        return winograd.correlate(a, b, padding, dilation, a_times, b_times)
+    a, b = (t if times is None else t * times for t, times in ((a, a_times), (b, b_times)))
+    return torch.nn.grad.conv3d_weight(a, shape, b, stride, padding, dilation, groups)
+
+
 def _correlate_both(
-    g: Tensor, r: Tensor, x: Tensor, shape: torch.Size, padding: Triple, dilation: Triple
+    x: Tensor, g: Tensor, x_times: Tensor, g_times: Tensor, shape: torch.Size, padding: Triple, dilation: Triple
 ) -> tuple[Tensor, Tensor]:
-    """corr(x, g) and corr(x^2, g * r) at stride 1 without groups, as batched matrix products over rows of voxels.
+    """Both of `_correlate`'s sums at stride 1 without groups, as batched matrix products over rows of voxels.
 
     Rows are padded with zeros along W to one pitch, so a tap's shift along W is a shift of the row index; shifts along
     D and H select planes and lines, and those that fall outside the volume are never multiplied.
@@ -206,9 +260,9 @@ def _correlate_both(
     total = torch.zeros(kd, kh, kw, 2, c, n_filters, dtype=wide, device=x.device)
     for sample in range(n):
         a_lines[0] = x[sample].permute(1, 2, 3, 0)
-        torch.square(a_lines[0], out=a_lines[1])
+        torch.mul(a_lines[0], x_times[sample].permute(1, 2, 3, 0), out=a_lines[1])
         b[0, ..., : out_size[2], :] = g[sample].permute(1, 2, 3, 0)
-        torch.mul(b[0, ..., : out_size[2], :], r[sample].permute(1, 2, 3, 0), out=b[1, ..., : out_size[2], :])
+        torch.mul(b[0, ..., : out_size[2], :], g_times[sample].permute(1, 2, 3, 0), out=b[1, ..., : out_size[2], :])
         for i in range(kd):
             for j in range(kh):
                 dz, dy = i * dd - pd, j * dh - ph
