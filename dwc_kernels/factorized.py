@@ -65,7 +65,7 @@ class FFGModule(nn.Module):
         self._rank_key = 0  # set by network.seed_noise
         for name, like in (("weight", plain.weight), ("bias", plain.bias)):
             for parameter in ("mu", "rho"):
-                value = None if like is None else nn.Parameter(torch.empty_like(like, device=device))
+                value = None if like is None else nn.Parameter(torch.empty(like.shape, dtype=like.dtype, device=device))
                 self.register_parameter(f"{name}_{parameter}", value)
             for moment in ("mu", "sigma"):
                 scalar = None if like is None else torch.empty((), dtype=like.dtype, device=device)

@@ -112,8 +112,8 @@ def ffg_conv_transpose3d(
 ) -> Tensor:
     """Sample a transposed 3D convolution: `ffg_conv3d` with the arguments of `torch.nn.functional.conv_transpose3d`.
 
-    Weights are [C, F / groups, kD, kH, kW]. At stride 1 without groups it runs as the convolution with the mirrored
-    weights, and so on the kernels where there are some; at other strides on the reference.
+    Weights are [C, F / groups, kD, kH, kW]. At stride 1 it runs as the convolution with the mirrored weights, and so on
+    the kernels where there are some; at other strides on the reference.
     """
     input, weight_mu, weight_sigma, bias_mu, bias_sigma = _autocast(input, weight_mu, weight_sigma, bias_mu, bias_sigma)
     stride, padding, dilation = (
@@ -135,22 +135,38 @@ def ffg_conv_transpose3d(
     size = transposed_output_size(batched.shape[2:], kernel, stride, padding, dilation, output_padding)
     if min(size) < 1:
         raise ValueError(f"padding {padding} leaves nothing of the output, {size} voxels")
-    reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True))
-    if stride == (1, 1, 1) and groups == 1 and output_padding == (0, 0, 0) and min(reach) >= 0:
-        mirrored = (w.transpose(0, 1).flip(2, 3, 4) for w in (weight_mu, weight_sigma))
-        y = ffg_conv3d(batched, *mirrored, bias_mu, bias_sigma, 1, reach, dilation, seed=seed, backend=backend)
-    elif (
-        choose_backend("reference" if backend == "auto" else backend, batched, weight_mu, size, stride, groups)
-        != "reference"
-    ):
-        raise ValueError("backend='triton' cannot run a transposed convolution with strides or groups; use 'auto'")
+    if stride == (1, 1, 1):
+        padded, reach = _mirrored_padding(batched, kernel, padding, dilation, output_padding)
+        mirrored = (_mirrored(w, groups) for w in (weight_mu, weight_sigma))
+        y = ffg_conv3d(padded, *mirrored, bias_mu, bias_sigma, 1, reach, dilation, groups, seed=seed, backend=backend)
     else:
+        if any(o >= s for o, s in zip(output_padding, stride, strict=True)):
+            raise ValueError(f"output_padding must be smaller than the strides {stride}, got {output_padding}")
+        if backend == "triton":
+            raise ValueError("backend='triton' cannot run a transposed convolution with strides; use 'auto'")
+        choose_backend(backend, batched, weight_mu, size, stride, groups)
         arguments = (batched, weight_mu, weight_sigma, bias_mu, bias_sigma)
         y = op.sample(
             *arguments, stride, padding, dilation, groups, _seed_tensor(seed, input.device),
             "reference", _keeps_r(*arguments), size,
         )  # fmt: skip
     return y if input.dim() == 5 else y.squeeze(0)
+
+
+def _mirrored(weight: Tensor, groups: int) -> Tensor:
+    """[C, F / groups, ...] -> [F, C / groups, ...]: a transposed convolution at stride 1 is a convolution with it."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3, 4)
+
+
+def _mirrored_padding(
+    x: Tensor, kernel: Triple, padding: Triple, dilation: Triple, output_padding: Triple
+) -> tuple[Tensor, Triple]:
+    """The input and padding of the mirrored convolution; what is lopsided is added to the input, or cut off it."""
+    reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True))
+    if min(reach) >= 0 and not any(output_padding):
+        return x, reach
+    sides = [(r, r + o) for r, o in zip(reach, output_padding, strict=True)]
+    return F.pad(x, [side for front, behind in reversed(sides) for side in (front, behind)]), (0, 0, 0)
 
 
 def ffg_linear(

@@ -62,7 +62,7 @@ def forward(
     keep_r: bool = True,
     transposed_size: Triple | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample the convolution, or with ``transposed_size``, the output's voxels, the transposed one.
+    """Sample the convolution, or with ``transposed_size``, the output's voxels, the transposed one with strides.
 
     Returns
     -------
@@ -76,7 +76,7 @@ def forward(
     if transposed_size:
         shape = torch.Size((len(x), weight_mu.shape[1] * groups, *transposed_size))
         y = _transposed(h, mu, shape, stride, padding, dilation, groups)
-        var = _transposed(h.square(), sigma.square(), shape, stride, padding, dilation, groups, differences=False)
+        var = _transposed(h.square(), sigma.square(), shape, stride, padding, dilation, groups)
         if bias_mu is not None:
             y, var = (t.add_(b.view(-1, 1, 1, 1)) for t, b in ((y, b_mu), (var, b_var)))
     else:
@@ -148,10 +148,8 @@ def _transposed(
     dilation: Triple,
     groups: int,
     times: Tensor | None = None,
-    differences: bool = True,
 ) -> Tensor:
-    """The adjoint of conv3d(. , weight) applied to g, or to g * times; without ``differences`` no sum of terms >= 0 is
-    negative."""
+    """The adjoint of conv3d(. , weight) applied to g, or to g * times."""
     reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
     if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0:
         g = g if times is None else g * times
@@ -159,8 +157,6 @@ def _transposed(
     # At stride 1 the adjoint is a convolution with the mirrored filter, inputs and outputs exchanged within a group.
     per_group = weight.unflatten(0, (groups, -1))  # [groups, F / groups, C / groups, kD, kH, kW]
     mirrored = native(per_group.transpose(1, 2).flatten(0, 1).flip(2, 3, 4))
-    if not differences:
-        return F.conv3d(g, mirrored, None, stride, reach, dilation, groups)
     return _conv3d(g, mirrored, None, stride, reach, dilation, groups, times)
 
 
