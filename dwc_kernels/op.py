@@ -16,7 +16,7 @@ from torch.library import CustomOpDef, custom_op
 from dwc_kernels import reference
 from dwc_kernels.flops import count_when_asked
 from dwc_kernels.geometry import Triple, output_size
-from dwc_kernels.reference import native, output_layout
+from dwc_kernels.reference import native, output_layout, weight_bound
 
 __all__ = ["ffg_conv3d", "sample", "transforming"]
 
@@ -208,7 +208,8 @@ def _backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     # Under vmap and under autograd's batched gradients tensors have no layout.
     unlaid = transforming() or torch._C._functorch.is_legacy_batchedtensor(g)
     layout = None if unlaid else output_layout(x)
-    if layout and ctx.backend == "reference" and (wants_x or any(wants_weights)):  # once for both gradients
+    bound = weight_bound(x, weight_mu, tuple(ctx.geometry[2]), g.numel())
+    if layout and not bound and ctx.backend == "reference" and (wants_x or any(wants_weights)):  # once for both
         g, x = native(g), native(x)
     if wants_x:
         dx = _once(ffg_conv3d_grad_input, g, r, x, weight_mu, weight_sigma, *ctx.geometry, ctx.backend, ctx.transposed)

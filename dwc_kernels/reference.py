@@ -10,16 +10,26 @@ filter (PyTorch's own dilated backward can be several times slower), and the wei
 that skip taps outside the volume. Wide 3x3x3 layers in fp32 take `winograd`'s shorter sums for all but the variance.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dwc_kernels import winograd
+from dwc_kernels.geometry import Triple, output_size
 from dwc_kernels.noise import normal
 
-__all__ = ["forward", "grad_bias", "grad_input", "grad_weight", "multiplies_bf16", "native", "output_layout"]
-
-Triple = tuple[int, int, int]
+__all__ = [
+    "forward",
+    "grad_bias",
+    "grad_input",
+    "grad_weight",
+    "multiplies_bf16",
+    "native",
+    "output_layout",
+    "weight_bound",
+]
 
 # From how many products of input and output channels a tap's matrix product outruns PyTorch's own weight gradient.
 _WIDE = 64 * 64
@@ -40,6 +50,16 @@ def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def native(x: Tensor) -> Tensor:
     """The layout that convolves fastest on the CPU; elsewhere as it is."""
     return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
+
+
+def weight_bound(x: Tensor, weight: Tensor, dilation: Triple, n_outputs: int) -> bool:
+    """Whether there are more weights than voxels, on the CPU: PyTorch's plain convolutions then win, for every copy of
+    the weights, mirrored or in another layout, costs as much as they do."""
+    return x.device.type == "cpu" and dilation == (1, 1, 1) and weight.numel() >= x.numel() + n_outputs
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.contiguous()
 
 
 def output_layout(x: Tensor) -> torch.memory_format:
@@ -71,10 +91,14 @@ def forward(
         the backward needs next to x; r is always channels_last_3d, and empty without ``keep_r``.
     """
     working = _working_dtype(x.dtype, x.device)
-    h, mu, sigma = (native(t.to(working)) for t in (x, weight_mu, weight_sigma))
+    size = transposed_size or output_size(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
+    n_filters = weight_mu.shape[1] * groups if transposed_size else len(weight_mu)
+    bound = weight_bound(x, weight_mu, dilation, len(x) * n_filters * prod(size))
+    laid_out = _plain if bound else native
+    h, mu, sigma = (laid_out(t.to(working)) for t in (x, weight_mu, weight_sigma))
     b_mu, b_var = (None, None) if bias_mu is None else (bias_mu.to(working), bias_sigma.to(working).square())
     if transposed_size:
-        shape = torch.Size((len(x), weight_mu.shape[1] * groups, *transposed_size))
+        shape = torch.Size((len(x), n_filters, *size))
         y = _transposed(h, mu, shape, stride, padding, dilation, groups)
         var = _transposed(h.square(), sigma.square(), shape, stride, padding, dilation, groups)
         if bias_mu is not None:
@@ -84,7 +108,7 @@ def forward(
         # Direct: Winograd's differences could make a variance that is nearly 0 negative.
         var = F.conv3d(h.square(), sigma.square(), b_var, stride, padding, dilation, groups)
     std = var.sqrt_()
-    eps = normal(std, int(seed)).to(working)
+    eps = normal(std, seed).to(working)
     y.addcmul_(std, eps)
     y = y.to(x.dtype).contiguous(memory_format=output_layout(x))
     if not keep_r:  # no backward will follow
@@ -127,7 +151,9 @@ def grad_input(
 ) -> Tensor:
     """dL/dx = convT(g, mu) + 2 x * convT(g * r, sigma^2), in the dtype and layout of x; conv for convT."""
     working = _working_dtype(x.dtype, x.device)
-    g, r, h, mu, sigma = (native(t.to(working)) for t in (g, r, x, weight_mu, weight_sigma))
+    bound = weight_bound(x, weight_mu, dilation, g.numel())
+    laid_out = _plain if bound else native
+    g, r, h, mu, sigma = (laid_out(t.to(working)) for t in (g, r, x, weight_mu, weight_sigma))
     geometry = (stride, padding, dilation, groups)
     if transposed:
         dvar = _conv3d(g, sigma.square(), None, *geometry, times=r)
@@ -151,9 +177,10 @@ def _transposed(
 ) -> Tensor:
     """The adjoint of conv3d(. , weight) applied to g, or to g * times."""
     reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
-    if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0:
+    bound = weight_bound(g, weight, dilation, prod(shape))
+    if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0 or bound:
         g = g if times is None else g * times
-        return torch.nn.grad.conv3d_input(shape, weight, g, stride, padding, dilation, groups)
+        return _derivative(0, g, _placeholder(shape, g), weight, stride, padding, dilation, groups)
     # At stride 1 the adjoint is a convolution with the mirrored filter, inputs and outputs exchanged within a group.
     per_group = weight.unflatten(0, (groups, -1))  # [groups, F / groups, C / groups, kD, kH, kW]
     mirrored = native(per_group.transpose(1, 2).flatten(0, 1).flip(2, 3, 4))
@@ -188,12 +215,14 @@ def grad_weight(
     dmu = dvar = db_mu = db_sigma = weight_sigma.new_empty(0)
     if bias_sigma is not None:
         db_mu, db_sigma = grad_bias(g, r, bias_sigma)
-    g, h = (native(t.to(working)) for t in (g, x))
-    r = native(r.to(working)) if wants_sigma else r
+    bound = weight_bound(x, weight_sigma, dilation, g.numel())
+    laid_out = _plain if bound else native
+    g, h = (laid_out(t.to(working)) for t in (g, x))
+    r = laid_out(r.to(working)) if wants_sigma else r
     # A transposed convolution's input is the output of the convolution whose weight it has.
     a, b, a_times, b_times = (g, h, r, h) if transposed else (h, g, h, r)
     tiled = winograd.suits(a, shape, stride, padding, dilation)
-    wide = x.device.type == "cpu" and x.shape[1] * g.shape[1] >= _WIDE
+    wide = x.device.type == "cpu" and not bound and x.shape[1] * g.shape[1] >= _WIDE
     if wants_mu and wants_sigma and wide and not tiled and stride == (1, 1, 1) and groups == 1:
         dmu, dvar = _correlate_both(a, b, a_times, b_times, shape, padding, dilation)
     else:
@@ -232,7 +261,32 @@ def _correlate(
     if tiled:
         return winograd.correlate(a, b, padding, dilation, a_times, b_times)
     a, b = (t if times is None else t * times for t, times in ((a, a_times), (b, b_times)))
-    return torch.nn.grad.conv3d_weight(a, shape, b, stride, padding, dilation, groups)
+    return _derivative(1, b, a, _placeholder(shape, a), stride, padding, dilation, groups)
+
+
+def _placeholder(shape: torch.Size, like: Tensor) -> Tensor:
+    """A tensor of which only the shape will be read, in the layout of another."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=output_layout(like))
+
+
+def _derivative(
+    which: int,  # 0: by the input, 1: by the weight
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+) -> Tensor:
+    """PyTorch's own derivative of a convolution.
+
+    `torch.nn.grad` would stand an expanded number in for the tensor that it does not read, which passes for
+    channels_last and can make the call an order of magnitude slower.
+    """
+    mask = [which == 0, which == 1, False]
+    geometry = (stride, padding, dilation, False, (0, 0, 0), groups)
+    return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, mask)[which]
 
 
 def _correlate_both(
