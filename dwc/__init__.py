@@ -18,25 +18,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dwc.base.errors import InputError, Interrupted
     from dwc.consolidation import Consolidation, consolidate
+    from dwc.evaluation import Evaluation, evaluate
     from dwc.meshnet import MeshNet
     from dwc.posterior import Posterior
+    from dwc.prediction_settings import PredictionSettings
+    from dwc.segmentation import Segmentation, predict
     from dwc.training.loop import train_network
     from dwc.training.settings import TrainSettings
 
 _HOME = {
     "Consolidation": "dwc.consolidation",
+    "Evaluation": "dwc.evaluation",
     "InputError": "dwc.base.errors",
     "Interrupted": "dwc.base.errors",
     "MeshNet": "dwc.meshnet",
     "Posterior": "dwc.posterior",
+    "PredictionSettings": "dwc.prediction_settings",
+    "Segmentation": "dwc.segmentation",
     "TrainSettings": "dwc.training.settings",
     "consolidate": "dwc.consolidation",
+    "evaluate": "dwc.evaluation",
+    "predict": "dwc.segmentation",
     "train_network": "dwc.training.loop",
 }
 
 __all__ = [
-    "Consolidation", "InputError", "Interrupted", "MeshNet", "Posterior", "TrainSettings", "__version__", "consolidate",
-    "train_network",
+    "Consolidation", "Evaluation", "InputError", "Interrupted", "MeshNet", "Posterior", "PredictionSettings",
+    "Segmentation", "TrainSettings", "__version__", "consolidate", "evaluate", "predict", "train_network",
 ]  # fmt: skip
 
 

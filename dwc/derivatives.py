@@ -20,12 +20,14 @@ from dwc.base.files import write_whole
 from dwc.data.conform import to_native
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
+from dwc.data.paths import check_printable, existing_file, unreadable
+from dwc.data.reading import ScanFile, open_scan
 from dwc.metrics.confusion import volumes
 from dwc.prediction import Prediction
 
-__all__ = ["Derivatives", "find_scan", "name_derivatives", "write_derivatives"]
+__all__ = ["Derivatives", "find_scan", "name_derivatives", "native_labels", "write_derivatives"]
 
-_EXTENSIONS = (".nii.gz", ".nii", ".mgz", ".mgh", ".img", ".hdr")
+_EXTENSIONS = (".nii.gz", ".nii", ".mgz", ".mgh", ".img.gz", ".img", ".hdr.gz", ".hdr")
 _GEOMETRY = (
     "pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
     "sform_code", "srow_x", "srow_y", "srow_z",
@@ -67,10 +69,15 @@ def find_scan(path: str | Path) -> Path:
         If there is no such file.
     """
     path = Path(path)
-    for candidate in (path, *(path.with_name(path.name + extension) for extension in _EXTENSIONS[:3])):
-        if candidate.is_file():
-            return candidate
-    what = "is a folder; give scans" if path.is_dir() else f"no such file, also not with {', '.join(_EXTENSIONS[:3])}"
+    check_printable(str(path))
+    try:
+        for candidate in (path, *(path.with_name(path.name + extension) for extension in _EXTENSIONS[:3])):
+            if candidate.is_file() or candidate.is_symlink():
+                return existing_file(candidate)
+        is_folder = path.is_dir()
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    what = "is a folder; give scans" if is_folder else f"no such file, also not with {', '.join(_EXTENSIONS[:3])}"
     raise InputError(f"{path}: {what}; check the path")
 
 
@@ -86,12 +93,12 @@ def name_derivatives(scans: Sequence[Path], out: Path, *, overwrite: bool = Fals
     stem, count = Counter(stems).most_common(1)[0]
     if count > 1:
         names = ", ".join(str(scan) for scan, theirs in zip(scans, stems, strict=True) if theirs == stem)
-        raise InputError(f"{names}: would all be written as {out / stem}_dseg.nii.gz; give each its own --out")
+        raise InputError(f"{names}: would all be written as {out / stem}_dseg.nii.gz; give each its own `out`")
     suffixes = ("dseg.nii.gz", "dseg.tsv", "entropy.nii.gz", "volumes.tsv", "overlay.png")
     derivatives = [Derivatives(*(out / f"{stem}_{suffix}" for suffix in suffixes)) for stem in stems]
     for path in (path for files in derivatives for path in astuple(files)):
         if path.exists() and not overwrite:
-            raise InputError(f"{path}: exists already; give another --out, or --overwrite true to replace it")
+            raise InputError(f"{path}: exists already; give another `out`, or `overwrite` to replace it")
     return derivatives
 
 
@@ -122,17 +129,28 @@ def write_derivatives(
         If a file cannot be written.
     """
     classes = to_native(prediction.labels, scan, grid, order=0)
-    ids = label_map.to_ids(np.arange(label_map.n_classes))
-    kind = np.int16 if ids.max() <= np.iinfo(np.int16).max else np.int32
-    source = nib.load(scan)
+    ids = _ids(label_map)
+    source = open_scan(scan)
     voxel_volume = abs(np.linalg.det(source.affine[:3, :3]))
     mm3 = volumes(classes, label_map.n_classes, voxel_volume).numpy()
-    write_whole(files.entropy, _nifti(to_native(prediction.entropy, scan, grid, order=1), source))
-    write_whole(files.labels, _nifti(ids.astype(kind)[classes], source))
+    write_whole(files.entropy, _compressed(_nifti(to_native(prediction.entropy, scan, grid, order=1), source)))
+    write_whole(files.labels, _compressed(_nifti(ids[classes], source)))
     write_whole(files.table, _tsv(("index", "name"), zip(ids, label_map.names, strict=True)))
     rows = zip(ids, label_map.names, (f"{volume:.3f}" for volume in mm3), _spread(prediction, grid), strict=True)
     write_whole(files.volumes, _tsv(("index", "name", "volume_mm3", "sd_mm3"), rows))
     return mm3
+
+
+def native_labels(prediction: Prediction, scan: Path, label_map: LabelMap, grid: Grid) -> nib.Nifti1Image:
+    """The label ids of a prediction on the scan's own grid."""
+    classes = to_native(prediction.labels, scan, grid, order=0)
+    return _nifti(_ids(label_map)[classes], open_scan(scan))
+
+
+def _ids(label_map: LabelMap) -> np.ndarray:
+    """The label id of each class, in the narrowest type that a NIfTI reader expects of labels."""
+    ids = label_map.to_ids(np.arange(label_map.n_classes))
+    return ids.astype(np.int16 if ids.max() <= np.iinfo(np.int16).max else np.int32)
 
 
 def _spread(prediction: Prediction, grid: Grid) -> list[str]:
@@ -144,20 +162,26 @@ def _spread(prediction: Prediction, grid: Grid) -> list[str]:
 
 
 def _stem(scan: Path) -> str:
-    extension = next((end for end in _EXTENSIONS if scan.name.endswith(end)), scan.suffix)
-    return scan.name.removesuffix(extension).removesuffix("_T1w")
+    extension = next((end for end in _EXTENSIONS if scan.name.lower().endswith(end)), scan.suffix)
+    return scan.name[: len(scan.name) - len(extension)].removesuffix("_T1w")
 
 
-def _nifti(voxels: np.ndarray, source: nib.spatialimages.SpatialImage) -> bytes:
-    """A compressed NIfTI of voxels on the grid of `source`: its geometry bit for bit, no more of its header."""
-    kind = nib.Nifti2Image if isinstance(source.header, nib.Nifti2Header) else nib.Nifti1Image
-    image = kind(voxels, source.affine, dtype=voxels.dtype)
-    if isinstance(source.header, nib.Nifti1Header):  # the base of NIfTI-2's, too
+def _nifti(voxels: np.ndarray, source: ScanFile) -> nib.Nifti1Image:
+    """A NIfTI of voxels on the grid of `source`: its geometry bit for bit, no more of its header."""
+    header = source.header
+    affine = header.get_best_affine()  # in the header's own unit
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    image = kind(voxels, affine, dtype=voxels.dtype)
+    if isinstance(header, nib.Nifti1Header):  # the base of NIfTI-2's, too
         for field in _GEOMETRY:
-            image.header[field] = source.header[field]
+            image.header[field] = header[field]
     else:
-        image.set_qform(source.affine, code=1)
-        image.set_sform(source.affine, code=1)
+        image.set_qform(affine, code=1)
+        image.set_sform(affine, code=1)
+    return image
+
+
+def _compressed(image: nib.Nifti1Image) -> bytes:
     return gzip.compress(image.to_bytes(), compresslevel=5, mtime=0)  # no date: the same result has the same bytes
 
 

@@ -4,7 +4,9 @@ Volumes are scored on the networks' conformed grid, where they were trained, and
 The counting is `metrics`'; which scans a network has never seen is decided here.
 """
 
+import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +16,27 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from dwc.base.devices import choose_device
 from dwc.base.errors import InputError
+from dwc.base.files import open_folder, write_whole
+from dwc.data.cache import prepare
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
-from dwc.data.manifest import Scan, has_split_column, read_manifest
+from dwc.data.manifest import Scan, has_split_column, labelled, read_manifest
 from dwc.meshnet import MeshNet
 from dwc.metrics.calibration import CalibrationCounts
 from dwc.metrics.confusion import confusion_matrix, dice, mean_dice
 from dwc.posterior import Posterior
-from dwc.prediction import predict_volume
+from dwc.prediction import Ensemble, load_networks, predict_volume
+from dwc.prediction_settings import PredictionSettings
 
-__all__ = ["Score", "calibration", "per_class", "per_site", "per_volume", "scans_to_score", "score_volumes", "summary"]
+__all__ = [
+    "RESULTS", "Evaluation", "Score", "calibration", "evaluate", "per_class", "per_site", "per_volume",
+    "scans_to_score", "score_volumes", "summary",
+]  # fmt: skip
 
+RESULTS = ("per_class.csv", "per_volume.csv", "per_site.csv", "summary.json")
 _MEANS = {"dice": False, "dice_with_background": True}
 
 
@@ -47,6 +57,87 @@ class Score:
     scan: Scan
     confusion: Tensor
     calibration: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of networks on a manifest.
+
+    Attributes
+    ----------
+    per_class, per_volume, per_site : DataFrame
+        See the functions of these names.
+    summary : dict
+        The networks, what they were scored on, and the means, see `summary`; JSON.
+    """
+
+    per_class: pd.DataFrame
+    per_volume: pd.DataFrame
+    per_site: pd.DataFrame
+    summary: dict[str, Any]
+
+    def write(self, out: Path) -> None:
+        """Write `RESULTS` into a folder."""
+        open_folder(out)
+        tables = (self.per_class, self.per_volume, self.per_site)
+        contents = [table.to_csv(index=False, float_format="%.6g") for table in tables]
+        for name, content in zip(RESULTS, [*contents, json.dumps(self.summary, indent=2)], strict=True):
+            write_whole(out / name, content.encode())
+
+
+def evaluate(
+    network: str | Path | Posterior | Ensemble | Sequence[str | Path | Posterior],
+    data: str | Path,
+    settings: PredictionSettings | None = None,
+    *,
+    split: str = "test",
+    split_seed: int | None = None,
+    test_fraction: float | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Score networks on the scans of a manifest that they have not been trained on.
+
+    Parameters
+    ----------
+    network
+        A posterior or its file, several for an ensemble, or what `load_networks` has read.
+    data : path
+        Manifest or BIDS folder, with labels.
+    settings : PredictionSettings, optional
+        Samples, seed, device, precision, memory.
+    split, split_seed, test_fraction
+        Which scans, see `scans_to_score`.
+    cache_dir : path, optional
+        Folder of conformed scans; a temporary one by default.
+    progress : bool
+        Show progress bars.
+    """
+    settings = settings or PredictionSettings()
+    device = choose_device(settings.device)
+    ensemble = network if isinstance(network, Ensemble) else load_networks(network, settings.label_map)
+    scans = scans_to_score(
+        Path(data), ensemble.posteriors, split=split, split_seed=split_seed, test_fraction=test_fraction
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        volumes = prepare(scans, ensemble.label_map, ensemble.grid, cache_dir or temporary, progress=progress)
+        scores = score_volumes(
+            ensemble.networks, volumes, n_samples=settings.n_samples, seed=settings.seed, device=device,
+            precision=settings.precision, progress=progress, memory_limit=settings.memory_limit,
+        )  # fmt: skip
+    about = {
+        "networks": [{"file": str(posterior.name), "sha256": posterior.sha256} for posterior in ensemble.posteriors],
+        "data": str(data),
+        "split": split,
+        "n_samples": settings.n_samples,
+        "seed": settings.seed,
+    }
+    return Evaluation(
+        per_class(scores, ensemble.label_map, ensemble.grid),
+        per_volume(scores),
+        per_site(scores, ensemble.label_map, ensemble.grid),
+        {**about, **summary(scores)},
+    )
 
 
 def scans_to_score(
@@ -87,7 +178,7 @@ def scans_to_score(
         if split_is_open and not training:
             raise InputError(
                 f"{posterior.name}: does not tell the split that it was trained on, as consolidated networks do not; "
-                f"give {manifest} a split column, or --split_seed and --test_fraction as its sites had them"
+                f"give {manifest} a split column, or `split_seed` and `test_fraction` as its sites had them"
             )
         seed = training.get("seed", 0) if split_seed is None else split_seed
         fraction = training.get("test_fraction", 0.1) if test_fraction is None else test_fraction
@@ -100,11 +191,8 @@ def scans_to_score(
                 f"{manifest}: {name} was trained on another split of it than {first}; give the manifest a split column"
             )
     if not scans:
-        raise InputError(f"{manifest}: has no scan to {split} on; set split to {split} for some, or give --split all")
-    for scan in scans:
-        if scan.label is None:
-            raise InputError(f"{manifest}: {scan.image} has no label; scores need one, name it or leave the scan out")
-    return scans
+        raise InputError(f"{manifest}: has no scan to {split} on; set split to {split} for some, or give `split` all")
+    return labelled(scans, manifest, "scores need one, name it or leave the scan out")
 
 
 def score_volumes(
@@ -115,6 +203,7 @@ def score_volumes(
     seed: int = 0,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
+    memory_limit: float | None = None,
     progress: bool = True,
 ) -> list[Score]:
     """Predict each volume of prepared scans and compare it with its labels; arguments as `predict_volume`'s."""
@@ -123,6 +212,7 @@ def score_volumes(
         image, truth = data.volume(v)
         prediction = predict_volume(
             networks, image, n_samples=n_samples, seed=seed, device=device, precision=precision,
+            memory_limit=memory_limit,
             progress=f"{scan.subject} ({v + 1} of {data.n_volumes})" if progress else None,
         )  # fmt: skip
         counts = CalibrationCounts(data.label_map.n_classes)

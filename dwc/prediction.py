@@ -77,13 +77,15 @@ class Ensemble:
     grid: Grid
 
 
-def load_networks(paths: Sequence[str | Path], label_map: str | None = None) -> Ensemble:
+def load_networks(
+    networks: str | Path | Posterior | Sequence[str | Path | Posterior], label_map: str | None = None
+) -> Ensemble:
     """Read networks and check that they can predict together.
 
     Parameters
     ----------
-    paths : sequence of path
-        Files of `dwc train` or `dwc consolidate`; widths and dilations may differ, MAP and Bayesian may mix.
+    networks : path, Posterior, or sequence of them
+        Of `dwc train` or `dwc consolidate`; widths and dilations may differ, MAP and Bayesian may mix.
     label_map : str, optional
         The TSV that the networks were trained on, where it is not shipped with dwc.
 
@@ -93,12 +95,13 @@ def load_networks(paths: Sequence[str | Path], label_map: str | None = None) -> 
         If a file is no such network, a label map is not at hand or not the one trained on, or networks differ in label
         map or preprocessing; names the files.
     """
-    if not paths:
-        raise InputError("no network: give --network posterior.safetensors, several for an ensemble")
-    posteriors = tuple(Posterior.load(path) for path in paths)
-    networks = tuple(MeshNet.from_posterior(posterior) for posterior in posteriors)
+    given = [networks] if isinstance(networks, str | Path | Posterior) else networks
+    if not given:
+        raise InputError("no `network`: give a posterior.safetensors, several for an ensemble")
+    posteriors = tuple(item if isinstance(item, Posterior) else Posterior.load(item) for item in given)
+    members = tuple(MeshNet.from_posterior(posterior) for posterior in posteriors)
     first, classes, grid = posteriors[0], _label_map(posteriors[0], label_map), _grid(posteriors[0])
-    for position, (posterior, network) in enumerate(zip(posteriors, networks, strict=True)):
+    for position, (posterior, network) in enumerate(zip(posteriors, members, strict=True)):
         for key in ("label_map", "preprocessing"):
             if posterior.shared(key) != first.shared(key):
                 theirs, ours = posterior.metadata.get(key), first.metadata[key]
@@ -114,7 +117,7 @@ def load_networks(paths: Sequence[str | Path], label_map: str | None = None) -> 
         for twin in posteriors[:position]:
             if twin.sha256 == posterior.sha256:
                 raise InputError(f"{posterior.name}: is the same network as {twin.name}; give each network once")
-    return Ensemble(posteriors, networks, classes, grid)
+    return Ensemble(posteriors, members, classes, grid)
 
 
 def predict_volume(
@@ -231,12 +234,12 @@ def _label_map(posterior: Posterior, path: str | None) -> LabelMap:
     trained_on = posterior.metadata.get("label_map") or {}
     name = trained_on.get("name")
     if path is None and name not in SHIPPED:
-        raise InputError(f"{posterior.name}: was trained on label map {name!r}; give its TSV as --label_map")
+        raise InputError(f"{posterior.name}: was trained on label map {name!r}; give its TSV as `label_map`")
     label_map = LabelMap.load(path or name)
     if label_map.sha256 != trained_on.get("sha256"):
         raise InputError(
             f"{posterior.name}: was trained on another table of label map {name!r} than {path or 'the one of this dwc'}"
-            "; give the TSV it was trained on as --label_map"
+            "; give the TSV it was trained on as `label_map`"
         )
     return label_map
 

@@ -154,7 +154,7 @@ def test_scans_that_would_overwrite_each_other_are_refused_naming_both():
 
 def test_a_segmentation_that_is_there_is_not_overwritten_unasked(tmp_path):
     (tmp_path / "sub-01_dseg.nii.gz").write_text("a week of manual work")
-    with pytest.raises(InputError, match=r"sub-01_dseg.nii.gz: exists already; .*--overwrite true"):
+    with pytest.raises(InputError, match=r"sub-01_dseg.nii.gz: exists already; .*or `overwrite` to replace it"):
         name_derivatives([Path("sub-01_T1w.nii.gz")], tmp_path)
     assert name_derivatives([Path("sub-01_T1w.nii.gz")], tmp_path, overwrite=True)
 

@@ -4,7 +4,13 @@ __all__ = ["InputError", "Interrupted", "brief", "one_line"]
 
 
 class InputError(ValueError):
-    """Bad input, named in one line: the file or setting, what is wrong with it, and the remedy."""
+    """Bad input, named in one line: the file or setting, what is wrong with it, and the remedy.
+
+    What is not printable in the message, such as a control character in a file's name, becomes a question mark.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
 
 
 class Interrupted(Exception):
@@ -22,4 +28,8 @@ def brief(value: object) -> str:
 
 def one_line(text: str) -> str:
     """What others may have written, fit for a terminal and a log: printable, and no more than 400 characters."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:400])
+    return _printable(text[:400])
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

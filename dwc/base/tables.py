@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from dwc.base.cells import as_text, from_text
 from dwc.base.errors import InputError
 from dwc.base.files import write_whole
 
-__all__ = ["read_settings", "read_table", "write_table"]
+__all__ = ["as_csv", "read_settings", "read_table", "write_table"]
 
 _WORDS = {"subject": str, "site": str, "image": str}
 
@@ -27,7 +28,17 @@ def write_table(path: Path, table: pd.DataFrame, *, index: bool = False) -> None
     InputError
         If it cannot be written.
     """
-    write_whole(path, table.to_csv(index=index, float_format="%.6g").encode())
+    write_whole(path, as_csv(table, index=index).encode())
+
+
+def as_csv(table: pd.DataFrame, *, index: bool = False) -> str:
+    """The text of a CSV, numbers with six digits; no cell runs as a formula in a spreadsheet."""
+    words = table.select_dtypes(["object", "string"]).columns
+    return table.assign(**{name: table[name].map(_inert) for name in words}).to_csv(index=index, float_format="%.6g")
+
+
+def _inert(cell: object) -> object:
+    return as_text(cell) if isinstance(cell, str) else cell
 
 
 def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
@@ -44,6 +55,8 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); run the study again") from error
     except ValueError as error:  # what pandas and a wrong encoding raise
         raise InputError(f"{path}: is not a table ({str(error).splitlines()[0]}); run the study again") from error
+    for name in _WORDS.keys() & set(table.columns):
+        table[name] = table[name].map(from_text, na_action="ignore")
     if missing := [name for name in columns if name not in table]:
         raise InputError(f"{path}: has no column {', '.join(missing)}; run the study again")
     return table

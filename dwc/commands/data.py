@@ -96,10 +96,12 @@ def _frequencies(checked: Sequence["CheckedScan"], label_map: "LabelMap") -> lis
 
 def _classes(checked: Sequence["CheckedScan"], label_map: "LabelMap") -> list[dict[str, Any]]:
     """Each class but the background: its share of the labelled voxels, and how many scans have it."""
+    import numpy as np
+
     counts = [one.voxels_of_class[1:] for one in checked if one.voxels_of_class is not None]
     if not counts:
         return []
-    voxels, scans = sum(counts), sum((count > 0).astype(int) for count in counts)
+    voxels, scans = np.sum(counts, axis=0), np.count_nonzero(counts, axis=0)
     return [
         {"class": k, "name": name, "share": float(voxels[k - 1] / max(voxels.sum(), 1)), "scans": int(scans[k - 1])}
         for k, name in enumerate(label_map.names[1:], 1)

@@ -1,87 +1,60 @@
 """`dwc evaluate`: a manifest and networks in, Dice per class, volume and site out."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dwc.base.errors import InputError
-from dwc.commands.arguments import new_parser, parse
-from dwc.commands.predict import add_prediction_arguments, check_prediction_arguments
+from dwc.commands.arguments import add_settings, new_parser, parse
+from dwc.commands.predict import add_networks, prediction_settings
+from dwc.prediction_settings import PredictionSettings
 
 __all__ = ["main"]
 
-_RESULTS = ("per_class.csv", "per_volume.csv", "per_site.csv", "summary.json")
+_RESULTS = "per_class.csv, per_volume.csv, per_site.csv, summary.json"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Score a network, or an ensemble, on the scans that it has not been trained on.
-
-    Raises
-    ------
-    InputError
-        If an argument or a file is wrong, or a result cannot be written.
-    """
+    """Score a network, or an ensemble, on the scans that it has not been trained on."""
     parser = new_parser("evaluate", "Score a network or an ensemble on the held-out scans of a manifest.")
     parser.add_argument("--data", type=Path, required=True, help="manifest CSV or BIDS-derivatives folder, with labels")
-    add_prediction_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help=f"folder for {', '.join(_RESULTS)}; made")
+    add_networks(parser)
+    parser.add_argument("--out", type=Path, required=True, help=f"folder for {_RESULTS}; made")
     parser.add_argument("--split", type=Literal["test", "train", "all"], default="test", help="which scans")
     parser.add_argument(
         "--split_seed", type=int | None, default=None,
         help="seed of the split, where the manifest has no split column; by default the networks' own",
     )  # fmt: skip
     parser.add_argument(
-        "--test_fraction", type=float | None, default=None, help="part of the subjects held out; by default the same"
+        "--test_fraction", type=float | None, default=None, help="share of the subjects held out; by default the same"
     )
     parser.add_argument("--cache_dir", type=Path | None, default=None, help="of conformed scans; default OUT/cache")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace results that are there already")
+    add_settings(parser, PredictionSettings)
     values = parse(parser, arguments)
-    check_prediction_arguments(values)
+    settings = prediction_settings(values)
     if values.split_seed is not None and values.split_seed < 0:
-        raise InputError(f"--split_seed {values.split_seed}: give a number >= 0")
-    for path in (values.out / name for name in _RESULTS):
+        raise InputError(f"`split_seed` {values.split_seed}: give a number >= 0")
+    for path in (values.out / name for name in _RESULTS.split(", ")):
         if path.exists() and not values.overwrite:
-            raise InputError(f"{path}: exists already; give another --out, or --overwrite true to replace it")
+            raise InputError(f"{path}: exists already; give another `out`, or `overwrite` to replace it")
 
-    from dwc import evaluation  # after the arguments, so that help is quick
-    from dwc.base.devices import choose_device
-    from dwc.base.files import open_folder, write_whole
-    from dwc.data.cache import prepare
+    from dwc.base.files import open_folder  # after the arguments, so that help is quick
+    from dwc.evaluation import evaluate, scans_to_score
     from dwc.prediction import load_networks
 
-    device = choose_device(values.device)
-    ensemble = load_networks(values.network, values.label_map)
-    scans = evaluation.scans_to_score(
-        values.data, ensemble.posteriors, split=values.split, split_seed=values.split_seed,
-        test_fraction=values.test_fraction,
-    )  # fmt: skip
+    ensemble = load_networks(values.network, settings.label_map)
+    which = {"split": values.split, "split_seed": values.split_seed, "test_fraction": values.test_fraction}
+    scans_to_score(values.data, ensemble.posteriors, **which)  # before the folder is made
     open_folder(values.out)
-    data = prepare(scans, ensemble.label_map, ensemble.grid, values.cache_dir or values.out / "cache")
-    scores = evaluation.score_volumes(
-        ensemble.networks, data, n_samples=values.n_samples, seed=values.seed, device=device, precision=values.precision
-    )
-    tables = (
-        evaluation.per_class(scores, ensemble.label_map, ensemble.grid),
-        evaluation.per_volume(scores),
-        evaluation.per_site(scores, ensemble.label_map, ensemble.grid),
-    )
-    summary = {
-        "networks": [{"file": str(posterior.name), "sha256": posterior.sha256} for posterior in ensemble.posteriors],
-        "data": str(values.data),
-        "split": values.split,
-        "n_samples": values.n_samples,
-        "seed": values.seed,
-        **evaluation.summary(scores),
-    }
-    contents = [table.to_csv(index=False, float_format="%.6g") for table in tables] + [json.dumps(summary, indent=2)]
-    for name, content in zip(_RESULTS, contents, strict=True):
-        write_whole(values.out / name, content.encode())
-    print(_lines(summary))
+    cache = values.cache_dir or values.out / "cache"
+    evaluation = evaluate(ensemble, values.data, settings, **which, cache_dir=cache, progress=True)
+    evaluation.write(values.out)
+    print(_lines(evaluation.summary))
     print(values.out / "summary.json")
 
 
-def _lines(summary: dict) -> str:
+def _lines(summary: dict[str, Any]) -> str:
     """The means for people, a line per site."""
     rows = {**summary["sites"], "volume-weighted": {"n_volumes": summary["n_volumes"], **summary["volume_weighted"]}}
     width = max(map(len, rows))

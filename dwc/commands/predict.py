@@ -1,102 +1,84 @@
 """`dwc predict`: networks and scans in, segmentations, uncertainty, volumes and pictures out."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from jsonargparse import Namespace
-from tqdm import tqdm
 
 from dwc.base.errors import InputError
-from dwc.commands.arguments import new_parser, parse
+from dwc.commands.arguments import Parser, add_settings, make, new_parser, parse
+from dwc.prediction_settings import PredictionSettings
 
-__all__ = ["add_prediction_arguments", "check_prediction_arguments", "main"]
+__all__ = ["add_networks", "main", "prediction_settings"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Segment scans, one at a time; arguments, networks and the readability of each scan are checked before the first.
-
-    Ranks share the scans.
-
-    Raises
-    ------
-    InputError
-        If an argument or a file is wrong, or a result cannot be written.
-    """
+    """Segment scans one at a time, after arguments, networks and all scans are checked; ranks share the scans."""
     parser = new_parser("predict", "Segment T1 scans: labels, entropy and volumes on each scan's own grid, a picture.")
     parser.add_argument("scans", type=Path, nargs="*", help="NIfTI or mgz files; .nii.gz may be left out")
-    add_prediction_arguments(parser)
+    add_networks(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for <stem>_dseg.nii.gz and the rest; made")
-    parser.add_argument("--picture", type=bool, default=True, help="also write <stem>_overlay.png, for a look")
+    parser.add_argument(
+        "--picture", type=bool | None, default=None,
+        help="also write <stem>_overlay.png; by default where the extra `study` is installed",
+    )  # fmt: skip
     parser.add_argument("--overwrite", type=bool, default=False, help="replace results that are there already")
+    add_settings(parser, PredictionSettings)
     values = parse(parser, arguments)
+    settings = prediction_settings(values)
     # `--network n.safetensors scan.nii.gz`: what the flag has taken too many of are scans.
     networks = [path for path in values.network if path.suffix == ".safetensors"]
     scans = [*values.scans, *(path for path in values.network if path.suffix != ".safetensors")]
-    check_prediction_arguments(values)
     if not networks:
-        raise InputError(f"--network {values.network[0]}: does not end in .safetensors; give posterior.safetensors")
+        raise InputError(f"`network` {values.network[0]}: does not end in .safetensors; give posterior.safetensors")
     if not scans:
         raise InputError("no scan: give one or more NIfTI files after the networks")
 
     from dwc.base import ranks  # after the arguments, so that help is quick
 
     with ranks.joined():
-        _predict(networks, scans, values)
+        _predict(networks, scans, values, settings)
 
 
-def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace) -> None:
+def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace, settings: PredictionSettings) -> None:
     from dwc.base import ranks
-    from dwc.base.devices import choose_device
     from dwc.base.files import open_folder
-    from dwc.data.conform import conform_image, load_image
-    from dwc.derivatives import find_scan, name_derivatives, write_derivatives
-    from dwc.prediction import load_networks, predict_volume
-    from dwc.report.figures import overlay
+    from dwc.data.checks import check_scans, tell
+    from dwc.data.scan import Scan
+    from dwc.derivatives import find_scan, name_derivatives
+    from dwc.prediction import load_networks
+    from dwc.segmentation import predict
 
-    device = choose_device(values.device)
-    ensemble = load_networks(networks, values.label_map)
-    scans = [find_scan(scan) for scan in scans]
-    derivatives = name_derivatives(scans, values.out, overwrite=values.overwrite)
-    scans, derivatives = ranks.share(scans), ranks.share(derivatives)
-    for scan in tqdm(scans, desc="checking scans", unit="scan", disable=None if ranks.is_main() else True):
-        load_image(scan)
+    picture = find_spec("matplotlib") is not None if values.picture is None else values.picture
+    if picture:
+        from dwc.report.figures import overlay
+
+    ensemble = load_networks(networks, settings.label_map)
+    found = [find_scan(scan) for scan in scans]
+    names = name_derivatives(found, values.out, overwrite=values.overwrite)
+    ours, derivatives = ranks.share(found), ranks.share(names)
+    tell(check_scans([Scan(scan, None, "", "", "test") for scan in ours], ensemble.grid, progress=ranks.is_main()))
     ranks.barrier()  # before any rank writes where another still looks
     open_folder(values.out)
-    for scan, files in zip(scans, derivatives, strict=True):
-        image = conform_image(scan, ensemble.grid)
-        prediction = predict_volume(
-            ensemble.networks, image, n_samples=values.n_samples, seed=values.seed, device=device,
-            precision=values.precision, progress=scan.name if ranks.is_main() else None,
-        )  # fmt: skip
-        mm3 = write_derivatives(files, prediction, scan, label_map=ensemble.label_map, grid=ensemble.grid)
-        if values.picture:
-            names = ensemble.label_map.names
-            overlay(image, None, {"predicted": prediction.labels}, files.picture, names=names, title=scan.name)
+    for scan, files in zip(ours, derivatives, strict=True):
+        segmentation = predict(ensemble, scan, settings, progress=ranks.is_main())
+        mm3 = segmentation.write(files)
+        if picture:
+            shown = {"predicted": segmentation.prediction.labels}
+            classes = ensemble.label_map.names
+            overlay(segmentation.image, None, shown, files.picture, names=classes, title=scan.name)
         print(f"{files.labels}  ({mm3[1:].sum() / 1000:.1f} ml in {int((mm3[1:] > 0).sum())} classes)", flush=True)
 
 
-def add_prediction_arguments(parser) -> None:
-    """The flags of every command that predicts."""
+def add_networks(parser: Parser) -> None:
+    """Add the flag that every command that predicts has."""
     parser.add_argument(
         "--network", type=Path, nargs="+", required=True, help="posterior.safetensors; several are an ensemble"
     )
-    parser.add_argument("--label_map", type=str | None, default=None, help="TSV, where the networks had one of its own")
-    parser.add_argument("--n_samples", type=int, default=10, help="Monte Carlo samples per Bayesian network")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples' noise")
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any")
-    parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="bf16 for autocast")
 
 
-def check_prediction_arguments(values) -> None:
-    """Refuse numbers that cannot be meant.
-
-    Raises
-    ------
-    InputError
-        Naming the flag and the remedy.
-    """
-    if values.n_samples < 1:
-        raise InputError(f"--n_samples {values.n_samples}: give 1 or more")
-    if values.seed < 0:
-        raise InputError(f"--seed {values.seed}: give a number >= 0")
+def prediction_settings(values: Namespace) -> PredictionSettings:
+    """The settings of a prediction among a command's values."""
+    names = PredictionSettings.__dataclass_fields__
+    return make(PredictionSettings, {name: values[name] for name in names})

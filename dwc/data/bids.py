@@ -86,15 +86,16 @@ def _from_bids(path: Path, subjects: list[Path]) -> list[Scan]:
             image = _choose_image(beside) if beside else image
         subject = subject_of(image) or image.name
         row = participants.get(subject, {})
-        site, split = row.get("site"), row.get("split", "train")
+        site, split = row.get("site", ""), row.get("split", "train")
         if "split" in columns and split not in SPLITS:
             raise InputError(f"{path / 'participants.tsv'}: split of {subject} is {split!r}; write train or test")
-        scans.append(Scan(image, label, subject, path.resolve().name if is_missing(site) else site, split))
+        site = path.resolve().name if is_missing(site) else site
+        scans.append(Scan(image, label, subject, site, "test" if split == "test" else "train"))
     return scans
 
 
 def _from_plain(path: Path) -> list[Scan]:
-    volumes = {}
+    volumes: dict[str, Path] = {}
     for file in sorted(path.iterdir()):
         extension = next((end for end in _VOLUMES if file.name.lower().endswith(end)), None)
         if extension and not file.name.startswith("."):

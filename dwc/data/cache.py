@@ -30,7 +30,7 @@ from dwc.data.labels import LabelMap
 from dwc.data.paths import OUT_OF_HANDLES, unreadable
 from dwc.data.scan import Scan
 
-__all__ = ["digest_of_scans", "is_prepared", "prepare", "unprepared"]
+__all__ = ["digest_of_scans", "image_digests", "is_prepared", "prepare", "unprepared"]
 
 _CACHE_FORMAT = 3  # raise it when the same inputs give other files
 _UNFINISHED = ".unfinished-"
@@ -114,6 +114,12 @@ def digest_of_scans(scans: Sequence[Scan], cache_dir: str | os.PathLike) -> str:
     known = _read_digests(Path(cache_dir))
     parts = [(_digest(scan.image, known), scan.label and _digest(scan.label, known), scan.split) for scan in scans]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def image_digests(scans: Sequence[Scan], cache_dir: str | os.PathLike) -> list[str]:
+    """SHA-256, hex, of the bytes of each image; remembered as by `digest_of_scans`."""
+    known = _read_digests(Path(cache_dir))
+    return [_digest(scan.image, known) for scan in scans]
 
 
 def _together(folders: list[Path], digests: dict[str, list], known: dict[str, list]) -> tuple[list[Path], dict]:

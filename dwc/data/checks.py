@@ -5,6 +5,7 @@ A finding is an error where a command would refuse the scan, or the split of the
 
 import hashlib
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
+from nibabel.spatialimages import HeaderDataError
 from tqdm import tqdm
 
 from dwc.base import launcher
@@ -25,7 +28,7 @@ from dwc.data.manifest import namesakes
 from dwc.data.reading import ScanFile, load_labels, open_scan
 from dwc.data.scan import Scan
 
-__all__ = ["CheckedScan", "Finding", "check_scans", "refuse", "warnings_of"]
+__all__ = ["CheckedScan", "Finding", "check_scans", "leak", "tell"]
 
 _FEW_LEVELS = 64  # of 255
 _THICK_MM = 4.0
@@ -33,6 +36,7 @@ _ANISOTROPIC = 3.0  # the longest edge of a voxel over the shortest
 _DISAGREEMENT_MM = 2.0  # between sform and qform
 _UNLISTED = 0.05  # of the labelled voxels
 _ON_SIGNAL = 0.6  # of the labelled voxels
+_MOST_WARNINGS = 20  # that are printed when something else is to be done
 _FEW_SCANS = 3  # of a site, below which no scan is compared with its neighbours
 # FreeSurfer's ids of structures that are on one side
 _LEFT = (2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 17, 18, 26, 28)
@@ -118,7 +122,17 @@ def check_scans(
     return checked
 
 
-def refuse(checked: Iterable[CheckedScan]) -> None:
+def tell(checked: Sequence[CheckedScan]) -> None:
+    """Raise the first error of checked scans; without any, print the first warnings to stderr."""
+    _refuse(checked)
+    warnings = _warnings_of(checked)
+    for line in warnings[:_MOST_WARNINGS]:
+        print(f"warning: {line}", file=sys.stderr)
+    if len(warnings) > _MOST_WARNINGS:
+        print(f"warning: {len(warnings) - _MOST_WARNINGS} more; dwc data check lists them", file=sys.stderr)
+
+
+def _refuse(checked: Iterable[CheckedScan]) -> None:
     """Raise the first error of checked scans, and say how many more there are."""
     errors = [finding.message for one in checked for finding in one.findings if finding.severity == "error"]
     if errors:
@@ -126,7 +140,7 @@ def refuse(checked: Iterable[CheckedScan]) -> None:
         raise InputError(f"{errors[0]}{more}")
 
 
-def warnings_of(checked: Iterable[CheckedScan]) -> list[str]:
+def _warnings_of(checked: Iterable[CheckedScan]) -> list[str]:
     """The warnings of checked scans, a line each, none twice."""
     return list(dict.fromkeys(f.message for one in checked for f in one.findings if f.severity == "warning"))
 
@@ -156,7 +170,7 @@ def _check(scan: Scan, grid: Grid, label_map: LabelMap | None) -> CheckedScan:
         image, placement = image_on_grid(values, opened.affine, grid)
         if image.min() == image.max():
             raise InputError(f"{scan.image}: only the value {image.flat[0]} is left on {grid}; check its affine")
-        content = hashlib.sha256(image).hexdigest()
+        content = hashlib.sha256(image.tobytes()).hexdigest()
         found += _placement_findings(scan, placement.moved_mm, placement.cut_mm)
         del values
         if scan.label is not None and label_map is not None:
@@ -183,11 +197,11 @@ def _header_findings(opened: ScanFile) -> list[Finding]:
         found.append(_odd("geometry", opened.path, f"voxels of {voxel} mm are coarse or long; small structures suffer"))
     if not isinstance(header, nib.Nifti1Header):
         return found
-    unit = {1: "metres", 3: "micrometres"}.get(int(header["xyzt_units"]) & 7)
+    unit, in_mm = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}.get(int(header["xyzt_units"]) & 7, ("", 1.0))
     if unit:
         found.append(_odd("units", opened.path, f"the header is in {unit} (xyzt_units); converted to mm"))
     with np.errstate(all="ignore"):
-        pixdim = np.abs(np.asarray(header["pixdim"][1:4], float)) * {"metres": 1000, "micrometres": 0.001}.get(unit, 1)
+        pixdim = np.abs(np.asarray(header["pixdim"][1:4], float)) * in_mm
     if not np.allclose(pixdim, sizes, rtol=0.01):
         shown = " x ".join(f"{size:.3g}" for size in pixdim)
         found.append(_odd("geometry", opened.path, f"pixdim says {shown} mm, its affine something else; that is used"))
@@ -204,12 +218,10 @@ def _header_findings(opened: ScanFile) -> list[Finding]:
 def _forms_findings(opened: ScanFile) -> list[Finding]:
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(opened.shape) - 1.0)
     try:
-        forms = [
-            nib.affines.apply_affine(form, corners) for form in (opened.header.get_sform(), opened.header.get_qform())
-        ]
-    except (ValueError, nib.spatialimages.HeaderDataError):
+        forms = [apply_affine(form, corners) for form in (opened.header.get_sform(), opened.header.get_qform())]
+    except (ValueError, HeaderDataError):
         return [_odd("geometry", opened.path, "its qform is no rotation; the sform is used")]
-    by_sform, by_qform = (nib.affines.apply_affine(form, corners) for form in forms)
+    by_sform, by_qform = (apply_affine(form, corners) for form in forms)
     apart = float(np.linalg.norm(by_sform - by_qform, axis=1).max())
     if not apart > _DISAGREEMENT_MM:
         return []
@@ -251,7 +263,7 @@ def _label_findings(
     for one_side, parcels in ((_LEFT, 1000), (_RIGHT, 2000)):
         here = np.argwhere(np.isin(ids, one_side) | ((ids >= parcels) & (ids < parcels + 1000)))
         if len(here):
-            sides.append(nib.affines.apply_affine(affine, here.mean(axis=0))[0])
+            sides.append(apply_affine(affine, here.mean(axis=0))[0])
     if len(sides) == 2 and sides[0] > sides[1]:
         found.append(_odd("left and right", label, "ids of the left side are on the right; the volume is mirrored"))
     return found
@@ -274,13 +286,17 @@ def _duplicates(checked: Sequence[CheckedScan]) -> dict[int, list[Finding]]:
         twin = checked[first.setdefault(one.content, number)]
         if twin is one:
             continue
-        what = f"{one.scan.image}: holds the same scan as {twin.scan.image}"
         if one.scan.split != twin.scan.split:
-            leak = f"{what}, one to train and one to test on; leave one out"
-            found[number].append(Finding("error", "duplicate", leak))
+            found[number].append(Finding("error", "duplicate", leak(one.scan, twin.scan)))
         else:
-            found[number].append(Finding("warning", "duplicate", f"{what}; leave one out"))
+            what = f"holds the same scan as {twin.scan.image}; leave one out"
+            found[number].append(_odd("duplicate", one.scan.image, what))
     return found
+
+
+def leak(one: Scan, twin: Scan) -> str:
+    """What to say of one scan in both parts of the split."""
+    return f"{one.image}: holds the same scan as {twin.image}, one to train and one to test on; leave one out"
 
 
 def _mirrored(checked: Sequence[CheckedScan]) -> dict[int, list[Finding]]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine, from_matvec
 
 from dwc.base.errors import InputError
 from dwc.data.grid import LIA, Grid
@@ -225,7 +226,7 @@ def _on_signal(placement: Placement, signal: np.ndarray, grid: Grid) -> Placemen
     step[excess == 0] = 0
     positions = placement.positions.copy()
     positions[:3, 3] += positions[:3, :3] @ step
-    moved = replace(placement, positions=positions, affine=placement.affine @ nib.affines.from_matvec(np.eye(3), step))
+    moved = replace(placement, positions=positions, affine=placement.affine @ from_matvec(np.eye(3), step))
     cut = _excess(low - step, high - step, grid).sum() * grid.voxel_size
     return replace(moved, moved_mm=float(np.linalg.norm(step) * grid.voxel_size), cut_mm=float(cut))
 
@@ -238,7 +239,7 @@ def _planes_with_signal(placement: Placement, signal: np.ndarray) -> list[np.nda
     counts = [np.zeros(n, int) for n in length]
     for begin in range(0, len(signal), _SLAB):
         voxels = np.argwhere(signal[begin : begin + _SLAB]) + np.array([begin, 0, 0])
-        planes = np.rint(nib.affines.apply_affine(to_grid, voxels)).astype(int) - first
+        planes = np.rint(apply_affine(to_grid, voxels)).astype(int) - first
         for count, plane in zip(counts, planes.T, strict=True):
             count += np.bincount(plane, minlength=len(count))
     return [
@@ -250,7 +251,7 @@ def _planes_with_signal(placement: Placement, signal: np.ndarray) -> list[np.nda
 def _span(placement: Placement) -> tuple[np.ndarray, np.ndarray]:
     """The least and the greatest of the grid's planes along each axis that the scan reaches, within the grid or not."""
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(placement.shape) - 1.0)
-    on_grid = nib.affines.apply_affine(np.linalg.inv(placement.positions), corners)
+    on_grid = apply_affine(np.linalg.inv(placement.positions), corners)
     return on_grid.min(axis=0), on_grid.max(axis=0)
 
 
@@ -264,5 +265,5 @@ def _cut_voxels(classes: np.ndarray, placement: Placement, grid: Grid) -> int:
     """Labelled voxels (of classes in RAS order) that lie beyond the grid."""
     if not _excess(*_span(placement), grid).any():
         return 0
-    on_grid = nib.affines.apply_affine(np.linalg.inv(placement.positions), np.argwhere(classes))
+    on_grid = apply_affine(np.linalg.inv(placement.positions), np.argwhere(classes))
     return int(((on_grid < -_HALF) | (on_grid > grid.size - 1 + _HALF)).any(axis=1).sum())

@@ -96,9 +96,10 @@ class SubVolumes(torch.utils.data.Dataset):
         return _memory_map(self._folders[v] / f"{name}.npy")
 
 
-def read_moments(folder: Path) -> tuple[float, float]:
+def read_moments(folder: Path) -> tuple[np.float32, np.float32]:
+    """Mean and standard deviation of a prepared image."""
     values = json.loads((folder / MOMENTS).read_text())
-    return values["mean"], values["sd"]
+    return np.float32(values["mean"]), np.float32(values["sd"])
 
 
 def _memory_map(path: Path) -> np.ndarray:

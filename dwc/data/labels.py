@@ -11,10 +11,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dwc.base.errors import InputError
+from dwc.data.paths import check_printable, unreadable
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 __all__ = ["SHIPPED", "LabelMap", "read_table"]
 
@@ -26,7 +31,7 @@ _MAX_CLASSES = 256  # classes are stored as uint8
 _MAX_ID = 1_000_000  # ids are looked up in a table of this length at most
 
 
-def read_table(path: str | os.PathLike, columns: tuple[str, ...] | None = None) -> list[dict[str, str]]:
+def read_table(path: "str | os.PathLike | Traversable", columns: tuple[str, ...] | None = None) -> list[dict[str, str]]:
     """Rows of a tab-separated table with a header; blank lines and lines that start with `#` are skipped."""
     try:
         lines = Path(str(path)).read_text(encoding="utf-8-sig").splitlines()
@@ -34,7 +39,10 @@ def read_table(path: str | os.PathLike, columns: tuple[str, ...] | None = None) 
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"{path}: cannot read this table ({reason}); give a tab-separated text file") from error
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
-    records = [record for _, line in numbered for record in csv.reader([line], delimiter="\t")]
+    try:
+        records = [record for _, line in numbered for record in csv.reader([line], delimiter="\t")]
+    except csv.Error as error:
+        raise InputError(f"{path}: not a tab-separated table ({error}); give one of short cells") from error
     header, body = (records[0], records[1:]) if records else ([], [])
     if columns is not None and tuple(header) != columns:
         raise InputError(f"{path}: columns are {header or 'missing'}; write a tab-separated header {' '.join(columns)}")
@@ -69,30 +77,30 @@ class LabelMap:
 
         "fifty" is FreeSurfer's aparc+aseg with left and right merged. "coarse" is "fifty" followed by a table that
         gathers the 50 classes into 8 tissues and background.
-
-        Raises
-        ------
-        InputError
-            The table cannot be read, or lists an id twice, skips a class, or holds anything but integers >= 0.
         """
         if name_or_path == "fifty":
             return cls._from_table("fifty", files(__package__) / "fifty_classes.tsv")
         if name_or_path == "coarse":
             coarse = cls._from_table("coarse", files(__package__) / "coarse_classes.tsv")
             return cls.load("fifty").then(coarse)
-        if not Path(name_or_path).is_file():
+        try:
+            is_file = Path(name_or_path).is_file()
+        except (OSError, ValueError) as error:
+            raise unreadable(name_or_path, error) from error
+        if not is_file:
             raise InputError(f"{name_or_path}: no such label map; give fifty, coarse or the path of a TSV file")
         return cls._from_table(Path(name_or_path).stem, name_or_path)
 
     @classmethod
-    def _from_table(cls, name: str, path) -> "LabelMap":
+    def _from_table(cls, name: str, path: "str | os.PathLike | Traversable") -> "LabelMap":
         rows = read_table(path, _COLUMNS)
         if not rows:
             raise InputError(f"{path}: the label map has no rows; list index, class and name")
         class_of: dict[int, int] = {}
         names: dict[int, str] = {}
         for row in rows:
-            if not (row["index"].isdecimal() and row["class"].isdecimal()):
+            check_printable(row["name"], "the name of a class")
+            if not all(row[column].isdecimal() and len(row[column]) < 20 for column in ("index", "class")):
                 raise InputError(
                     f"{path}: index {row['index']!r}, class {row['class']!r}; both must be whole numbers from 0 on"
                 )

@@ -8,8 +8,9 @@ import hashlib
 import io
 import os
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,16 +79,18 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
     return scans
 
 
-def labelled(scans: Iterable[Scan], manifest: str | os.PathLike, purpose: str) -> tuple[list[Scan], list[Scan]]:
-    """Scans with a label and those without; a CSV must have one for every scan that it lists.
+def labelled(scans: Sequence[Scan], manifest: str | os.PathLike, purpose: str) -> list[Scan]:
+    """The scans with a label. A CSV must have one for each scan; of a folder the others are left out, with a warning.
 
     `purpose` ends the error: "training needs one for each scan".
     """
-    scans = list(scans)
     without = [scan for scan in scans if scan.label is None]
     if without and (len(without) == len(scans) or not _is_folder(Path(manifest))):
         raise InputError(f"{manifest}: {without[0].image} has no label; {purpose}")
-    return [scan for scan in scans if scan.label is not None], without
+    if without:
+        what = f"{len(without)} of {len(scans)} scans have no label and are left out, the first is {without[0].image}"
+        print(f"warning: {manifest}: {what}", file=sys.stderr)
+    return [scan for scan in scans if scan.label is not None]
 
 
 def namesakes(scans: Iterable[Scan]) -> list[list[str]]:

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, TypeAlias, cast
 
 import nibabel as nib
 import numpy as np
+from nibabel.freesurfer.mghformat import MGHHeader
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
@@ -28,7 +29,7 @@ from dwc.data.paths import existing_file, unreadable
 
 __all__ = ["ScanFile", "canonical_affine", "load_image", "load_labels", "open_scan"]
 
-Header = nib.Nifti1Header | nib.freesurfer.mghformat.MGHHeader
+Header: TypeAlias = nib.Nifti1Header | MGHHeader
 
 _MOST_VOXELS = 640**3
 _MOST_HEADER = 1 << 26  # bytes before the voxels, extensions included
@@ -175,7 +176,7 @@ def _header(block: bytes, path: Path) -> tuple[Header, int, bool]:
         if block.startswith(pointer):
             raise InputError(f"{path}: {what}")
     if block[:4] == b"\0\0\0\1" and len(block) >= 284:
-        return nib.freesurfer.mghformat.MGHHeader(block[:284], check=False), 284, False
+        return MGHHeader(block[:284], check=False), 284, False
     kinds = ((nib.Nifti1Header, block[344:347], 348), (nib.Nifti2Header, block[4:7], 540))
     for kind, magic, size in kinds:
         if magic in (b"n+1", b"ni1", b"n+2", b"ni2") and len(block) >= size:
@@ -313,29 +314,29 @@ def _partner(path: Path, extension: str) -> Path:
 
 
 @contextmanager
-def _unpacked(path: Path) -> Iterator[BinaryIO]:
+def _unpacked(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked where its first bytes say that it is compressed, whatever its name says."""
     with open(path, "rb") as file:
         magic = file.read(3)
         file.seek(0)
         if magic[:2] == _GZIP:
-            with gzip.GzipFile(fileobj=file) as unpacked:
-                yield unpacked
+            with gzip.open(file) as unpacked:
+                yield cast(IO[bytes], unpacked)
         elif magic == _BZIP2:
-            with bz2.BZ2File(file) as unpacked:
+            with bz2.open(file) as unpacked:
                 yield unpacked
         else:
             yield file
 
 
-def _skip(stream: BinaryIO, n_bytes: int) -> None:
+def _skip(stream: IO[bytes], n_bytes: int) -> None:
     while n_bytes > 0:
         if not (block := stream.read(min(n_bytes, _BLOCK))):
             raise EOFError("the file ends before its voxels begin")
         n_bytes -= len(block)
 
 
-def _exactly(stream: BinaryIO, n_bytes: int) -> np.ndarray:
+def _exactly(stream: IO[bytes], n_bytes: int) -> np.ndarray:
     buffer = np.empty(n_bytes, np.uint8)
     done = 0
     while done < n_bytes:
@@ -347,7 +348,7 @@ def _exactly(stream: BinaryIO, n_bytes: int) -> np.ndarray:
     return buffer
 
 
-def _check_the_end(stream: BinaryIO, path: Path) -> None:
+def _check_the_end(stream: IO[bytes], path: Path) -> None:
     """Read what little may follow the voxels: at the end of a compressed stream stands its checksum."""
     for _ in range(_MOST_BEHIND // _BLOCK):
         if not stream.read(_BLOCK):

@@ -24,6 +24,7 @@ from dwc.base.files import open_folder
 from dwc.base.locks import held
 from dwc.base.seeds import seed_of
 from dwc.base.signals import Caught, catch_signals, ignore_signals
+from dwc.data.admission import check_before_training
 from dwc.data.cache import prepare
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import SIDE
@@ -81,6 +82,10 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
         ranks.barrier()  # before any rank writes where another still looks
         open_folder(settings.out)
         with _alone_in(settings.out):
+            check_before_training(
+                [*specification.train_scans, *specification.test_scans],
+                specification.label_map, specification.grid, specification.cache_dir,
+            )  # fmt: skip
             data, held_out = (
                 prepare(scans, specification.label_map, specification.grid, specification.cache_dir)
                 for scans in (specification.train_scans, specification.test_scans)

@@ -22,7 +22,7 @@ from dwc.base.ranks import world_size
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import SIDE, Grid
 from dwc.data.labels import SHIPPED, LabelMap
-from dwc.data.manifest import Scan, has_split_column, read_manifest
+from dwc.data.manifest import Scan, has_split_column, labelled, read_manifest
 from dwc.meshnet import DILATIONS, WIDTH, checked_architecture, describe
 from dwc.posterior import Posterior
 from dwc.training.settings import CubeSettings, TrainSettings
@@ -182,9 +182,7 @@ def resolve(settings: TrainSettings, *, resume: bool = False) -> tuple[RunSpecif
 def labelled_scans(settings: TrainSettings) -> tuple[list[Scan], list[Scan]]:
     """The scans to train on and those held out, all of which must have labels."""
     scans = read_manifest(settings.data, seed=settings.seed, test_fraction=settings.test_fraction)
-    for scan in scans:
-        if scan.label is None:
-            raise InputError(f"{settings.data}: {scan.image} has no label; training needs one for each scan")
+    scans = labelled(scans, settings.data, "training needs one for each scan")
     train_scans, test_scans = ([scan for scan in scans if scan.split == part] for part in ("train", "test"))
     if not train_scans:
         raise InputError(f"{settings.data}: has no scan to train on; set split to train for some")

@@ -1,0 +1,41 @@
+"""The settings of a prediction, which `predict` and `evaluate` share."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dwc.base.settings import Settings
+
+__all__ = ["PredictionSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionSettings(Settings):
+    """How networks predict.
+
+    Parameters
+    ----------
+    n_samples
+        Draws of the weights per Bayesian network.
+    seed
+        Of the draws.
+    device
+        auto (a GPU if there is one), cpu or cuda.
+    precision
+        fp32, or bf16 for autocast.
+    memory_limit
+        GB that a block of the scan may take. By default half of what is free on the device.
+    label_map
+        The TSV that the networks were trained on, if it is not one that comes with dwc.
+    """
+
+    n_samples: int = 10
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    memory_limit: float | None = None
+    label_map: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("n_samples", "memory_limit")
+        self._require("seed", self.seed >= 0, "give a number >= 0")
