@@ -1,16 +1,15 @@
 """Seconds per training step in one process and in several that share each batch, on this machine.
 
-    python -m benchmarks.scaling [--processes 1 2] [--device cpu] [--width 16] [--batch_size 4]
+    python -m benchmarks.scaling [--processes 1 2] [--device cpu] [--width 16] [--batch-size 4]
 
 Times `torchrun -m dwc.train` as it is used, by its own log: loading, forward, backward, exchange of gradients, Adam; no
 validation. The global batch stays the same (strong scaling), each process has one CPU thread, the kinds of run take
-turns, and the median over their epochs counts, each kind's first epoch left out. "Apart" are as many processes at once
-that train alone on their part of the batch and exchange nothing: what the machine's memory and its other users leave.
-The difference between the two is what the exchange costs.
+turns, and the median over their epochs counts, without each run's first. "Apart" means as many processes at once that
+train alone on their part of the batch and exchange nothing, which shows what the shared machine costs; the rest of the
+difference is the cost of the exchange.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ import torch
 
 from dwc.data.grid import Grid
 from dwc.simulation.scans import write_site
+from dwc.training.log import read_log
 
 __all__ = ["main", "table"]
 
@@ -33,17 +33,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--batch_size", type=int, default=4, help="a multiple of each number of processes")
+    parser.add_argument("--batch-size", "--batch_size", type=int, default=4, help="a multiple of the processes")
     parser.add_argument("--steps", type=int, default=4, help="in an epoch")
     parser.add_argument("--epochs", type=int, default=3, help="of a run, the first left out")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind")
     values = parser.parse_args(arguments)
     if odd := [n for n in values.processes if n < 1 or values.batch_size % n]:
-        parser.error(f"--batch_size {values.batch_size}: is not shared evenly by {odd[0]} processes; give a multiple")
+        parser.error(f"--batch-size {values.batch_size}: is not shared evenly by {odd[0]} processes; give a multiple")
     if values.device == "cuda" and max(values.processes) > torch.cuda.device_count():
         parser.error(f"--processes {max(values.processes)}: PyTorch finds {torch.cuda.device_count()} GPUs here")
     kinds = [(n, together) for n in values.processes for together in (True, False) if together or n > 1]
-    seconds = defaultdict(list)
+    seconds: defaultdict[tuple[int, bool], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_site(folder, "H", 2, 0, grid=Grid(64, 4.0))
         for repeat in range(values.repeats):
@@ -69,10 +69,10 @@ def table(seconds: dict[tuple[int, bool], float], batch_size: int) -> str:
 def _run(manifest: Path, out: Path, n: int, together: bool, values: argparse.Namespace) -> list[float]:
     """Seconds per step of each epoch but the first; of the slowest process."""
     flags = {
-        "mode": "vi", "data": manifest, "cache_dir": manifest.parent / "cache", "label_map": "coarse", "grid_size": 64,
-        "voxel_size": 4.0, "width": values.width, "epochs": values.epochs, "steps_per_epoch": values.steps,
-        "validation_sub_volumes": 0, "device": values.device,
-        "batch_size": values.batch_size if together else values.batch_size // n,
+        "mode": "vi", "data": manifest, "cache-dir": manifest.parent / "cache", "label-map": "coarse", "grid-size": 64,
+        "voxel-size": 4.0, "width": values.width, "epochs": values.epochs, "steps-per-epoch": values.steps,
+        "validation-sub-volumes": 0, "device": values.device,
+        "batch-size": values.batch_size if together else values.batch_size // n,
     }  # fmt: skip
     words = ["dwc.train", *(str(word) for key, value in flags.items() for word in (f"--{key}", value))]
     launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m"] if together else []
@@ -87,7 +87,7 @@ def _run(manifest: Path, out: Path, n: int, together: bool, values: argparse.Nam
     codes = [process.wait() for process in processes]
     if any(codes):
         sys.exit(f"a run has failed; see it with: {' '.join(['python -m', *launch, *words, '--out', str(outs[0])])}")
-    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in outs]
+    logs = [read_log(folder / "log.jsonl") for folder in outs]
     return [max(row["seconds"] for row in rows) / values.steps for rows in zip(*logs, strict=True)][1:]
 
 

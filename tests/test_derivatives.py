@@ -166,3 +166,47 @@ def test_a_folder_that_takes_no_files_is_refused(tmp_path):
             open_folder(out)
     open_folder(tmp_path / "new" / "below")
     assert list((tmp_path / "new" / "below").iterdir()) == []
+
+
+@pytest.mark.parametrize(("code", "factor"), [(1, 1e-3), (3, 1e3)])
+def test_volumes_are_in_cubic_millimetres_whatever_the_headers_unit_and_the_results_keep_it(tmp_path, code, factor):
+    scan = scan_of(tmp_path / "mm.nii")
+    other = scan_of(tmp_path / "other.nii", affine=np.vstack([OBLIQUE[:3] * factor, OBLIQUE[3:]]))
+    content = bytearray(other.read_bytes())
+    content[123] = code  # xyzt_units
+    other.write_bytes(content)
+    np.testing.assert_allclose(written(other, tmp_path)[1], written(scan, tmp_path)[1], rtol=1e-4)
+    result = nib.load(tmp_path / "other_dseg.nii.gz")
+    assert result.header.get_xyzt_units()[0] == {1: "meter", 3: "micron"}[code]
+    np.testing.assert_allclose(result.affine, nib.load(other).affine)
+
+
+def test_results_of_a_scan_whose_quaternion_is_off_by_rounding_can_be_read(tmp_path):
+    scan = scan_of(tmp_path / "a.nii", affine=np.diag([-2.0, -2, 2, 1]))
+    header = nib.load(scan).header
+    header["sform_code"], header["quatern_d"] = 0, np.float32(1 + 1e-5)
+    content = bytearray(scan.read_bytes())
+    content[:348] = header.binaryblock
+    scan.write_bytes(content)
+    with pytest.raises(ValueError, match="w2 should be positive"):
+        nib.load(scan)
+    written(scan, tmp_path)
+    np.testing.assert_allclose(nib.load(tmp_path / "a_dseg.nii.gz").affine[:3, :3], np.diag([-2, -2, 2]), atol=1e-3)
+
+
+def test_names_that_no_system_takes_and_links_to_nowhere_are_refused_in_one_line(tmp_path):
+    (tmp_path / "link.nii.gz").symlink_to(".git/annex/objects/x")
+    for path, message in (
+        (tmp_path / ("x" * 5000), "too long"),
+        (tmp_path / "link", "datalad get"),
+        (tmp_path / "a\x1b[31m.nii", "control character"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            find_scan(path)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["SUB-01_T1w.NII.GZ", "SUB-01.Nii", "SUB-01.IMG.GZ", "SUB-01.MGZ"])
+def test_results_are_named_after_the_scan_in_any_case(tmp_path, name):
+    (files,) = name_derivatives([Path(name)], tmp_path)
+    assert files.labels.name == "SUB-01_dseg.nii.gz"

@@ -156,7 +156,7 @@ def test_without_a_split_column_the_scans_are_those_that_the_network_was_not_tra
 def test_without_a_split_column_a_network_that_names_no_split_needs_one(tmp_path, posteriors):
     data = manifest(tmp_path)
     for split in ("test", "train"):
-        with pytest.raises(InputError, match=r"consolidated: does not tell the split .* split column, or --split_seed"):
+        with pytest.raises(InputError, match=r"consolidated: does not tell the split .* split column, or `split_seed`"):
             scans_to_score(data, posteriors, split=split)
     assert len(scans_to_score(data, posteriors, split="all")) == 20
     assert scans_to_score(data, posteriors, split_seed=4, test_fraction=0.2)
@@ -175,7 +175,7 @@ def test_networks_trained_on_different_splits_are_refused_naming_both(tmp_path):
 def test_nothing_to_score_and_a_missing_label_are_refused(tmp_path):
     data = manifest(tmp_path, split=True)
     data.write_text(data.read_text().replace(",test", ",train"))
-    with pytest.raises(InputError, match=r"has no scan to test on; .*--split all"):
+    with pytest.raises(InputError, match=r"has no scan to test on; .*`split` all"):
         scans_to_score(data, [CONSOLIDATED])
     data.write_text(data.read_text().replace("1_dseg.nii.gz", "", 1))
     with pytest.raises(InputError, match=r"1_T1w\.nii\.gz has no label; scores need one"):

@@ -6,7 +6,7 @@ and their help. What depends on files (a prior, a manifest) is resolved later, o
 
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache, reduce
 from numbers import Integral, Real
 from operator import or_
@@ -27,13 +27,19 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        from pydantic import ValidationError  # here: help is printed without it
+        # Numbers and words by default are right: help, which shows them, is printed without pydantic.
+        trusted = {each.name: each.default for each in fields(self) if isinstance(each.default, int | float | str)}
+        given = [each.name for each in fields(self) if getattr(self, each.name) is not trusted.get(each.name, MISSING)]
+        if not given:
+            return
+        from pydantic import ValidationError
 
-        cls: Any = type(self)  # a dataclass, which mypy does not see here
-        for name, adapter in _adapters(cls).items():
+        cls: Any = type(self)
+        adapters = _adapters(cls)
+        for name in given:
             value = getattr(self, name)
             try:
-                parsed = adapter.validate_python(value)
+                parsed = adapters[name].validate_python(value)
             except ValidationError as error:
                 raise InputError(f"`{name}` {value!r}: {_reason(error)}") from error
             object.__setattr__(self, name, parsed)
@@ -55,7 +61,7 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain values: a YAML file of them makes the same settings."""
-        return {name: _plain(value) for name, value in asdict(self).items()}  # type: ignore[call-overload]
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
 
 @cache

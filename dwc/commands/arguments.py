@@ -23,6 +23,7 @@ __all__ = ["Parser", "add_settings", "from_file", "in_flags", "make", "new_parse
 _S = TypeVar("_S", bound=Settings)
 _MISFIT = re.compile(r'Parser key "([\w.]+)": Does not validate .*?Errors: - (.+?) - Expected .*Given value: (.+)')
 _WRONG_TYPE = re.compile(r"""Parser key "([\w.]+)": Expected an? <class '(\w+)'>. Got value: (.+)""")
+_WRONG_CHOICE = re.compile(r"""Parser key "([\w.]+)": Expected an? typing.Literal\[(.+)\]. Got value: (.+)""")
 _BOOLEANS = ("true", "false", "yes", "no")
 _known: set[str] = set()  # the parameters that are options of the command at work
 
@@ -36,7 +37,9 @@ class Parser(ArgumentParser):
 
     def format_help(self) -> str:  # type: ignore[override]
         """The help text, with flags in kebab-case and booleans as switches."""
-        text = re.sub(r"(--[\w.-]+) \{true,false\}", lambda m: f"{m[1]} | --no-{m[1][2:]}", super().format_help())
+        text = super().format_help()
+        switch = r"(--[\w.-]+) \{true,false(?:,null)?\}"
+        text = re.sub(switch, lambda m: f"{m[1]} | --no-{m[1][2:]}", text)
         text = re.sub(r"<class\s+'(\w+)'>", lambda m: m[1].lower(), text)
         return re.sub(r"(?<![\w-])--[a-z][\w.-]*", lambda m: m[0].replace("_", "-"), text)
 
@@ -76,7 +79,7 @@ def new_parser(command: str, description: str) -> Parser:
 
 def add_settings(parser: ArgumentParser, cls: type[Settings]) -> None:
     """Add the fields of a settings class as flags: its own first, then those that it shares with others."""
-    left = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    left = {field.name for field in fields(cls)}
     for part in cls.__mro__:
         if own := left & set(get_annotations(part)):
             others = {field.name for field in fields(part)} - own
@@ -95,7 +98,7 @@ def make(cls: type[_S], values: Mapping[str, Any]) -> _S:
         try:
             made[name] = make(nested[0], part)
         except InputError as error:
-            own = "|".join(field.name for field in fields(nested[0]))  # type: ignore[arg-type]
+            own = "|".join(field.name for field in fields(nested[0]))
             raise InputError(re.sub(rf"`({own})\b", rf"`{name}.\1", str(error))) from error
     return cls(**made)
 
@@ -163,17 +166,24 @@ def _options(parser: ArgumentParser) -> set[str]:
 
 
 def _declared(name: str, actions: Mapping[str, Any]) -> str:
-    """The spelling under which an option was declared, its part before a dot at least."""
+    """The spelling under which an option was declared; behind a dot, names that a user gave stay as they are."""
     head, dot, tail = name.partition(".")
     spellings = [re.sub(r"(?<=\w)-", "_", name), re.sub(r"(?<=\w)-", "_", head) + dot + tail]
     for spelling in (name, *spellings):
         if spelling in actions:
             return spelling
-    return spellings[1] if spellings[1].partition(".")[0] in actions else name
+    owner = actions.get(spellings[1].partition(".")[0])
+    if owner is None:
+        return name
+    kinds = get_args(getattr(owner, "_typehint", None))
+    return (
+        spellings[0] if any(isinstance(kind, type) and issubclass(kind, Settings) for kind in kinds) else spellings[1]
+    )
 
 
 def _is_boolean(action: argparse.Action) -> bool:
-    return getattr(action, "_typehint", action.type) is bool
+    hint = getattr(action, "_typehint", action.type)
+    return hint is bool or set(get_args(hint)) == {bool, type(None)}
 
 
 def _in_short(message: str, parser: ArgumentParser) -> str:
@@ -189,6 +199,9 @@ def _in_short(message: str, parser: ArgumentParser) -> str:
         return f"no option {unknown[1]}{hint}"
     if wrong := _WRONG_TYPE.match(line):
         return f"--{wrong[1].replace('_', '-')} {wrong[3]}: expected {wrong[2]}"
+    if wrong := _WRONG_CHOICE.match(line):
+        choices = wrong[2].replace("'", "")
+        return f"--{wrong[1].replace('_', '-')} {wrong[3]}: choose one of {choices}"
     if not (misfit := _MISFIT.match(line)):
         return re.sub(r"(?<![\w-])--[a-z][\w.]*", lambda m: m[0].replace("_", "-"), line)
     key, expected, value = misfit.groups()

@@ -5,6 +5,7 @@ that BIDS does not know is taken as it is.
 """
 
 import csv
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dwc.data.scan import SPLITS, Scan, is_missing
 
 __all__ = ["has_split", "scans_in_folder", "subject_of"]
 
+_NIFTI = re.compile(r"(.+)\.nii(\.gz)?", re.IGNORECASE)
 _VOLUMES = (".nii.gz", ".nii", ".mgz", ".mgh")
 _TEMPLATE = ("space", "cohort", "res")  # entities of what was resampled
 _NOT_MAGNITUDE = ("phase", "real", "imag")  # values of the entity part
@@ -86,7 +88,7 @@ def _from_bids(path: Path, subjects: list[Path]) -> list[Scan]:
             image = _choose_image(beside) if beside else image
         subject = subject_of(image) or image.name
         row = participants.get(subject, {})
-        site, split = row.get("site", ""), row.get("split", "train")
+        site, split = row.get("site", ""), row.get("split", "")
         if "split" in columns and split not in SPLITS:
             raise InputError(f"{path / 'participants.tsv'}: split of {subject} is {split!r}; write train or test")
         site = path.resolve().name if is_missing(site) else site
@@ -114,10 +116,9 @@ def _volumes(path: Path, subjects: Iterable[Path]) -> list[_File]:
     folders = [anat for subject in subjects for anat in (subject / "anat", *sorted(subject.glob("ses-*/anat")))]
     for folder in sorted(folders, key=lambda folder: (folder.resolve() != folder.absolute(), folder)):
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            stem, dot, extension = file.name.partition(".nii")
-            if not dot or extension.lower() not in ("", ".gz") or file.name.startswith("."):
+            if file.name.startswith(".") or not (name := _NIFTI.fullmatch(file.name)):
                 continue
-            *pairs, suffix = stem.split("_")
+            *pairs, suffix = name[1].split("_")
             entities = dict(pair.split("-", 1) for pair in pairs if "-" in pair)
             if entities.get("part") not in _NOT_MAGNITUDE:
                 parsed = _File(file, str(folder.relative_to(path)), entities, suffix)

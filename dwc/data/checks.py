@@ -179,7 +179,9 @@ def _check(scan: Scan, grid: Grid, label_map: LabelMap | None) -> CheckedScan:
             classes = label_map.apply(ids)
             facts["unlisted_ids"] = check_ids(scan.label, ids, classes, label_map)
             found += _label_findings(scan, ids, labels.affine, label_map, facts["unlisted_ids"])
-            classes = classes_on_grid(scan.label, classes, labels.affine, grid, placement)
+            classes, cut = classes_on_grid(scan.label, classes, labels.affine, grid, placement)
+            if cut:
+                found.append(_odd("cut off", scan.label, f"{cut:.1%} of the labelled voxels lie outside of the grid"))
             voxels_of_class = np.bincount(classes.ravel(), minlength=label_map.n_classes)
             facts["labels_on_signal"] = float(np.mean(image[classes > 0] > SIGNAL)) if classes.any() else 0.0
             found += _overlap_findings(scan, facts["labels_on_signal"])
@@ -218,7 +220,7 @@ def _header_findings(opened: ScanFile) -> list[Finding]:
 def _forms_findings(opened: ScanFile) -> list[Finding]:
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(opened.shape) - 1.0)
     try:
-        forms = [apply_affine(form, corners) for form in (opened.header.get_sform(), opened.header.get_qform())]
+        forms = (opened.header.get_sform(), opened.header.get_qform())
     except (ValueError, HeaderDataError):
         return [_odd("geometry", opened.path, "its qform is no rotation; the sform is used")]
     by_sform, by_qform = (apply_affine(form, corners) for form in forms)

@@ -23,10 +23,11 @@ from dwc.data.resampling import resample_image, resample_labels, tidied
 __all__ = ["Placement", "conform_image", "conform_labels", "load_image", "load_labels", "place", "to_native"]
 
 _MOST_UNLISTED = 0.25  # of the labelled voxels
+_MOST_CUT = 0.05  # of the labelled voxels; less is a grid chosen small, and a warning of `check_scans`
 _SPECKS = 0.002  # share of a plane that is bright for other reasons than a head
 _SLAB = 16  # planes of a scan at a time
 _DOWN = 1  # the grid's axis from the top of the head down
-_HALF = 0.501  # voxels
+_BEYOND = 0.999  # voxels of the grid that a scan may reach beyond the last without being cut
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def conform_labels(
     ids = np.asanyarray(labels.dataobj)
     classes = label_map.apply(ids)
     check_ids(path, ids, classes, label_map)
-    return classes_on_grid(path, classes, labels.affine, grid, None if image is None else place(image, grid))
+    placement = None if image is None else place(image, grid)
+    return classes_on_grid(path, classes, labels.affine, grid, placement)[0]
 
 
 def to_native(array: np.ndarray, path: str | os.PathLike, grid: Grid, *, order: Literal[0, 1]) -> np.ndarray:
@@ -150,17 +152,18 @@ def image_on_grid(data: np.ndarray, affine: np.ndarray, grid: Grid) -> tuple[np.
 
 def classes_on_grid(
     path: str | os.PathLike, classes: np.ndarray, affine: np.ndarray, grid: Grid, placement: Placement | None
-) -> np.ndarray:
-    """Classes on the grid where it lies on the image, or else about the labels' own centre; none may be cut off."""
+) -> tuple[np.ndarray, float]:
+    """Classes on the grid where it lies on the image, or else about the labels' own centre; and the share cut off."""
     own = _on_centre(classes.shape, affine, grid)  # the labels' storage order may be another than the image's
     classes = in_ras_order(classes, own)
     placement = placement or _on_signal(own, classes > 0, grid)
-    if cut := _cut_voxels(classes, placement, grid):
+    cut = _cut_voxels(classes, placement, grid) / max(int(np.count_nonzero(classes)), 1)
+    if cut > _MOST_CUT:
         raise InputError(
-            f"{path}: {cut / np.count_nonzero(classes):.0%} of the labelled voxels lie outside of {grid}; crop scan "
-            f"and labels to the head, or choose a larger `grid_size`"
+            f"{path}: {cut:.0%} of the labelled voxels lie outside of {grid}; crop scan and labels to the head, or "
+            f"choose a larger `grid_size`"
         )
-    return resample_labels(classes, placement.positions, grid.shape)
+    return resample_labels(classes, placement.positions, grid.shape), cut
 
 
 def in_ras_order(data: np.ndarray, placement: Placement) -> np.ndarray:
@@ -222,7 +225,7 @@ def _on_signal(placement: Placement, signal: np.ndarray, grid: Grid) -> Placemen
         return placement
     step = np.rint((low + high) / 2 - (grid.size - 1) / 2)
     if high[_DOWN] - low[_DOWN] > grid.size - 1:
-        step[_DOWN] = np.floor(low[_DOWN])
+        step[_DOWN] = min(np.floor(low[_DOWN]), 0)
     step[excess == 0] = 0
     positions = placement.positions.copy()
     positions[:3, 3] += positions[:3, :3] @ step
@@ -256,9 +259,9 @@ def _span(placement: Placement) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _excess(low: np.ndarray, high: np.ndarray, grid: Grid) -> np.ndarray:
-    """How many voxels reach beyond the grid along each of its axes, [3]; up to half a voxel counts as none."""
+    """How many voxels reach beyond the grid along each of its axes, [3]; less than one counts as none."""
     over = np.maximum(-low, 0) + np.maximum(high - (grid.size - 1), 0)
-    return np.where(over > _HALF, over, 0)
+    return np.where(over > _BEYOND, over, 0)
 
 
 def _cut_voxels(classes: np.ndarray, placement: Placement, grid: Grid) -> int:
@@ -266,4 +269,4 @@ def _cut_voxels(classes: np.ndarray, placement: Placement, grid: Grid) -> int:
     if not _excess(*_span(placement), grid).any():
         return 0
     on_grid = apply_affine(np.linalg.inv(placement.positions), np.argwhere(classes))
-    return int(((on_grid < -_HALF) | (on_grid > grid.size - 1 + _HALF)).any(axis=1).sum())
+    return int(((on_grid < -_BEYOND) | (on_grid > grid.size - 1 + _BEYOND)).any(axis=1).sum())

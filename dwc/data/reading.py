@@ -218,8 +218,10 @@ def _affine(header: Header, path: Path) -> np.ndarray:
             _shorten_quaternion(header, path)
     with np.errstate(all="ignore"):
         affine = np.asarray(header.get_best_affine(), np.float64)
-        affine[:3] *= unit
-        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        if unit != 1:
+            affine[:3] = (affine[:3] * unit).astype(np.float32)  # 0.001 m is 1 mm, not 1.00000005
+        edges = np.linalg.norm(affine[:3, :3], axis=0)
+        if not (np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-6 * np.prod(edges) > 0):
             raise InputError(f"{path}: its affine has no volume (voxel size 0 or not finite); repair the header")
     return affine
 
@@ -276,7 +278,7 @@ def _whole_numbers(scan: ScanFile, values: np.ndarray) -> np.ndarray:
         slope, inter = scan.scaling
         what, value = ("not whole numbers", values[away][0]) if away.any() else ("too large", values[far][0])
         raise InputError(
-            f"{scan.path}: labels are {what} ({value:.9g}), with scl_slope {slope:g} and scl_inter {inter:g}; resample "
+            f"{scan.path}: labels are {what} ({value:.8g}), with scl_slope {slope:g} and scl_inter {inter:g}; resample "
             f"with nearest, store as integers"
         )
     return whole.astype(np.int32)

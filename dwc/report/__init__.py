@@ -1,1 +1,1 @@
-"""Pictures and tables for people: what the other rooms computed, as figures."""
+"""Figures, tables and the HTML report of a study."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -33,9 +34,9 @@ _FIRST = ("#4477dd", "#e6a817", "#aa4fb0", "#14c6a4", "#f2ec6b", "#8fd3ff", "#5f
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of panels, RGB [rows, columns, 3] or None, all of one shape, each with a note in its corner or none."""
+    """A row of panels, RGB [rows, columns, 3], all of one shape, each with a note in its corner or none."""
 
-    panels: list[np.ndarray | None]
+    panels: list[np.ndarray]
     notes: list[str | None]
     has_sides: bool
 
@@ -58,8 +59,8 @@ def overlay(
 ) -> Path:
     """Write a PNG with a row per plane (axial, sagittal, coronal): scan, truth, and each prediction with its errors.
 
-    The slices are those with the most labelled voxels. Anterior or superior is up, anterior is to the right in
-    the sagittal plane, and the patient's left is on the right elsewhere, as radiologists look at it.
+    The slices are those with the most labelled voxels. Anterior or superior is up; anterior is right in the sagittal
+    plane, elsewhere the patient's left is right, as radiologists look at it.
 
     Parameters
     ----------
@@ -72,19 +73,19 @@ def overlay(
     path : path
         PNG to write.
     names : sequence of str, optional
-        Name of each class; a legend is drawn for 16 classes or fewer.
+        Name of each class; 16 classes or fewer get a legend.
     title : str, optional
         Above it all.
     """
     n_classes = _n_classes((truth, *predictions.values()), names)
-    captions = {name: _dice(truth, classes, n_classes) for name, classes in predictions.items()}
-    captions = {name: f"{name}\n{dice}" if dice else name for name, dice in captions.items()}
+    scores = {name: _dice(truth, classes, n_classes) for name, classes in predictions.items()}
+    captions = [f"{name}\n{dice}" if dice else name for name, dice in scores.items()]
     rows = _rows(image, truth, predictions, _PLANES, class_colours(n_classes))
-    return _draw(rows, _columns(captions.values(), truth is not None), path, names=names, title=title)
+    return _draw(rows, _columns(captions, truth is not None), path, names=names, title=title)
 
 
 def site_slices(
-    pictures: Mapping[str, tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray], str]],
+    pictures: Mapping[str, tuple[np.ndarray, np.ndarray | None, Mapping[str, np.ndarray], str]],
     path: str | Path,
     *,
     names: Sequence[str] | None = None,
@@ -94,12 +95,9 @@ def site_slices(
     Parameters
     ----------
     pictures : mapping of str to (image, truth, predictions, title)
-        For each site a volume, as `overlay` takes it, and the title that stands beside its rows. Every site has the
-        same predictions.
-    path : path
-        PNG to write.
-    names : sequence of str, optional
-        As `overlay` takes them.
+        A volume of each site, as for `overlay`, and the title beside its rows. All sites have the same predictions.
+    path, names
+        As for `overlay`.
     """
     volumes = (classes for _, truth, predictions, _ in pictures.values() for classes in (truth, *predictions.values()))
     n_classes = _n_classes(volumes, names)
@@ -134,11 +132,11 @@ def _rows(
     reference = truth if truth is not None else next(iter(predictions.values()))
     box, places = _box(image), _busiest(reference if reference.any() else image)
     window = np.percentile(image[image > 0], 99.5) if (image > 0).any() else 1
-    layers = [(None, colours)] if truth is None else [(None, colours), (truth, colours)]
+    red = np.array([_RED, _RED])
+    layers: list[tuple[np.ndarray | None, np.ndarray]] = [(None, colours)]  # classes over the scan, and their colours
+    layers += [] if truth is None else [(truth, colours)]
     for classes in predictions.values():
-        layers.append((classes, colours))
-        if truth is not None:
-            layers.append((classes != truth, [_RED, _RED]))
+        layers += [(classes, colours)] if truth is None else [(classes, colours), (classes != truth, red)]
     rows = []
     for plane in planes:
         grey = np.clip(_slice(image, plane, places, box) / window, 0, 1)
@@ -161,10 +159,10 @@ def _draw(
 ) -> Path:
     """Lay rows of panels out on black; `sides` stand beside as many rows each, columns' titles above the first row."""
     heights = [row.panels[0].shape[0] / row.panels[0].shape[1] for row in rows]
-    margin = 0.4 if sides else 0.0
+    margin, legend_names = 0.4 if sides else 0.0, list(names or ())[1:]
     width = _PANEL * len(columns) + margin
     per_line = int(width / 2.0)
-    lines = -(-len(names[1:]) // per_line) if names and len(names) <= _LEGEND_AT_MOST else 0
+    lines = -(-len(legend_names) // per_line) if len(legend_names) < _LEGEND_AT_MOST else 0
     legend = 0.3 * lines
     top = 0.3 + 0.22 * max(caption.count("\n") for caption in columns) + 0.35 * bool(title)
     height = _PANEL * sum(heights) + top + legend
@@ -190,22 +188,22 @@ def _draw(
     if title:
         figure.suptitle(title, color="white", fontsize=14, y=1 - 0.08 / height, va="top")
     if legend:
-        colours = class_colours(len(names))
-        patches = [Patch(color=colours[k], label=names[k]) for k in range(1, len(names))]
+        colours = class_colours(len(legend_names) + 1)[1:]
+        patches = [Patch(color=colour, label=name) for colour, name in zip(colours, legend_names, strict=True)]
         figure.legend(handles=patches, loc="lower center", ncols=-(-len(patches) // lines), fontsize=11,
                       labelcolor="white", frameon=False)  # fmt: skip
     return save(figure, path)
 
 
-def _write(axis: Axes, x: float, y: float, text: str, **alignment: str) -> None:
-    """A word in a panel's corner, legible on whatever lies there."""
+def _write(axis: Axes, x: float, y: float, text: str, **alignment: Any) -> None:
+    """A word in a panel's corner, legible on any background."""
     paper = dict(facecolor="black", alpha=0.6, edgecolor="none", pad=1.5)
     axis.text(x, y, text, color="white", fontsize=11, bbox=paper, transform=axis.transAxes, **alignment)
 
 
-def _name_sides(figure: Figure, axes: Sequence[Axes], sides: Sequence[str], x: float) -> None:
+def _name_sides(figure: Figure, axes: np.ndarray, sides: Sequence[str], x: float) -> None:
     """Write each name beside its rows, and rule a line between one name's rows and the next one's."""
-    blocks = np.array_split(axes, len(sides)) if sides else []
+    blocks: list[np.ndarray] = np.array_split(axes, len(sides)) if sides else []
     for above, name in zip(blocks, sides, strict=True):
         high, low = above[0].get_position().y1, above[-1].get_position().y0
         figure.text(x, (high + low) / 2, name, color="white", fontsize=13, rotation=90, ha="center", va="center")
@@ -222,13 +220,13 @@ def save(figure: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
-def _painted(grey: np.ndarray, classes: np.ndarray | None, colours: Sequence) -> np.ndarray:
+def _painted(grey: np.ndarray, classes: np.ndarray | None, colours: np.ndarray) -> np.ndarray:
     """A grey slice as RGB, with the colour of each class other than 0 laid over it."""
     picture = np.repeat(grey[..., None], 3, axis=2)
     if classes is None:
         return picture
     classes = classes.astype(np.intp)
-    return np.where(classes[..., None] > 0, 0.2 * picture + 0.8 * np.asarray(colours)[classes], picture)
+    return np.where(classes[..., None] > 0, 0.2 * picture + 0.8 * colours[classes], picture)
 
 
 def _dice(truth: np.ndarray | None, classes: np.ndarray, n_classes: int) -> str | None:

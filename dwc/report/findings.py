@@ -78,9 +78,9 @@ def _against_the_ensemble(results: Results, claim: str, columns: list[str], *, l
         return Finding(claim, NOT_TESTED, missing)
     if not columns:
         return Finding(claim, NOT_TESTED, "The study has no unseen site.")
-    rows = results.of_kind("dwc", "ensemble")
-    compared = [_compared(results, *rows, column) for column in columns]
-    if unlearnt := _unlearnt(results, rows, columns):
+    dwc, ensemble = results.of_kind("dwc", "ensemble")
+    compared = [_compared(results, dwc, ensemble, column) for column in columns]
+    if unlearnt := _unlearnt(results, [dwc, ensemble], columns):
         return Finding(claim, NOT_TESTED, " ".join([*(sentence for _, sentence in compared), unlearnt]))
     verdicts = {_by_interval(test, line) for test, _ in compared}
     verdict = next(each for each in (DOES_NOT_HOLD, NOT_TESTED, NOT_SHOWN, HOLDS) if each in verdicts)

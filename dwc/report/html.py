@@ -5,12 +5,13 @@ nothing from elsewhere: no script, no address, no font.
 """
 
 import base64
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined, Template
@@ -20,17 +21,11 @@ from dwc.metrics.calibration import error_detection_auc, expected_calibration_er
 from dwc.report import plots
 from dwc.report.findings import RULES, findings
 from dwc.report.results import AVERAGE, INTEREST, Results, read_results
-from dwc.report.words import count, number, p_value, points, printed
+from dwc.report.words import DASH, count, number, p_value, points, printed
 
 __all__ = ["SITES_PICTURE", "write_report"]
 
 SITES_PICTURE = "sites.png"  # in figures/; the study draws it, which has the volumes
-_CHARTS = {
-    "table": plots.table_plot,
-    "classes": plots.class_plot,
-    "calibration": plots.calibration_plot,
-    "training": plots.training_plot,
-}
 _SPEED = {
     "seed": "seed", "site": "site", "steps": "equal steps", "map_dice": "MAP at these", "vcl_dice": "VCL at these",
     "vcl_start_dice": "VCL at step 0", "map_steps": "MAP: steps in full", "map_last_dice": "MAP: Dice in full",
@@ -108,17 +103,12 @@ def _dice(results: Results) -> _Section:
     cells = table.map(number)
     if sd is not None:
         cells = cells + (100 * sd).map(lambda value: "" if pd.isna(value) else f" ({value:.2f})")
-    efforts = [] if rows is None else [("own steps", "steps"), ("steps in all", "total_steps")]
-    body = [
-        [printed(row), *line, *(count(rows[name].get(row)) for _, name in efforts)]
-        for row, line in zip(cells.index, cells.to_numpy(), strict=True)
-    ]
-    best = {
-        (place, 1 + k)
-        for k, column in enumerate(table)
-        for place in range(len(table))
-        if table[column].iloc[place] == table[column].max()
-    }
+    header = ["network", *table.columns]
+    if rows is not None:
+        header += ["own steps", "steps in all"]
+        cells = cells.join(rows[["steps", "total_steps"]].map(count))
+    body = [[printed(row), *line] for row, line in zip(cells.index, cells.fillna(DASH).to_numpy(), strict=True)]
+    best = {(place, 1 + k) for place, k in zip(*np.nonzero((table == table.max()).to_numpy()), strict=True)}
     marked = [place for place, row in enumerate(table.index) if row in results.of_kind("dwc")]
     spread = f" Mean (standard deviation) over {len(results.seeds)} seeds." if sd is not None else ""
     notes = [
@@ -127,11 +117,10 @@ def _dice(results: Results) -> _Section:
         "column. Steps in all: with those of the networks it starts from. The plain average has no standard deviations "
         "and predicts at its means, as MAP networks do; variational networks average samples.",
     ]
-    header = ["network", *table.columns, *(name for name, _ in efforts)]
     picture = None
     if rows is not None and results.volumes is not None:
-        kinds = rows["kind"].to_dict()
-        picture = _drawn(results, "table", results.table, kinds, results.volumes, results.groups, table_sd=sd)
+        shown = results.table, rows["kind"].to_dict(), results.volumes, results.groups
+        picture = _drawn(results, "table", plots.table_plot, *shown, table_sd=sd)
     return _Section(title, notes, _Table(header, body, marked, best), picture)
 
 
@@ -182,7 +171,7 @@ def _speed(results: Results) -> _Section:
         "Optimizer steps of a site's own training, and Dice in % on the held-out sub-volumes that it logs. Equal "
         "steps: a MAP network from scratch that takes as many as VCL, under MAP's learning rates. The Dice aimed at "
         "is a little under the last one of the MAP network trained in full; step 0 is the prior network. Steps to a "
-        "plateau are told where both learning rates are constant and one window judges them; under a falling one they "
+        "plateau are given where both learning rates are constant and one window judges them; under a falling one they "
         "would measure the schedule. The steps of the networks that VCL starts from are not counted."
     ]
     pairs, picture = {site: _logs(results, site) for site in table["site"].unique()}, None
@@ -191,7 +180,7 @@ def _speed(results: Results) -> _Section:
         notes.append("The training curves are in the reports of the seeds.")
     elif logs:
         origin = next(iter(results.groups[AVERAGE]))
-        picture = _drawn(results, "training", logs, table, origin=origin)
+        picture = _drawn(results, "training", plots.training_plot, logs, table, origin=origin)
     return _Section(title, notes, _Table(list(named.values()), body), picture)
 
 
@@ -213,10 +202,8 @@ def _slices(results: Results) -> _Section:
     title = "One volume of each site (the paper's Figures 1 to 4)"
     path = results.out / "figures" / SITES_PICTURE
     if not path.is_file():
-        where = (
-            "They are in the reports of the seeds." if results.seeds else "They need DWC and the pooled MAP network."
-        )
-        return _Section(title, [where])
+        where = "are in the reports of the seeds" if results.seeds else "need DWC and the pooled MAP network"
+        return _Section(title, [f"They {where}."])
     note = "The held-out volume whose Dice under DWC is nearest its site's mean; errors of any class in red."
     return _Section(title, [note], picture=_inlined(path))
 
@@ -227,7 +214,8 @@ def _classes(results: Results) -> _Section:
     if results.classes is None or not kinds:
         return _Section(title, ["None of pooled MAP, ensemble and DWC has been scored."])
     notes = ["Classes from the largest to the smallest; bars: standard deviation over volumes.", *_absent(results)]
-    return _Section(title, notes, picture=_drawn(results, "classes", results.classes, kinds, _titled(results)))
+    picture = _drawn(results, "classes", plots.class_plot, results.classes, kinds, _titled(results))
+    return _Section(title, notes, picture=picture)
 
 
 def _calibration(results: Results) -> _Section:
@@ -251,12 +239,12 @@ def _calibration(results: Results) -> _Section:
         f"{over if results.seeds else ''} Bins of fewer than {plots.FEWEST} voxels are not drawn.",
         *_absent(results),
     ]
-    picture = _drawn(results, "calibration", counts, kinds, _titled(results))
+    picture = _drawn(results, "calibration", plots.calibration_plot, counts, kinds, _titled(results))
     return _Section(title, notes, _Table(header, body, words=(1,)), picture)
 
 
 def _beyond(results: Results) -> Iterable[_Section]:
-    """The further studies in the folder, each with its table and its picture as it left them."""
+    """The further studies in the folder, each with its table and its picture."""
     for path in sorted(results.out.glob("*/table.csv")):
         picture = path.with_name(f"{path.parent.name}.png")
         if picture.is_file():
@@ -285,10 +273,10 @@ def _titled(results: Results) -> dict[str, list[str]]:
     }
 
 
-def _drawn(results: Results, name: str, *shown: Any, **options: Any) -> str:
+def _drawn(results: Results, name: str, chart: Callable[..., Path], *shown: Any, **options: Any) -> str:
     """A chart's data address, drawn into figures/."""
     path = results.out / "figures" / f"{name}.png"
-    _CHARTS[name](*shown, path, **options)
+    chart(*shown, path, **options)
     return _inlined(path)
 
 

@@ -6,9 +6,11 @@ them apart.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
@@ -48,15 +50,13 @@ def table_plot(
     Parameters
     ----------
     table, table_sd : DataFrame
-        Mean Dice, 0..1, row by column, and its standard deviation over seeds, drawn as bars.
+        Mean Dice, 0..1, by row and column; its standard deviation over seeds, drawn as bars.
     kinds : mapping of str to str
         The kind of each row.
     volumes : DataFrame
         row, site, dice of each held-out volume.
     groups : mapping of str to sequence of str
         The sites of each column that is not a site itself.
-    path : path
-        PNG to write.
     """
     n_rows, n_columns = table.shape
     figure, axes = _figure(1, n_columns, (3.0 + 1.65 * n_columns, 1.3 + 0.31 * n_rows), sharex=True, sharey=True)
@@ -101,8 +101,6 @@ def class_plot(
         Rows to draw, in this order, and their kinds.
     groups : mapping of str to sequence of str
         Sites by the title of their panel.
-    path : path
-        PNG to write.
     """
     classes = classes[(classes["class"] > 0) & classes["row"].isin(kinds)]
     sizes = classes.groupby("name")["truth_mm3"].mean().sort_values(ascending=False)
@@ -123,8 +121,8 @@ def class_plot(
         axis.set_title(title, fontsize=13, fontweight="bold")
         axis.set_xlabel("Dice in %, mean and sd over volumes", fontsize=12)
         axis.grid(axis="y", visible=False)
-        for y in range(0, len(names), 2):
-            axis.axhspan(y - 0.5, y + 0.5, color="0.96", linewidth=0, zorder=0)
+        for place in range(0, len(names), 2):
+            axis.axhspan(place - 0.5, place + 0.5, color="0.96", linewidth=0, zorder=0)
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     _legend(figure, axes)
@@ -175,16 +173,7 @@ def training_plot(
 ) -> Path:
     """Write a PNG with a column per site: training loss and validation Dice of its MAP and of its VCL network.
 
-    Parameters
-    ----------
-    pairs : mapping of str to (DataFrame, DataFrame)
-        The lines of log.jsonl (step, nll, dice) of the MAP and of the VCL network, by the name of the site.
-    speed : DataFrame
-        site, map_plateau_step, vcl_plateau_step.
-    path : path
-        PNG to write.
-    origin : str
-        The site whose network VCL starts from.
+    `pairs` are these networks' logs (step, nll, dice) by site; VCL starts from the network of the site `origin`.
     """
     figure, axes = _figure(2, len(pairs), (1 + 3.6 * len(pairs), 6), sharex="col", sharey="row")
     began = speed.set_index("site")
@@ -211,7 +200,7 @@ def training_plot(
     return save(figure, path)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **shared: bool | str) -> tuple[Figure, np.ndarray]:
+def _figure(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, np.ndarray]:
     """A figure without a display, and its panels [rows, columns] in plain style."""
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -227,10 +216,9 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **shared: bool |
 
 def _legend(figure: Figure, axes: np.ndarray) -> None:
     """One legend for all panels, below them."""
-    entries = {}
+    entries: dict[str, Artist] = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries), fontsize=12, frameon=False
-    )
+    handles, labels = list(entries.values()), list(entries)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=12, frameon=False)

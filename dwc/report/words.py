@@ -1,10 +1,10 @@
-"""How names and numbers are printed in charts, sentences and tables; nothing is computed here."""
+"""How names and numbers are printed in charts, sentences and tables."""
 
 import pandas as pd
 
 __all__ = ["DASH", "count", "number", "p_value", "points", "printed"]
 
-DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"  # the dash stands where there is no number
+DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"  # a dash: no number
 
 
 def printed(row: str) -> str:
@@ -23,8 +23,10 @@ def points(difference: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """p with three digits, or its order where it is smaller."""
-    return DASH if pd.isna(p) else f"{p:.3f}" if p >= 0.001 else f"{p:.1e}".replace("-", _MINUS)
+    """p with three digits, or in powers of ten if smaller."""
+    if pd.isna(p):
+        return DASH
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}".replace("-", _MINUS)
 
 
 def count(value: float | None) -> str:

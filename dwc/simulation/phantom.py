@@ -23,8 +23,10 @@ _SULCUS_DEPTH = 18.0  # mm
 _WHITE, _VENTRICLE, _CEREBELLAR_WHITE, _CEREBELLAR_CORTEX, _CSF, _CALLOSUM = 1, 2, 3, 4, 12, 15
 _SOFT_TISSUE, _EYE, _SKIN, _SKULL = 52, 53, 55, 58  # codes outside the brain, as in label maps of whole heads
 
+_Chain = tuple[tuple[float, float, float], ...]  # mm
+
 # Deep structures: class -> tubes (radius mm, points (|x|, y, z) mm), and ellipsoids (centre, radii); later ones win.
-_TUBES = (
+_TUBES: tuple[tuple[int, float, _Chain], ...] = (
     (9, 13.0, ((0, -20, -14), (0, -24, -26))),
     (9, 10.0, ((0, -26, -30), (0, -36, -52), (0, -46, -78))),
     (14, 5.5, ((7, -20, -11), (12, -8, -9))),
@@ -44,7 +46,7 @@ _ELLIPSOIDS = (
     (13, (10, 11, -7), (5, 5, 4.5)),
     (11, (24, -3, -19), (7.5, 7, 7)),
 )
-_VENTRICLES = (  # radius is multiplied by the size of the ventricles
+_VENTRICLES: tuple[tuple[float, _Chain], ...] = (  # radius is multiplied by the size of the ventricles
     (3.4, ((9, 34, 4), (9, 22, 12), (9, 2, 19), (11, -18, 20), (18, -38, 13))),
     (4.2, ((18, -38, 13), (24, -44, 4), (20, -62, 4))),
     (2.2, ((24, -44, 4), (33, -30, -10), (33, -14, -18))),
@@ -60,16 +62,15 @@ def phantom(size: int = 64, voxel_size: float = 3.0, seed: int = 0) -> np.ndarra
     Parameters
     ----------
     size, voxel_size : int, float
-        A cube of `size`^3 voxels of `voxel_size` mm in LIA orientation, the brain in its middle; the head measures
-        about 150 x 185 x 200 mm, and what reaches beyond the cube is cut off.
+        A cube of `size`^3 voxels of `voxel_size` mm in LIA orientation, centred on the brain; the head measures about
+        150 x 185 x 200 mm, and what exceeds the cube is cut off.
     seed : int
-        Which person: size and proportions of the head, size of the ventricles, course of the sulci.
+        Which person: proportions of the head, size of the ventricles, course of the sulci.
 
     Returns
     -------
     codes : ndarray, uint8 [size, size, size]
-        Classes 0..49, and outside the brain 52 soft tissue, 53 eyes, 55 skin, 58 skull. Class 12 is the CSF around the
-        brain.
+        Classes 0..49 (12 is the CSF around the brain); outside the brain 52 soft tissue, 53 eyes, 55 skin, 58 skull.
     """
     rng = np.random.default_rng(seed)
     point = _coordinates(size, voxel_size, rng)
@@ -205,7 +206,7 @@ def _place_cerebellum(codes: np.ndarray, mirrored: np.ndarray, folds: np.ndarray
 
 def _parcel(mirrored: np.ndarray, cortex: np.ndarray) -> np.ndarray:
     """Class of each cortical voxel: the Desikan-Killiany parcel whose mean position is nearest."""
-    rows = read_table(files(__package__) / "dk_centroids.tsv")
+    rows = read_table(str(files(__package__) / "dk_centroids.tsv"))
     centroids = np.array([[float(row[c]) for c in ("abs_x", "y", "z")] for row in rows])
     classes = np.array([int(row["class"]) for row in rows], np.uint8)
     return classes[cKDTree(centroids).query(mirrored[:, cortex].T)[1]]
@@ -222,5 +223,5 @@ def _place_deep(codes: np.ndarray, mirrored: np.ndarray, ventricles: float, voxe
         codes[inside & (codes != _CEREBELLAR_CORTEX)] = code
     for code, centre, radii in _ELLIPSOIDS:
         codes[_ellipsoid(mirrored, centre, np.maximum(radii, at_least)) < 1] = code
-    for radius, points in _VENTRICLES:
-        codes[_tube(mirrored, points) < max(radius * ventricles, at_least) ** 2] = _VENTRICLE
+    for radius, chain in _VENTRICLES:
+        codes[_tube(mirrored, chain) < max(radius * ventricles, at_least) ** 2] = _VENTRICLE

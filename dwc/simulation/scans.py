@@ -78,12 +78,12 @@ def load_sites() -> dict[str, Site]:
     """The five simulated sites that stand for the paper's cohorts, by name."""
     tissues = set(_tissue_of_code())
     sites = {}
-    for row in read_table(files(__package__) / "sites.tsv"):
+    for row in read_table(str(files(__package__) / "sites.tsv")):
         name = row.pop("site")
         value = {column: float(cell) for column, cell in row.items()}
         means = {column: value.pop(column) for column in list(value) if column in tissues}
-        resolution = tuple(value.pop(f"res_{axis}") for axis in "xyz")
-        sites[name] = Site(name=name, tissue_means=means, resolution=resolution, **value)
+        x, y, z = (value.pop(f"res_{axis}") for axis in "xyz")
+        sites[name] = Site(name=name, tissue_means=means, resolution=(x, y, z), **value)
     return sites
 
 
@@ -116,15 +116,13 @@ def simulate(labels: np.ndarray, site: Site | str, *, voxel_size: float, seed: i
         Codes: classes 0..49, and 50..60 outside the brain.
     site : Site or str
         A site, or the name of one in `load_sites()`.
-    voxel_size : float
-        Of `labels`, mm.
-    seed : int
-        Which scan.
+    voxel_size, seed : float, int
+        Of `labels`, mm; which scan.
 
     Returns
     -------
     image, labels : ndarray, uint8 [D, H, W]
-        The scan 0..255, and the warped codes it shows.
+        The scan, and the warped codes that it shows.
     """
     site = site if isinstance(site, Site) else _known(site)
     rng = np.random.default_rng(seed)
@@ -143,19 +141,18 @@ def write_site(
     anatomies: str | os.PathLike[str] | None = None,
     shared_by: Sequence[str] = (),
 ) -> Path:
-    """Write scans of a simulated site, their labels and a manifest.
+    """Write scans of a simulated site, their labels and, last, their manifest, which is returned.
 
     Parameters
     ----------
     out_dir : path
-        Gets `<site>-<number>_T1w.nii.gz` (uint8, conformed, LIA), `..._dseg.nii.gz` (FreeSurfer ids) and, last,
-        `manifest.csv` with a split column.
+        Gets `<site>-<number>_T1w.nii.gz` (uint8, conformed, LIA), `..._dseg.nii.gz` (FreeSurfer ids), `manifest.csv`.
     site : Site or str
-        Which site. No two sites of `load_sites()` share a subject.
+        Which site; no two sites share a subject.
     n_train, n_test : int
         Scans for training and for testing, of different subjects.
     grid : Grid
-        Size and voxel size of the volumes.
+        Of the volumes.
     seed : int
         Another seed gives other scans and other heads, and assigns anatomies to sites and splits anew.
     anatomies : path
@@ -163,11 +160,6 @@ def write_site(
         brain. If a site has fewer than scans, an anatomy is one subject scanned and deformed several times.
     shared_by : sequence of str
         Names of the sites, this one among them, that the anatomies are divided among; by default `load_sites`.
-
-    Returns
-    -------
-    manifest : Path
-        The manifest.
     """
     site, out_dir = site if isinstance(site, Site) else _known(site), Path(out_dir)
     if min(n_train, n_test, seed) < 0 or n_train + n_test < 1:
@@ -243,13 +235,13 @@ def _load_anatomy(path: Path, grid: Grid) -> np.ndarray:
     box = ndimage.find_objects(brain.view(np.uint8))[0]
     middle = [(edge.start + edge.stop) / 2 for edge in box]
     affine = grid.affine((image.affine @ [*middle, 1])[:3])
-    codes = nib.Nifti1Image(codes.astype(np.uint8), image.affine)
-    return np.asanyarray(resample_from_to(codes, (grid.shape, affine), order=0).dataobj)
+    volume = nib.Nifti1Image(codes.astype(np.uint8), image.affine)
+    return np.asanyarray(resample_from_to(volume, (grid.shape, affine), order=0).dataobj)
 
 
 @lru_cache(maxsize=1)
 def _tissue_of_code() -> tuple[str, ...]:
-    return tuple(row["tissue"] for row in read_table(files(__package__) / "tissues.tsv"))
+    return tuple(row["tissue"] for row in read_table(str(files(__package__) / "tissues.tsv")))
 
 
 def _warp(labels: np.ndarray, site: Site, voxel_size: float, rng: np.random.Generator) -> np.ndarray:
@@ -259,8 +251,8 @@ def _warp(labels: np.ndarray, site: Site, voxel_size: float, rng: np.random.Gene
     scale = site.scale * rng.normal(1, 0.02)
     inverse = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() / scale
     middle = (np.array(shape, np.float32) - 1) / 2
-    offset = np.indices(shape, dtype=np.float32, sparse=True)
-    centred = [axis - m for axis, m in zip(offset, middle, strict=True)]
+    places: tuple[np.ndarray, ...] = np.indices(shape, dtype=np.float32, sparse=True)
+    centred = [axis - m for axis, m in zip(places, middle, strict=True)]
     source = np.empty((3, *shape), np.float32)
     for a in range(3):
         linear = sum(np.float32(inverse[a, b]) * centred[b] for b in range(3))

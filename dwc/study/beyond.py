@@ -27,7 +27,7 @@ from dwc.report import studies as pictures
 from dwc.report.results import AVERAGE
 from dwc.simulation.scans import mixed_site
 from dwc.study.context import Study
-from dwc.study.graph import Network, consolidated, finetuned, variational, vcl
+from dwc.study.graph import consolidated, cycle, finetuned, variational, vcl
 from dwc.study.networks import Networks
 from dwc.study.settings import ManySites, StudySettings
 from dwc.study.sites import begin, simulate
@@ -40,20 +40,11 @@ _Result = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]  # table, volumes, tes
 
 
 def run(name: str, settings: StudySettings) -> pd.DataFrame:
-    """Run a study, or what of it is not done yet; print its table and leave it with picture and raw scores.
+    """Run a study, or what of it is not done yet; print its table and return it.
 
-    Parameters
-    ----------
-    name : str
-        many-sites, rounds, leave-one-out or tempering.
-    settings : StudySettings
-        As for the paper's study, whose networks are used if they are in the folder.
-
-    Returns
-    -------
-    DataFrame
-        What ``OUT/<name>/table.csv`` holds; Dice 0..1, means over volumes. Beside it ``volumes.csv`` has a line per row
-        and held-out volume, and ``tests.csv`` paired t-tests across volumes of the comparisons that the study is about.
+    OUT/<name>/ gets ``table.csv`` (Dice 0..1, means over volumes), ``volumes.csv`` (a line per row and held-out
+    volume), ``tests.csv`` (paired t-tests across volumes) and a picture. The study uses the paper's networks in the
+    folder.
 
     Raises
     ------
@@ -96,7 +87,7 @@ def rounds(study: Study, folder: Path) -> _Result:
     volumes = [_score(study, networks.get(prior), held_out, "0")]
     rows: list[dict[str, Any]] = [{"row": "0", "round": 0, "network": f"{origin}, before any round"}]
     for number in range(1, study.settings.rounds + 1):
-        joint = consolidated(prior, _of_sites(study, prior))
+        joint = consolidated(prior, [vcl(prior, site) for site in study.settings.sites])
         for row, network in ((f"{number}", joint), (f"{number} FT", finetuned(joint, origin))):
             volumes.append(_score(study, networks.get(network), held_out, row))
         weights = pd.read_csv(networks.folder(joint) / "weights.csv")[["weight", "sigma_ratio"]].median()
@@ -115,7 +106,7 @@ def leave_one_out(study: Study, folder: Path) -> _Result:
     sites).
     """
     networks, held_out, origin = Networks(study), _held_out(study), study.settings.origin
-    site_of = {str(networks.file(network)): network for network in _of_sites(study, variational(origin))}
+    site_of = {str(networks.file(network)): network for network in cycle(origin, study.settings.sites).sites}
     consolidation = _consolidation(study, networks)
     everything, nothing = f"all of {', '.join(study.settings.sites)}", f"none ({origin})"
     volumes = [
@@ -167,9 +158,8 @@ def many_sites(study: Study, folder: Path) -> _Result:
     """More and more simulated sites, each a mixture of scanners, each trained once from the origin's network.
 
     Columns of the table: sites (S), rule (how lambda is set: 1, 1/S, chosen on the origin), lambda, Dice on the origin
-    (the scans that did not choose), on sites (a held-out scan of each of the first ones, consolidated or not) and on
-    the unseen sites, seconds of CPU to read and consolidate S files, weight and sigma_ratio (medians over sites and
-    tensors, not tempered).
+    (scans that did not choose), on sites (a held-out scan of each of the first ones) and on the unseen sites, seconds
+    of CPU to read and consolidate S files, weight and sigma_ratio (medians over sites and tensors, not tempered).
     """
     settings = study.settings
     origin, many = variational(settings.origin), settings.many_sites or ManySites()
@@ -220,16 +210,12 @@ def _held_out(study: Study) -> dict[str, SubVolumes]:
     return {site: study.held_out(site) for site in study.settings.all_sites}
 
 
-def _of_sites(study: Study, prior: Network) -> list[Network]:
-    return [vcl(prior, site) for site in study.settings.sites]
-
-
 def _consolidation(study: Study, networks: Networks) -> Consolidation:
     """The sites' networks, trained from the origin's, consolidated."""
-    origin = variational(study.settings.origin)
-    networks.make(_of_sites(study, origin))
-    consolidation = Consolidation(networks.get(origin))
-    for network in _of_sites(study, origin):
+    _, prior, sites, *_ = cycle(study.settings.origin, study.settings.sites)
+    networks.make(sites)
+    consolidation = Consolidation(networks.get(prior))
+    for network in sites:
         consolidation.add(networks.get(network))
     return consolidation
 

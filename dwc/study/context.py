@@ -30,10 +30,7 @@ _SCANS = (  # the settings that the scans in a study's folder depend on
 class Study:
     """A study, its files checked and its settings resolved; creating one writes nothing.
 
-    Attributes
-    ----------
-    manifests : dict of str to Path
-        Manifest of each site, given or to be simulated, and of all training sites pooled. A study may add more.
+    ``manifests`` has each site's, given or to be simulated, and that of all training sites pooled; more may be added.
     """
 
     def __init__(self, settings: StudySettings) -> None:

@@ -33,14 +33,8 @@ _CPU_BATCH = 2
 class Left:
     """What is left to do.
 
-    Attributes
-    ----------
-    steps : dict of Network to int
-        Steps left of each trained network, parents first; 0 where it is done.
-    n_rows : int
-        Rows that are not scored on every held-out volume yet.
-    predictions : dict of bool to int
-        Predictions of a volume by a network that are left, plain (False) and Bayesian (True).
+    ``steps`` are those left of each trained network, parents first, 0 where it is done; ``n_rows`` the rows that are
+    not scored everywhere; ``predictions`` those of a volume by a network, plain (False) and Bayesian (True).
     """
 
     steps: dict[Network, int]
@@ -62,16 +56,9 @@ class Left:
 
 
 def what_is_left(networks: Networks, needed: Sequence[Network], rows: Sequence[Row]) -> Left:
-    """What of a study is left to train and to score. Writes nothing.
+    """What of a study is left to train and to score; writes nothing, and scans need not be simulated yet.
 
-    Parameters
-    ----------
-    networks : Networks
-        The study's; manifests of sites that are not simulated yet are missing files.
-    needed : sequence of Network
-        What is to be trained or computed, parents first.
-    rows : sequence of Row
-        What is to be scored.
+    `needed` are all networks that are to be made, parents first.
     """
     study = networks.study
     sites = study.settings.all_sites

@@ -8,7 +8,7 @@ import pandas as pd
 from dwc.base.files import write_whole
 from dwc.report.figures import overlay
 from dwc.study.context import Study
-from dwc.study.graph import Network, consolidated, finetuned, map_network, untrained, variational, vcl
+from dwc.study.graph import Network, cycle, untrained
 from dwc.study.networks import Networks
 from dwc.study.paper import unseen_clause
 from dwc.study.scoring import Row, Scores
@@ -47,11 +47,7 @@ def run(settings: StudySettings) -> None:
 
 def _rows(settings: StudySettings) -> tuple[list[Row], Network]:
     """The rows of the table, and the consolidated network."""
-    maps = [map_network(site) for site in settings.training_sites]
-    origin = variational(settings.origin)
-    sites = [vcl(origin, site) for site in settings.sites]
-    joint = consolidated(origin, sites)
-    dwc = finetuned(joint, settings.origin)
+    maps, origin, sites, joint, dwc = cycle(settings.origin, settings.sites)
     rows = [
         Row("untrained", "map", (untrained(maps[0]),)),
         *(Row(f"MAP {network.site}", "map", (network,)) for network in maps),

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 __all__ = [
-    "Network", "average", "consolidated", "control_network", "finetuned", "map_network", "untrained", "variational",
-    "vcl", "with_parents",
+    "Cycle", "Network", "average", "consolidated", "control_network", "cycle", "finetuned", "map_network", "untrained",
+    "variational", "vcl", "with_parents",
 ]  # fmt: skip
 
 _COMPUTED = ("consolidated", "average", "untrained")
@@ -25,9 +25,9 @@ class Network:
     site : str or None
         Whose scans it is trained on; None if it is computed.
     parents : tuple of Network
-        The network it starts from, if any; of a computed network the prior and the sites' networks.
+        What it starts from; of a computed network, the prior and the sites' networks.
     stage : str
-        The setting of the study that says how it is trained; by default that of its mode.
+        The study's setting that says how it is trained; by default that of its mode.
     """
 
     name: str
@@ -80,6 +80,24 @@ def untrained(like: Network) -> Network:
 def finetuned(prior: Network, site: str) -> Network:
     """A consolidated network fine-tuned on a site, with the likelihood weighted as one example volume."""
     return Network(f"{prior.name}->{site}", "finetune", site, (prior,))
+
+
+class Cycle(NamedTuple):
+    """The networks of one cycle: each training site's MAP network, the origin's, the sites', what becomes of these."""
+
+    maps: list[Network]
+    prior: Network
+    sites: list[Network]
+    joint: Network
+    dwc: Network
+
+
+def cycle(origin: str, sites: Sequence[str]) -> Cycle:
+    """The networks of the cycle over an origin and sites."""
+    prior = variational(origin)
+    trained = [vcl(prior, site) for site in sites]
+    joint = consolidated(prior, trained)
+    return Cycle([map_network(site) for site in (origin, *sites)], prior, trained, joint, finetuned(joint, origin))
 
 
 def with_parents(networks: Iterable[Network]) -> list[Network]:

@@ -24,14 +24,7 @@ _BY_CONTENT = {"label_map", "workers", "device"} | {field.name for field in fiel
 def network_key(study: Study, network: Network, stage: Stage | None, parents: Sequence[str]) -> str:
     """SHA-256, hex, of everything but the code that the network's weights depend on.
 
-    Parameters
-    ----------
-    study, network : Study, Network
-        The network and the study that makes it.
-    stage : Stage or None
-        How it is trained; None if it is computed.
-    parents : sequence of str
-        Keys of its parents.
+    `stage` says how it is trained, None if it is computed; `parents` are the keys of its parents.
     """
     content: dict[str, Any] = {"format": _FORMAT, "mode": network.mode, "parents": list(parents)}
     if stage is not None and network.site is not None:

@@ -4,6 +4,7 @@ The plain average has no standard deviations and predicts at its means; variatio
 """
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ from dwc.report.html import SITES_PICTURE, write_report
 from dwc.report.results import INTEREST
 from dwc.study.context import Study
 from dwc.study.cost import estimate, what_is_left
-from dwc.study.graph import Network, average, consolidated, finetuned, map_network, variational, vcl, with_parents
+from dwc.study.graph import Network, average, cycle, map_network, vcl, with_parents
 from dwc.study.networks import Networks
 from dwc.study.scoring import Kind, Row, Scores
 from dwc.study.settings import StudySettings
@@ -32,12 +33,8 @@ def rows_of(settings: StudySettings) -> tuple[Row, ...]:
 
     The chains train on one site after another, in the order of the settings and in reverse; a single site has none.
     """
-    maps = [map_network(site) for site in settings.training_sites]
-    origin = variational(settings.origin)
-    sites = [vcl(origin, site) for site in settings.sites]
+    maps, origin, sites, joint, dwc = cycle(settings.origin, settings.sites)
     orders = (settings.sites, settings.sites[::-1]) if len(sites) > 1 else ()
-    joint = consolidated(origin, sites)
-    dwc = finetuned(joint, settings.origin)
 
     def row(network: Network, kind: Kind, name: str | None = None) -> Row:
         return Row(name or network.name, kind, (network,))
@@ -46,20 +43,13 @@ def rows_of(settings: StudySettings) -> tuple[Row, ...]:
         *(row(network, "map") for network in maps),
         row(origin, "vi", f"{origin.name} (variational)"),
         *(row(network, "vcl") for network in sites),
-        *(row(_chain(origin, order), "chain") for order in orders),
+        *(row(reduce(vcl, order, origin), "chain") for order in orders),
         row(average(origin, sites), "average", f"{joint.name} (plain average)"),
         row(joint, "consolidated", f"{joint.name} (DWC w/o FT)"),
         Row("Ensemble", "ensemble", tuple(maps)),
         row(dwc, "dwc", f"{dwc.name} (DWC)"),
         row(map_network(settings.pooled_name, "pooled"), "pooled"),
     )
-
-
-def _chain(origin: Network, sites: Sequence[str]) -> Network:
-    network = origin
-    for site in sites:
-        network = vcl(network, site)
-    return network
 
 
 def comparisons(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -93,18 +83,16 @@ def choose_rows(rows: Sequence[Row], names: Sequence[str]) -> tuple[Row, ...]:
 
 
 def run(settings: StudySettings, *, only: Sequence[str] = (), dry_run: bool = False) -> None:
-    """Run the study, or what of it is not done yet, and print its table.
+    """Run the study, or what of it is not done yet, and print its table, which holds every row scored so far.
 
     Processes that run the same study at the same time share its networks and rows; all print the table.
 
     Parameters
     ----------
-    settings : StudySettings
-        What to run and where to.
     only : sequence of str
-        Rows to train and score; all without any. The tables hold every row that has been scored so far.
+        Rows to train and score; by default all.
     dry_run : bool
-        Say what would be trained and scored and how long it might take, and write nothing.
+        Say what would be trained and scored and about how long it would take; write nothing.
 
     Raises
     ------
@@ -168,17 +156,12 @@ def _effort(networks: Networks, rows: Sequence[Row]) -> pd.DataFrame:
     for row in rows:
         files = ";".join(str(networks.file(network).relative_to(networks.study.out)) for network in row.networks)
         plateaus = [log[-1]["plateau_step"] for network in row.networks if (log := networks.log(network))]
-        lines.append(
-            {
-                "row": row.name,
-                "kind": row.kind,
-                "networks": files,
-                "steps": sum(map(networks.steps, row.networks)),
-                "total_steps": networks.total_steps(row.networks),
-                "plateau_step": plateaus[0] if len(plateaus) == 1 else None,
-                "seconds": sum(map(networks.seconds, row.networks)),
-            }
-        )
+        lines.append({
+            "row": row.name, "kind": row.kind, "networks": files, "steps": sum(map(networks.steps, row.networks)),
+            "total_steps": networks.total_steps(row.networks),
+            "plateau_step": plateaus[0] if len(plateaus) == 1 else None,
+            "seconds": sum(map(networks.seconds, row.networks)),
+        })  # fmt: skip
     return pd.DataFrame(lines).astype({"plateau_step": "Int64"})
 
 

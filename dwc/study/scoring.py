@@ -32,16 +32,9 @@ _TABLES = ("classes", "calibration", "volumes")  # in the order of writing; the 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a study's table.
+    """A row of a study's table: what it is in the paper's argument, and what predicts.
 
-    Attributes
-    ----------
-    name : str
-        As it is printed.
-    kind : str
-        What it is in the paper's argument.
-    networks : tuple of Network
-        What predicts; of several, the mean of their probabilities.
+    Several networks predict by the mean of their probabilities.
     """
 
     name: str

@@ -73,7 +73,9 @@ class ManySites(Settings):
         ascending = self.counts and list(self.counts) == sorted(set(self.counts)) and self.counts[0] > 0
         self._require("counts", bool(ascending), "give ascending positive numbers, such as [2,4,8]")
         self._require_positive("n_train")
-        self._require("n_scored", 1 <= self.n_scored <= max(self.counts), f"give 1 to {max(self.counts)}, the sites")
+        self._require(
+            "n_scored", 1 <= self.n_scored <= max(self.counts), f"give 1 to {max(self.counts)}, the number of sites"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +216,7 @@ class StudySettings(ComputeSettings, NetworkSettings):
 
 def shared(settings: Settings, *groups: type[Settings]) -> dict[str, Any]:
     """The values of those settings that belong to groups, by name."""
-    names = [each.name for group in groups for each in fields(group)]  # type: ignore[arg-type]
+    names = [each.name for group in groups for each in fields(group)]
     return {name: getattr(settings, name) for name in names}
 
 

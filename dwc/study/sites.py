@@ -81,8 +81,8 @@ def _pool(study: Study) -> None:
     rows = [("image", "label", "subject", "site", "split")]
     for site in study.settings.training_sites:
         for scan in study.scans(site):
-            files = (os.path.relpath(file, manifest.parent) for file in (scan.image, scan.label))
-            rows.append((*files, f"{site}-{scan.subject}", site, scan.split))
+            image, label = (os.path.relpath(str(file), manifest.parent) for file in (scan.image, scan.label))
+            rows.append((image, label, f"{site}-{scan.subject}", site, scan.split))
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
     content = table.getvalue().encode()

@@ -50,21 +50,15 @@ def speed_table(networks: Networks) -> pd.DataFrame:
 def compared(full: _Log, control: _Log, ours: _Log, *, plateaus: bool) -> dict[str, float | None]:
     """What the logs of a site's networks say, trained on the same scans and validated on the same sub-volumes.
 
-    Parameters
-    ----------
-    full, control, ours : sequence of mapping
-        Lines of log.jsonl: of the MAP network, of the MAP network with VCL's steps, of the VCL network, beginning with
-        a line for step 0.
-    plateaus : bool
-        Whether to tell the plateaus of the training losses.
+    `full`, `control` and `ours` are the lines of log.jsonl of the MAP network, of its control, and of the VCL network,
+    here from step 0; `plateaus` says whether to report the plateaus of the training losses.
 
     Returns
     -------
     dict
-        ``steps``, the last that both control and VCL network logged, and there ``map_dice`` (the control's) and
-        ``vcl_dice``; ``vcl_start_dice``, at step 0; ``map_steps`` and ``map_last_dice`` of the MAP network in full;
-        ``target_dice``, that less `MARGIN` of it, ``map_target_step`` and ``vcl_target_step``, the first logged ones
-        with it; ``map_plateau_step`` and ``vcl_plateau_step``. None where there is no such step.
+        ``steps``, the last that control and VCL network both logged, with ``map_dice`` and ``vcl_dice`` there;
+        ``vcl_start_dice`` at step 0; ``map_steps`` and ``map_last_dice`` of the MAP network; ``target_dice``, that less
+        `MARGIN` of it, with the first steps that reach it; the plateaus' first steps. None where there is none.
     """
     theirs, mine = ({line["step"]: line["dice"] for line in log} for log in (control, ours))
     steps = max(theirs.keys() & mine.keys(), default=None)

@@ -19,16 +19,16 @@ _Groups = Sequence[Sequence[str]]  # the sites that comparisons are made on: the
 
 
 def dice_table(volumes: pd.DataFrame, groups: _Groups) -> pd.DataFrame:
-    """Mean Dice without background, 0..1, of each row, in the order of their first volumes, at each site.
+    """Mean Dice without background, 0..1, by row (in the order of their first volumes) and site.
 
-    The column Avg. is the mean over the volumes of the first group, all training sites, and stands behind these.
+    The column Avg. is over the volumes of the first group, all training sites, and stands behind these.
 
     Parameters
     ----------
     volumes : DataFrame
         A line per row and volume: row, site, dice and more.
     groups : sequence of sequence of str
-        Sites: those trained on, then each unseen one.
+        The training sites, then each unseen one.
     """
     training, *unseen = groups
     by_site = volumes.pivot_table(index="row", columns="site", values="dice", aggfunc="mean")
@@ -40,22 +40,18 @@ def dice_table(volumes: pd.DataFrame, groups: _Groups) -> pd.DataFrame:
 def paired_tests(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], groups: _Groups) -> pd.DataFrame:
     """Two-tailed paired t-tests of rows a against b on each group of sites, across volumes and across subjects.
 
-    Volumes of one subject are not independent: sessions, deformed copies of one head, or one held-out scan that several
-    seeds' networks segmented. Across subjects, each counts once with the mean over its volumes; a column anatomy tells
-    subjects apart, or else site and subject do. Across volumes, as in the paper, each volume under each seed counts.
+    Across volumes, as in the paper, each volume under each seed counts. But volumes of one subject are not independent:
+    sessions, deformed copies of one head, one scan segmented by several seeds' networks. Across subjects, each counts
+    once with the mean over its volumes; a column anatomy identifies subjects, or else site and subject do.
 
-    Parameters
-    ----------
-    volumes, groups
-        As for `dice_table`; pooled seeds have a column seed.
-    pairs : iterable of (str, str)
-        Names of rows a and b; a pair is left out unless both are there.
+    `volumes` and `groups` are as for `dice_table`, pooled seeds with a column seed; pairs with a missing row are left
+    out.
 
     Returns
     -------
     DataFrame
-        comparison ("a - b"), columns (the group, such as "H, N, B, W" or "A"), unit (volume or subject), and the fields
-        of `PairedTest`, differences in Dice, the comparisons on all groups as one family; and n_tests, their number.
+        comparison ("a - b"), columns (the group, such as "H, N, B, W"), unit, the fields of `PairedTest`, and n_tests,
+        the number of comparisons, which are one family.
     """
     units = {"volume": _volume(volumes), "subject": ["anatomy"] if "anatomy" in volumes else _SUBJECT}
     compared = list(_comparisons(volumes, pairs, groups))

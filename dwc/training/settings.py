@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dwc.base.settings import Settings
-from dwc.data.augmentation import Augmentation
+from dwc.data.augmentation_settings import Augmentation
 
 __all__ = ["ComputeSettings", "CubeSettings", "NetworkSettings", "OptimizerSettings", "TrainSettings"]
 

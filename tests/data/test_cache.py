@@ -20,6 +20,7 @@ from dwc.base.errors import InputError
 from dwc.data import cache
 from dwc.data.cache import prepare
 from dwc.data.cubes import join_volume, split_volume
+from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
 from dwc.data.intensity import moments, z_score
 from dwc.data.labels import LabelMap
@@ -304,3 +305,25 @@ def test_many_volumes_do_not_hold_many_open_files(scans, tmp_path):
     assert len(data) == 2400
     if open_files:
         assert len(os.listdir("/proc/self/fd")) < open_files + 140
+
+
+def test_few_file_handles_are_enough_for_many_volumes(scans, tmp_path):
+    prepared = _prepare(scans, tmp_path / "cache")
+    order = sorted(range(3), key=lambda v: prepared._folders[v])
+    data = SubVolumes([scans[0]] * 200, _copies(tmp_path, 200), FIFTY, GRID)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        for v in range(data.n_volumes):
+            np.testing.assert_array_equal(data.volume(v)[0], prepared.volume(order[0])[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def _copies(folder: Path, count: int) -> list[Path]:
+    """Links to one entry of the cache under many names, each of which is opened for itself."""
+    (entry, *_) = sorted(_entries(folder / "cache"))
+    names = [folder / f"copy-{number}" for number in range(count)]
+    for name in names:
+        name.symlink_to(entry)
+    return names

@@ -1,3 +1,5 @@
+import csv
+import io
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dwc.base.errors import InputError
-from dwc.data.manifest import Scan, _split_by_subject, as_csv, read_manifest
+from dwc.data.manifest import Scan, _split_by_subject, as_csv, has_split_column, labelled, namesakes, read_manifest
 
 
 @pytest.fixture
@@ -183,3 +185,174 @@ def test_scans_written_as_a_manifest_are_read_as_they_are(tmp_path):
     path.parent.mkdir()
     path.write_bytes(as_csv(scans))
     assert read_manifest(path) == scans
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", ", ", " ; "])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_manifests_as_spreadsheets_write_them_are_read(manifest, separator, encoding):
+    rows = (("image", "label", "subject"), ("a.nii.gz", "l.nii.gz", "one"), ("b.nii.gz", "", "two, too"), ("", "", ""))
+    quoted = [[f'"{cell}"' if "," in cell else cell for cell in row] for row in rows]
+    path = manifest("")
+    path.write_bytes("\r\n".join(separator.join(row) for row in quoted).encode(encoding))
+    scans = read_manifest(path)
+    assert [(scan.image.name, scan.subject) for scan in scans] == [("a.nii.gz", "one"), ("b.nii.gz", "two, too")]
+    assert scans[0].label == path.parent / "l.nii.gz"
+    assert scans[1].label is None
+
+
+def test_trailing_separators_are_no_columns_and_other_separators_are_named(manifest):
+    path = manifest("Image,Label,,\na.nii.gz,l.nii.gz,,\nb.nii.gz,l.nii.gz,,,\n")
+    assert len(read_manifest(path)) == 2
+    path = manifest("image,label,,\na.nii.gz,l.nii.gz,x,\n")
+    with pytest.raises(InputError, match="line 2: 4 cells, not 2"):
+        read_manifest(path)
+    with pytest.raises(InputError, match="separated by commas, semicolons or tabs"):
+        read_manifest(manifest("image|label\na.nii.gz|l.nii.gz\n"))
+
+
+@pytest.mark.parametrize("cell", ["n/a", "N/A", ""])
+def test_a_subject_that_is_not_available_is_no_subject(manifest, cell):
+    path = manifest(f"image,subject,site\na.nii.gz,{cell},{cell}\nb.nii.gz,{cell},{cell}\n")
+    scans = read_manifest(path)
+    assert [scan.subject for scan in scans] == ["a", "b"]
+    assert {scan.site for scan in scans} == {path.parent.name}
+    assert {scan.split for scan in scans} == {"train", "test"}
+
+
+@pytest.mark.parametrize(
+    ("one", "two"), [("01", "1"), ("sub-01", "01"), ("sub-01", "1"), ("P07", "p7"), ("Sub_3", "3")]
+)
+def test_one_subject_under_two_spellings_is_not_both_trained_and_tested_on(manifest, one, two):
+    path = manifest(f"image,subject,split\na.nii.gz,{one},train\nb.nii.gz,{two},test\n")
+    with pytest.raises(InputError, match=f"subjects .*{one}.* look like one, and are in both train and test"):
+        read_manifest(path)
+    manifest(f"image,subject,split\na.nii.gz,{one},train\nb.nii.gz,{two},train\n")
+    assert namesakes(read_manifest(path)) == [sorted([one, two])]
+
+
+@pytest.mark.parametrize(("one", "two"), [("01", "10"), ("sub-1", "sub-2"), ("a1", "b1"), ("100", "1")])
+def test_different_subjects_are_not_taken_for_one(manifest, one, two):
+    scans = read_manifest(manifest(f"image,subject,split\na.nii.gz,{one},train\nb.nii.gz,{two},test\n"))
+    assert namesakes(scans) == []
+
+
+@given(st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1))
+def test_no_cell_of_a_written_manifest_runs_in_a_spreadsheet_and_each_is_read_back(tmp_path_factory, subject):
+    subject = subject.strip()
+    if not subject or subject.casefold() == "n/a":
+        return
+    folder = tmp_path_factory.mktemp("m")
+    (folder / "a.nii").touch()
+    scan = Scan(folder / "a.nii", None, subject, "=HYPERLINK(1)", "train")
+    (folder / "m.csv").write_bytes(as_csv([scan]))
+    rows = list(csv.reader(io.StringIO((folder / "m.csv").read_text(encoding="utf-8"), newline="")))
+    assert not any(cell.startswith(("=", "+", "-", "@")) for row in rows for cell in row)
+    assert read_manifest(folder / "m.csv") == [scan]
+
+
+@pytest.mark.parametrize("text", ["a\x1b[31m.nii", "a\x07.nii", "a\u2028.nii"])
+def test_control_characters_in_names_are_refused_and_not_printed(tmp_path, text):
+    (tmp_path / text).touch()
+    (tmp_path / "m.csv").write_text(f'image\n"{text}"\n', encoding="utf-8")
+    (tmp_path / "s.csv").write_text(f'image,site\n{tmp_path / "m.csv"},"{text}"\n', encoding="utf-8")
+    for name in ("m.csv", "s.csv"):
+        with pytest.raises(InputError) as caught:
+            read_manifest(tmp_path / name)
+        assert str(caught.value).isprintable()
+
+
+def test_too_long_names_and_dangling_links_in_a_manifest_are_refused_with_their_line(manifest):
+    path = manifest(f"image\n{'x' * 5000}.nii\n")
+    with pytest.raises(InputError, match=r"line 2: image .*too long"):
+        read_manifest(path)
+    (path.parent / "annex.nii").symlink_to(".git/annex/objects/x")
+    with pytest.raises(InputError, match=r"line 2: image .*datalad get"):
+        read_manifest(manifest("image\nannex.nii\n"))
+
+
+def test_all_volumes_of_a_bids_folder_are_found_once(tmp_path):
+    folder = _touch(
+        tmp_path / "study",
+        "sub-01/anat/sub-01_T1w.nii",
+        "sub-02/anat/sub-02_desc-preproc_T1w.nii.gz",
+        "sub-02/anat/sub-02_desc-brain_T1w.nii.gz",
+        "sub-02/anat/._sub-02_T1w.nii.gz",
+        "sub-02/anat/sub-02_part-phase_T1w.nii.gz",
+        "sub-03/ses-1/anat/sub-03_ses-1_T1w.nii.gz",
+        "sub-04/anat/sub-04_T1w.NII.GZ",
+    )
+    (folder / "sub-03/ses-2").symlink_to("ses-1")
+    (folder / "sub-05").symlink_to("sub-01")
+    assert [str(scan.image.relative_to(folder)) for scan in read_manifest(folder)] == [
+        "sub-01/anat/sub-01_T1w.nii",
+        "sub-02/anat/sub-02_desc-preproc_T1w.nii.gz",
+        "sub-03/ses-1/anat/sub-03_ses-1_T1w.nii.gz",
+        "sub-04/anat/sub-04_T1w.NII.GZ",
+    ]
+
+
+def test_versions_of_one_scan_of_which_none_is_first_choice_are_refused(tmp_path):
+    _touch(tmp_path, *(f"sub-1/anat/sub-1_desc-{d}_T1w.nii.gz" for d in ("brain", "denoised")))
+    with pytest.raises(InputError, match=r"several images of one scan .*desc-brain.*keep one"):
+        read_manifest(tmp_path)
+    _touch(tmp_path / "two", "sub-1/anat/sub-1_T1w.nii.gz", "sub-1/anat/sub-1_T1w.nii")
+    with pytest.raises(InputError, match="several images of one scan"):
+        read_manifest(tmp_path / "two")
+
+
+def test_labels_are_found_in_the_derivatives_of_a_raw_data_set_with_the_image_that_they_lie_on(tmp_path):
+    folder = _touch(
+        tmp_path / "study",
+        "sub-01/anat/sub-01_T1w.nii.gz",
+        "sub-02/ses-a/anat/sub-02_ses-a_T1w.nii.gz",
+        "sub-03/anat/sub-03_T1w.nii.gz",
+        "derivatives/freesurfer/sub-01/anat/sub-01_desc-aparcaseg_dseg.nii.gz",
+        "derivatives/fmriprep/sub-02/ses-a/anat/sub-02_ses-a_desc-preproc_T1w.nii.gz",
+        "derivatives/fmriprep/sub-02/ses-a/anat/sub-02_ses-a_desc-aparcaseg_dseg.nii.gz",
+        "derivatives/fmriprep/sub-02/ses-a/anat/sub-02_ses-a_dseg.nii.gz",
+        "derivatives/fmriprep/sub-02/ses-a/anat/sub-02_ses-a_space-MNI_dseg.nii.gz",
+    )
+    scans = read_manifest(folder)
+    assert [(scan.image.name, scan.label and scan.label.name) for scan in scans] == [
+        ("sub-01_T1w.nii.gz", "sub-01_desc-aparcaseg_dseg.nii.gz"),
+        ("sub-02_ses-a_desc-preproc_T1w.nii.gz", "sub-02_ses-a_desc-aparcaseg_dseg.nii.gz"),
+        ("sub-03_T1w.nii.gz", None),
+    ]
+    assert {scan.site for scan in scans} == {"study"}
+
+
+def test_participants_tell_sites_and_the_split(tmp_path):
+    names = [f"sub-0{n}/anat/sub-0{n}_T1w.nii.gz" for n in (1, 2, 3)]
+    folder = _touch(tmp_path / "study", *names)
+    table = folder / "participants.tsv"
+    table.write_text("participant_id\tage\tsite\nsub-01\t3\tN\n02\t4\tn/a\n")
+    assert [scan.site for scan in read_manifest(folder)] == ["N", "study", "study"]
+    assert not has_split_column(folder)
+    table.write_text("participant_id\tsplit\nsub-01\ttest\nsub-02\ttrain\nsub-03\ttrain\n")
+    assert has_split_column(folder)
+    assert [scan.split for scan in read_manifest(folder)] == ["test", "train", "train"]
+    table.write_text("participant_id\tsplit\nsub-01\ttest\n")
+    with pytest.raises(InputError, match=r"participants\.tsv: split of sub-02 is ''; write train or test"):
+        read_manifest(folder)
+    table.write_text("subject,site\n")
+    with pytest.raises(InputError, match="no column participant_id"):
+        read_manifest(folder)
+
+
+def test_a_plain_folder_of_volumes_is_a_list_of_scans(tmp_path):
+    folder = _touch(tmp_path / "lab", "a_T1w.nii.gz", "a_dseg.nii.gz", "b.nii", "c.MGZ", "._b.nii", "notes.txt")
+    scans = read_manifest(folder)
+    assert [(scan.image.name, scan.label and scan.label.name) for scan in scans] == [
+        ("a_T1w.nii.gz", "a_dseg.nii.gz"),
+        ("b.nii", None),
+        ("c.MGZ", None),
+    ]
+
+
+def test_scans_without_label_are_left_out_of_a_folder_and_refused_in_a_manifest(tmp_path, manifest, capsys):
+    folder = _touch(tmp_path / "lab", "a_T1w.nii.gz", "a_dseg.nii.gz", "b.nii")
+    assert [scan.image.name for scan in labelled(read_manifest(folder), folder, "x")] == ["a_T1w.nii.gz"]
+    assert "1 of 2 scans have no label and are left out" in capsys.readouterr().err
+    path = manifest("image,label\na.nii.gz,l.nii.gz\nb.nii.gz,\n")
+    with pytest.raises(InputError, match=r"b\.nii\.gz has no label; x"):
+        labelled(read_manifest(path), path, "x")

@@ -355,7 +355,7 @@ def test_a_row_is_chosen_by_its_name_with_or_without_what_stands_in_brackets():
         (["--preset", "huge"], "choose one of smoke"),
         (["--grid_size", "33"], "multiple of 32"),
         (["--n_train", '{"H": 1}'], "each of H, N, B and W"),
-        (["--n_test.A", "0"], "n_test"),
+        (["--n_test.A", "0"], "--n-test.A 0"),
         (["--vcl.epochs", "7"], "does not divide"),
         (["--vcl.lr", "-1"], "-1"),
         (["--anatomies", "nowhere"], "no such folder"),
