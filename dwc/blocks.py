@@ -19,7 +19,7 @@ def grow(region: Region, reach: int, shape: Sequence[int]) -> Region:
     return tuple(slice(max(0, r.start - reach), min(n, r.stop + reach)) for r, n in zip(region, shape, strict=True))
 
 
-def extent(region: Region) -> tuple[int, int, int]:
+def extent(region: Region) -> tuple[int, ...]:
     """Its shape."""
     return tuple(side.stop - side.start for side in region)
 
@@ -52,7 +52,8 @@ def plan_blocks(
     sizes = [side.stop - side.start for side in region]
     choices = [sorted({-(-size // edge) for edge in range(1, size + 1)}) for size in sizes]
     reaches = list(accumulate(reversed(dilations), initial=0))
-    best, least_work = sizes, math.inf
+    best: tuple[int, ...] = tuple(sizes)
+    least_work = math.inf
     for parts in product(*choices):
         edges = [-(-size // n) for size, n in zip(sizes, parts, strict=True)]
         spans = [

@@ -134,18 +134,17 @@ class MeshNet(nn.Module):
             x = checkpoint(hidden, layer, x, use_reentrant=False) if again else hidden(layer, x)
         return self.layers[-1](x, **options)
 
-    def convolutions(self, seed: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    def convolutions(self, seed: int | None = None) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias of each layer: its means, or, with a seed, one draw of a Bayesian network's weights.
 
         The draw is a function of the seed and the weight's place. A plain network has one draw.
         """
-        if not self.bayesian:
-            return [(layer.weight, layer.bias) for layer in self.layers]
-        if seed is None:
-            return [(layer.weight_mu, layer.bias_mu) for layer in self.layers]
-        return list(drawn_weights(self, seed, rank=0).values())
+        if self.bayesian and seed is not None:
+            return list(drawn_weights(self, seed, rank=0).values())
+        weight, bias = ("weight_mu", "bias_mu") if self.bayesian else ("weight", "bias")
+        return [(getattr(layer, weight), getattr(layer, bias)) for layer in self.layers]
 
-    def block_features(self, image: Tensor, block: Region, weights: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def block_features(self, image: Tensor, block: Region, weights: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         """What the last layer takes in, in a block: equal to one pass over the whole image but for rounding.
 
         Each layer is computed on the margin that the next ones need. Along an axis where the margin ends at the image's
@@ -158,7 +157,7 @@ class MeshNet(nn.Module):
             The whole one, [in_channels, D, H, W].
         block : Region
             Three slices of it, of shape d, h, w.
-        weights : sequence of (Tensor, Tensor)
+        weights : sequence of (Tensor, Tensor or None)
             As `convolutions` gives them.
 
         Returns

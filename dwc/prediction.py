@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,7 +204,7 @@ def predict_volume(
     return Prediction(labels, entropy, confidence, counts.numpy())
 
 
-def _classify(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _classify(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits fp32 [..., n_classes] of a 1x1x1 convolution."""
     return linear(features, weight[..., 0, 0, 0], bias).float()
 
@@ -235,7 +236,7 @@ def _label_map(posterior: Posterior, path: str | None) -> LabelMap:
     name = trained_on.get("name")
     if path is None and name not in SHIPPED:
         raise InputError(f"{posterior.name}: was trained on label map {name!r}; give its TSV as `label_map`")
-    label_map = LabelMap.load(path or name)
+    label_map = LabelMap.load(path or str(name))
     if label_map.sha256 != trained_on.get("sha256"):
         raise InputError(
             f"{posterior.name}: was trained on another table of label map {name!r} than {path or 'the one of this dwc'}"
@@ -245,7 +246,7 @@ def _label_map(posterior: Posterior, path: str | None) -> LabelMap:
 
 
 def _grid(posterior: Posterior) -> Grid:
-    theirs = posterior.metadata.get("preprocessing")
+    theirs: Any = posterior.metadata.get("preprocessing")
     try:
         grid = Grid(theirs["grid_size"], theirs["voxel_size"])
     except (KeyError, TypeError) as error:

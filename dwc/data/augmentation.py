@@ -81,10 +81,11 @@ def _warp(
     if settings.elastic:
         place = place + settings.elastic * _smooth_field(3, side, rng)[0]
     grid = (place.flip(0) / ((size - 1) / 2)).movedim(0, -1)[None]  # grid_sample names the last axis first
-    options = {"align_corners": True, "padding_mode": "border"}
-    return F.grid_sample(image, grid, mode="bilinear", **options), F.grid_sample(
-        labels, grid, mode="nearest", **options
-    )
+    return _sampled(image, grid, "bilinear"), _sampled(labels, grid, "nearest")
+
+
+def _sampled(volume: Tensor, grid: Tensor, mode: str) -> Tensor:
+    return F.grid_sample(volume, grid, mode=mode, padding_mode="border", align_corners=True)
 
 
 def _rotation(angles: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 
 __all__ = ["Region", "head_box"]
 
-Region = tuple[slice, slice, slice]
+Region = tuple[slice, ...]  # one slice per axis
 
 # A plane belongs to the head if more than this part of it is brighter than half of Otsu's threshold.
 _LEAST_PART = 0.002

@@ -91,6 +91,14 @@ def test_cubes_lie_in_the_heads_box_and_seldom_outside(data):
         assert least <= outside <= most
 
 
+def test_cubes_do_not_pile_up_at_the_edges_of_the_volume(data):
+    cubes = RandomCubes(data, 0, 0, 0.5, NONE)
+    starts = np.array([cubes._start(0, np.random.default_rng([9, position])) for position in range(400)])
+    assert np.isin(starts, (0, 32)).mean() < 0.1
+    assert starts.min() == 0
+    assert starts.max() == 32
+
+
 @pytest.mark.parametrize("augmentation", [NONE, ALL], ids=["plain", "augmented"])
 def test_a_cube_is_a_function_of_seed_and_position_whatever_process_loads_it(data, augmentation):
     def batches(seed: int, positions: range, workers: int) -> list[torch.Tensor]:

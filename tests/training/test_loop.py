@@ -13,6 +13,7 @@ import torch
 from dwc.base.errors import InputError, Interrupted
 from dwc.base.files import load_tensors, save_tensors
 from dwc.base.locks import held
+from dwc.data.augmentation import Augmentation
 from dwc.data.labels import LabelMap
 from dwc.posterior import Posterior
 from dwc.training import log, loop, state
@@ -235,6 +236,24 @@ def test_a_finished_run_resumes_to_itself_and_goes_on_for_more_epochs(settings, 
     first = train_network(short)
     assert train_network(short, resume=True).sha256 == first.sha256
     assert train_network(replace(short, epochs=2), resume=True).sha256 == long.sha256
+
+
+def test_varied_cubes_with_margins_resume_to_the_same_bits_with_any_number_of_workers(settings, tmp_path):
+    varied = replace(settings, margin=3, augmentation=Augmentation(mirror=0.5, rotation=5, elastic=1, gamma=0.2))
+    long = train_network(replace(varied, out=tmp_path / "long", epochs=2))
+    train_network(replace(varied, out=tmp_path / "short", epochs=1, workers=2))
+    assert train_network(replace(varied, out=tmp_path / "short", epochs=2), resume=True).sha256 == long.sha256
+    plain = train_network(replace(settings, out=tmp_path / "plain", epochs=2))
+    assert plain.sha256 != long.sha256
+
+
+def test_the_header_names_random_cubes_and_stays_as_it_was_for_the_papers(settings, tmp_path):
+    posteriors = [
+        train_network(replace(settings, out=tmp_path / kind, epochs=1, cubes=kind)) for kind in ("random", "paper")
+    ]
+    random, paper = (posterior.metadata["training"] for posterior in posteriors)
+    assert (random["cubes"], random["margin"], random["augmentation"]["gamma"]) == ("random", 0, 0.0)
+    assert not {"cubes", "margin", "air_share", "augmentation"} & paper.keys()
 
 
 def test_resuming_with_other_settings_is_refused_by_name(settings, tmp_path):
