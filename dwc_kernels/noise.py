@@ -148,9 +148,11 @@ def _fill_channels_last(eps: Tensor, key: tuple[Key, Key]) -> None:
     rows = math.prod(eps.shape[2:]) // 4  # groups in one channel's volume
     lanes = eps.permute(0, 2, 3, 4, 1).view(n, rows, 4, channels)
     first = torch.arange(n * channels, device=eps.device).view(n, 1, channels) * rows
-    step = max(1, _chunk(eps) // channels)
-    for sample in range(n):
+    step = max(1, _chunk(eps) // channels)  # rows at a time, of one sample or of several whole ones
+    samples = max(1, step // rows)
+    for sample in range(0, n, samples):
+        some = slice(sample, sample + samples)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             row = torch.arange(start, stop, device=eps.device)[:, None]
-            _four_normals(first[sample] + row, key, lanes[sample, start:stop].transpose(0, 1))
+            _four_normals(first[some] + row, key, lanes[some, start:stop].movedim(2, 0))
