@@ -1,6 +1,6 @@
 """What the compiler says of the three kernels, for every layer of Table 1, on chips that need not be there.
 
-    python -m benchmarks.kernel_report [--arch sm_80 sm_89 sm_90 sm_100 sm_120 gfx942] [--dtype bf16 tf32 fp16 ieee]
+    python -m benchmarks.kernel_report [--arch sm_80 sm_89 sm_90 sm_100 sm_120] [--dtype bf16 tf32 fp16 ieee]
         [--layer conv2 ...] [--json F] [--dump DIR]
 
 Facts (registers, spills, shared memory, instruction mix) come from ptxas and the disassembly. Times are *modelled*,
@@ -34,7 +34,7 @@ from dwc_kernels.kernels.tiles import (
 
 __all__ = ["Row", "layer_problem", "main", "report", "visited_share"]
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ and takes the least. The rates are peak rates of the chips, so the time is a low
 import json
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,10 +35,11 @@ __all__ = [
     "tuned_path",
 ]
 
+WARP = 32  # threads
 KINDS = ("forward", "grad_input", "grad_weight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is one chip, so a plan is found by identity
 class Chip:
     """Rates of one chip, per multiprocessor and cycle where not said otherwise."""
 
@@ -46,7 +47,7 @@ class Chip:
     arch: str  # whose machine code it runs
     multiprocessors: int
     clock: float  # Hz, at which the vendor states its peak
-    macs: dict[str, int] = field(hash=False)  # tensor-core multiply-adds by the dtype of the operands
+    macs: dict[str, int]  # tensor-core multiply-adds by the dtype of the operands
     l2: float  # bytes from L2
     dram: float  # bytes per second of the whole chip
     shared: int  # bytes of shared memory that the programs on a multiprocessor can have
@@ -54,10 +55,9 @@ class Chip:
     rows_per_warp: int = 32  # of a tile
     unroll: int = 1  # channel blocks per iteration that still compile without spilling
     tensor_memory: bool = False  # accumulators live there and not in registers
-    warp: int = 32
 
 
-# Peak products, clocks and memory rates: NVIDIA's A100, H100 SXM and DGX B200 data sheets and AMD's MI300X data sheet.
+# Peak products, clocks and memory rates: NVIDIA's A100, H100 SXM and DGX B200 data sheets .
 # L2: 5120 bytes per cycle is A100's stated figure (A100 whitepaper); the others are taken to be no better per chip.
 CHIPS = {
     "sm_80": Chip(
@@ -74,11 +74,6 @@ CHIPS = {
         "B200", "sm_100", 148, 1.85e9, {"bf16": 4096, "fp16": 4096, "tf32": 2048, "ieee": 128},
         5120 / 148, 8.0e12, 227 << 10,
         holds=200, tensor_memory=True,
-    ),
-    "gfx942": Chip(
-        "MI300X", "gfx942", 304, 2.1e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 128},
-        64, 5.3e12, 64 << 10,
-        warp=64,
     ),
 }  # fmt: skip
 # Chips for desktops and inference run sm_80's matrix instructions with less of everything; sm_120 has copy engines.
@@ -192,7 +187,8 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     for box, channels, unroll, warps in shapes:
         for wide, tail in columns:
             # A loop over one tap is merged with what follows it; 16 columns of 256 rows spill when finished at once.
-            chunk = 8 if math.prod(problem.kernel) == 1 or wide == 16 else 16
+            few = problem.kind == "forward" or math.prod(problem.kernel) == 1 or wide == 16
+            chunk = 8 if few else 16
             tile = Tile(box, channels, unroll, wide, tail, chunk, warps, 2)
             stages = [
                 s
@@ -235,12 +231,12 @@ def registers(problem: Problem, tile: Tile, chip: Chip) -> float:
         words += 2 * rows * tile.columns
     if problem.kind == "grad_weight":  # g * r is formed there, and fp32 passes through them to be transposed
         words += tile.columns * summed * (squares + (problem.itemsize if problem.itemsize == 4 else 0)) / 4
-    return words / (chip.warp * tile.warps)
+    return words / (WARP * tile.warps)
 
 
 def resident(problem: Problem, tile: Tile, chip: Chip) -> int:
     """Programs that share a multiprocessor."""
-    by_registers = 65536 // (chip.warp * tile.warps * min(256, 32 + int(registers(problem, tile, chip))))
+    by_registers = 65536 // (WARP * tile.warps * min(256, 32 + int(registers(problem, tile, chip))))
     return max(1, min(by_registers, chip.shared // shared_bytes(problem, tile, chip)))
 
 
@@ -248,13 +244,13 @@ def programs(problem: Problem, tile: Tile) -> int:
     """Programs of one launch; of grad_weight, per split of the voxels."""
     column_blocks = math.ceil(problem.columns / tile.columns)
     if problem.kind == "grad_weight":
-        return stacks(problem) * column_blocks
+        return (stacks(problem) + 1) * column_blocks  # one for the biases
     return problem.samples * boxes(problem.size, tile.box) * column_blocks
 
 
 def stacks(problem: Problem) -> int:
-    """Groups of four taps and 32 channels of grad_weight, with a bias, which takes the place of a tap."""
-    return math.ceil((math.prod(problem.kernel) + 1) / 4) * math.ceil(problem.channels / 32)
+    """Groups of four taps and 32 channels of grad_weight."""
+    return math.ceil(math.prod(problem.kernel) / 4) * math.ceil(problem.channels / 32)
 
 
 def boxes(size: tuple[int, int, int], box: tuple[int, int, int]) -> int:
@@ -331,7 +327,6 @@ def tuned_key(problem: Problem) -> str:
     return f"{problem.kind} {problem.dtype} {problem.channels}->{problem.columns} {kernel}"
 
 
-@lru_cache(maxsize=8)
 def tuned(device: str) -> dict[str, Tile]:
     """The tiles measured on a device of this name; none where it was never tuned.
 
