@@ -81,15 +81,28 @@ def settled(acc, ARCH: tl.constexpr):
 
 
 @triton.jit
+def whole(C, t):
+    """C itself, a multiple of 16 bytes of t's elements, said so that the compiler sees it and vectorizes loads."""
+    STEP: tl.constexpr = 128 // t.dtype.element_ty.primitive_bitwidth
+    return C // STEP * STEP
+
+
+@triton.jit
 def voxel_blocks(
-    t, N, D, H, W, C, BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, ARCH: tl.constexpr
-):
-    """A descriptor of t [N, D, H, W, C] for boxes of voxels: the launcher's own, or on chips without a copy engine for
-    tensors one made here of a pointer, so that the compiler sees its strides and can vectorize the loads."""
+    t,  # [N, D, H, W, C], a pointer or a descriptor
+    N, D, H, W, C,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,  # of a block
+    ARCH: tl.constexpr,
+):  # fmt: skip
+    """A descriptor of t for boxes of voxels: the launcher's own, or one made here of a pointer on chips without a copy
+    engine for tensors, so that the compiler sees the strides."""
     if ARCH == "sm_80":
-        WC = W * tl.multiple_of(C, 128 // t.dtype.element_ty.primitive_bitwidth)
-        HWC = H.to(tl.int64) * WC
-        return tl.make_tensor_descriptor(t, [N, D, H, W, C], [D * HWC, HWC, WC, C, 1], [1, BD, BH, BW, BC])
+        channels = whole(C, t)
+        line = W * channels
+        plane = H.to(tl.int64) * line
+        return tl.make_tensor_descriptor(
+            t, [N, D, H, W, channels], [D * plane, plane, line, channels, 1], [1, BD, BH, BW, BC]
+        )
     else:
         return t
 
@@ -98,8 +111,8 @@ def voxel_blocks(
 def column_blocks(t, taps, F, C, N: tl.constexpr, BC: tl.constexpr, ARCH: tl.constexpr):
     """A descriptor of t [taps, F, C] for blocks of N columns, in the same way."""
     if ARCH == "sm_80":
-        FC = F * tl.multiple_of(C, 128 // t.dtype.element_ty.primitive_bitwidth)
-        return tl.make_tensor_descriptor(t, [taps, F, C], [FC, C, 1], [1, N, BC])
+        channels = whole(C, t)
+        return tl.make_tensor_descriptor(t, [taps, F, channels], [F * channels, channels, 1], [1, N, BC])
     else:
         return t
 

@@ -52,9 +52,14 @@ class Chip:
     dram: float  # bytes per second of the whole chip
     shared: int  # bytes of shared memory that the programs on a multiprocessor can have
     holds: int = 238  # registers of a thread that accumulators and operands may fill without spilling, as compiled
-    rows_per_warp: int = 32  # of a tile
+    warp_matrix: bool = False  # matrix instructions of one warp, fed from registers, not of four fed from shared memory
     unroll: int = 1  # channel blocks per iteration that still compile without spilling
     tensor_memory: bool = False  # accumulators live there and not in registers
+
+    @property
+    def rows_per_warp(self) -> int:
+        """Rows of a tile for each warp."""
+        return 16 if self.warp_matrix else 32
 
 
 # Peak products, clocks and memory rates: NVIDIA's A100, H100 SXM and DGX B200 data sheets .
@@ -63,7 +68,7 @@ CHIPS = {
     "sm_80": Chip(
         "A100 SXM 80GB", "sm_80", 108, 1.41e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 64},
         5120 / 108, 2.04e12, 163 << 10,
-        holds=115, rows_per_warp=16,
+        holds=115, warp_matrix=True,
     ),
     "sm_90": Chip(
         "H100 SXM", "sm_90", 132, 1.83e9, {"bf16": 2048, "fp16": 2048, "tf32": 1024, "ieee": 128},
@@ -156,6 +161,7 @@ BOXES = ((4, 8, 8), (4, 4, 8), (2, 4, 8), (2, 4, 4), (1, 4, 4))
 COLUMNS = ((64, 32), (64, 0), (32, 16), (32, 0), (16, 0))
 SUMMED_COLUMNS = ((64, 32), (64, 0), (32, 0), (16, 0))
 SUMMED_BOXES = ((1, 4, 8), (1, 8, 8), (2, 8, 8), (1, 2, 8))  # of grad_weight, whose products sum over voxels
+CHUNK = 8  # columns finished at a time; more of them spill
 STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 
 
@@ -167,7 +173,9 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
         shapes = [(box, 32 if problem.kind == "grad_weight" else 16, 1, 8) for box in boxes]
         columns = ((32, 0), (16, 0))
     elif problem.kind == "grad_weight":
-        shapes = [(box, 32, 1, STACKED_ROWS // chip.rows_per_warp) for box in SUMMED_BOXES]
+        # Without a copy engine for tensors, 128 voxels need too many addresses.
+        boxes = [box for box in SUMMED_BOXES if chip.arch != "sm_80" or math.prod(box) < 128]
+        shapes = [(box, 32, 1, STACKED_ROWS // chip.rows_per_warp) for box in boxes]
     else:
         blocks = {c: math.ceil(problem.channels / c) for c in (16, 32, 64)}
         # With one tap the compiler merges the loop with what follows and needs registers for both: half the rows.
@@ -186,10 +194,7 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     found = []
     for box, channels, unroll, warps in shapes:
         for wide, tail in columns:
-            # A loop over one tap is merged with what follows it; 16 columns of 256 rows spill when finished at once.
-            few = problem.kind == "forward" or math.prod(problem.kernel) == 1 or wide == 16
-            chunk = 8 if few else 16
-            tile = Tile(box, channels, unroll, wide, tail, chunk, warps, 2)
+            tile = Tile(box, channels, unroll, wide, tail, CHUNK, warps, 2)
             stages = [
                 s
                 for s in (4, 3, 2)[problem.kind == "grad_weight" :]
@@ -202,7 +207,7 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
 
 def operand_bytes(problem: Problem, tile: Tile) -> tuple[int, int]:
     """Bytes that one iteration brings for the row operand and for the column operand of its products."""
-    squares = 2 if problem.dtype == "bf16" else 4  # sigma^2, or g * r, as a product takes it
+    squares = square_bytes(problem)
     if problem.kind == "grad_weight":
         voxels = tile.rows
         return voxels * STACKED_ROWS * problem.itemsize, 2 * voxels * tile.columns * problem.itemsize
@@ -212,25 +217,43 @@ def operand_bytes(problem: Problem, tile: Tile) -> tuple[int, int]:
 
 
 def shared_bytes(problem: Problem, tile: Tile, chip: Chip) -> int:
-    """Shared memory of the pipeline, as Triton lays it out: what goes to registers is free one stage earlier."""
+    """Shared memory as Triton lays it out, without the barriers of copies, a few hundred bytes.
+
+    What goes to registers is free one stage earlier. For grad_weight on chips with tensor memory it is an upper bound.
+    """
     row_bytes, column_bytes = operand_bytes(problem, tile)
+    pipeline = (tile.stages - 1) * (row_bytes + column_bytes)
     if problem.kind == "grad_weight":
-        squares = 2 if problem.dtype == "bf16" else 4
-        total = (tile.stages - 1) * (row_bytes + column_bytes) + tile.rows * tile.columns * squares
-    else:
-        total = (tile.stages - 1) * row_bytes + tile.stages * column_bytes
-    return total + (row_bytes + (8 << 10) if chip.tensor_memory else 0)  # there products read rows from shared memory
+        if chip.warp_matrix:  # the stacked rows change their layout
+            extra = row_bytes
+        else:  # g * r, and what has to be transposed or copied on its way to a product
+            copies = problem.itemsize if problem.itemsize == 4 or chip.tensor_memory else 0
+            extra = tile.rows * tile.columns * (square_bytes(problem) + copies)
+            extra += row_bytes if chip.tensor_memory else 0
+        return max(pipeline + extra, STACKED_ROWS * tile.wide * 4)  # the sums on their way out
+    if not chip.warp_matrix:
+        pipeline += column_bytes
+    if chip.tensor_memory and problem.itemsize == 2:
+        pipeline += tile.rows * tile.channels * tile.unroll * problem.itemsize
+    return pipeline
+
+
+def square_bytes(problem: Problem) -> int:
+    """Bytes of an element of sigma^2, or of g * r, as a product takes it."""
+    return 2 if problem.dtype == "bf16" else 4
 
 
 def registers(problem: Problem, tile: Tile, chip: Chip) -> float:
     """Registers of a thread that hold accumulators and operands; addresses and counters come on top."""
-    squares = 2 if problem.dtype == "bf16" else 4
+    squares = square_bytes(problem)
     rows, summed = (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels)
     words = rows * summed * (problem.itemsize + squares) / 4
     if not chip.tensor_memory:
         words += 2 * rows * tile.columns
     if problem.kind == "grad_weight":  # g * r is formed there, and fp32 passes through them to be transposed
         words += tile.columns * summed * (squares + (problem.itemsize if problem.itemsize == 4 else 0)) / 4
+        if chip.warp_matrix and problem.itemsize == 4:  # and so do the rows
+            words += rows * summed
     return words / (WARP * tile.warps)
 
 
