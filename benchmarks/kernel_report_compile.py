@@ -23,7 +23,8 @@ from triton.runtime.driver import driver
 
 from dwc_kernels import kernels
 from dwc_kernels.kernels import launch
-from dwc_kernels.kernels.tiles import CHIPS, WARP, Problem, Tile
+from dwc_kernels.kernels.chips import CHIPS, WARP
+from dwc_kernels.kernels.tiles import Problem, Tile
 
 __all__ = ["Compiled", "compile_kernel"]
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from triton.runtime import JITFunction
 
 from benchmarks.kernel_report_compile import compile_kernel
-from dwc_kernels.kernels.tiles import CHIPS, KINDS, Problem, Tile, choose, problem_of, shared_bytes
+from dwc_kernels.kernels.chips import CHIPS
+from dwc_kernels.kernels.tiles import KINDS, Problem, Tile, choose, problem_of, shared_bytes
 
 __all__ = ["Fact", "cases", "main", "summary"]
 

@@ -27,7 +27,7 @@ from benchmarks.composition import composition
 from benchmarks.shapes import LAYERS, SAMPLES, SIZE, Layer
 from dwc_kernels import ffg_conv3d, kernels
 from dwc_kernels.kernels import grad_weight, launch, weights
-from dwc_kernels.kernels.tiles import CHIPS
+from dwc_kernels.kernels.chips import CHIPS
 
 __all__ = ["Count", "count_layer", "count_step", "main", "table"]
 

@@ -13,7 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dwc_kernels.backends import why_not_triton
 from dwc_kernels.geometry import Triple, output_size
-from dwc_kernels.kernels.tiles import CHIPS, Chip, Problem, Tile, problem_of, tile_for
+from dwc_kernels.kernels.chips import CHIPS, Chip
+from dwc_kernels.kernels.tiles import Problem, Tile, problem_of, tile_for
 
 __all__ = ["Geometry", "Plan", "chip_of", "forget_plans", "run_on"]
 

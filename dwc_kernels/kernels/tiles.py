@@ -1,11 +1,12 @@
-"""Which tile a kernel uses: by a small stated model, or as ``dwc_kernels.tune`` measured. Nothing is compiled here.
+"""Which tile a kernel uses: by a small stated model, or as `dwc_kernels.tune` measured. Nothing is compiled here.
 
 A tile is good when its accumulators fit the registers, its pipeline fits shared memory, little arrives per product, few
-columns are idle and the last wave of programs is full. ``choose`` estimates each candidate's time as
+columns are idle and the last wave of programs is full. `estimate` gives each candidate's time as
 
-    waves * (steps * max(cycles of tensor cores, L2, shared memory, instruction issue) + epilogue)
+    waves * (steps * (max(cycles of tensor cores, L2, shared memory, instruction issue) + issue / 4) + epilogue)
 
-and takes the least. The rates are peak rates of the chips, so the time is a lower bound; only the order matters here.
+because a quarter of the issue is taken not to overlap, and `choose` takes the least. `benchmarks.kernel_report` prints
+the same model with the instructions of the compiled loop in place of the estimated ones.
 """
 
 import json
@@ -15,85 +16,31 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from dwc_kernels.kernels.chips import L2_REACH, TENSOR_REACH, WARP, Chip
+
 __all__ = [
-    "CHIPS",
     "KINDS",
     "STACKED_ROWS",
-    "Chip",
     "Problem",
     "Tile",
     "candidates",
     "choose",
     "estimate",
+    "loop_macs",
     "operand_bytes",
     "problem_of",
     "programs",
+    "second_dtype",
+    "shared_bytes",
     "splits",
+    "stacks",
     "tile_for",
     "tuned",
     "tuned_key",
     "tuned_path",
 ]
 
-WARP = 32  # threads
 KINDS = ("forward", "grad_input", "grad_weight")
-
-
-@dataclass(frozen=True, eq=False)  # each is one chip, so a plan is found by identity
-class Chip:
-    """Rates of one chip, per multiprocessor and cycle where not said otherwise."""
-
-    name: str
-    arch: str  # whose machine code it runs
-    multiprocessors: int
-    clock: float  # Hz, at which the vendor states its peak
-    macs: dict[str, int]  # tensor-core multiply-adds by the dtype of the operands
-    l2: float  # bytes from L2
-    dram: float  # bytes per second of the whole chip
-    shared: int  # bytes of shared memory that the programs on a multiprocessor can have
-    holds: int = 238  # registers of a thread that accumulators and operands may fill without spilling, as compiled
-    warp_matrix: bool = False  # matrix instructions of one warp, fed from registers, not of four fed from shared memory
-    unroll: int = 1  # channel blocks per iteration that still compile without spilling
-    tensor_memory: bool = False  # accumulators live there and not in registers
-
-    @property
-    def rows_per_warp(self) -> int:
-        """Rows of a tile for each warp."""
-        return 16 if self.warp_matrix else 32
-
-
-# Peak products, clocks and memory rates: NVIDIA's A100, H100 SXM and DGX B200 data sheets .
-# L2: 5120 bytes per cycle is A100's stated figure (A100 whitepaper); the others are taken to be no better per chip.
-CHIPS = {
-    "sm_80": Chip(
-        "A100 SXM 80GB", "sm_80", 108, 1.41e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 64},
-        5120 / 108, 2.04e12, 163 << 10,
-        holds=115, warp_matrix=True,
-    ),
-    "sm_90": Chip(
-        "H100 SXM", "sm_90", 132, 1.83e9, {"bf16": 2048, "fp16": 2048, "tf32": 1024, "ieee": 128},
-        5120 / 132, 3.35e12, 227 << 10,
-        unroll=3,
-    ),
-    "sm_100": Chip(
-        "B200", "sm_100", 148, 1.85e9, {"bf16": 4096, "fp16": 4096, "tf32": 2048, "ieee": 128},
-        5120 / 148, 8.0e12, 227 << 10,
-        holds=200, tensor_memory=True,
-    ),
-}  # fmt: skip
-# Chips for desktops and inference run sm_80's matrix instructions with less of everything; sm_120 has copy engines.
-CHIPS["sm_89"] = replace(
-    CHIPS["sm_80"], name="L40S", multiprocessors=142, clock=2.52e9, dram=8.64e11, shared=99 << 10,
-    macs={"bf16": 512, "fp16": 512, "tf32": 256, "ieee": 128}, l2=2048 / 142,
-)  # fmt: skip
-CHIPS["sm_120"] = replace(
-    CHIPS["sm_89"], name="RTX 5090", arch="sm_120", multiprocessors=170, clock=2.41e9, dram=1.79e12, l2=2048 / 170
-)
-# The interpreter runs one program after the other, so it wants few and large ones.
-CHIPS["interpreter"] = replace(
-    CHIPS["sm_90"], name="the interpreter", arch="interpreter", multiprocessors=1,
-    macs=dict.fromkeys(CHIPS["sm_90"].macs, 2048),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -289,39 +236,65 @@ def splits(problem: Problem, tile: Tile, chip: Chip) -> int:
     return max(1, min(wanted, available // 4, (2**31 - 1) // available))
 
 
-def estimate(problem: Problem, tile: Tile, chip: Chip) -> dict[str, float]:
-    """Cycles of the whole launch by what costs them, and the model's ``total``; for comparing tiles."""
-    rows, summed = (
-        (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels * tile.unroll)
-    )
-    macs = rows * tile.columns * summed
-    second = "tf32" if problem.dtype == "fp16" else problem.dtype
-    tensor = macs / chip.macs[problem.dtype] + macs / chip.macs[second]
-    row_bytes, column_bytes = operand_bytes(problem, tile)
-    l2 = (row_bytes + column_bytes) / chip.l2
-    # Instructions, fitted to the disassembly of the sm_90 kernels: a loop, its descriptor loads, its matrix
-    # instructions.
+def loop_macs(problem: Problem, tile: Tile) -> int:
+    """Multiply-adds of one of the two products in one iteration."""
+    if problem.kind == "grad_weight":
+        return STACKED_ROWS * tile.columns * tile.rows
+    return tile.rows * tile.columns * tile.channels * tile.unroll
+
+
+def second_dtype(dtype: str) -> str:
+    """What the variance product runs in: fp16 squares go to tf32."""
+    return "tf32" if dtype == "fp16" else dtype
+
+
+def loop_issue(problem: Problem, tile: Tile) -> float:
+    """Cycles in which the busiest scheduler issues one iteration, fitted to the disassembly of the sm_90 kernels."""
+    rows, summed = (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels)
     column_loads = 2 if tile.tail else 1
     if problem.kind == "grad_weight":
         loads, chains = 4 + 2 * column_loads, 2 * column_loads
     else:
         loads = (1 + (problem.kind == "grad_input") + 2 * column_loads) * tile.unroll
         chains = 2 * column_loads * tile.unroll
-    matrix = chains * rows / (16 * tile.warps) * summed / tile.unroll * problem.itemsize / 32
-    issue = (60 + 25 * loads + 4 * matrix) * tile.warps / 4
+    matrix = chains * rows / (16 * tile.warps) * summed * problem.itemsize / 32
+    return (60 + 25 * loads + 4 * matrix) * tile.warps / 4
+
+
+def estimate(
+    problem: Problem,
+    tile: Tile,
+    chip: Chip,
+    *,
+    issue: float | None = None,
+    visited: float = 1.0,
+    l2_reach: float = L2_REACH["middle"],
+) -> dict[str, float]:
+    """Cycles of the whole launch by what costs them, and the model's ``total``.
+
+    ``issue`` are the cycles of one iteration as compiled, if known; ``visited`` is the share of iterations that are not
+    skipped.
+    """
+    rate = 1 / chip.macs[problem.dtype] + 1 / chip.macs[second_dtype(problem.dtype)]
+    tensor = loop_macs(problem, tile) * rate / TENSOR_REACH
+    row_bytes, column_bytes = operand_bytes(problem, tile)
+    l2 = (row_bytes + column_bytes) / (chip.l2 * l2_reach)
+    issue = loop_issue(problem, tile) if issue is None else issue
     # Written once, rows read once into registers, columns read by the products of every 64 rows.
+    rows = STACKED_ROWS if problem.kind == "grad_weight" else tile.rows
     shared = (2 * row_bytes + (1 + rows / 64) * column_bytes) / 128
     if problem.kind == "grad_weight":
         parts = splits(problem, tile, chip)
-        steps = math.ceil(problem.samples * boxes(problem.size, tile.box) / parts)
+        steps: float = math.ceil(problem.samples * boxes(problem.size, tile.box) / parts)
         count, epilogue = programs(problem, tile) * parts, 0.0
     else:
         steps = math.prod(problem.kernel) * math.ceil(problem.channels / (tile.channels * tile.unroll))
         count = programs(problem, tile)
-        per_element = 24 if problem.kind == "forward" else 6  # instructions, from the disassembly
+        per_element = 30 if problem.kind == "forward" else 6  # instructions, from the disassembly
         epilogue = rows * tile.columns * per_element / 128
+    steps *= visited
     waves = math.ceil(count / chip.multiprocessors)  # programs that share a multiprocessor share its rates
-    bound = max(tensor, l2, shared, issue) + issue / 4  # a quarter of the issue is taken not to overlap
+    bound = max(tensor, l2, shared, issue) + issue / 4
     return {
         "tensor": waves * steps * tensor,
         "l2": waves * steps * l2,
@@ -334,8 +307,20 @@ def estimate(problem: Problem, tile: Tile, chip: Chip) -> dict[str, float]:
 
 @lru_cache(maxsize=512)
 def choose(problem: Problem, chip: Chip) -> Tile:
-    """The candidate with the least estimate on the chip."""
-    return min(candidates(problem, chip), key=lambda tile: estimate(problem, tile, chip)["total"])
+    """The candidate with the least estimate on the chip.
+
+    Raises
+    ------
+    ValueError
+        If no tile fits the chip.
+    """
+    found = candidates(problem, chip)
+    if not found:
+        raise ValueError(
+            f"no tile of {problem.kind} in {problem.dtype} fits the {chip.shared >> 10} KB of shared memory of "
+            f"{chip.name}; use backend='reference'"
+        )
+    return min(found, key=lambda tile: estimate(problem, tile, chip)["total"])
 
 
 def tuned_path(device: str) -> Path:
@@ -351,13 +336,7 @@ def tuned_key(problem: Problem) -> str:
 
 
 def tuned(device: str) -> dict[str, Tile]:
-    """The tiles measured on a device of this name; none where it was never tuned.
-
-    Raises
-    ------
-    ValueError
-        If the file is not what `dwc_kernels.tune` writes, naming it.
-    """
+    """The tiles measured on a device of this name; none where it was never tuned."""
     path = tuned_path(device)
     if not path.exists():
         return {}
