@@ -1,5 +1,6 @@
 """Which backend runs a convolution, by a check that says why; nothing heavy is imported to answer."""
 
+import functools
 import importlib.util
 import math
 import os
@@ -14,14 +15,21 @@ __all__ = ["BACKENDS", "choose_backend", "why_not_triton"]
 BACKENDS = ("auto", "reference", "triton")
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _why_not_here(device_type: str, device_index: int | None) -> str | None:
     """Why Triton cannot run on a device of this process; a constant for `torch.compile`."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed"
     if device_type != "cuda":
         interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
         return None if interpreted and device_type == "cpu" else f"the input is on {device_type}, not on a GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device_index) < (8, 0):
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(device_index) < (8, 0):
         return "the GPU is older than sm_80"
     return None
 
@@ -41,8 +49,6 @@ def why_not_triton(x: Tensor, weight: Tensor, size: Triple, stride: Triple = (1,
         return reason
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{x.dtype} has no tensor-core product"
-    if tuple(stride) != (1, 1, 1):
-        return f"stride {tuple(stride)} is not 1"
     if groups != 1:
         return f"groups={groups} is not 1"
     if max(weight.shape[2:]) > 7:
