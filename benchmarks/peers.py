@@ -33,7 +33,7 @@ class Peer:
     make: Callable[[int, int], nn.Module]  # channels, filters -> a 3x3x3 layer with padding 1
     means: tuple[str, str]  # of weights and biases
     deviations: tuple[str, str]
-    kl: Callable[[nn.Module], Tensor]  # after a forward
+    kl: Callable[[Any], Tensor]  # after a forward
     kl_is_mean: bool = False  # of the weights plus of the biases, in place of sums
     kl_has_biases: bool = True
     from_sigma: Callable[[Tensor], Tensor] = inverse_softplus
@@ -104,7 +104,8 @@ class _Subject:
     """A peer's layer with the common means and standard deviations."""
 
     def __init__(self, peer: Peer, values: dict[str, Tensor]) -> None:
-        self.peer, self.layer = peer, peer.make(values["weight"].shape[1], values["weight"].shape[0])
+        self.peer = peer
+        self.layer: Any = peer.make(values["weight"].shape[1], values["weight"].shape[0])
         for i, name in enumerate(("weight", "bias")):
             sigma = torch.full_like(values[name], SIGMA)
             parameters = (peer.means[i], values[name]), (peer.deviations[i], peer.from_sigma(sigma))

@@ -96,13 +96,14 @@ def forward(
     bound = weight_bound(x, weight_mu, dilation, len(x) * n_filters * prod(size))
     laid_out = _plain if bound else native
     h, mu, sigma = (laid_out(t.to(working)) for t in (x, weight_mu, weight_sigma))
-    b_mu, b_var = (None, None) if bias_mu is None else (bias_mu.to(working), bias_sigma.to(working).square())
+    b_mu = None if bias_mu is None else bias_mu.to(working)
+    b_var = None if bias_sigma is None else bias_sigma.to(working).square()
     if transposed_size:
         shape = torch.Size((len(x), n_filters, *size))
         y = _transposed(h, mu, shape, stride, padding, dilation, groups)
         var = _transposed(h.square(), sigma.square(), shape, stride, padding, dilation, groups)
-        if bias_mu is not None:
-            y, var = (t.add_(b.view(-1, 1, 1, 1)) for t, b in ((y, b_mu), (var, b_var)))
+        if b_mu is not None and b_var is not None:
+            y, var = y.add_(b_mu.view(-1, 1, 1, 1)), var.add_(b_var.view(-1, 1, 1, 1))
     else:
         y = _conv3d(h, mu, b_mu, stride, padding, dilation, groups)
         # Direct: Winograd's differences could make a variance that is nearly 0 negative.
@@ -231,7 +232,9 @@ def grad_weight(
     dsigma = dvar.mul_(weight_sigma).mul_(2.0) if wants_sigma else dvar
     biased = bias_sigma is not None
     wanted = ((dmu, wants_mu), (dsigma, wants_sigma), (db_mu, wants_mu and biased), (db_sigma, wants_sigma and biased))
-    return tuple(t.to(weight_sigma.dtype).contiguous() if want else weight_sigma.new_empty(0) for t, want in wanted)
+    out = (t.to(weight_sigma.dtype).contiguous() if want else weight_sigma.new_empty(0) for t, want in wanted)
+    dmu, dsigma, db_mu, db_sigma = out
+    return dmu, dsigma, db_mu, db_sigma
 
 
 def grad_bias(g: Tensor, r: Tensor, bias_sigma: Tensor) -> tuple[Tensor, Tensor]:

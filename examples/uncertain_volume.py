@@ -5,6 +5,8 @@ do in truth; drawn one by one, their errors would cancel in the sum and the inte
 """
 
 import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +41,7 @@ print(f"voxels of high entropy: {border.sum()}; their mutual information: {infor
 
 
 @torch.no_grad()
-def volumes(context) -> torch.Tensor:
+def volumes(context: Callable[[int], AbstractContextManager[None]]) -> torch.Tensor:
     drawn = []
     for i in range(arguments.samples):
         with context(i):

@@ -1,4 +1,4 @@
-"""The benchmark of small volumes checks before it times, and the op keeps a fraction of the composition's memory there."""
+"""The benchmark of small volumes checks before it times, and the op keeps a fraction of the composition's memory."""
 
 import pytest
 
