@@ -9,6 +9,9 @@ for each share sums g and g * r themselves, for the biases, while the others hav
 shares in a fixed order, without atomics: the same inputs give the same bits.
 """
 
+# mypy: disallow-untyped-defs=False
+# Device functions have no Python types.
+
 import math
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from dwc_kernels import reference
 from dwc_kernels.geometry import Triple
-from dwc_kernels.kernels.launch import ONE, Geometry, Plan, run_on
+from dwc_kernels.kernels.launch import ONE, Geometry, Plan, run_on, triple
 from dwc_kernels.kernels.layouts import fold_taps, voxels_last
 from dwc_kernels.kernels.products import column_blocks, operand, product, settled, voxel_blocks
 from dwc_kernels.kernels.tiles import STACKED_ROWS, Tile, splits
@@ -290,7 +293,7 @@ def grad_weight(
     """
     if stride != ONE:
         return reference.grad_weight(g, r, x, weight_sigma, stride, padding, dilation, groups, bias_sigma=bias_sigma)
-    geometry = Geometry(tuple(weight_sigma.shape[2:]), padding, dilation)
+    geometry = Geometry(triple(weight_sigma.shape[2:]), padding, dilation)
     plan = Plan.of("grad_weight", x, g.shape[2:], weight_sigma, stride, groups, tile)
     work, tile = plan.problem, plan.tile
     (n_filters, channels), taps, has_bias = weight_sigma.shape[:2], math.prod(geometry.kernel), bias_sigma is not None
@@ -314,7 +317,7 @@ def grad_weight(
     weight_sigma = weight_sigma.contiguous()
     dmu, dsigma = torch.empty_like(weight_sigma), torch.empty_like(weight_sigma)
     db_mu, db_sigma = (weight_sigma.new_empty(n_filters if has_bias else 0) for _ in range(2))
-    biases = (bias_sigma.contiguous(), db_mu, db_sigma) if has_bias else (None,) * 3
+    biases = (None,) * 3 if bias_sigma is None else (bias_sigma.contiguous(), db_mu, db_sigma)
     rows, columns = 32, 64
     run_on(
         x.device, sum_kernel, stacks * (STACKED_ROWS // rows) * -(-n_filters // columns),
