@@ -212,7 +212,7 @@ def programs(problem: Problem, tile: Tile) -> int:
     """Programs of one launch; of grad_weight, per split of the voxels."""
     column_blocks = math.ceil(problem.columns / tile.columns)
     if problem.kind == "grad_weight":
-        return (stacks(problem) + 1) * column_blocks  # one for the biases
+        return stacks(problem) * column_blocks
     return problem.samples * boxes(problem.size, tile.box) * column_blocks
 
 
