@@ -33,6 +33,7 @@ from dwc_kernels.kernels.tiles import (
     operand_bytes,
     problem_of,
     second_dtype,
+    shared_bytes,
     splits,
     stacks,
 )
@@ -214,8 +215,8 @@ def report(
 def print_facts(facts: list[tuple[Problem, Compiled]]) -> None:
     """One line per compiled kernel."""
     print("Facts from the compiler. Of the main loop, over its tensor-core cycles at peak: issue, instructions per \n"
-          "warp x warps / 4 of the disassembly; L2 and smem, the cycles of its bytes. Waits are those for all products\n"
-          "in flight (sm_90), barriers those of all warps, both per iteration.")  # fmt: skip
+          "warp x warps / 4 of the disassembly; L2 and smem, the cycles of its bytes. Waits are those for all \n"
+          "products in flight (sm_90), barriers those of all warps, both per iteration.")  # fmt: skip
     print(f"{'arch':7}{'dtype':6}{'kernel':12}{'sum->out, taps':17}{'tile':24}"
           f"{'regs':>5}{'spill':>6}{'stack':>6}{'shared':>8}{'warps':>6}{'waits':>6}{'bars':>5} "
           f"{'matrix':24}{'issue':>6}{'L2':>6}{'smem':>6}  main loop")  # fmt: skip
@@ -263,7 +264,7 @@ def plain(problem: Problem, c: Compiled) -> dict[str, Any]:
     layers = [layer.name for layer in LAYERS if layer_problem(layer, c.kind, c.dtype) == problem]
     known = asdict(problem) | {k: v for k, v in asdict(c).items() if k != "code"}
     ratios = {"issue_ratio": issue_ratio(problem, c), "traffic_ratios": traffic_ratios(problem, c.tile, c.arch)}
-    return known | ratios | {"layers": layers}
+    return known | ratios | {"layers": layers, "shared_model": shared_bytes(problem, c.tile, CHIPS[c.arch])}
 
 
 def main(arguments: list[str] | None = None) -> int:

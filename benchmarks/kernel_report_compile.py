@@ -115,7 +115,7 @@ def launched(
     x, g = (torch.zeros(1, n, *size, dtype=dtype) for n in (channels, filters))
     weight = torch.zeros(filters, channels, *problem.kernel, dtype=dtype)
     biases = [torch.zeros(filters, dtype=dtype)] * 2 if bias else [None] * 2
-    geometry = ((1, 1, 1), tuple(k // 2 for k in problem.kernel), (1, 1, 1), 1)
+    geometry: tuple[Any, ...] = ((1, 1, 1), tuple(k // 2 for k in problem.kernel), (1, 1, 1), 1)
     with (
         mock.patch.object(launch, "chip_of", return_value=CHIPS[arch]),
         mock.patch.object(launch, "operand_dtype", return_value=problem.dtype),

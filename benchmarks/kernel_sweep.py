@@ -1,6 +1,7 @@
 """Compile the kernels over many widths, sizes, dtypes and chips and list what spills; no GPU is needed.
 
     python -m benchmarks.kernel_sweep [--out docs/results/kernels] [--arch sm_90 ...] [--dtype bf16 ...]
+        [--kind forward ...]
 
 Sizes reach the kernels as arguments, so shapes that take the same tile share one compilation. Finished compilations are
 kept in ``sweep.csv`` with a hash of the kernels' source; called again, the command compiles only what is missing.
@@ -12,7 +13,7 @@ import hashlib
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -74,10 +75,10 @@ def shapes() -> list[tuple[int, int, int]]:
 
 
 def cases(
-    architectures: tuple[str, ...] = ARCHITECTURES, dtypes: tuple[str, ...] = DTYPES
+    architectures: Iterable[str] = ARCHITECTURES, dtypes: Iterable[str] = DTYPES, kinds: Iterable[str] = KINDS
 ) -> Iterator[tuple[str, tuple[int, int, int], Problem, Tile, str]]:
     """Arch, shape, problem, tile and the edges that share them, each compilation once."""
-    for shape, arch, dtype, kind in itertools.product(shapes(), architectures, dtypes, KINDS):
+    for shape, arch, dtype, kind in itertools.product(shapes(), architectures, dtypes, kinds):
         channels, filters, kernel = shape
         found: dict[tuple[Tile, bool], tuple[Problem, list[int]]] = {}
         for edge in EDGES:
@@ -135,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/results/kernels"), help="folder of sweep.csv, sweep.md")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it")
@@ -146,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         writer = csv.DictWriter(file, [f.name for f in fields(Fact)])
         writer.writeheader()
         writer.writerows(asdict(fact) for fact in facts)
-        for arch, shape, problem, tile, edges in cases(tuple(options.arch), tuple(options.dtype)):
+        for arch, shape, problem, tile, edges in cases(options.arch, options.dtype, options.kind):
             asked = (source, arch, problem.dtype, problem.kind, *map(str, shape), spelled(tile), edges)
             if asked not in known:
                 facts.append(compiled(source, arch, shape, problem, tile, edges))

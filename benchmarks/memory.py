@@ -10,6 +10,7 @@ operator, as cuDNN does, are in nobody's count.
 
 import argparse
 import contextlib
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ __all__ = ["Count", "count_layer", "count_step", "main", "table"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def ours(*tensors: Tensor, **geometry: Any) -> Tensor:
+def ours(*tensors: Any, **geometry: Any) -> Tensor:
     """The op as a GPU runs it."""
     with mock.patch("dwc_kernels.functional.choose_backend", return_value="triton"):
         return ffg_conv3d(*tensors, **geometry)
@@ -66,18 +67,14 @@ def launchers_alone(arch: str = "sm_90") -> Iterator[None]:
         yield
 
 
-def launched(name: str, arguments: tuple[Any, ...]) -> Any:
+def launched(name: str, arguments: dict[str, Any]) -> Any:
     """What the Triton launcher behind one of the op's operators returns, on meta tensors."""
+    if name == "dwc::ffg_conv3d_grad_bias":
+        raise NotImplementedError("the biases alone have no launcher to count")
+    launcher = getattr(kernels, name.removeprefix("dwc::ffg_conv3d").removeprefix("_") or "forward")
+    known = inspect.signature(launcher).parameters
     with launchers_alone():
-        if name == "dwc::ffg_conv3d":
-            *arguments, _, keep_r = arguments
-            return kernels.forward(*arguments, keep_r=keep_r)
-        if name == "dwc::ffg_conv3d_grad_input":
-            return kernels.grad_input(*arguments[:-1])
-        if name == "dwc::ffg_conv3d_grad_weight":
-            *arguments, _, bias_sigma = arguments
-            return kernels.grad_weight(*arguments, bias_sigma=bias_sigma)
-    raise NotImplementedError(f"{name} is not counted")
+        return launcher(**{key: value for key, value in arguments.items() if key in known})
 
 
 class Ledger(TorchDispatchMode):
@@ -96,9 +93,8 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.namespace == "dwc":
-            arguments = tuple(tuple(a) if isinstance(a, list) else a for a in complete(func, args))
             with self:
-                return launched(func.name(), arguments)
+                return launched(func.name(), named(func, args))
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
@@ -111,9 +107,11 @@ class Ledger(TorchDispatchMode):
         return out
 
 
-def complete(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of an operator with its defaults."""
-    return *args, *(a.default_value for a in func._schema.arguments[len(args) :])
+def named(func: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    """The arguments of an operator by their names, with its defaults."""
+    schema = func._schema.arguments
+    values = *args, *(a.default_value for a in schema[len(args) :])
+    return {a.name: tuple(v) if isinstance(v, list) else v for a, v in zip(schema, values, strict=True)}
 
 
 def count(forward: Callable[..., Tensor], inputs: list[Tensor]) -> Count:

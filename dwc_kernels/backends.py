@@ -35,14 +35,14 @@ def _why_not_here(device_type: str, device_index: int | None) -> str | None:
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import the compiler, two seconds for every user.
-_why_not_here._dynamo_marked_constant = True
+_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not_triton(x: Tensor, weight: Tensor, size: Triple, stride: Triple = (1, 1, 1), groups: int = 1) -> str | None:
     """Say why the Triton kernels cannot convolve x [N, C, D, H, W] with weight [F, C, kD, kH, kW]; None if they can.
 
-    ``size`` is the output's: D', H', W'. TRITON_INTERPRET=1 in the environment lets them run on the CPU, slowly, as a
-    check.
+    ``size`` is D', H', W' of the output. With a stride only the forward is a kernel. TRITON_INTERPRET=1 in the
+    environment runs the kernels on the CPU, slowly, to check them.
     """
     reason = _why_not_here(x.device.type, x.device.index)
     if reason:
@@ -69,7 +69,7 @@ def choose_backend(
     Raises
     ------
     ValueError
-        For an unknown backend, and for "triton" where it cannot run, saying why.
+        If "triton" is asked for and cannot run, saying why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")

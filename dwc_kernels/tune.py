@@ -14,16 +14,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dwc_kernels import reference
 from dwc_kernels.timing import device_times, host_time
-
-if TYPE_CHECKING:
-    from dwc_kernels.kernels.tiles import Tile
 
 __all__ = ["main", "store", "tune_layer"]
 
@@ -69,12 +66,12 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
 
     from dwc_kernels import kernels
     from dwc_kernels.kernels.launch import Plan
-    from dwc_kernels.kernels.tiles import candidates, estimate, tuned_key
+    from dwc_kernels.kernels.tiles import Tile, ranked, tuned_key
 
     one, size = (1, 1, 1), x.shape[2:]
-    geometry = (one, tuple(k // 2 for k in mu.shape[2:]), one, 1)
+    geometry: tuple[Any, ...] = (one, tuple(k // 2 for k in mu.shape[2:]), one, 1)
     seed = torch.zeros((), dtype=torch.int64, device=x.device)
-    y, r = reference.forward(x, mu, sigma, None, None, *geometry, seed)
+    y, r = reference.forward(x, mu, sigma, None, None, one, geometry[1], one, 1, seed)
     best = {}
     for kind in ("forward", "grad_input", "grad_weight"):
 
@@ -91,12 +88,13 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
         exact = run(reference, Tensor.double)
         composed = relative_errors(run(reference, Tensor.contiguous), exact)
         rounding = 2.0**-11 if plan.precision == "tf32" and x.dtype == torch.float32 else torch.finfo(x.dtype).eps
-        by_estimate = sorted(
-            candidates(plan.problem, plan.chip), key=lambda t, p=plan: estimate(p.problem, t, p.chip)["total"]
-        )
+        by_estimate = ranked(plan.problem, plan.chip)
         times: dict[Tile, tuple[float, float]] = {}
         for tile in by_estimate[:n_tiles]:
-            call = lambda t=tile: run(kernels, lambda v: v, tile=t)  # noqa: E731
+
+            def call(tile: Tile = tile, run: Callable[..., Results] = run) -> Results:
+                return run(kernels, lambda t: t, tile=tile)
+
             try:
                 errors = relative_errors(call(), exact)
             except OutOfResources as error:

@@ -8,13 +8,16 @@ sums over taps and channels (`products.both_products`) and finishes in registers
 memory.
 """
 
+# mypy: disallow-untyped-defs=False
+# Device functions have no Python types.
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dwc_kernels.geometry import Triple
-from dwc_kernels.kernels.launch import ONE, Geometry, Plan
+from dwc_kernels.kernels.launch import ONE, Geometry, Plan, triple
 from dwc_kernels.kernels.layouts import empty_voxels_last, fold_taps, split_phases, voxels_last
 from dwc_kernels.kernels.noise import normal_tile
 from dwc_kernels.kernels.products import both_products, elements, place
@@ -142,7 +145,7 @@ def forward(
     ValueError
         If the kernels cannot run on these arguments, saying why.
     """
-    geometry = Geometry(tuple(weight_mu.shape[2:]), padding, dilation, stride)
+    geometry = Geometry(triple(weight_mu.shape[2:]), padding, dilation, stride)
     size, n_filters = geometry.output_size(x.shape[2:]), weight_mu.shape[0]
     plan = Plan.of("forward", x, size, weight_mu, stride, groups, tile)
     y = empty_voxels_last(x, n_filters, size)
@@ -155,7 +158,7 @@ def forward(
         a, geometry = fold_taps(x, geometry), Geometry.POINT
     else:
         a = voxels_last(x) if stride == ONE else split_phases(x, stride)
-    if bias_mu is not None:
+    if bias_mu is not None and bias_sigma is not None:
         bias_mu, bias_sigma = bias_mu.contiguous(), bias_sigma.contiguous()
     plan.launch(
         forward_kernel, programs(plan.problem, plan.tile), x.device,

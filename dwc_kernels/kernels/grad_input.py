@@ -6,6 +6,9 @@ The adjoint of a convolution at stride 1 is the convolution with the mirrored fi
 this is the forward's loop (`products.both_products`) over filters in place of channels; g * r is formed in registers.
 """
 
+# mypy: disallow-untyped-defs=False
+# Device functions have no Python types.
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from dwc_kernels import reference
 from dwc_kernels.geometry import Triple
-from dwc_kernels.kernels.launch import ONE, Geometry, Plan
+from dwc_kernels.kernels.launch import ONE, Geometry, Plan, triple
 from dwc_kernels.kernels.layouts import voxels_last
 from dwc_kernels.kernels.products import both_products, elements, place
 from dwc_kernels.kernels.tiles import Tile, programs
@@ -95,7 +98,7 @@ def grad_input(
     """
     if stride != ONE:
         return reference.grad_input(g, r, x, weight_mu, weight_sigma, stride, padding, dilation, groups)
-    geometry = Geometry(tuple(weight_mu.shape[2:]), padding, dilation).adjoint()
+    geometry = Geometry(triple(weight_mu.shape[2:]), padding, dilation).adjoint()
     plan = Plan.of("grad_input", x, g.shape[2:], weight_mu, stride, groups, tile)
     layout = reference.output_layout(x)
     x = x.contiguous(memory_format=torch.channels_last_3d)

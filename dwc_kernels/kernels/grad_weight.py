@@ -4,10 +4,13 @@
     db_mu = sum g             db_sigma = 2 b_sigma * sum g * r
 
 A program owns one block of 32 channels at four taps (the 128 rows of a matrix product) and N0 + N1 filters (its
-columns) and sums over its share of the voxels: one box of g and r serves four taps and both products. One program more
-for each share sums g and g * r themselves, for the biases, while the others have them in L2. A second kernel adds the
-shares in a fixed order, without atomics: the same inputs give the same bits.
+columns) and sums over its share of the voxels: one box of g and r serves four taps and both products. Then
+each sums g and g * r themselves over a part of that share, for the biases. A second kernel adds all partial sums in a
+fixed order, without atomics: the same inputs give the same bits.
 """
+
+# mypy: disallow-untyped-defs=False
+# Device functions have no Python types.
 
 import math
 
@@ -18,10 +21,10 @@ from torch import Tensor
 
 from dwc_kernels import reference
 from dwc_kernels.geometry import Triple
-from dwc_kernels.kernels.launch import ONE, Geometry, Plan, run_on
+from dwc_kernels.kernels.launch import ONE, Geometry, Plan, run_on, triple
 from dwc_kernels.kernels.layouts import fold_taps, voxels_last
 from dwc_kernels.kernels.products import column_blocks, operand, product, settled, voxel_blocks
-from dwc_kernels.kernels.tiles import STACKED_ROWS, Tile, splits
+from dwc_kernels.kernels.tiles import STACKED_ROWS, Tile, programs, splits
 from dwc_kernels.kernels.tiles import stacks as stacks_of
 
 __all__ = ["grad_weight"]
@@ -64,12 +67,12 @@ def reach(s0, s1, s2, s3, size_in, size):
 @triton.jit
 def bias_sums(
     g_desc, r_desc,  # [N, D, H, W, F], blocks of N0 filters
-    out,  # [splits, 2, F]: partial sums of g, then of g * r
-    split, splits, f0,  # the share of this program
+    out,  # [shares, 2, F]: partial sums of g, then of g * r
+    share, shares, f0,  # which of the boxes, and which filters
     N, D, H, W, F,
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N0: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Sum g and g * r over this program's share of the boxes, in fp32."""
+    """Sum g and g * r over a share of the boxes, in fp32."""
     K: tl.constexpr = BD * BH * BW
     n_w, n_h, n_d = tl.cdiv(W, BW), tl.cdiv(H, BH), tl.cdiv(D, BD)
     boxes = N * n_d * n_h * n_w
@@ -77,7 +80,9 @@ def bias_sums(
     r_blocks = voxel_blocks(r_desc, N, D, H, W, F, BD, BH, BW, N0, ARCH)
     db_mu = tl.zeros([K, N0], tl.float32)
     db_var = tl.zeros([K, N0], tl.float32)
-    for box in range((split * boxes) // splits, ((split + 1) * boxes) // splits):
+    first = (share.to(tl.int64) * boxes // shares).to(tl.int32)
+    last = ((share.to(tl.int64) + 1) * boxes // shares).to(tl.int32)
+    for box in range(first, last):
         w = box % n_w * BW
         h = box // n_w % n_h * BH
         d = box // (n_w * n_h) % n_d * BD
@@ -86,8 +91,8 @@ def bias_sums(
         db_mu += g
         db_var += g * r_blocks.load([n, d, h, w, f0]).reshape(K, N0).to(tl.float32)
     f = f0 + tl.arange(0, N0)
-    tl.store(out + split * 2 * F + f, tl.sum(db_mu, 0), mask=f < F)
-    tl.store(out + (split * 2 + 1) * F + f, tl.sum(db_var, 0), mask=f < F)
+    tl.store(out + share * 2 * F + f, tl.sum(db_mu, 0), mask=f < F)
+    tl.store(out + (share * 2 + 1) * F + f, tl.sum(db_var, 0), mask=f < F)
 
 
 @triton.jit
@@ -187,7 +192,7 @@ def grad_weight_kernel(
     x_desc,  # [N, Di, Hi, Wi, C]; like the next six a descriptor, or a pointer where `voxel_blocks` says
     g_desc, g_tail_desc, r_desc, r_tail_desc,  # [N, D, H, W, F], blocks of N0 and of N1 filters
     out_desc, out_tail_desc,  # [splits * 2 * stacks, 128, F]: partial sums for mu, then for sigma^2
-    bias_out,  # [splits, 2, F], or None without biases
+    bias_out,  # [splits * stacks, 2, F], or None without biases
     N, Di, Hi, Wi, C,  # size of x
     D, H, W, F,  # of g, with its padding channels
     pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
@@ -198,29 +203,29 @@ def grad_weight_kernel(
     N0: tl.constexpr, N1: tl.constexpr,  # filters of the first and the second accumulator pair
     PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """One program: 32 channels at four taps, or the biases, of N0 + N1 filters, over one share of the voxels."""
+    """One program: four taps of 32 channels, N0 + N1 filters and one share of the voxels, and a part of the biases."""
     STACKS: tl.constexpr = (KD * KH * KW + 3) // 4 * C_BLOCKS
-    PROGRAMS: tl.constexpr = STACKS + (bias_out is not None)
     pid = tl.program_id(0)
-    program = pid % PROGRAMS
-    split = pid // PROGRAMS % splits
-    f0 = pid // (PROGRAMS * splits) * (N0 + N1)
-    if program < STACKS:
-        weight_sums(
-            x_desc, g_desc, g_tail_desc, r_desc, r_tail_desc, out_desc, out_tail_desc, program, split, splits, f0,
-            N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
-            KD, KH, KW, C_BLOCKS, BD, BH, BW, N0, N1, PRECISION, ARCH,
-        )  # fmt: skip
-    elif bias_out is not None:
-        bias_sums(g_desc, r_desc, bias_out, split, splits, f0, N, D, H, W, F, BD, BH, BW, N0, ARCH)
+    program = pid % STACKS
+    split = pid // STACKS % splits
+    f0 = pid // (STACKS * splits) * (N0 + N1)
+    weight_sums(
+        x_desc, g_desc, g_tail_desc, r_desc, r_tail_desc, out_desc, out_tail_desc, program, split, splits, f0,
+        N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+        KD, KH, KW, C_BLOCKS, BD, BH, BW, N0, N1, PRECISION, ARCH,
+    )  # fmt: skip
+    if bias_out is not None:
+        share = split * STACKS + program
+        shares = splits * STACKS
+        bias_sums(g_desc, r_desc, bias_out, share, shares, f0, N, D, H, W, F, BD, BH, BW, N0, ARCH)
         if N1 > 0:
-            bias_sums(g_tail_desc, r_tail_desc, bias_out, split, splits, f0 + N0, N, D, H, W, F, BD, BH, BW, N1, ARCH)
+            bias_sums(g_tail_desc, r_tail_desc, bias_out, share, shares, f0 + N0, N, D, H, W, F, BD, BH, BW, N1, ARCH)
 
 
 @triton.jit(do_not_specialize=["splits", "stacks", "F", "WIDTH", "C"])
 def sum_kernel(
     partial,  # [splits, 2, stacks, 128, WIDTH]
-    bias_partial,  # [splits, 2, WIDTH] or None
+    bias_partial,  # [splits * stacks, 2, WIDTH] or None
     weight_sigma, dmu, dsigma,  # [F, C, taps]
     bias_sigma, db_mu, db_sigma,  # [F] or None
     splits, stacks, F, WIDTH, C,
@@ -261,14 +266,16 @@ def sum_kernel(
     # The biases, by the program that has the first rows.
     if bias_partial is not None:  # noqa: SIM102 (known at compile time)
         if pid % (128 // ROWS * stacks) == 0:
-            b_mu = tl.zeros([N], tl.float32)
-            b_var = tl.zeros([N], tl.float32)
-            for split in range(splits):
-                b_mu += tl.load(bias_partial + split * 2 * WIDTH + f, mask=f < F, other=0.0)
-                b_var += tl.load(bias_partial + (split * 2 + 1) * WIDTH + f, mask=f < F, other=0.0)
+            b_mu = tl.zeros([ROWS, N], tl.float32)
+            b_var = tl.zeros([ROWS, N], tl.float32)
+            for start in range(0, splits * stacks, ROWS):
+                share = start + tl.arange(0, ROWS)[:, None]
+                at = bias_partial + share * 2 * WIDTH + f[None, :]
+                b_mu += tl.load(at, mask=exists & (share < splits * stacks), other=0.0)
+                b_var += tl.load(at + WIDTH, mask=exists & (share < splits * stacks), other=0.0)
             b_sigma = tl.load(bias_sigma + f, mask=f < F, other=0.0).to(tl.float32)
-            tl.store(db_mu + f, b_mu.to(db_mu.dtype.element_ty), mask=f < F)
-            tl.store(db_sigma + f, (2.0 * b_sigma * b_var).to(db_sigma.dtype.element_ty), mask=f < F)
+            tl.store(db_mu + f, tl.sum(b_mu, 0).to(db_mu.dtype.element_ty), mask=f < F)
+            tl.store(db_sigma + f, (2.0 * b_sigma * tl.sum(b_var, 0)).to(db_sigma.dtype.element_ty), mask=f < F)
 
 
 def grad_weight(
@@ -290,7 +297,7 @@ def grad_weight(
     """
     if stride != ONE:
         return reference.grad_weight(g, r, x, weight_sigma, stride, padding, dilation, groups, bias_sigma=bias_sigma)
-    geometry = Geometry(tuple(weight_sigma.shape[2:]), padding, dilation)
+    geometry = Geometry(triple(weight_sigma.shape[2:]), padding, dilation)
     plan = Plan.of("grad_weight", x, g.shape[2:], weight_sigma, stride, groups, tile)
     work, tile = plan.problem, plan.tile
     (n_filters, channels), taps, has_bias = weight_sigma.shape[:2], math.prod(geometry.kernel), bias_sigma is not None
@@ -302,10 +309,10 @@ def grad_weight(
     parts = splits(work, tile, plan.chip)
     c_blocks, stacks, width = -(-work.channels // 32), stacks_of(work), g.shape[-1]
     sums = torch.empty((parts * 2 * stacks, STACKED_ROWS, width), dtype=torch.float32, device=x.device)
-    bias_sums = sums.new_empty(parts, 2, width) if has_bias else None
+    bias_sums = sums.new_empty(parts * stacks, 2, width) if has_bias else None
     blocks = [[1, *tile.box, n] for n in (tile.wide, tile.tail)]
     plan.launch(
-        grad_weight_kernel, (stacks + has_bias) * -(-n_filters // tile.columns) * parts, x.device,
+        grad_weight_kernel, programs(work, tile) * parts, x.device,
         plan.descriptor(x, [1, *tile.box, 32]), *(plan.descriptor(t, block) for t in (g, r) for block in blocks),
         *(plan.descriptor(sums, [1, STACKED_ROWS, n]) for n in (tile.wide, tile.tail)), bias_sums,
         *x.shape, *g.shape[1:], *geometry.padding, *geometry.dilation, parts,
@@ -314,7 +321,7 @@ def grad_weight(
     weight_sigma = weight_sigma.contiguous()
     dmu, dsigma = torch.empty_like(weight_sigma), torch.empty_like(weight_sigma)
     db_mu, db_sigma = (weight_sigma.new_empty(n_filters if has_bias else 0) for _ in range(2))
-    biases = (bias_sigma.contiguous(), db_mu, db_sigma) if has_bias else (None,) * 3
+    biases = (None,) * 3 if bias_sigma is None else (bias_sigma.contiguous(), db_mu, db_sigma)
     rows, columns = 32, 64
     run_on(
         x.device, sum_kernel, stacks * (STACKED_ROWS // rows) * -(-n_filters // columns),

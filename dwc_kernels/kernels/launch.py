@@ -1,6 +1,7 @@
 """The plan of a launch, and the launch itself: which chip, which tile, which descriptors. No kernel lives here."""
 
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -21,6 +22,12 @@ __all__ = ["Geometry", "Plan", "chip_of", "forget_plans", "run_on"]
 ONE = (1, 1, 1)
 
 
+def triple(values: Iterable[int]) -> Triple:
+    """Three integers as a tuple."""
+    d, h, w = values
+    return d, h, w
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Kernel, padding, dilation and stride of a convolution."""
@@ -32,13 +39,14 @@ class Geometry:
 
     POINT: ClassVar["Geometry"]  # of a 1x1x1 convolution
 
-    def output_size(self, size: Triple) -> Triple:
-        return output_size(size, self.kernel, self.stride, self.padding, self.dilation)
+    def output_size(self, size: Iterable[int]) -> Triple:
+        """Voxels that come out along D, H, W."""
+        return output_size(triple(size), self.kernel, self.stride, self.padding, self.dilation)
 
     def adjoint(self) -> "Geometry":
         """The convolution with the mirrored filter that is the adjoint of this one, at stride 1."""
-        d, h, w = (d * (k - 1) - p for k, p, d in zip(self.kernel, self.padding, self.dilation, strict=True))
-        return Geometry(self.kernel, (d, h, w), self.dilation)
+        reach = (d * (k - 1) - p for k, p, d in zip(self.kernel, self.padding, self.dilation, strict=True))
+        return Geometry(self.kernel, triple(reach), self.dilation)
 
 
 Geometry.POINT = Geometry(ONE, (0, 0, 0), ONE)
@@ -56,14 +64,15 @@ def chip_of(device: torch.device) -> Chip:
         CHIPS[nearest],
         name=properties.name,
         multiprocessors=properties.multi_processor_count,
-        shared=properties.shared_memory_per_block_optin,
+        shared=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )
 
 
 def operand_dtype(x: Tensor, chip: Chip) -> str:
     """What the products multiply: "bf16", "fp16", or for fp32 "tf32" or "ieee", as PyTorch is told for convolutions."""
     half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(x.dtype)
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32" and chip.arch != "interpreter"
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    tf32 = precision == "tf32" and chip.arch != "interpreter"
     return half or ("tf32" if tf32 else "ieee")
 
 
@@ -77,7 +86,7 @@ class Plan:
 
     @classmethod
     def of(
-        cls, kind: str, x: Tensor, size: Triple, weight: Tensor, stride: Triple, groups: int, tile: Tile | None
+        cls, kind: str, x: Tensor, size: Iterable[int], weight: Tensor, stride: Triple, groups: int, tile: Tile | None
     ) -> "Plan":
         """The plan for x [N, C, D, H, W], output voxels ``size`` and weight [F, C, kD, kH, kW].
 
@@ -86,11 +95,12 @@ class Plan:
         ValueError
             If the kernels cannot run on these arguments, saying why.
         """
+        size = triple(size)
         reason = why_not_triton(x, weight, size, stride, groups)
         if reason:
             raise ValueError(f"the Triton kernels cannot run: {reason}")
-        chip, tiled = chip_of(x.device), x.shape[2:] if kind == "grad_input" else size
-        asked = _asked(kind, operand_dtype(x, chip), x.shape[0], tuple(tiled), weight.shape)
+        chip, tiled = chip_of(x.device), triple(x.shape[2:]) if kind == "grad_input" else size
+        asked = _asked(kind, operand_dtype(x, chip), x.shape[0], tiled, weight.shape)
         return _planned(asked, chip) if tile is None else cls(asked, chip, tile)
 
     @cached_property
@@ -136,7 +146,7 @@ def run_on(device: torch.device, kernel: JITFunction, programs: int, *arguments:
 @lru_cache(maxsize=4096)
 def _asked(kind: str, dtype: str, samples: int, size: Triple, weight_shape: torch.Size) -> Problem:
     filters, channels, *kernel = weight_shape
-    return problem_of(kind, dtype, samples, size, channels, filters, tuple(kernel))
+    return problem_of(kind, dtype, samples, size, channels, filters, triple(kernel))
 
 
 @lru_cache(maxsize=4096)

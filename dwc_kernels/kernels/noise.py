@@ -6,6 +6,9 @@ tile are runs along W, so four rows share a group and one Philox block serves th
 runs straddle two groups and both are computed: the noise of an element never depends on the tile it falls in.
 """
 
+# mypy: disallow-untyped-defs=False
+# Device functions have no Python types.
+
 import torch
 import triton
 import triton.language as tl

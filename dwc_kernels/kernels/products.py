@@ -1,5 +1,8 @@
 """Device functions that the three kernels share: operands of the tensor cores, and the loop over taps and channels."""
 
+# mypy: disallow-untyped-defs=False
+# Device functions have no Python types.
+
 import triton
 import triton.language as tl
 from triton import knobs

@@ -12,7 +12,7 @@ the same model with the instructions of the compiled loop in place of the estima
 import json
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,6 +30,7 @@ __all__ = [
     "operand_bytes",
     "problem_of",
     "programs",
+    "ranked",
     "second_dtype",
     "shared_bytes",
     "splits",
@@ -76,10 +77,10 @@ def problem_of(
     """
     taps = math.prod(kernel)
     if kind == "grad_input":
-        return Problem(kind, dtype, samples, tuple(size), filters, channels, tuple(kernel))
+        return Problem(kind, dtype, samples, size, filters, channels, kernel)
     if channels <= 4 and 1 < channels * taps <= 128:
-        return Problem(kind, dtype, samples, tuple(size), channels * taps, filters, (1, 1, 1), folded=True)
-    return Problem(kind, dtype, samples, tuple(size), channels, filters, tuple(kernel))
+        return Problem(kind, dtype, samples, size, channels * taps, filters, (1, 1, 1), folded=True)
+    return Problem(kind, dtype, samples, size, channels, filters, kernel)
 
 
 @dataclass(frozen=True)
@@ -108,21 +109,21 @@ BOXES = ((4, 8, 8), (4, 4, 8), (2, 4, 8), (2, 4, 4), (1, 4, 4))
 COLUMNS = ((64, 32), (64, 0), (32, 16), (32, 0), (16, 0))
 SUMMED_COLUMNS = ((64, 32), (64, 0), (32, 0), (16, 0))
 SUMMED_BOXES = ((1, 4, 8), (1, 8, 8), (2, 8, 8), (1, 2, 8))  # of grad_weight, whose products sum over voxels
+BARRIERS = 512  # bytes of shared memory that a pipeline's barriers take at most
 CHUNK = 8  # columns finished at a time; more of them spill
 STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 
 
 def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """The tiles that fit the chip's registers and shared memory."""
-    columns = SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS
+    columns: tuple[tuple[int, int], ...] = SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS
     if problem.dtype == "ieee":  # not tensor cores: operands sit in registers, so many warps on a small tile
-        boxes = SUMMED_BOXES[-1:] if problem.kind == "grad_weight" else BOXES[2:3]
-        shapes = [(box, 32 if problem.kind == "grad_weight" else 16, 1, 8) for box in boxes]
+        shapes = [((1, 2, 8), 32, 1, 8)] if problem.kind == "grad_weight" else [((2, 4, 8), 16, 1, 8)]
         columns = ((32, 0), (16, 0))
     elif problem.kind == "grad_weight":
         # Without a copy engine for tensors, 128 voxels need too many addresses.
-        boxes = [box for box in SUMMED_BOXES if chip.arch != "sm_80" or math.prod(box) < 128]
-        shapes = [(box, 32, 1, STACKED_ROWS // chip.rows_per_warp) for box in boxes]
+        summed = [box for box in SUMMED_BOXES if chip.arch != "sm_80" or math.prod(box) < 128]
+        shapes = [(box, 32, 1, STACKED_ROWS // chip.rows_per_warp) for box in summed]
     else:
         blocks = {c: math.ceil(problem.channels / c) for c in (16, 32, 64)}
         # With one tap the compiler merges the loop with what follows and needs registers for both: half the rows.
@@ -138,17 +139,14 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
             for unroll in unrolls
             if n % unroll == 0 and c < 2 * problem.channels + 16
         ]
+    depths = (3, 2) if problem.kind == "grad_weight" else (4, 3, 2)
     found = []
     for box, channels, unroll, warps in shapes:
         for wide, tail in columns:
-            tile = Tile(box, channels, unroll, wide, tail, CHUNK, warps, 2)
-            stages = [
-                s
-                for s in (4, 3, 2)[problem.kind == "grad_weight" :]
-                if shared_bytes(problem, replace(tile, stages=s), chip) <= chip.shared
-            ]
-            if stages and registers(problem, tile, chip) <= chip.holds:
-                found.append(replace(tile, stages=stages[0]))
+            tiles = (Tile(box, channels, unroll, wide, tail, CHUNK, warps, stages) for stages in depths)
+            fitting = [t for t in tiles if shared_bytes(problem, t, chip) + BARRIERS <= chip.shared]
+            if fitting and registers(problem, fitting[0], chip) <= chip.holds:
+                found.append(fitting[0])
     return found
 
 
@@ -214,7 +212,7 @@ def programs(problem: Problem, tile: Tile) -> int:
     """Programs of one launch; of grad_weight, per split of the voxels."""
     column_blocks = math.ceil(problem.columns / tile.columns)
     if problem.kind == "grad_weight":
-        return (stacks(problem) + 1) * column_blocks  # one for the biases
+        return stacks(problem) * column_blocks
     return problem.samples * boxes(problem.size, tile.box) * column_blocks
 
 
@@ -305,9 +303,8 @@ def estimate(
     }
 
 
-@lru_cache(maxsize=512)
-def choose(problem: Problem, chip: Chip) -> Tile:
-    """The candidate with the least estimate on the chip.
+def ranked(problem: Problem, chip: Chip) -> list[Tile]:
+    """The candidates, the one with the least estimate first.
 
     Raises
     ------
@@ -320,7 +317,13 @@ def choose(problem: Problem, chip: Chip) -> Tile:
             f"no tile of {problem.kind} in {problem.dtype} fits the {chip.shared >> 10} KB of shared memory of "
             f"{chip.name}; use backend='reference'"
         )
-    return min(found, key=lambda tile: estimate(problem, tile, chip)["total"])
+    return sorted(found, key=lambda tile: estimate(problem, tile, chip)["total"])
+
+
+@lru_cache(maxsize=512)
+def choose(problem: Problem, chip: Chip) -> Tile:
+    """The candidate with the least estimate on the chip."""
+    return ranked(problem, chip)[0]
 
 
 def tuned_path(device: str) -> Path:

@@ -1,5 +1,8 @@
 """Weights as the products read them: mu and sigma^2, taps first, for the forward and for its adjoint, in one launch."""
 
+# mypy: disallow-untyped-defs=False
+# Device functions have no Python types.
+
 import math
 import weakref
 from typing import Literal

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dwc_kernels import FFGConv3d, ffg_conv3d, kernels, reference
@@ -367,6 +368,48 @@ def test_weights_are_packed_once_until_one_of_them_changes(monkeypatch):
         tensors[1].set_(torch.randn(5, 8, 3, 3, 3))  # other memory
     step()
     assert len(calls) == 4
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operators that would launch a kernel of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.name():
+            self.names.append(func.name())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("c", [96, 21])
+def test_a_step_launches_its_kernels_and_nothing_else(c, dtype, monkeypatch):
+    launches = []
+    for module in (launch, weights, sys.modules["dwc_kernels.kernels.grad_weight"]):
+        monkeypatch.setattr(module, "run_on", lambda _, kernel, *__, **___: launches.append(kernel.fn.__name__))
+    x = torch.zeros(2, 96, 4, 4, 8, dtype=dtype).to(memory_format=torch.channels_last_3d)
+    mu, b = torch.zeros(c // 3 * 8, 96, 3, 3, 3, dtype=dtype), torch.zeros(c // 3 * 8, dtype=dtype)
+    arguments = (ONE, ONE, ONE, 1)
+    with Counted() as counted:
+        y, r = kernels.forward(x, mu, mu, b, b, *arguments, torch.tensor(0))
+        kernels.grad_input(y, r, x, mu, mu, *arguments)
+        kernels.grad_weight(y, r, x, mu, *arguments, bias_sigma=b)
+    assert launches == ["pack_kernel", "forward_kernel", "grad_input_kernel", "grad_weight_kernel", "sum_kernel"]
+    assert counted.names == []
+
+
+def test_a_plan_is_made_once_for_a_shape_dtype_and_device(monkeypatch):
+    planned = []
+    monkeypatch.setattr(launch, "tile_for", lambda *a, f=launch.tile_for: planned.append(a) or f(*a))
+    launch.forget_plans()
+    for size in ((4, 5, 6), (4, 5, 6), (4, 5, 7)):
+        x, mu = torch.zeros(1, 8, *size), torch.zeros(8, 8, 1, 1, 1)  # other memory every time
+        launch.Plan.of("forward", x, size, mu, ONE, 1, None)
+    assert len(planned) == 2
+    launch.forget_plans()
 
 
 def test_packed_weights_go_when_sigma_goes():
