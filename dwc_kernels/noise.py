@@ -26,7 +26,7 @@ Key = int | Tensor  # half of a seed
 _CHUNK, _ALONE = 1 << 15, 1 << 14
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[int, int], n_rounds: int = N_ROUNDS) -> tuple[Tensor, ...]:
+def philox(counter: tuple[Tensor, ...], key: tuple[Key, Key], n_rounds: int = N_ROUNDS) -> tuple[Tensor, ...]:
     """Philox-4x32 block function.
 
     Parameters

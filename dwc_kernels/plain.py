@@ -49,7 +49,8 @@ def take_over(layer: Any, plain: Any) -> None:
     if norm is None:
         layer.weight_mu = plain.weight
     else:
-        parametrizations.weight_norm(layer, "weight_mu", dim=norm.dim if norm.dim >= 0 else None)
+        dim: Any = norm.dim if norm.dim >= 0 else None  # None: one norm for all
+        parametrizations.weight_norm(layer, "weight_mu", dim=dim)
         theirs, ours = plain.parametrizations["weight"], layer.parametrizations["weight_mu"]
         ours.original0, ours.original1 = theirs.original0, theirs.original1
     layer.bias_mu = plain.bias

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwc_kernels import winograd
+from dwc_kernels.backends import _why_not_here
 from dwc_kernels.geometry import Triple, output_size
 from dwc_kernels.noise import normal
 
@@ -109,7 +110,7 @@ def forward(
         # Direct: Winograd's differences could make a variance that is nearly 0 negative.
         var = F.conv3d(h.square(), sigma.square(), b_var, stride, padding, dilation, groups)
     std = var.sqrt_()
-    eps = normal(std, seed).to(working)
+    eps = _noise(std, seed).to(working)
     y.addcmul_(std, eps)
     y = y.to(x.dtype).contiguous(memory_format=output_layout(x))
     if not keep_r:  # no backward will follow
@@ -118,6 +119,19 @@ def forward(
     if x.dtype == torch.float16:  # where std < 8e-6, 1 / std leaves its range; saturated, r keeps the gradient finite
         r.clamp_(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
     return y, r.to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _launches(x: Tensor) -> bool:
+    """Whether a kernel can draw the noise of x, where the convolution itself could not run as one."""
+    return x.is_cuda and _why_not_here(x.device.type, x.device.index) is None
+
+
+def _noise(like: Tensor, seed: Tensor) -> Tensor:
+    if not _launches(like):
+        return normal(like, seed)
+    from dwc_kernels.kernels import noise
+
+    return noise.normal(like, seed)
 
 
 def _conv3d(
