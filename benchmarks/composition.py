@@ -1,5 +1,8 @@
 """What the op is measured against: the same layer composed of PyTorch's own operators under autograd."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +18,7 @@ def composition(
     bias_sigma: Tensor | None = None,
     *,
     eps: Tensor | None = None,
-    **geometry,
+    **geometry: Any,
 ) -> Tensor:
     """Two convolutions, a square, a square root and noise: `torch.randn_like`, or the noise that is given."""
     mean = F.conv3d(x, weight_mu, bias_mu, **geometry)
@@ -23,7 +26,7 @@ def composition(
     return mean + var.sqrt() * (torch.randn_like(mean) if eps is None else eps)
 
 
-def saved_bytes(forward, *parameters: Tensor) -> int:
+def saved_bytes(forward: Callable[[], Tensor], *parameters: Tensor) -> int:
     """Bytes of distinct storage that a forward keeps for its backward, its parameters left out."""
     known = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, int] = {}

@@ -9,16 +9,20 @@ both, per layer of Table 1 and for the whole network, for
     compiled     the same under torch.compile
     mean         a single conv3d, the lower bound
 
-with medians and quartiles of CUDA events, peak memory, TFLOP/s and the share of the matrix-product rate that this GPU
-was measured to reach. On a machine without a GPU it says so, prints the memory table and exits with 0.
+with medians and quartiles of CUDA-graph replays, the host's time for the same call without a graph, peak memory,
+TFLOP/s and the share of the matrix-product rate that this GPU was measured to reach. Its L2 bandwidth is measured by a
+copy. On a machine without a GPU it says so, prints the memory table and exits with 0.
 """
 
 import argparse
+import contextlib
 import csv
 import statistics
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +34,7 @@ from benchmarks.memory import print_table
 from benchmarks.shapes import LAYERS, SAMPLES, SIZE, Layer
 from dwc_kernels import ffg_conv3d
 from dwc_kernels.noise import normal
-from dwc_kernels.tune import time_calls
+from dwc_kernels.timing import capture_stream, device_times, host_time, l2_bandwidth
 
 __all__ = ["Timing", "main"]
 
@@ -39,6 +43,19 @@ DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 ROUNDING = {"bf16": 2.0**-8, "tf32": 2.0**-11, "fp32": 2.0**-23}  # of the operands
 MATMUL = 8192  # rows of the matrices whose product is the ceiling
 SEED = 7
+
+
+@contextlib.contextmanager
+def settings_restored() -> Iterator[None]:
+    """Put PyTorch's precision and cuDNN settings back, whatever happens."""
+    precisions = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before, benchmark = [p.fp32_precision for p in precisions], torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        for setting, value in zip(precisions, before, strict=True):
+            setting.fp32_precision = value
+        torch.backends.cudnn.benchmark = benchmark
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,7 @@ class Timing:
     median_ms: float
     first_quartile_ms: float
     third_quartile_ms: float
+    host_ms: float
     peak_mb: float
     tflops: float
     share_of_matmul: float
@@ -61,14 +79,14 @@ class Timing:
 def matmul_tflops(dtype: torch.dtype) -> float:
     """The matrix-product ceiling of this GPU, measured on square matrices."""
     a, b = (torch.randn(MATMUL, MATMUL, device=DEVICE, dtype=dtype) for _ in range(2))
-    return 2 * MATMUL**3 / statistics.median(time_calls(lambda: a @ b, 20)) / 1e9
+    return 2 * MATMUL**3 / statistics.median(device_times(lambda: a @ b, 20)) / 1e9
 
 
 def tensors(layers: tuple[Layer, ...], dtype: torch.dtype, samples: int) -> tuple[Tensor, list[list[Tensor]]]:
     """An input and each layer's weight_mu, weight_sigma, bias_mu, bias_sigma."""
     gen = torch.Generator(DEVICE).manual_seed(0)
 
-    def randn(*shape):
+    def randn(*shape: int) -> Tensor:
         return torch.randn(shape, device=DEVICE, generator=gen).to(dtype)
 
     parameters = []
@@ -80,10 +98,10 @@ def tensors(layers: tuple[Layer, ...], dtype: torch.dtype, samples: int) -> tupl
     return x.requires_grad_(), [[t.requires_grad_() for t in p] for p in parameters]
 
 
-def network(op, layers: tuple[Layer, ...]):
+def network(op: Callable[..., Tensor], layers: tuple[Layer, ...]) -> Callable[..., Tensor]:
     """The layers in a row, with ReLUs between them."""
 
-    def run(x, *parameters):
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
         for i, layer in enumerate(layers):
             x = op(x, *parameters[4 * i : 4 * i + 4], padding=layer.padding, dilation=layer.dilation)
             x = F.relu(x) if layer is not layers[-1] else x
@@ -92,7 +110,9 @@ def network(op, layers: tuple[Layer, ...]):
     return run
 
 
-def mean_only(x, weight_mu, weight_sigma, bias_mu, bias_sigma, **geometry):
+def mean_only(
+    x: Tensor, weight_mu: Tensor, weight_sigma: Tensor, bias_mu: Tensor, bias_sigma: Tensor, **geometry: Any
+) -> Tensor:
     """One convolution with the means."""
     return F.conv3d(x, weight_mu, bias_mu, **geometry)
 
@@ -109,10 +129,10 @@ CONTENDERS = {
 def errors(layer: Layer, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     """Relative errors of ours and of the composition in the same dtype, against fp64, on one sample."""
     x, (parameters,) = tensors((layer,), dtype, 1)
-    geometry = dict(padding=layer.padding, dilation=layer.dilation)
+    geometry: dict[str, Any] = dict(padding=layer.padding, dilation=layer.dilation)
     eps = normal(torch.empty(1, layer.filters, *SIZE, device=DEVICE), SEED)
 
-    def results(op, inputs, **options):
+    def results(op: Callable[..., Tensor], inputs: list[Tensor], **options: Any) -> list[Tensor]:
         inputs = [t.detach().requires_grad_() for t in inputs]
         y = op(*inputs, **geometry, **options)
         g = torch.randn(y.shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1)).to(dtype).to(y.dtype)
@@ -142,7 +162,8 @@ def measure(
     if compiled:
         torch.compiler.reset()  # all layers are one function to the compiler, and it gives up after a few versions
         run = torch.compile(run, dynamic=False)
-    y = run(*inputs)
+    with capture_stream():  # where the graphs of its backward are captured
+        y = run(*inputs)
     g = torch.randn_like(y)
     flops = 2 * sum(layer.macs for layer in layers) * x[:, 0].numel() * (1 if contender == "mean" else 2)
     phases = {
@@ -157,10 +178,13 @@ def measure(
         call()
         torch.cuda.synchronize()
         peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-        first, median, third = statistics.quantiles(time_calls(call, repeats), n=4)
+        host = host_time(call, repeats)
+        first, median, third = statistics.quantiles(device_times(call, repeats), n=4)
         rate = flops * passes / median / 1e9
         device = torch.cuda.get_device_name()
-        timings.append(Timing(device, name, dtype, contender, phase, median, first, third, peak, rate, rate / ceiling))
+        timings.append(
+            Timing(device, name, dtype, contender, phase, median, first, third, host, peak, rate, rate / ceiling)
+        )
     return timings
 
 
@@ -205,11 +229,19 @@ def main(arguments: list[str] | None = None) -> int:
         print("benchmarks.gpu: no GPU here; python -m benchmarks.kernel_report shows what the compiler says")
         print_table(["bf16", "fp32"])
         return 0
+    with settings_restored():
+        return measure_all(options)
+
+
+def measure_all(options: argparse.Namespace) -> int:
+    """Check and time every layer and the network in every dtype that was asked for."""
     options.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.benchmark = True  # what is compared with gets cuDNN's best kernels
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
+    print(f"L2 moves {l2_bandwidth(DEVICE) / 1e12:.2f} TB/s, by copies of 8 MiB")
     print_table(["bf16", "fp32"])
-    timings, wrong = [], []
+    timings: list[Timing] = []
+    wrong: list[str] = []
     for dtype in options.dtype:
         how = "ieee" if dtype == "fp32" else "tf32"
         torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = how
@@ -230,7 +262,8 @@ def main(arguments: list[str] | None = None) -> int:
                 timings += rows
                 for t in rows:
                     print(f"{t.dtype:5}{t.layer:9}{t.contender:11}{t.phase:9}{t.median_ms:9.3f} ms "
-                          f"[{t.first_quartile_ms:.3f}, {t.third_quartile_ms:.3f}] {t.tflops:6.0f} TFLOP/s "
+                          f"[{t.first_quartile_ms:.3f}, {t.third_quartile_ms:.3f}] host {t.host_ms:.3f} ms "
+                          f"{t.tflops:6.0f} TFLOP/s "
                           f"{t.share_of_matmul:5.0%} of matmul {t.peak_mb:8.1f} MB", flush=True)  # fmt: skip
     with (options.out / "gpu.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Timing)])

@@ -1,10 +1,10 @@
 """What the compiler says of the three kernels, for every layer of Table 1, on chips that need not be there.
 
-    python -m benchmarks.kernel_report [--arch sm_80 sm_89 sm_90 sm_100 sm_120 gfx942] [--dtype bf16 tf32 fp16 ieee]
+    python -m benchmarks.kernel_report [--arch sm_80 sm_89 sm_90 sm_100 sm_120] [--dtype bf16 tf32 fp16 ieee]
         [--layer conv2 ...] [--json F] [--dump DIR]
 
 Facts (registers, spills, shared memory, instruction mix) come from ptxas and the disassembly. Times are *modelled*,
-never measured: peak rates of `tiles.CHIPS`, the tile's bytes, and the instructions of the compiled loop.
+never measured: by `tiles.estimate` with the instructions of the compiled loop, for a range of L2 rates.
 """
 
 import argparse
@@ -16,25 +16,36 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from benchmarks.kernel_report_compile import Compiled, compile_kernel
 from benchmarks.shapes import LAYERS, SAMPLES, SIZE, Layer
 from dwc.base.files import write_whole
+from dwc_kernels.kernels.chips import CHIPS, L2_REACH, TENSOR_REACH, Chip
 from dwc_kernels.kernels.tiles import (
-    CHIPS,
     KINDS,
     STACKED_ROWS,
     Problem,
     Tile,
     choose,
     estimate,
+    loop_macs,
     operand_bytes,
     problem_of,
+    second_dtype,
+    shared_bytes,
+    splits,
+    stacks,
 )
 
 __all__ = ["Row", "layer_problem", "main", "report", "visited_share"]
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+LAUNCH = 2e-6  # seconds that a GPU needs from one small kernel to the next; assumed
+# Kernels beside the main one. Ours: the seed and the packed weights; the last sums. Unfused, with its elementwise
+# operations compiled: squares of x and of sigma, a second convolution, the epilogue; g * r, a second convolution, the
+# combination; the square of x, a second correlation, the sums of the biases, 2 sigma.
+LAUNCHES = {"forward": (2, 4), "grad_input": (0, 3), "grad_weight": (1, 4)}
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,9 @@ class Row:
     useful: float  # share of the products that meets neither padding nor idle rows and columns
     l2_bytes_per_flop: float
     dram_bytes_per_flop: float
-    floor: float  # flops over peak or bytes over bandwidth, whichever is more
-    modelled: float
-    unfused: float  # two convolutions at peak, and the elementwise kernels between them at full bandwidth
+    floor: float  # flops over the peak or bytes over the bandwidth, whichever is more
+    modelled: dict[str, float]  # for each of `L2_REACH`
+    unfused: float  # two convolutions at what products reach, and compiled elementwise kernels at full bandwidth
 
 
 def layer_problem(layer: Layer, kind: str, dtype: str) -> Problem:
@@ -100,34 +111,36 @@ def inside_share(size: tuple[int, int, int], kernel: int, dilation: int) -> floa
     )
 
 
-def second_dtype(dtype: str) -> str:
-    """What the variance product runs in: fp16 squares go to tf32."""
-    return "tf32" if dtype == "fp16" else dtype
+def peak(dtype: str, chip: Chip) -> float:
+    """FLOP/s of the two products together."""
+    return 4 * chip.multiprocessors * chip.clock / (1 / chip.macs[dtype] + 1 / chip.macs[second_dtype(dtype)])
 
 
 def loop_cycles(problem: Problem, tile: Tile, arch: str) -> float:
-    """Cycles of the tensor cores for one iteration of the main loop."""
-    chip = CHIPS[arch]
-    rows, summed = (
-        (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels * tile.unroll)
-    )
-    return rows * tile.columns * summed * (1 / chip.macs[problem.dtype] + 1 / chip.macs[second_dtype(problem.dtype)])
+    """Cycles of the tensor cores at their peak for one iteration of the main loop."""
+    macs = CHIPS[arch].macs
+    return loop_macs(problem, tile) * (1 / macs[problem.dtype] + 1 / macs[second_dtype(problem.dtype)])
+
+
+def loop_issue(compiled: Compiled) -> float:
+    """Cycles in which one of the 4 schedulers issues one iteration of the main loop.
+
+    The busiest issues what every warp runs, for its share of the warps, and what one warp runs alone.
+    """
+    every, elected = compiled.loop_instructions - compiled.elected, compiled.elected
+    return every * max(1.0, compiled.tile.warps / 4) + elected
 
 
 def issue_ratio(problem: Problem, compiled: Compiled) -> float:
-    """Issue cycles over tensor-core cycles of the main loop.
-
-    The busiest of the 4 schedulers issues what every warp runs, for its share of the warps, and what one warp runs.
-    """
-    every, elected = compiled.loop_instructions - compiled.elected, compiled.elected
-    cycles = every * max(1.0, compiled.tile.warps / 4) + elected
-    return cycles / loop_cycles(problem, compiled.tile, compiled.arch)
+    """Issue cycles over tensor-core cycles at peak of the main loop."""
+    return loop_issue(compiled) / loop_cycles(problem, compiled.tile, compiled.arch)
 
 
 def traffic_ratios(problem: Problem, tile: Tile, arch: str) -> tuple[float, float]:
-    """L2 and shared-memory cycles, by bytes over peak rates, over tensor-core cycles of the main loop."""
+    """L2 (in the middle of its range) and shared-memory cycles over tensor-core cycles at peak of the main loop."""
     cycles = estimate(problem, tile, CHIPS[arch])
-    return cycles["l2"] / cycles["tensor"], cycles["shared"] / cycles["tensor"]
+    tensor = cycles["tensor"] * TENSOR_REACH
+    return cycles["l2"] / tensor, cycles["shared"] / tensor
 
 
 def layer_row(layer: Layer, kind: str, arch: str, dtype: str) -> Row:
@@ -139,35 +152,25 @@ def layer_row(layer: Layer, kind: str, arch: str, dtype: str) -> Row:
     visited = share(SIZE, tile.box, problem.kernel[0], layer.dilation)
     voxels = SAMPLES * math.prod(SIZE)
     flops = 4 * layer.macs * voxels  # two products of two operations
-    cycles = estimate(problem, tile, chip)
     row_bytes, column_bytes = operand_bytes(problem, tile)
-    steps_flops = 4 * loop_macs(problem, tile)
-    # In main-loop terms: tensor cores, L2, shared memory, and the instructions that were actually compiled.
-    issue = cycles["tensor"] * issue_ratio(problem, compiled)
-    bound = max(cycles["tensor"], cycles["l2"], cycles["shared"], issue)
     dram = problem.itemsize * voxels * dram_elements(layer, kind)
     # Folding taps into channels writes and reads a tensor that a kernel on the input itself would not need.
-    folds = 2 * voxels * math.ceil(problem.channels * problem.itemsize / 16) * 16 if problem.folded else 0
-    modelled = max((bound * visited + cycles["epilogue"]) / chip.clock, (dram + folds) / chip.dram)
-    peak = 2 * chip.multiprocessors * chip.clock / ((1 / chip.macs[dtype] + 1 / chip.macs[second_dtype(dtype)]) / 2)
-    floor = max(flops / peak, dram / chip.dram)
-    # The unfused pair is granted the peak of the tensor cores: only its extra traffic is held against it.
-    unfused = flops / peak + problem.itemsize * voxels * elementwise_elements(layer, kind) / chip.dram
-    useful = (
-        layer.macs * inside_share(SIZE, layer.kernel, layer.dilation) * voxels / (visited * issued_macs(problem, tile))
-    )
+    own = 2 * voxels * math.ceil(problem.channels * problem.itemsize / 16) * 16 if problem.folded else 0
+    if kind == "grad_weight":  # partial sums, written and read
+        own += 16 * splits(problem, tile, chip) * stacks(problem) * STACKED_ROWS * layer.filters
+    ours, theirs = (n * LAUNCH for n in LAUNCHES[kind])
+    modelled = {}
+    for name, reach in L2_REACH.items():
+        cycles = estimate(problem, tile, chip, issue=loop_issue(compiled), visited=visited, l2_reach=reach)["total"]
+        modelled[name] = 1e6 * (max(cycles / chip.clock, dram / chip.dram) + own / chip.dram + ours)
+    floor = max(flops / peak(dtype, chip), dram / chip.dram)
+    elementwise = problem.itemsize * voxels * elementwise_elements(layer, kind)
+    unfused = flops / (TENSOR_REACH * peak(dtype, chip)) + elementwise / chip.dram + theirs
+    inside = layer.macs * inside_share(SIZE, layer.kernel, layer.dilation) * voxels
     return Row(
-        layer.name, kind, arch, dtype, visited, useful, (row_bytes + column_bytes) / steps_flops, dram / flops,
-        floor * 1e6, modelled * 1e6, unfused * 1e6,
+        layer.name, kind, arch, dtype, visited, inside / (visited * issued_macs(problem, tile)),
+        (row_bytes + column_bytes) / (4 * loop_macs(problem, tile)), dram / flops, floor * 1e6, modelled, unfused * 1e6,
     )  # fmt: skip
-
-
-def loop_macs(problem: Problem, tile: Tile) -> int:
-    """Multiply-adds of one product in one iteration."""
-    rows, summed = (
-        (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels * tile.unroll)
-    )
-    return rows * tile.columns * summed
 
 
 def issued_macs(problem: Problem, tile: Tile) -> float:
@@ -175,8 +178,7 @@ def issued_macs(problem: Problem, tile: Tile) -> float:
     boxes = problem.samples * math.prod(math.ceil(n / b) for n, b in zip(problem.size, tile.box, strict=True))
     columns = math.ceil(problem.columns / tile.columns)
     if problem.kind == "grad_weight":
-        stacks = math.ceil(math.prod(problem.kernel) / 4) * math.ceil(problem.channels / 32)
-        return loop_macs(problem, tile) * boxes * columns * stacks
+        return loop_macs(problem, tile) * boxes * columns * stacks(problem)
     steps = math.prod(problem.kernel) * math.ceil(problem.channels / (tile.channels * tile.unroll))
     return loop_macs(problem, tile) * boxes * columns * steps
 
@@ -188,15 +190,15 @@ def dram_elements(layer: Layer, kind: str) -> int:
 
 
 def elementwise_elements(layer: Layer, kind: str) -> int:
-    """Elements per voxel that the unfused form moves through device memory.
+    """Elements per voxel that the unfused form moves through device memory, its elementwise operations compiled.
 
-    Convolutions read their input and write their output; each elementwise kernel reads and writes whole tensors.
+    Convolutions read their input and write their output; what is elementwise between them is one kernel.
     """
     c, f = layer.channels, layer.filters
     return {
-        "forward": 2 * c + 2 * (c + f) + 2 * f + f + 3 * f + 3 * f,  # square, two convs, sqrt, randn, mul, add
-        "grad_input": 3 * f + 2 * (f + c) + 3 * c + 3 * c,  # g * r, two convs, 2 x * dvar, add
-        "grad_weight": 2 * c + 3 * f + 2 * (c + f),  # square, g * r, two correlations
+        "forward": 2 * c + 2 * (c + f) + 3 * f,  # square, two convolutions, mean + sqrt(var) * noise
+        "grad_input": 3 * f + 2 * (f + c) + 4 * c,  # g * r, two convolutions, mean + 2 x * var
+        "grad_weight": 2 * c + 2 * (c + f) + 2 * f,  # square, two correlations, sums of g and of the g * r above
     }[kind]
 
 
@@ -212,11 +214,12 @@ def report(
 
 def print_facts(facts: list[tuple[Problem, Compiled]]) -> None:
     """One line per compiled kernel."""
-    print("Facts from the compiler. Of the main loop, over its tensor-core cycles: issue, instructions per warp\n"
-          "x warps / 4 of the disassembly; L2 and smem, the cycles that its bytes take at peak rates.")  # fmt: skip
+    print("Facts from the compiler. Of the main loop, over its tensor-core cycles at peak: issue, instructions per \n"
+          "warp x warps / 4 of the disassembly; L2 and smem, the cycles of its bytes. Waits are those for all \n"
+          "products in flight (sm_90), barriers those of all warps, both per iteration.")  # fmt: skip
     print(f"{'arch':7}{'dtype':6}{'kernel':12}{'sum->out, taps':17}{'tile':24}"
-          f"{'regs':>5}{'spill':>6}{'stack':>6}{'shared':>8}"
-          f"{'warps':>6} {'matrix':24}{'issue':>6}{'L2':>6}{'smem':>6}  main loop")  # fmt: skip
+          f"{'regs':>5}{'spill':>6}{'stack':>6}{'shared':>8}{'warps':>6}{'waits':>6}{'bars':>5} "
+          f"{'matrix':24}{'issue':>6}{'L2':>6}{'smem':>6}  main loop")  # fmt: skip
     for problem, c in facts:
         t = c.tile
         tile = f"{'x'.join(map(str, t.box))} {t.wide}+{t.tail} k{t.channels}x{t.unroll} s{t.stages}"
@@ -225,27 +228,30 @@ def print_facts(facts: list[tuple[Problem, Compiled]]) -> None:
         l2, shared = traffic_ratios(problem, t, c.arch)
         flag = " serialized" if c.serialized else ""
         print(f"{c.arch:7}{c.dtype:6}{c.kind:12}{shape:17}{tile:24}{c.registers:5}{c.spills:6}{c.stack:6}{c.shared:8}"
-              f"{c.resident_warps:6} {c.matrix_opcode:24}{issue_ratio(problem, c):6.2f}{l2:6.2f}{shared:6.2f}  "
-              f"{c.loop_instructions}: {mix}{flag}")  # fmt: skip
+              f"{c.resident_warps:6}{c.full_waits:6}{c.barriers:5} {c.matrix_opcode:24}{issue_ratio(problem, c):6.2f}"
+              f"{l2:6.2f}{shared:6.2f}  {c.loop_instructions}: {mix}{flag}")  # fmt: skip
 
 
 def print_model(rows: list[Row]) -> None:
     """One line per kernel and layer."""
-    print("\nModelled, not measured: microseconds per kernel at batch "
-          f"{SAMPLES} x {'x'.join(map(str, SIZE))}, at the peak rates of")  # fmt: skip
+    print("\nModelled, not measured: microseconds per kernel with what belongs to it, batch "
+          f"{SAMPLES} x {'x'.join(map(str, SIZE))}. Products reach {TENSOR_REACH:.0%} of their peak,\n"
+          f"{LAUNCH * 1e6:.0f} us pass from one small kernel to the next. Modelled for three rates of L2:")  # fmt: skip
     for arch in dict.fromkeys(r.arch for r in rows):
         c = CHIPS[arch]
-        print(f"  {arch}: {c.name}, {c.multiprocessors} multiprocessors at {c.clock / 1e9:.2f} GHz, {c.l2:.0f} B/cycle "
-              f"each from L2, {c.dram / 1e12:.2f} TB/s")  # fmt: skip
+        rates = ", ".join(f"{c.l2 * c.multiprocessors * c.clock * reach / 1e12:.1f}" for reach in L2_REACH.values())
+        print(f"  {arch}: {c.name}, {c.multiprocessors} multiprocessors at {c.clock / 1e9:.2f} GHz, L2 {rates} TB/s, "
+              f"DRAM {c.dram / 1e12:.2f} TB/s")  # fmt: skip
     print(f"{'arch':7}{'dtype':6}{'kernel':12}{'layer':9}{'visited':>8}{'useful':>8}{'L2 B/flop':>11}"
-          f"{'DRAM B/flop':>12}{'floor':>8}{'modelled':>9}{'unfused':>9}")  # fmt: skip
+          f"{'DRAM B/flop':>12}{'floor':>8}{'modelled':>21}{'unfused':>9}")  # fmt: skip
     for r in rows:
+        modelled = "".join(f"{r.modelled[name]:7.0f}" for name in L2_REACH)
         print(f"{r.arch:7}{r.dtype:6}{r.kind:12}{r.layer:9}{r.visited:8.2f}{r.useful:8.2f}{r.l2_bytes_per_flop:11.4f}"
-              f"{r.dram_bytes_per_flop:12.4f}{r.floor:8.1f}{r.modelled:9.1f}{r.unfused:9.1f}")  # fmt: skip
+              f"{r.dram_bytes_per_flop:12.4f}{r.floor:8.0f}{modelled}{r.unfused:9.0f}")  # fmt: skip
 
 
 def dump(facts: list[tuple[Problem, Compiled]], folder: Path) -> None:
-    """Write PTX, cubin and SASS (or AMD's assembly) of every kernel."""
+    """Write PTX, cubin and SASS of every kernel."""
     folder.mkdir(parents=True, exist_ok=True)
     for problem, c in facts:
         name = f"{c.kind}_{c.arch}_{c.dtype}_{problem.channels}x{problem.columns}x{math.prod(problem.kernel)}"
@@ -253,12 +259,12 @@ def dump(facts: list[tuple[Problem, Compiled]], folder: Path) -> None:
             write_whole(folder / f"{name}.{suffix}", code if isinstance(code, bytes) else code.encode())
 
 
-def plain(problem: Problem, c: Compiled) -> dict:
+def plain(problem: Problem, c: Compiled) -> dict[str, Any]:
     """The facts of one kernel as JSON has them, with the names of the layers that run it."""
     layers = [layer.name for layer in LAYERS if layer_problem(layer, c.kind, c.dtype) == problem]
     known = asdict(problem) | {k: v for k, v in asdict(c).items() if k != "code"}
     ratios = {"issue_ratio": issue_ratio(problem, c), "traffic_ratios": traffic_ratios(problem, c.tile, c.arch)}
-    return known | ratios | {"layers": layers}
+    return known | ratios | {"layers": layers, "shared_model": shared_bytes(problem, c.tile, CHIPS[c.arch])}
 
 
 def main(arguments: list[str] | None = None) -> int:

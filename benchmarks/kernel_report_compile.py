@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,11 +18,13 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 from triton.runtime.driver import driver
 
 from dwc_kernels import kernels
 from dwc_kernels.kernels import launch
-from dwc_kernels.kernels.tiles import CHIPS, Problem, Tile
+from dwc_kernels.kernels.chips import CHIPS, WARP
+from dwc_kernels.kernels.tiles import Problem, Tile
 
 __all__ = ["Compiled", "compile_kernel"]
 
@@ -31,18 +34,17 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA", "QGMMA", "v_mfma")
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA", "QGMMA")
 CLASSES = {
     "matrix": MATRIX,
-    "copy": ("UTMALDG", "UTMASTG", "LDGSTS", "LDGDEPBAR", "UTCBAR", "LDG", "global_load", "buffer_load"),
-    "shared": ("LDSM", "LDS", "STS", "STSM", "ds_"),
+    "copy": ("UTMALDG", "UTMASTG", "LDGSTS", "LDGDEPBAR", "UTCBAR", "LDG"),
+    "shared": ("LDSM", "LDS", "STS", "STSM"),
     "tensor memory": ("LDTM", "STTM", "UTCCP"),
-    "local": ("LDL", "STL", "scratch_"),
-    "float": ("HMUL2", "HFMA2", "FMUL", "FADD", "FFMA", "MUFU", "F2FP", "v_mul_f", "v_pk_mul", "v_cvt", "v_fma"),
-    "branch": ("BRA", "BSSY", "BSYNC", "EXIT", "WARPSYNC", "NANOSLEEP", "s_cbranch", "s_branch"),
-    "wait": ("BAR", "SYNCS", "DEPBAR", "WARPGROUP", "CCTL", "FENCE", "MEMBAR", "ERRBAR", "s_waitcnt", "s_barrier"),
+    "local": ("LDL", "STL"),
+    "float": ("HMUL2", "HFMA2", "FMUL", "FADD", "FFMA", "MUFU", "F2FP", "F2F"),
+    "branch": ("BRA", "BSSY", "BSYNC", "EXIT", "WARPSYNC", "NANOSLEEP"),
+    "wait": ("BAR", "SYNCS", "DEPBAR", "WARPGROUP", "CCTL", "FENCE", "MEMBAR", "ERRBAR"),
 }
 
 
@@ -59,6 +61,8 @@ class Compiled:
     stack: int  # bytes
     shared: int  # bytes
     serialized: bool  # ptxas gave up overlapping matrix instructions
+    full_waits: int  # per iteration: waits of sm_90 for every matrix instruction in flight
+    barriers: int  # per iteration: barriers of all warps of a program
     local: int  # instructions on local memory, anywhere in the kernel
     calls: int  # of slow paths; the traps that guard tensor memory are none
     loop: dict[str, int] = field(repr=False)  # instructions of the main loop by class
@@ -66,39 +70,41 @@ class Compiled:
     elected: int  # of them, those that one warp runs and the others jump over
     matrix_opcode: str
     loads: int  # of boxes of voxels per iteration, by the copy engine
-    code: dict = field(repr=False)  # "ptx", "cubin", "sass" or "amdgcn"
+    code: dict[str, str | bytes] = field(repr=False)  # "ptx", "cubin", "sass"
 
     @property
     def resident_warps(self) -> int:
         """Warps that share a multiprocessor, by registers and by shared memory."""
         chip = CHIPS[self.arch]
-        per_program = self.tile.warps * chip.warp * -(-self.registers // 8) * 8
-        by_registers = (65536 if chip.warp == 32 else 131072) // per_program
+        by_registers = 65536 // (self.tile.warps * WARP * -(-self.registers // 8) * 8)
         return max(1, min(by_registers, chip.shared // max(1, self.shared + 1024))) * self.tile.warps
 
 
 class _Offline:
     """In place of Triton's driver: a device of the wanted chip, on which nothing can run."""
 
-    def __init__(self, arch: str):
+    def __init__(self, arch: str) -> None:
         self.arch = arch
 
     def get_current_device(self) -> str:
         return self.arch
 
-    def get_current_stream(self, device) -> int:
+    def get_current_stream(self, device: str) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
         return TARGETS[self.arch]
 
 
-def launched(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> tuple:
+def launched(
+    problem: Problem, tile: Tile, arch: str, *, bias: bool = True
+) -> tuple[JITFunction, dict[str, str], dict[tuple[int, ...], Any], Any]:
     """The kernel, signature, constants and attributes that Triton would compile for the launcher's call."""
-    seen = {}
+    seen: dict[str, tuple[JITFunction, dict[str, str], dict[tuple[int, ...], Any], Any]] = {}
 
-    def remember(*, fn, compile, **_) -> bool:
-        seen.update(compile, kernel=fn.jit_function)
+    def remember(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        found = fn.jit_function
+        seen[found.fn.__name__] = found, compile["signature"], compile["constants"], compile["configs"][0]
         return True  # neither compile nor launch
 
     channels, filters = problem.channels, problem.columns
@@ -109,7 +115,7 @@ def launched(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> t
     x, g = (torch.zeros(1, n, *size, dtype=dtype) for n in (channels, filters))
     weight = torch.zeros(filters, channels, *problem.kernel, dtype=dtype)
     biases = [torch.zeros(filters, dtype=dtype)] * 2 if bias else [None] * 2
-    geometry = ((1, 1, 1), tuple(k // 2 for k in problem.kernel), (1, 1, 1), 1)
+    geometry: tuple[Any, ...] = ((1, 1, 1), tuple(k // 2 for k in problem.kernel), (1, 1, 1), 1)
     with (
         mock.patch.object(launch, "chip_of", return_value=CHIPS[arch]),
         mock.patch.object(launch, "operand_dtype", return_value=problem.dtype),
@@ -122,8 +128,8 @@ def launched(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> t
         elif problem.kind == "grad_input":
             kernels.grad_input(g, g, x, weight, weight, *geometry, tile=tile)
         else:
-            kernels.grad_weight(g, g, x, weight, *geometry, tile=tile)
-    return seen["kernel"], seen["signature"], seen["constants"], seen["configs"][0]
+            kernels.grad_weight(g, g, x, weight, *geometry, bias_sigma=biases[0], tile=tile)
+    return seen[f"{problem.kind}_kernel"]
 
 
 def compile_kernel(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> Compiled:
@@ -131,8 +137,7 @@ def compile_kernel(problem: Problem, tile: Tile, arch: str, *, bias: bool = True
     source = ASTSource(*launched(problem, tile, arch, bias=bias))
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=TARGETS[arch], options=options)
-    facts = _nvidia_facts(compiled) if TARGETS[arch].backend == "cuda" else _amd_facts(compiled)
-    return Compiled(problem.kind, arch, problem.dtype, tile, shared=compiled.metadata.shared, **facts)
+    return Compiled(problem.kind, arch, problem.dtype, tile, shared=compiled.metadata.shared, **_facts(compiled))
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -141,7 +146,7 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def _nvidia_facts(compiled) -> dict:
+def _facts(compiled: Any) -> dict[str, Any]:
     """What ptxas says about the PTX, and what the disassembly of the cubin shows."""
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
@@ -149,46 +154,32 @@ def _nvidia_facts(compiled) -> dict:
         cubin.write_bytes(compiled.asm["cubin"])
         target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
         assembler = "ptxas-blackwell" if target.startswith("sm_1") else "ptxas"
-        said = _run(assembler, "-v", f"--gpu-name={target}", str(ptx), "-o", str(Path(folder) / "out"))
+        # As Triton calls it.
+        said = _run(
+            assembler, "-v", "--regAllocOptLevel=2", f"--gpu-name={target}", str(ptx), "-o", str(Path(folder) / "out")
+        )
         sass = _run("nvdisasm", "-c", str(cubin))
     used = re.search(r"Used (\d+) registers", said)
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    instructions, labels = _listing(sass, r"^(\.L\w+):", r"^\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;")
+    instructions, labels = _listing(sass)
     return {
         "registers": int(used[1]),
         "stack": int(frame[1]),
         "spills": int(frame[2]) + int(frame[3]),
         "serialized": "wgmma.mma_async instructions are serialized" in said,
         "code": {"ptx": compiled.asm["ptx"], "cubin": compiled.asm["cubin"], "sass": sass},
-        **_loop_facts(instructions, labels, r"\bBRA\b.*`\((\.L\w+)\)"),
+        **_loop_facts(instructions, labels),
     }
 
 
-def _amd_facts(compiled) -> dict:
-    """The same from AMD's assembly, which carries its own counts."""
-    text = compiled.asm["amdgcn"]
-
-    def count(name: str) -> int:
-        return int(re.search(rf"\.{name}:?\s+(\d+)", text)[1])
-
-    instructions, labels = _listing(text, r"^(\.LBB\w+):", r"^\t([a-z]\w+.*)$")
-    return {
-        "registers": count("vgpr_count"),
-        "stack": count("private_segment_fixed_size"),
-        "spills": 4 * count("vgpr_spill_count"),
-        "serialized": False,
-        "code": {"amdgcn": text},
-        **_loop_facts(instructions, labels, r"s_c?branch\w*\s+(\.LBB\w+)"),
-    }
-
-
-def _listing(text: str, label: str, instruction: str) -> tuple[list[str], dict[str, int]]:
+def _listing(sass: str) -> tuple[list[str], dict[str, int]]:
     """The instructions of a disassembly in order, and where each label stands among them."""
-    instructions, labels = [], {}
-    for line in text.splitlines():
-        if found := re.match(label, line):
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if found := re.match(r"^(\.L\w+):", line):
             labels[found[1]] = len(instructions)
-        elif found := re.match(instruction, line):
+        elif found := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
             instructions.append(found[1])
     return instructions, labels
 
@@ -199,15 +190,15 @@ def _opcode(instruction: str) -> str:
 
 
 def _is(opcode: str, names: tuple[str, ...]) -> bool:
-    """Whether an opcode is one of a class: NVIDIA's by their stem, AMD's by how they begin."""
-    return any(opcode.split(".")[0] == n or (n[0].islower() and opcode.startswith(n)) for n in names)
+    """Whether an opcode is one of a class, by its stem."""
+    return opcode.split(".")[0] in names
 
 
-def _loop_facts(instructions: list[str], labels: dict[str, int], branch: str) -> dict:
+def _loop_facts(instructions: list[str], labels: dict[str, int]) -> dict[str, Any]:
     """The main loop by class of instruction: the shortest backward branch that spans the matrix instructions."""
     spans = []
     for end, text in enumerate(instructions):
-        found = re.search(branch, text)
+        found = re.search(r"\bBRA\b.*`\((\.L\w+)\)", text)
         if found and labels.get(found[1], end + 1) <= end:
             spans.append(range(labels[found[1]], end + 1))
     is_matrix = [_is(_opcode(t), MATRIX) for t in instructions]
@@ -221,7 +212,7 @@ def _loop_facts(instructions: list[str], labels: dict[str, int], branch: str) ->
         found = re.search(r"\bBRA\.U\b.*`\((\.L\w+)\)", instructions[start])
         if found and start < labels[found[1]] <= lines.stop and any(is_matrix[start : labels[found[1]]]):
             elected += labels[found[1]] - start - 1
-    classes = Counter()
+    classes: Counter[str] = Counter()
     for text in span:
         classes[next((name for name, stems in CLASSES.items() if _is(_opcode(text), stems)), "integer, moves")] += 1
     matrix = Counter(re.split(r"[\s]", _opcode(t))[0] for t in span if _is(_opcode(t), MATRIX))
@@ -230,8 +221,10 @@ def _loop_facts(instructions: list[str], labels: dict[str, int], branch: str) ->
         "loop": dict(classes.most_common()),
         "loop_instructions": len(span),
         "elected": elected,
+        "full_waits": sum(bool(re.search(r"WARPGROUP\.DEPBAR.*gsb0, 0x0", t)) for t in span),
+        "barriers": sum(_opcode(t).startswith("BAR.SYNC") for t in span),
         "matrix_opcode": matrix.most_common(1)[0][0] if matrix else "",
         "loads": sum("UTMALDG.5D" in t for t in span),
         "local": sum(_is(o, CLASSES["local"]) for o in everywhere),
-        "calls": sum(bool(re.search(r"CALL.*__internal(?!.*guardrail)|s_swappc", t)) for t in instructions),
+        "calls": sum(bool(re.search(r"CALL.*__internal(?!.*guardrail)", t)) for t in instructions),
     }

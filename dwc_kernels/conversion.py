@@ -78,9 +78,9 @@ def convert(model: nn.Module, *, skip: Skip | Iterable[Skip] = (), **kwargs: Any
     layers: dict[int, FFGModule] = {}
     rhos: dict[int, nn.Parameter] = {}  # of means that are tied, so that their sigmas are
     for entry, module, _ in found:
-        if not entry.converted or isinstance(module, FFGModule):
-            continue
         kind = _kind(module)
+        if kind is None or not entry.converted:
+            continue
         layer = layers[id(module)] = _KINDS[kind]._like(module, **kwargs)
         take_over(layer, module)
         for name in layer._names:
@@ -212,8 +212,9 @@ def _why_never(module: nn.Module) -> str:
 
 
 def _size(module: nn.Module) -> int:
+    weight: Any = getattr(module, "weight", None)
     if _quantized(module):
-        return module.weight().numel()
+        return weight().numel()
     own = module.parameters(
         recurse=_kind(module) is not None or isinstance(module, (FFGModule, torch.jit.ScriptModule))
     )

@@ -44,7 +44,7 @@ class FFGModule(nn.Module):
 
     def __init__(
         self,
-        plain: nn.Module,  # of the torch.nn class, without storage: checks and reads the arguments
+        plain: Any,  # of the torch.nn class, without storage: checks and reads the arguments
         device: torch.device | str | None,
         prior_mu: float,
         prior_sigma: float,
@@ -209,7 +209,11 @@ class FFGModule(nn.Module):
     def _fit_prior(self, name: str, state_dict: dict[str, Any], key: str) -> None:
         """Give a prior's buffer the shape of what is about to be loaded, one number if that is all it is."""
         value, buffer = state_dict.get(key), self._buffers[f"prior_{name}"]
-        if value is None or not _broadcasts(value.shape, getattr(self, f"{name.split('_')[0]}_rho").shape):
+        if (
+            value is None
+            or buffer is None
+            or not _broadcasts(value.shape, getattr(self, f"{name.split('_')[0]}_rho").shape)
+        ):
             return
         if not value.is_meta and value.numel() and (value == value.flatten()[0]).all():
             value = state_dict[key] = value.flatten()[0].clone()

@@ -28,9 +28,9 @@ def ffg_conv3d(
     weight_sigma: Tensor,
     bias_mu: Tensor | None = None,
     bias_sigma: Tensor | None = None,
-    stride: int | tuple[int, int, int] = 1,
-    padding: int | tuple[int, int, int] | str = 0,
-    dilation: int | tuple[int, int, int] = 1,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
     *,
     seed: Tensor | int | None = None,
@@ -101,11 +101,11 @@ def ffg_conv_transpose3d(
     weight_sigma: Tensor,
     bias_mu: Tensor | None = None,
     bias_sigma: Tensor | None = None,
-    stride: int | tuple[int, int, int] = 1,
-    padding: int | tuple[int, int, int] = 0,
-    output_padding: int | tuple[int, int, int] = 0,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
     groups: int = 1,
-    dilation: int | tuple[int, int, int] = 1,
+    dilation: int | tuple[int, ...] = 1,
     *,
     seed: Tensor | int | None = None,
     backend: str = "auto",
@@ -137,8 +137,8 @@ def ffg_conv_transpose3d(
         raise ValueError(f"padding {padding} leaves nothing of the output, {size} voxels")
     if stride == (1, 1, 1):
         padded, reach = _mirrored_padding(batched, kernel, padding, dilation, output_padding)
-        mirrored = (_mirrored(w, groups) for w in (weight_mu, weight_sigma))
-        y = ffg_conv3d(padded, *mirrored, bias_mu, bias_sigma, 1, reach, dilation, groups, seed=seed, backend=backend)
+        mu, sigma = (_mirrored(w, groups) for w in (weight_mu, weight_sigma))
+        y = ffg_conv3d(padded, mu, sigma, bias_mu, bias_sigma, 1, reach, dilation, groups, seed=seed, backend=backend)
     else:
         if any(o >= s for o, s in zip(output_padding, stride, strict=True)):
             raise ValueError(f"output_padding must be smaller than the strides {stride}, got {output_padding}")
@@ -194,7 +194,7 @@ def ffg_linear(
     return y[0, :, 0, 0].t().reshape(*input.shape[:-1], weight_mu.shape[0])
 
 
-def _autocast(input: Tensor, *rest: Tensor | None) -> list[Tensor | None]:
+def _autocast(input: Tensor, *rest: Tensor | None) -> list[Any]:
     """The arguments in autocast's dtype where it is on."""
     device = input.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
@@ -241,10 +241,10 @@ def _integers(name: str, value: Any) -> Triple:
 
 def _resolve_padding(x: Tensor, kernel: Triple, padding: Triple | str, dilation: Triple) -> tuple[Tensor, Triple]:
     """The padding as a triple; where 'same' is lopsided (even kernels), the odd zero is added behind the volume."""
+    if not isinstance(padding, str):
+        return x, padding
     if padding == "valid":
         return x, (0, 0, 0)
-    if padding != "same":
-        return x, padding
     sides = same_padding(kernel, dilation)
     if any(front != behind for front, behind in sides):
         x = F.pad(x, [side for front, behind in reversed(sides) for side in (0, behind - front)])

@@ -2,7 +2,7 @@
 
 __all__ = ["Triple", "output_size", "same_padding", "transposed_output_size"]
 
-Triple = tuple[int, int, int]
+Triple = tuple[int, ...]  # of three
 
 
 def output_size(size: Triple, kernel: Triple, stride: Triple, padding: Triple, dilation: Triple) -> Triple:

@@ -18,7 +18,7 @@ from torch.fx import Proxy
 
 from dwc_kernels.factorized import FFGModule
 from dwc_kernels.functional import ffg_conv3d, ffg_conv_transpose3d, ffg_linear
-from dwc_kernels.geometry import same_padding
+from dwc_kernels.geometry import Triple, same_padding
 from dwc_kernels.plain import take_over, why_not_taken_over
 
 __all__ = ["FFGConv3d", "FFGConvTranspose3d", "FFGLinear"]
@@ -104,10 +104,10 @@ class FFGConv3d(FFGModule):
         """
         if isinstance(input, Proxy):
             return self._traced(input, sample=sample, seed=seed)
-        padding = self.padding
+        padding: Triple | str | int = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._sides(), mode=self.padding_mode), 0
-        geometry = (self.stride, padding, self.dilation, self.groups)
+        geometry: tuple[Any, ...] = (self.stride, padding, self.dilation, self.groups)
         if fixed := self._fixed_weights(sample):
             return F.conv3d(input, *fixed, *geometry)
         return ffg_conv3d(
@@ -117,11 +117,11 @@ class FFGConv3d(FFGModule):
 
     def _sides(self) -> list[int]:
         """Padding in front of and behind each axis, last axis first, as `torch.nn.functional.pad` reads it."""
+        if not isinstance(self.padding, str):
+            return [p for p in reversed(self.padding) for _ in range(2)]
         if self.padding == "valid":
             return [0] * 6
-        if self.padding == "same":
-            return [side for sides in reversed(same_padding(self.kernel_size, self.dilation)) for side in sides]
-        return [p for p in reversed(self.padding) for _ in range(2)]
+        return [side for sides in reversed(same_padding(self.kernel_size, self.dilation)) for side in sides]
 
     @classmethod
     def from_conv3d(cls, conv: nn.Conv3d, **kwargs: Any) -> "FFGConv3d":
@@ -147,7 +147,7 @@ class FFGConv3d(FFGModule):
         return layer
 
     @classmethod
-    def _like(cls, conv: nn.Conv3d, **kwargs: Any) -> "FFGConv3d":
+    def _like(cls, conv: Any, **kwargs: Any) -> "FFGConv3d":
         return cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             conv.groups, conv.bias is not None, conv.padding_mode, conv.weight.device, conv.weight.dtype, **kwargs,
@@ -204,11 +204,12 @@ class FFGConvTranspose3d(FFGModule):
         """Convolve: as `FFGConv3d.forward`, with the output_size of `torch.nn.ConvTranspose3d`."""
         if isinstance(input, Proxy):
             return self._traced(input, output_size, sample=sample, seed=seed)
-        output_padding = self.output_padding
+        output_padding: Any = self.output_padding
         if output_size is not None:
-            sizes = (self.stride, self.padding, self.kernel_size, 3, self.dilation)
-            output_padding = nn.ConvTranspose3d._output_padding(self, input, output_size, *sizes)
-        geometry = (self.stride, self.padding, output_padding, self.groups, self.dilation)
+            sizes: tuple[Any, ...] = (self.stride, self.padding, self.kernel_size, 3, self.dilation)
+            layer: Any = self
+            output_padding = nn.ConvTranspose3d._output_padding(layer, input, output_size, *sizes)
+        geometry: tuple[Any, ...] = (self.stride, self.padding, output_padding, self.groups, self.dilation)
         if fixed := self._fixed_weights(sample):
             return F.conv_transpose3d(input, *fixed, *geometry)
         return ffg_conv_transpose3d(
@@ -225,7 +226,7 @@ class FFGConvTranspose3d(FFGModule):
         return layer
 
     @classmethod
-    def _like(cls, conv: nn.ConvTranspose3d, **kwargs: Any) -> "FFGConvTranspose3d":
+    def _like(cls, conv: Any, **kwargs: Any) -> "FFGConvTranspose3d":
         return cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.output_padding,
             conv.groups, conv.bias is not None, conv.dilation, conv.padding_mode, conv.weight.device,
@@ -281,7 +282,7 @@ class FFGLinear(FFGModule):
         return layer
 
     @classmethod
-    def _like(cls, linear: nn.Linear, **kwargs: Any) -> "FFGLinear":
+    def _like(cls, linear: Any, **kwargs: Any) -> "FFGLinear":
         device, dtype = linear.weight.device, linear.weight.dtype
         return cls(linear.in_features, linear.out_features, linear.bias is not None, device, dtype, **kwargs)
 

@@ -188,7 +188,7 @@ def drawn_weights(net: nn.Module, seed: int | None = None, *, rank: int | None =
     seeds = iter(_derived_seeds(seed, 2 * len(layers), _rank() if rank is None else rank))
     drawn: dict[int, Tensor] = {}  # by rho, so that weights that layers share are drawn once
 
-    def draw(layer: FFGModule, name: str) -> Tensor | None:
+    def draw(layer: FFGModule, name: str) -> Any:
         layer_seed, rho = next(seeds), getattr(layer, f"{name}_rho")
         if rho is not None and id(rho) not in drawn:
             eps = normal(rho.detach(), layer_seed).to(rho.dtype)
@@ -199,7 +199,7 @@ def drawn_weights(net: nn.Module, seed: int | None = None, *, rank: int | None =
 
 
 @contextmanager
-def _overridden(choices: Mapping[FFGModule, bool | Drawn]) -> Iterator[None]:
+def _overridden(choices: Mapping[FFGModule, bool | Drawn | None]) -> Iterator[None]:
     before = {layer: layer._override for layer in choices}
     try:
         for layer, choice in choices.items():
@@ -308,7 +308,7 @@ def _one_sample(net: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, 
         return forward(x)
 
 
-def _entropy(p: Tensor, activation: str | None) -> Tensor | None:
+def _entropy(p: Tensor, activation: str | None) -> Any:
     """Entropy of probabilities in nats, summed over dimension 1."""
     if activation is None:
         return None

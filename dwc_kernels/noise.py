@@ -26,7 +26,7 @@ Key = int | Tensor  # half of a seed
 _CHUNK, _ALONE = 1 << 15, 1 << 14
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[int, int], n_rounds: int = N_ROUNDS) -> tuple[Tensor, ...]:
+def philox(counter: tuple[Tensor, ...], key: tuple[Key, Key], n_rounds: int = N_ROUNDS) -> tuple[Tensor, ...]:
     """Philox-4x32 block function.
 
     Parameters
@@ -72,12 +72,12 @@ def _round_keys(key: tuple[Key, Key], n_rounds: int, like: Tensor) -> Tensor:
     return torch.stack([(k + steps * w) & _MASK for k, w in zip(key, (_W0, _W1), strict=True)], 1).view(shape)
 
 
-def _four_normals(group: Tensor, key: tuple[Key, Key], out: Tensor) -> None:
+def _four_normals(group: Tensor, seed: Tensor | int, out: Tensor) -> None:
     """Write the normals of each group (int64, any shape) to out[lane], lane = 0..3 (fp32)."""
     even, odd = group.new_zeros(2, *group.shape), group.new_zeros(2, *group.shape)
     torch.bitwise_and(group, _MASK, out=even[0])
     torch.bitwise_right_shift(group, 32, out=odd[0])
-    even, odd = _philox(even, odd, key, N_ROUNDS)
+    even, odd = _philox(even, odd, (seed & _MASK, (seed >> 32) & _MASK), N_ROUNDS)
     # u in (0, 1], so the logarithm is finite; the angle is the signed word as a fraction of a turn, in [-1/2, 1/2).
     u = even.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
     radius = u.log_().mul_(-2.0).sqrt_()
@@ -105,17 +105,16 @@ def normal(like: Tensor, seed: Tensor | int) -> Tensor:
     """
     if isinstance(seed, Tensor) and seed.device.type == "cpu":
         seed = int(seed)
-    key = (seed & _MASK, (seed >> 32) & _MASK)
     eps = torch.empty_like(like, dtype=torch.float32)
     if (
         like.dim() == 5
         and math.prod(like.shape[2:]) % 4 == 0
         and eps.is_contiguous(memory_format=torch.channels_last_3d)
     ):
-        _fill_channels_last(eps, key)
+        _fill_channels_last(eps, seed)
         return eps
     flat = eps if eps.is_contiguous() else torch.empty(like.shape, dtype=torch.float32, device=like.device)
-    _fill_contiguous(flat, key)
+    _fill_contiguous(flat, seed)
     return flat if flat is eps else eps.copy_(flat)
 
 
@@ -127,30 +126,32 @@ def _chunk(eps: Tensor) -> int:
     return _ALONE if threads == 1 else _CHUNK * threads
 
 
-def _fill_contiguous(eps: Tensor, key: tuple[Key, Key]) -> None:
+def _fill_contiguous(eps: Tensor, seed: Tensor | int) -> None:
     """Fill a row-major tensor: lanes are neighbours in memory."""
     n_whole = eps.numel() // 4
     lanes = eps.view(-1)[: 4 * n_whole].view(n_whole, 4).T
     chunk = _chunk(eps)
     for start in range(0, n_whole, chunk):
         stop = min(start + chunk, n_whole)
-        _four_normals(torch.arange(start, stop, device=eps.device), key, lanes[:, start:stop])
+        _four_normals(torch.arange(start, stop, device=eps.device), seed, lanes[:, start:stop])
     n_left = eps.numel() - 4 * n_whole
     if n_left:
         last = torch.empty(4, 1, device=eps.device)
-        _four_normals(torch.tensor([n_whole], device=eps.device), key, last)
+        _four_normals(torch.tensor([n_whole], device=eps.device), seed, last)
         eps.view(-1)[4 * n_whole :] = last[:n_left, 0]
 
 
-def _fill_channels_last(eps: Tensor, key: tuple[Key, Key]) -> None:
+def _fill_channels_last(eps: Tensor, seed: Tensor | int) -> None:
     """Fill a channels_last_3d tensor in memory order: channels are neighbours, a group's lanes lie one row apart."""
     n, channels = eps.shape[:2]
     rows = math.prod(eps.shape[2:]) // 4  # groups in one channel's volume
     lanes = eps.permute(0, 2, 3, 4, 1).view(n, rows, 4, channels)
     first = torch.arange(n * channels, device=eps.device).view(n, 1, channels) * rows
-    step = max(1, _chunk(eps) // channels)
-    for sample in range(n):
+    step = max(1, _chunk(eps) // channels)  # rows at a time, of one sample or of several whole ones
+    samples = max(1, step // rows)
+    for sample in range(0, n, samples):
+        some = slice(sample, sample + samples)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             row = torch.arange(start, stop, device=eps.device)[:, None]
-            _four_normals(first[sample] + row, key, lanes[sample, start:stop].transpose(0, 1))
+            _four_normals(first[some] + row, seed, lanes[some, start:stop].movedim(2, 0))

@@ -107,8 +107,10 @@ def ffg_conv3d_grad_weight(
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
     with _as_given(x):
         if transposed or not (wants_mu and wants_sigma):
-            wants = {"wants_mu": wants_mu, "wants_sigma": wants_sigma, "transposed": transposed}
-            return reference.grad_weight(g, r, x, weight_sigma, *geometry, bias_sigma=bias_sigma, **wants)
+            return reference.grad_weight(
+                g, r, x, weight_sigma, *geometry,
+                bias_sigma=bias_sigma, wants_mu=wants_mu, wants_sigma=wants_sigma, transposed=transposed,
+            )  # fmt: skip
         return _implementation(backend).grad_weight(g, r, x, weight_sigma, *geometry, bias_sigma=bias_sigma)
 
 
@@ -137,7 +139,7 @@ def _(
     if transposed_size:
         shape = (x.shape[0], weight_mu.shape[1] * groups, *transposed_size)
     else:
-        size = output_size(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
+        size = output_size(x.shape[2:], weight_mu.shape[2:], tuple(stride), tuple(padding), tuple(dilation))
         shape = (x.shape[0], weight_mu.shape[0], *size)
     y, r = (
         torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)

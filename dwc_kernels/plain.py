@@ -1,10 +1,10 @@
 """Plain layers that have a variational form: whether one can be taken over, and how a new layer takes it over."""
 
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
-from torch.nn.utils import parametrizations, parametrize
+from typing import Any
 
-from dwc_kernels.factorized import FFGModule
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrizations, parametrize
 
 __all__ = ["mean_leaf", "take_over", "why_not_taken_over"]
 
@@ -14,10 +14,10 @@ _FORWARD_HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name and 
 _STATE_HOOKS = tuple(name for name in vars(nn.Module()) if "state_dict" in name and "hook" in name)
 
 
-def why_not_taken_over(plain: nn.Module, kind: type[nn.Module]) -> str | None:
+def why_not_taken_over(plain: Any, kind: type[nn.Module]) -> str | None:
     """Why a variational layer could not stand in for ``plain``, an instance of ``kind``; None if it can."""
     name = type(plain).__name__
-    if any(isinstance(t, UninitializedTensorMixin) for t in plain.parameters()):
+    if any(is_lazy(t) for t in plain.parameters()):
         return f"{name} has no weights yet; run one batch through the network first"
     if any(getattr(type(plain), method, None) is not getattr(kind, method, None) for method in _METHODS):
         return f"{name} has a forward of its own; only torch.nn.{kind.__name__} itself is taken over"
@@ -38,8 +38,8 @@ def why_not_taken_over(plain: nn.Module, kind: type[nn.Module]) -> str | None:
     return None
 
 
-def take_over(layer: FFGModule, plain: nn.Module) -> None:
-    """Give a new layer the weights of a plain one as means.
+def take_over(layer: Any, plain: Any) -> None:
+    """Give a new FFGModule the weights of a plain one as means.
 
     They stay the same Parameter objects, so that ties to other layers, optimizers and hooks on them hold. Weight
     normalization goes over to ``weight_mu``; forward and backward hooks, the mode and whatever else was put on the
@@ -49,7 +49,8 @@ def take_over(layer: FFGModule, plain: nn.Module) -> None:
     if norm is None:
         layer.weight_mu = plain.weight
     else:
-        parametrizations.weight_norm(layer, "weight_mu", dim=norm.dim if norm.dim >= 0 else None)
+        dim: Any = norm.dim if norm.dim >= 0 else None  # None: one norm for all
+        parametrizations.weight_norm(layer, "weight_mu", dim=dim)
         theirs, ours = plain.parametrizations["weight"], layer.parametrizations["weight_mu"]
         ours.original0, ours.original1 = theirs.original0, theirs.original1
     layer.bias_mu = plain.bias
@@ -65,14 +66,14 @@ def take_over(layer: FFGModule, plain: nn.Module) -> None:
     layer.training = plain.training
 
 
-def mean_leaf(plain: nn.Module, name: str) -> Tensor | None:
+def mean_leaf(plain: Any, name: str) -> Tensor | None:
     """The Parameter behind a plain layer's "weight" or "bias", by which ties are known."""
     if parametrize.is_parametrized(plain, name):
         return plain.parametrizations[name].original1
     return getattr(plain, name)
 
 
-def _weight_norm(plain: nn.Module) -> nn.Module | None:
+def _weight_norm(plain: Any) -> Any:
     """The weight normalization of a layer, if that is its only parametrization."""
     if not parametrize.is_parametrized(plain):
         return None

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwc_kernels import winograd
+from dwc_kernels.backends import _why_not_here
 from dwc_kernels.geometry import Triple, output_size
 from dwc_kernels.noise import normal
 
@@ -96,19 +97,20 @@ def forward(
     bound = weight_bound(x, weight_mu, dilation, len(x) * n_filters * prod(size))
     laid_out = _plain if bound else native
     h, mu, sigma = (laid_out(t.to(working)) for t in (x, weight_mu, weight_sigma))
-    b_mu, b_var = (None, None) if bias_mu is None else (bias_mu.to(working), bias_sigma.to(working).square())
+    b_mu = None if bias_mu is None else bias_mu.to(working)
+    b_var = None if bias_sigma is None else bias_sigma.to(working).square()
     if transposed_size:
         shape = torch.Size((len(x), n_filters, *size))
         y = _transposed(h, mu, shape, stride, padding, dilation, groups)
         var = _transposed(h.square(), sigma.square(), shape, stride, padding, dilation, groups)
-        if bias_mu is not None:
-            y, var = (t.add_(b.view(-1, 1, 1, 1)) for t, b in ((y, b_mu), (var, b_var)))
+        if b_mu is not None and b_var is not None:
+            y, var = y.add_(b_mu.view(-1, 1, 1, 1)), var.add_(b_var.view(-1, 1, 1, 1))
     else:
         y = _conv3d(h, mu, b_mu, stride, padding, dilation, groups)
         # Direct: Winograd's differences could make a variance that is nearly 0 negative.
         var = F.conv3d(h.square(), sigma.square(), b_var, stride, padding, dilation, groups)
     std = var.sqrt_()
-    eps = normal(std, seed).to(working)
+    eps = _noise(std, seed).to(working)
     y.addcmul_(std, eps)
     y = y.to(x.dtype).contiguous(memory_format=output_layout(x))
     if not keep_r:  # no backward will follow
@@ -117,6 +119,19 @@ def forward(
     if x.dtype == torch.float16:  # where std < 8e-6, 1 / std leaves its range; saturated, r keeps the gradient finite
         r.clamp_(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
     return y, r.to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _launches(x: Tensor) -> bool:
+    """Whether a kernel can draw the noise of x, where the convolution itself could not run as one."""
+    return x.is_cuda and _why_not_here(x.device.type, x.device.index) is None
+
+
+def _noise(like: Tensor, seed: Tensor) -> Tensor:
+    if not _launches(like):
+        return normal(like, seed)
+    from dwc_kernels.kernels import noise
+
+    return noise.normal(like, seed)
 
 
 def _conv3d(
@@ -231,7 +246,9 @@ def grad_weight(
     dsigma = dvar.mul_(weight_sigma).mul_(2.0) if wants_sigma else dvar
     biased = bias_sigma is not None
     wanted = ((dmu, wants_mu), (dsigma, wants_sigma), (db_mu, wants_mu and biased), (db_sigma, wants_sigma and biased))
-    return tuple(t.to(weight_sigma.dtype).contiguous() if want else weight_sigma.new_empty(0) for t, want in wanted)
+    out = (t.to(weight_sigma.dtype).contiguous() if want else weight_sigma.new_empty(0) for t, want in wanted)
+    dmu, dsigma, db_mu, db_sigma = out
+    return dmu, dsigma, db_mu, db_sigma
 
 
 def grad_bias(g: Tensor, r: Tensor, bias_sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""Measure tiles on the GPU at hand and keep the best: ``python -m dwc_kernels.tune``.
+"""Measure tiles on the GPU at hand and keep the best: `python -m dwc_kernels.tune`.
 
-For each layer it times the tiles that the model (``kernels.tiles``) ranks first and stores the fastest in a JSON file
-named after the device in the user's cache folder, which the launchers read from then on. Nothing is tuned behind
-anyone's back.
+For each layer it checks and times the tiles that the model (`kernels.tiles`) ranks first, and stores the fastest in a
+JSON file named after the device in the user's cache folder, which the launchers read from then on. A tile whose result
+is wrong on this GPU is not taken. Nothing is tuned unless this command is called.
 """
 
 import argparse
@@ -11,18 +11,24 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["main", "store", "time_calls", "tune_layer"]
+from dwc_kernels import reference
+from dwc_kernels.timing import device_times, host_time
+
+__all__ = ["main", "store", "tune_layer"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Results = tuple[Tensor, ...]
 
 
-def store(path: Path, tiles: dict[str, dict]) -> None:
+def store(path: Path, tiles: dict[str, dict[str, Any]]) -> None:
     """Add tiles to the file; it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -33,54 +39,82 @@ def store(path: Path, tiles: dict[str, dict]) -> None:
     os.replace(file.name, path)
 
 
-def time_calls(call, repeats: int, warmup: int = 5) -> list[float]:
-    """Milliseconds of each call, by the GPU's own events."""
-    for _ in range(warmup):
-        call()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return times
+def relative_errors(results: Results, exact: Results) -> list[float]:
+    """||result - exact|| / ||exact|| of each tensor; NaN and infinity are never right."""
+    return [
+        ((a.double() - e.double()).norm() / e.double().norm().clamp_min(1e-300)).nan_to_num(torch.inf, torch.inf).item()
+        for a, e in zip(results, exact, strict=True)
+    ]
 
 
-def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: int) -> dict[str, dict]:
-    """Time the best-ranked tiles of the three kernels for one layer; the fastest of each, by `tiles.tuned_key`."""
+def as_tuple(results: Tensor | Results) -> Results:
+    """One result or several, as a tuple."""
+    return (results,) if isinstance(results, Tensor) else results
+
+
+def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """Check and time the best-ranked tiles of the three kernels for one layer; the fastest of each, by `tuned_key`.
+
+    A tile is right if its error against fp64 is at most twice that of the reference in the same dtype, and a rounding.
+
+    Raises
+    ------
+    ValueError
+        If no tile of a kernel fits this GPU and is right.
+    """
     from triton.runtime.errors import OutOfResources
 
     from dwc_kernels import kernels
     from dwc_kernels.kernels.launch import Plan
-    from dwc_kernels.kernels.tiles import candidates, estimate, tuned_key
+    from dwc_kernels.kernels.tiles import Tile, ranked, tuned_key
 
     one, size = (1, 1, 1), x.shape[2:]
-    geometry = (one, tuple(k // 2 for k in mu.shape[2:]), one, 1)
+    geometry: tuple[Any, ...] = (one, tuple(k // 2 for k in mu.shape[2:]), one, 1)
     seed = torch.zeros((), dtype=torch.int64, device=x.device)
-    y, r = kernels.forward(x, mu, sigma, None, None, *geometry, seed)
-    calls = {
-        "forward": lambda tile: kernels.forward(x, mu, sigma, None, None, *geometry, seed, tile=tile),
-        "grad_input": lambda tile: kernels.grad_input(y, r, x, mu, sigma, *geometry, tile=tile),
-        "grad_weight": lambda tile: kernels.grad_weight(y, r, x, sigma, *geometry, tile=tile),
-    }
+    y, r = reference.forward(x, mu, sigma, None, None, one, geometry[1], one, 1, seed)
     best = {}
-    for kind, call in calls.items():
+    for kind in ("forward", "grad_input", "grad_weight"):
+
+        def run(backend: Any, convert: Callable[[Tensor], Tensor], kind: str = kind, **options: Any) -> Results:
+            g_, r_, x_, mu_, sigma_ = (convert(t) for t in (y, r, x, mu, sigma))
+            arguments = {
+                "forward": (x_, mu_, sigma_, None, None, *geometry, seed),
+                "grad_input": (g_, r_, x_, mu_, sigma_, *geometry),
+                "grad_weight": (g_, r_, x_, sigma_, *geometry),
+            }[kind]
+            return as_tuple(getattr(backend, kind)(*arguments, **options))
+
         plan = Plan.of(kind, x, size, mu, one, 1, None)
-        by_estimate = sorted(
-            candidates(plan.problem, plan.chip), key=lambda t, p=plan: estimate(p.problem, t, p.chip)["total"]
-        )
-        times = {}
+        exact = run(reference, Tensor.double)
+        composed = relative_errors(run(reference, Tensor.contiguous), exact)
+        rounding = 2.0**-11 if plan.precision == "tf32" and x.dtype == torch.float32 else torch.finfo(x.dtype).eps
+        by_estimate = ranked(plan.problem, plan.chip)
+        times: dict[Tile, tuple[float, float]] = {}
         for tile in by_estimate[:n_tiles]:
+
+            def call(tile: Tile = tile, run: Callable[..., Results] = run) -> Results:
+                return run(kernels, lambda t: t, tile=tile)
+
             try:
-                times[tile] = statistics.median(time_calls(lambda c=call, t=tile: c(t), repeats))
+                errors = relative_errors(call(), exact)
             except OutOfResources as error:
                 print(f"{tile} does not fit: {error}", flush=True)
-        tile = min(times, key=times.get)
-        theirs = f"{times[by_estimate[0]]:.3f} ms" if by_estimate[0] in times else "does not fit"
-        print(f"{tuned_key(plan.problem)}: {times[tile]:.3f} ms with {tile} (the model's choice: {theirs})", flush=True)
-        best[tuned_key(plan.problem)] = asdict(tile)
+                continue
+            if not all(ours <= 2 * theirs + rounding for ours, theirs in zip(errors, composed, strict=True)):
+                print(f"{tile} is wrong on this GPU, errors {errors}: not taken", file=sys.stderr, flush=True)
+                continue
+            times[tile] = statistics.median(device_times(call, repeats)), host_time(call, repeats)
+        key = tuned_key(plan.problem)
+        if not times:
+            raise ValueError(
+                f"none of the {len(by_estimate[:n_tiles])} tiles tried for {key} fits {plan.chip.name} and is right "
+                "there; try more with --tiles, or use backend='reference'"
+            )
+        tile = min(times, key=lambda t: times[t][0])
+        theirs = f"{times[by_estimate[0]][0]:.3f} ms" if by_estimate[0] in times else "does not run"
+        print(f"{key}: {times[tile][0]:.3f} ms on the GPU, {times[tile][1]:.3f} ms of the host, with {tile} "
+              f"(the model's choice: {theirs})", flush=True)  # fmt: skip
+        best[key] = asdict(tile)
     return best
 
 
@@ -98,8 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("dwc_kernels.tune: no GPU here; the launchers use the model's tiles", file=sys.stderr)
         return 2
-    from dwc_kernels.kernels.launch import chip_of
-    from dwc_kernels.kernels.tiles import tuned, tuned_path
+    from dwc_kernels.kernels.launch import chip_of, forget_plans
+    from dwc_kernels.kernels.tiles import tuned_path
 
     device = torch.device("cuda", torch.cuda.current_device())
     path = tuned_path(chip_of(device).name)
@@ -109,9 +143,13 @@ def main(arguments: list[str] | None = None) -> int:
             shape = (options.samples, channels, *(options.size,) * 3)
             x = torch.randn(shape, device=device, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last_3d)
             mu = torch.randn(filters, channels, k, k, k, device=device, dtype=DTYPES[dtype]) / (channels * k**3) ** 0.5
-            best = tune_layer(x, mu, mu.abs() * 0.1, n_tiles=options.tiles, repeats=options.repeats)
+            try:
+                best = tune_layer(x, mu, mu.abs() * 0.1, n_tiles=options.tiles, repeats=options.repeats)
+            except ValueError as error:
+                print(f"dwc_kernels.tune: {error}", file=sys.stderr)
+                return 1
             store(path, best)
-    tuned.cache_clear()
+    forget_plans()
     print(f"stored in {path}")
     return 0
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["convolve", "correlate", "suits"]
 
-Triple = tuple[int, int, int]
+Triple = tuple[int, ...]  # of three
 Slices = Sequence[Tensor]
 
 _G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))

@@ -1,12 +1,15 @@
-"""The forward of ``ffg_conv3d``: mean and variance products, bias and noise in one pass over the input.
+"""The forward of `ffg_conv3d`: mean and variance products, bias and noise in one pass over the input.
 
     mean = conv(x, mu) + b_mu        var = conv(x^2, sigma^2) + b_sigma^2
     y    = mean + sqrt(var) * eps    r   = eps / (2 sqrt(var)), 0 where var = 0
 
 A program owns a box of BD x BH x BW output voxels (the rows of a matrix product) and N0 + N1 filters (its columns),
-sums over taps and channels (``products.both_products``) and finishes in registers: x^2, mean, var and eps are never in
+sums over taps and channels (`products.both_products`) and finishes in registers: x^2, mean, var and eps are never in
 memory.
 """
+
+# mypy: disallow-untyped-defs=False
+# Device functions have no Python types.
 
 import torch
 import triton
@@ -14,10 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dwc_kernels.geometry import Triple
-from dwc_kernels.kernels.launch import Geometry, Plan, fold_taps, fold_weight, voxels_last
+from dwc_kernels.kernels.launch import ONE, Geometry, Plan, triple
+from dwc_kernels.kernels.layouts import empty_voxels_last, fold_taps, split_phases, voxels_last
 from dwc_kernels.kernels.noise import normal_tile
 from dwc_kernels.kernels.products import both_products, elements, place
 from dwc_kernels.kernels.tiles import Tile, programs
+from dwc_kernels.kernels.weights import packed
 from dwc_kernels.reference import output_layout
 
 __all__ = ["forward"]
@@ -25,8 +30,14 @@ __all__ = ["forward"]
 
 @triton.jit
 def finish(
-    mean, var, bias_mu, bias_sigma, y, r, seed, sample, f0, d0, h0, w0, F, D, H, W,
-    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+    mean, var,  # [BD * BH * BW, N]: sums over taps and channels
+    bias_mu, bias_sigma,  # [F] or None
+    y, r,  # [samples, D, H, W, F]; r or None
+    seed, sample, f0, d0, h0, w0,  # where the tile starts
+    F, D, H, W,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N: tl.constexpr,
+    CHUNK: tl.constexpr,  # filters finished at a time
+    ALIGNED: tl.constexpr,  # W is a multiple of 4
 ):  # fmt: skip
     """Bias, noise and stores of N filters from f0 on, CHUNK at a time to stay within the registers."""
     M: tl.constexpr = BD * BH * BW
@@ -55,14 +66,20 @@ def finish(
         rd = run // (BW // 4 * BH)
         voxel = ((d0 + rd) * H + h0 + rh).to(tl.int64) * W + w0 + rw
         eps = normal_tile(seed, (sample.to(tl.int64) * F + f)[None, :] * volume + voxel[:, None], M, N, ALIGNED)
-        # A subnormal variance counts as zero: the reciprocal square root would flush it to infinity.
-        scaled = tl.where(var >= 1.1754944e-38, tl.rsqrt(var), 0.0) * eps
+        # The reciprocal square root takes a subnormal for zero, so small variances are scaled by 2^64 before it.
+        small = var < 1e-30
+        scaled = tl.where(small, var * 18446744073709551616.0, var)
+        inverse = tl.where(var == 0.0, 0.0, tl.rsqrt(scaled))
+        std = tl.where(var == float("inf"), var, scaled * inverse)
+        inverse = tl.where(small, inverse * 4294967296.0, inverse)
+        std = tl.where(small, std * 2.3283064365386963e-10, std)
         corner, offset, mask = elements(sample, d0, h0, w0, f0, D, H, W, F, BD, BH, BW, N)
-        tl.store(y + corner + offset, (mean + var * scaled).to(y.dtype.element_ty), mask=mask)
+        tl.store(y + corner + offset, (mean + std * eps).to(y.dtype.element_ty), mask=mask)
         if r is not None:
-            half = 0.5 * scaled
+            half = 0.5 * eps * inverse
             if r.dtype.element_ty == tl.float16:  # r saturates where 1 / std leaves fp16's range (std < 8e-6)
-                half = tl.minimum(tl.maximum(half, -65504.0), 65504.0)
+                half = tl.maximum(half, -65504.0, propagate_nan=tl.PropagateNan.ALL)
+                half = tl.minimum(half, 65504.0, propagate_nan=tl.PropagateNan.ALL)
             tl.store(r + corner + offset, half.to(r.dtype.element_ty), mask=mask)
 
 
@@ -77,11 +94,12 @@ def forward_kernel(
     bias_mu, bias_sigma,  # [F] or None
     y, r,  # [N, D, H, W, F]; r or None
     seed,  # int64 scalar in memory, so that a CUDA graph can be replayed with another
-    N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+    N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,  # the rest as in `both_products`
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
-    C_BLOCKS: tl.constexpr, C_STEPS: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+    C_BLOCKS: tl.constexpr, C_STEPS: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
+    CHUNK: tl.constexpr, ALIGNED: tl.constexpr,  # of `finish`
     PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """One program: a box of BD x BH x BW voxels of one sample and N0 + N1 filters, from descriptors to y and r."""
@@ -89,7 +107,7 @@ def forward_kernel(
     mean, mean_tail, var, var_tail = both_products(
         x_desc, None, mu_desc, mu_tail_desc, var_desc, var_tail_desc, sample, d0, h0, w0, f0,
         N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
-        KD, KH, KW, BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1, PRECISION, ARCH,
+        KD, KH, KW, SD, SH, SW, BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1, PRECISION, ARCH,
     )  # fmt: skip
     key = tl.load(seed)
     if N1 > 0:
@@ -127,26 +145,26 @@ def forward(
     ValueError
         If the kernels cannot run on these arguments, saying why.
     """
-    geometry = Geometry(tuple(weight_mu.shape[2:]), padding, dilation)
+    geometry = Geometry(triple(weight_mu.shape[2:]), padding, dilation, stride)
     size, n_filters = geometry.output_size(x.shape[2:]), weight_mu.shape[0]
     plan = Plan.of("forward", x, size, weight_mu, stride, groups, tile)
-    y = torch.empty(
-        (x.shape[0], n_filters, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
-    )
+    y = empty_voxels_last(x, n_filters, size)
     r = torch.empty_like(y) if keep_r else None
     layout = output_layout(x)
+    weights = packed(
+        "folded" if plan.problem.folded else "forward", weight_mu, weight_sigma, plan.precision, backward_follows=keep_r
+    )
     if plan.problem.folded:
         a, geometry = fold_taps(x, geometry), Geometry.POINT
-        weight_mu, weight_sigma = fold_weight(weight_mu), fold_weight(weight_sigma)
     else:
-        a = voxels_last(x)
-    if bias_mu is not None:
+        a = voxels_last(x) if stride == ONE else split_phases(x, stride)
+    if bias_mu is not None and bias_sigma is not None:
         bias_mu, bias_sigma = bias_mu.contiguous(), bias_sigma.contiguous()
     plan.launch(
         forward_kernel, programs(plan.problem, plan.tile), x.device,
-        plan.descriptor(a, [1, *plan.tile.box, plan.tile.channels]), *plan.columns(weight_mu, weight_sigma, a),
+        plan.descriptor(a, [1, *plan.tile.box, plan.tile.channels]), *plan.columns(*weights),
         bias_mu, bias_sigma, y, r, seed,
-        *a.shape, *size, n_filters, *geometry.padding, *geometry.dilation, *geometry.kernel, *plan.loop,
-        CHUNK=plan.tile.chunk, ALIGNED=size[2] % 4 == 0,
+        *a.shape, *size, n_filters, *geometry.padding, *geometry.dilation, *geometry.kernel, *geometry.stride,
+        *plan.loop, CHUNK=plan.tile.chunk, ALIGNED=size[2] % 4 == 0,
     )  # fmt: skip
     return y.contiguous(memory_format=layout), x.new_empty(0) if r is None else r

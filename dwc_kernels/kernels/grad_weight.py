@@ -4,11 +4,13 @@
     db_mu = sum g             db_sigma = 2 b_sigma * sum g * r
 
 A program owns one block of 32 channels at four taps (the 128 rows of a matrix product) and N0 + N1 filters (its
-columns) and sums over its share of the voxels: one box of g and r serves four taps and both products. The bias is the
-weight of a constant input of one, so its sums take a row of the same products, in the place of a tap that is left over
-(3x3x3 has 27 taps in 7 groups of 4). A second kernel adds the shares in a fixed order, without atomics: the same inputs
-give the same bits.
+columns) and sums over its share of the voxels: one box of g and r serves four taps and both products. Then
+each sums g and g * r themselves over a part of that share, for the biases. A second kernel adds all partial sums in a
+fixed order, without atomics: the same inputs give the same bits.
 """
+
+# mypy: disallow-untyped-defs=False
+# Device functions have no Python types.
 
 import math
 
@@ -17,10 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dwc_kernels import reference
 from dwc_kernels.geometry import Triple
-from dwc_kernels.kernels.launch import Geometry, Plan, fold_taps, run_on, voxels_last
+from dwc_kernels.kernels.launch import ONE, Geometry, Plan, run_on, triple
+from dwc_kernels.kernels.layouts import fold_taps, voxels_last
 from dwc_kernels.kernels.products import column_blocks, operand, product, settled, voxel_blocks
-from dwc_kernels.kernels.tiles import STACKED_ROWS, Tile, splits
+from dwc_kernels.kernels.tiles import STACKED_ROWS, Tile, programs, splits
+from dwc_kernels.kernels.tiles import stacks as stacks_of
 
 __all__ = ["grad_weight"]
 
@@ -51,45 +56,59 @@ def corner(tap, TAPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, pad_d, p
 
 
 @triton.jit
-def reach(s0, s1, s2, s3, size_in, size, everything):
-    """The outputs [first, end) of one dimension that any of four shifts connects to the volume, at least one; or all
-    outputs, where the bias needs ``everything``."""
+def reach(s0, s1, s2, s3, size_in, size):
+    """The outputs [first, end) of one dimension that any of four shifts connects to the volume; at least one."""
     least = tl.minimum(tl.minimum(s0, s1), tl.minimum(s2, s3))
     most = tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))
     first = tl.minimum(tl.maximum(-most, 0), size - 1)
-    end = tl.maximum(tl.minimum(size, size_in - least), first + 1)
-    return tl.where(everything, 0, first), tl.where(everything, size, end)
+    return first, tl.maximum(tl.minimum(size, size_in - least), first + 1)
 
 
-SIZES = ["N", "Di", "Hi", "Wi", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w", "splits"]
+@triton.jit
+def bias_sums(
+    g_desc, r_desc,  # [N, D, H, W, F], blocks of N0 filters
+    out,  # [shares, 2, F]: partial sums of g, then of g * r
+    share, shares, f0,  # which of the boxes, and which filters
+    N, D, H, W, F,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N0: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """Sum g and g * r over a share of the boxes, in fp32."""
+    K: tl.constexpr = BD * BH * BW
+    n_w, n_h, n_d = tl.cdiv(W, BW), tl.cdiv(H, BH), tl.cdiv(D, BD)
+    boxes = N * n_d * n_h * n_w
+    g_blocks = voxel_blocks(g_desc, N, D, H, W, F, BD, BH, BW, N0, ARCH)
+    r_blocks = voxel_blocks(r_desc, N, D, H, W, F, BD, BH, BW, N0, ARCH)
+    db_mu = tl.zeros([K, N0], tl.float32)
+    db_var = tl.zeros([K, N0], tl.float32)
+    first = (share.to(tl.int64) * boxes // shares).to(tl.int32)
+    last = ((share.to(tl.int64) + 1) * boxes // shares).to(tl.int32)
+    for box in range(first, last):
+        w = box % n_w * BW
+        h = box // n_w % n_h * BH
+        d = box // (n_w * n_h) % n_d * BD
+        n = box // (n_w * n_h * n_d)
+        g = g_blocks.load([n, d, h, w, f0]).reshape(K, N0).to(tl.float32)
+        db_mu += g
+        db_var += g * r_blocks.load([n, d, h, w, f0]).reshape(K, N0).to(tl.float32)
+    f = f0 + tl.arange(0, N0)
+    tl.store(out + share * 2 * F + f, tl.sum(db_mu, 0), mask=f < F)
+    tl.store(out + (share * 2 + 1) * F + f, tl.sum(db_var, 0), mask=f < F)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def grad_weight_kernel(
-    x_desc,  # [N, Di, Hi, Wi, C]
-    g_desc, g_tail_desc, r_desc, r_tail_desc,  # [N, D, H, W, F], blocks of N0 and of N1 filters
-    out_desc, out_tail_desc,  # [splits * 2 * programs, 128, F]: partial sums for mu, then for sigma^2
-    N, Di, Hi, Wi, C,  # size of x
-    D, H, W, F,  # of g, with its padding channels
-    pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
-    splits,  # parts into which the voxels are divided
-    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    BIAS: tl.constexpr,  # whether the sums of the biases take a row
-    C_BLOCKS: tl.constexpr,  # blocks of 32 channels
-    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,  # voxels per iteration
-    N0: tl.constexpr, N1: tl.constexpr,  # filters of the first and the second accumulator pair
+@triton.jit
+def weight_sums(
+    x_desc, g_desc, g_tail_desc, r_desc, r_tail_desc, out_desc, out_tail_desc,  # of `grad_weight_kernel`
+    program, split, splits, f0,  # which taps and channels, which share of the voxels, which filters
+    N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, C_BLOCKS: tl.constexpr,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
     PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """One program: 32 channels at four taps against N0 + N1 filters, summed over its share of the voxels."""
+    """Sum over this program's share of the boxes for 32 channels at four taps and N0 + N1 filters."""
     BC: tl.constexpr = 32
     K: tl.constexpr = BD * BH * BW
     TAPS: tl.constexpr = KD * KH * KW
-    PROGRAMS: tl.constexpr = (TAPS + BIAS + 3) // 4 * C_BLOCKS
-    # Which taps, channels, filters and share of the voxels.
-    pid = tl.program_id(0)
-    program = pid % PROGRAMS
-    split = pid // PROGRAMS % splits
-    f0 = pid // (PROGRAMS * splits) * (N0 + N1)
+    STACKS: tl.constexpr = (TAPS + 3) // 4 * C_BLOCKS
     c = program % C_BLOCKS * BC
     tap = program // C_BLOCKS * 4
     d_0, h_0, w_0 = corner(tap, TAPS, KH, KW, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w)
@@ -97,11 +116,10 @@ def grad_weight_kernel(
     d_2, h_2, w_2 = corner(tap + 2, TAPS, KH, KW, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w)
     d_3, h_3, w_3 = corner(tap + 3, TAPS, KH, KW, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w)
 
-    # Only outputs that one of the four taps connects to the volume; the bias is connected to all.
-    ones = (tap <= TAPS) & (tap + 4 > TAPS) if BIAS else tap < 0
-    d0, d1 = reach(d_0, d_1, d_2, d_3, Di, D, ones)
-    h0, h1 = reach(h_0, h_1, h_2, h_3, Hi, H, ones)
-    w0, w1 = reach(w_0, w_1, w_2, w_3, Wi, W, ones)
+    # Only outputs that one of the four taps connects to the volume.
+    d0, d1 = reach(d_0, d_1, d_2, d_3, Di, D)
+    h0, h1 = reach(h_0, h_1, h_2, h_3, Hi, H)
+    w0, w1 = reach(w_0, w_1, w_2, w_3, Wi, W)
     n_w = tl.cdiv(w1 - w0, BW)
     n_h = tl.cdiv(h1 - h0, BH)
     n_d = tl.cdiv(d1 - d0, BD)
@@ -116,11 +134,11 @@ def grad_weight_kernel(
     x_blocks = voxel_blocks(x_desc, N, Di, Hi, Wi, C, BD, BH, BW, BC, ARCH)
     g_blocks = voxel_blocks(g_desc, N, D, H, W, F, BD, BH, BW, N0, ARCH)
     r_blocks = voxel_blocks(r_desc, N, D, H, W, F, BD, BH, BW, N0, ARCH)
-    out_blocks = column_blocks(out_desc, splits * 2 * PROGRAMS, 128, F, 128, N0, ARCH)
+    out_blocks = column_blocks(out_desc, splits * 2 * STACKS, 128, F, 128, N0, ARCH)
     if N1 > 0:
         g_tail_blocks = voxel_blocks(g_tail_desc, N, D, H, W, F, BD, BH, BW, N1, ARCH)
         r_tail_blocks = voxel_blocks(r_tail_desc, N, D, H, W, F, BD, BH, BW, N1, ARCH)
-        out_tail_blocks = column_blocks(out_tail_desc, splits * 2 * PROGRAMS, 128, F, 128, N1, ARCH)
+        out_tail_blocks = column_blocks(out_tail_desc, splits * 2 * STACKS, 128, F, 128, N1, ARCH)
     dmu = tl.zeros([128, N0], tl.float32)
     dvar = tl.zeros([128, N0], tl.float32)
     if N1 > 0:
@@ -132,21 +150,12 @@ def grad_weight_kernel(
         if N1 > 0:
             g_tail = g_tail_blocks.load([n, d, h, w, f0 + N0]).reshape(K, N1)
             gr_tail = product(g_tail, r_tail_blocks.load([n, d, h, w, f0 + N0]).reshape(K, N1), PRECISION)
-        x0 = x_blocks.load([n, d + d_0, h + h_0, w + w_0, c]).reshape(K, BC)
-        x1 = x_blocks.load([n, d + d_1, h + h_1, w + w_1, c]).reshape(K, BC)
-        x2 = x_blocks.load([n, d + d_2, h + h_2, w + w_2, c]).reshape(K, BC)
-        x3 = x_blocks.load([n, d + d_3, h + h_3, w + w_3, c]).reshape(K, BC)
-        if BIAS:
-            one = tl.full([K, BC], 1.0, x0.dtype)
-            if TAPS % 4 == 0:
-                x0 = tl.where(ones, one, x0)
-            elif TAPS % 4 == 1:
-                x1 = tl.where(ones, one, x1)
-            elif TAPS % 4 == 2:
-                x2 = tl.where(ones, one, x2)
-            else:
-                x3 = tl.where(ones, one, x3)
-        x = stack(x0, x1, x2, x3)
+        x = stack(
+            x_blocks.load([n, d + d_0, h + h_0, w + w_0, c]).reshape(K, BC),
+            x_blocks.load([n, d + d_1, h + h_1, w + w_1, c]).reshape(K, BC),
+            x_blocks.load([n, d + d_2, h + h_2, w + w_2, c]).reshape(K, BC),
+            x_blocks.load([n, d + d_3, h + h_3, w + w_3, c]).reshape(K, BC),
+        )
         a = operand(x, PRECISION)
         dmu = settled(tl.dot(a, operand(g, PRECISION), dmu, PRECISION), ARCH)
         if N1 > 0:
@@ -167,33 +176,72 @@ def grad_weight_kernel(
         d = tl.where(step_n, d0, d)
         n += step_n.to(tl.int32)
 
-    row = split * 2 * PROGRAMS + program
+    row = split * 2 * STACKS + program
     out_blocks.store([row, 0, f0], settled(dmu, ARCH).reshape(1, 128, N0))
-    out_blocks.store([row + PROGRAMS, 0, f0], settled(dvar, ARCH).reshape(1, 128, N0))
+    out_blocks.store([row + STACKS, 0, f0], settled(dvar, ARCH).reshape(1, 128, N0))
     if N1 > 0:
         out_tail_blocks.store([row, 0, f0 + N0], settled(dmu_tail, ARCH).reshape(1, 128, N1))
-        out_tail_blocks.store([row + PROGRAMS, 0, f0 + N0], settled(dvar_tail, ARCH).reshape(1, 128, N1))
+        out_tail_blocks.store([row + STACKS, 0, f0 + N0], settled(dvar_tail, ARCH).reshape(1, 128, N1))
 
 
-@triton.jit(do_not_specialize=["splits", "programs", "F", "WIDTH", "C"])
+SIZES = ["N", "Di", "Hi", "Wi", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w", "splits"]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def grad_weight_kernel(
+    x_desc,  # [N, Di, Hi, Wi, C]; like the next six a descriptor, or a pointer where `voxel_blocks` says
+    g_desc, g_tail_desc, r_desc, r_tail_desc,  # [N, D, H, W, F], blocks of N0 and of N1 filters
+    out_desc, out_tail_desc,  # [splits * 2 * stacks, 128, F]: partial sums for mu, then for sigma^2
+    bias_out,  # [splits * stacks, 2, F], or None without biases
+    N, Di, Hi, Wi, C,  # size of x
+    D, H, W, F,  # of g, with its padding channels
+    pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+    splits,  # shares into which the voxels are divided
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    C_BLOCKS: tl.constexpr,  # blocks of 32 channels
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,  # voxels per iteration
+    N0: tl.constexpr, N1: tl.constexpr,  # filters of the first and the second accumulator pair
+    PRECISION: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """One program: four taps of 32 channels, N0 + N1 filters and one share of the voxels, and a part of the biases."""
+    STACKS: tl.constexpr = (KD * KH * KW + 3) // 4 * C_BLOCKS
+    pid = tl.program_id(0)
+    program = pid % STACKS
+    split = pid // STACKS % splits
+    f0 = pid // (STACKS * splits) * (N0 + N1)
+    weight_sums(
+        x_desc, g_desc, g_tail_desc, r_desc, r_tail_desc, out_desc, out_tail_desc, program, split, splits, f0,
+        N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+        KD, KH, KW, C_BLOCKS, BD, BH, BW, N0, N1, PRECISION, ARCH,
+    )  # fmt: skip
+    if bias_out is not None:
+        share = split * STACKS + program
+        shares = splits * STACKS
+        bias_sums(g_desc, r_desc, bias_out, share, shares, f0, N, D, H, W, F, BD, BH, BW, N0, ARCH)
+        if N1 > 0:
+            bias_sums(g_tail_desc, r_tail_desc, bias_out, share, shares, f0 + N0, N, D, H, W, F, BD, BH, BW, N1, ARCH)
+
+
+@triton.jit(do_not_specialize=["splits", "stacks", "F", "WIDTH", "C"])
 def sum_kernel(
-    partial,  # [splits, 2, programs, 128, WIDTH]
+    partial,  # [splits, 2, stacks, 128, WIDTH]
+    bias_partial,  # [splits * stacks, 2, WIDTH] or None
     weight_sigma, dmu, dsigma,  # [F, C, taps]
     bias_sigma, db_mu, db_sigma,  # [F] or None
-    splits, programs, F, WIDTH, C,
+    splits, stacks, F, WIDTH, C,
     TAPS: tl.constexpr,  # of the layer
     FOLDED: tl.constexpr,  # whether they have become channels
     C_BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr, N: tl.constexpr,
+    ROWS: tl.constexpr, N: tl.constexpr,  # rows and filters of a program
 ):  # fmt: skip
     """One program: ROWS rows of N filters, summed over the splits in their order and put in the weights' order."""
     pid = tl.program_id(0)
     row = pid % (128 // ROWS) * ROWS + tl.arange(0, ROWS)
-    program = pid // (128 // ROWS) % programs
-    f = pid // (128 // ROWS) // programs * N + tl.arange(0, N)
+    stack = pid // (128 // ROWS) % stacks
+    f = pid // (128 // ROWS) // stacks * N + tl.arange(0, N)
     WIDTH = tl.multiple_of(WIDTH, 4)
-    at = partial + (program * 128 + row)[:, None] * WIDTH + f[None, :]
-    half = programs.to(tl.int64) * 128 * WIDTH  # elements from the sums for mu to those for sigma^2
+    at = partial + (stack * 128 + row)[:, None] * WIDTH + f[None, :]
+    half = stacks.to(tl.int64) * 128 * WIDTH  # elements from the sums for mu to those for sigma^2
     exists = (f < F)[None, :]
     mu = tl.zeros([ROWS, N], tl.float32)
     var = tl.zeros([ROWS, N], tl.float32)
@@ -201,16 +249,9 @@ def sum_kernel(
         mu += tl.load(at, mask=exists, other=0.0)
         var += tl.load(at + half, mask=exists, other=0.0)
         at += 2 * half
-
     channel, slot = channel_and_slot(row)
-    channel += program % C_BLOCKS * 32
-    tap = program // C_BLOCKS * 4 + slot
-    if bias_sigma is not None:
-        is_bias = ((tap == (1 if FOLDED else TAPS)) & (channel == 0))[:, None] & exists
-        b_sigma = tl.load(bias_sigma + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
-        column = tl.broadcast_to(f[None, :], [ROWS, N])
-        tl.store(db_mu + column, mu.to(db_mu.dtype.element_ty), mask=is_bias)
-        tl.store(db_sigma + column, (2.0 * b_sigma * var).to(db_sigma.dtype.element_ty), mask=is_bias)
+    channel += stack % C_BLOCKS * 32
+    tap = stack // C_BLOCKS * 4 + slot
     if FOLDED:
         inside = (tap == 0) & (channel < C * TAPS)
         tap, channel = channel // C, channel % C
@@ -221,6 +262,20 @@ def sum_kernel(
     sigma = tl.load(weight_sigma + index, mask=mask, other=0.0).to(tl.float32)
     tl.store(dmu + index, mu.to(dmu.dtype.element_ty), mask=mask)
     tl.store(dsigma + index, (2.0 * var * sigma).to(dsigma.dtype.element_ty), mask=mask)
+
+    # The biases, by the program that has the first rows.
+    if bias_partial is not None:  # noqa: SIM102 (known at compile time)
+        if pid % (128 // ROWS * stacks) == 0:
+            b_mu = tl.zeros([ROWS, N], tl.float32)
+            b_var = tl.zeros([ROWS, N], tl.float32)
+            for start in range(0, splits * stacks, ROWS):
+                share = start + tl.arange(0, ROWS)[:, None]
+                at = bias_partial + share * 2 * WIDTH + f[None, :]
+                b_mu += tl.load(at, mask=exists & (share < splits * stacks), other=0.0)
+                b_var += tl.load(at + WIDTH, mask=exists & (share < splits * stacks), other=0.0)
+            b_sigma = tl.load(bias_sigma + f, mask=f < F, other=0.0).to(tl.float32)
+            tl.store(db_mu + f, tl.sum(b_mu, 0).to(db_mu.dtype.element_ty), mask=f < F)
+            tl.store(db_sigma + f, (2.0 * b_sigma * tl.sum(b_var, 0)).to(db_sigma.dtype.element_ty), mask=f < F)
 
 
 def grad_weight(
@@ -236,8 +291,13 @@ def grad_weight(
     bias_sigma: Tensor | None = None,  # [F]
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dL/dmu and dL/dsigma in the shape and dtype of weight_sigma, then of the biases; empty without ``bias_sigma``."""
-    geometry = Geometry(tuple(weight_sigma.shape[2:]), padding, dilation)
+    """dL/dmu and dL/dsigma in the shape and dtype of weight_sigma, then of the biases; empty without ``bias_sigma``.
+
+    With a stride, they come from the reference.
+    """
+    if stride != ONE:
+        return reference.grad_weight(g, r, x, weight_sigma, stride, padding, dilation, groups, bias_sigma=bias_sigma)
+    geometry = Geometry(triple(weight_sigma.shape[2:]), padding, dilation)
     plan = Plan.of("grad_weight", x, g.shape[2:], weight_sigma, stride, groups, tile)
     work, tile = plan.problem, plan.tile
     (n_filters, channels), taps, has_bias = weight_sigma.shape[:2], math.prod(geometry.kernel), bias_sigma is not None
@@ -247,25 +307,25 @@ def grad_weight(
         x = voxels_last(x)
     g, r = voxels_last(g), voxels_last(r)
     parts = splits(work, tile, plan.chip)
-    c_blocks = -(-work.channels // 32)
-    stacks = -(-(math.prod(work.kernel) + has_bias) // 4) * c_blocks
-    sums = torch.empty((parts * 2 * stacks, STACKED_ROWS, g.shape[-1]), dtype=torch.float32, device=x.device)
+    c_blocks, stacks, width = -(-work.channels // 32), stacks_of(work), g.shape[-1]
+    sums = torch.empty((parts * 2 * stacks, STACKED_ROWS, width), dtype=torch.float32, device=x.device)
+    bias_sums = sums.new_empty(parts * stacks, 2, width) if has_bias else None
     blocks = [[1, *tile.box, n] for n in (tile.wide, tile.tail)]
     plan.launch(
-        grad_weight_kernel, stacks * -(-n_filters // tile.columns) * parts, x.device,
+        grad_weight_kernel, programs(work, tile) * parts, x.device,
         plan.descriptor(x, [1, *tile.box, 32]), *(plan.descriptor(t, block) for t in (g, r) for block in blocks),
-        *(plan.descriptor(sums, [1, STACKED_ROWS, n]) for n in (tile.wide, tile.tail)),
+        *(plan.descriptor(sums, [1, STACKED_ROWS, n]) for n in (tile.wide, tile.tail)), bias_sums,
         *x.shape, *g.shape[1:], *geometry.padding, *geometry.dilation, parts,
-        *geometry.kernel, has_bias, c_blocks, *tile.box, tile.wide, tile.tail,
+        *geometry.kernel, c_blocks, *tile.box, tile.wide, tile.tail,
     )  # fmt: skip
     weight_sigma = weight_sigma.contiguous()
     dmu, dsigma = torch.empty_like(weight_sigma), torch.empty_like(weight_sigma)
     db_mu, db_sigma = (weight_sigma.new_empty(n_filters if has_bias else 0) for _ in range(2))
-    biases = (bias_sigma.contiguous(), db_mu, db_sigma) if has_bias else (None,) * 3
+    biases = (None,) * 3 if bias_sigma is None else (bias_sigma.contiguous(), db_mu, db_sigma)
     rows, columns = 32, 64
     run_on(
         x.device, sum_kernel, stacks * (STACKED_ROWS // rows) * -(-n_filters // columns),
-        sums, weight_sigma, dmu, dsigma, *biases, parts, stacks, n_filters, g.shape[-1], channels,
+        sums, bias_sums, weight_sigma, dmu, dsigma, *biases, parts, stacks, n_filters, width, channels,
         taps, work.folded, c_blocks, rows, columns,
     )  # fmt: skip
     return dmu, dsigma, db_mu, db_sigma

@@ -1,4 +1,4 @@
-"""Standard normal noise inside a kernel: the device function whose PyTorch twin is ``dwc_kernels/noise.py``.
+"""Standard normal noise inside a kernel: the device function whose PyTorch twin is `dwc_kernels/noise.py`.
 
 Element ``i`` of the output, counted in logical NCDHW order, is lane ``i % 4`` of group ``i // 4``; Philox-4x32 with 7
 rounds turns (seed, group) into four words, and two Box-Muller pairs turn the words into four normals. The rows of a
@@ -6,10 +6,17 @@ tile are runs along W, so four rows share a group and one Philox block serves th
 runs straddle two groups and both are computed: the noise of an element never depends on the tile it falls in.
 """
 
+# mypy: disallow-untyped-defs=False
+# Device functions have no Python types.
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["normal_tile"]
+from dwc_kernels.kernels.launch import run_on
+
+__all__ = ["normal", "normal_tile"]
 
 
 @triton.jit
@@ -72,3 +79,41 @@ def normal_tile(
         )
     lanes = tl.join(tl.join(z[0], z[2]), tl.join(z[1], z[3]))  # [M / 4, N, 2, 2]: lane = 2 * third + fourth
     return tl.reshape(tl.permute(lanes, (0, 2, 3, 1)), [M, N])
+
+
+@triton.jit(do_not_specialize=["C", "V"])
+def normal_kernel(
+    out,  # [N, C, V] or, channels last, [N, V, C]
+    seed,  # int64 scalar in memory
+    size,  # elements
+    C, V,
+    CHANNELS_LAST: tl.constexpr,
+    GROUPS: tl.constexpr,  # per program
+):  # fmt: skip
+    """One program: the noise of GROUPS groups of four elements."""
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    z = four_normals(tl.load(seed), group)
+    for lane in tl.static_range(4):
+        i = group * 4 + lane
+        at = i
+        if CHANNELS_LAST:
+            at = (i // V // C * V + i % V) * C + i // V % C
+        tl.store(out + at, z[lane], mask=i < size)
+
+
+def normal(like: Tensor, seed: Tensor) -> Tensor:
+    """Draw N(0, 1) in fp32 for every element of a tensor, in one launch and without waiting for the seed.
+
+    The same numbers as `dwc_kernels.noise.normal`, up to the rounding of sine, cosine and logarithm; ``seed`` is an
+    int64 scalar on the device of ``like``.
+    """
+    eps = torch.empty_like(like, dtype=torch.float32)
+    last = like.dim() == 5 and eps.is_contiguous(memory_format=torch.channels_last_3d)
+    dense = eps if last or eps.is_contiguous() else torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    channels, voxels = (like.shape[1], like.shape[2:].numel()) if last else (1, 1)
+    size, groups = dense.numel(), 256
+    if size:
+        run_on(
+            like.device, normal_kernel, triton.cdiv(size, 4 * groups), dense, seed, size, channels, voxels, last, groups
+        )
+    return dense if dense is eps else eps.copy_(dense)

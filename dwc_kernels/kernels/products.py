@@ -1,9 +1,15 @@
 """Device functions that the three kernels share: operands of the tensor cores, and the loop over taps and channels."""
 
+# mypy: disallow-untyped-defs=False
+# Device functions have no Python types.
+
 import triton
 import triton.language as tl
+from triton import knobs
 
 __all__ = ["both_products", "column_blocks", "elements", "operand", "place", "product", "settled", "voxel_blocks"]
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
@@ -35,11 +41,23 @@ def elements(sample, d0, h0, w0, f0, D, H, W, F, BD: tl.constexpr, BH: tl.conste
 
 
 @triton.jit
+def to_tf32(x):
+    """x rounded to the nearest tf32, ties away from zero; NaN and infinity stay what they are."""
+    if INTERPRETED:  # the interpreter runs no assembly
+        bits = x.to(tl.int32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        return tl.where(finite, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x + x)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def operand(x, PRECISION: tl.constexpr):
     """x as the tensor cores take it: tf32 is rounded here, for they would truncate."""
     if PRECISION == "tf32" and x.dtype == tl.float32:
-        bits = x.to(tl.int32, bitcast=True)
-        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return to_tf32(x)
     else:
         return x
 
@@ -66,15 +84,28 @@ def settled(acc, ARCH: tl.constexpr):
 
 
 @triton.jit
+def whole(C, t):
+    """C itself, a multiple of 16 bytes of t's elements, said so that the compiler sees it and vectorizes loads."""
+    STEP: tl.constexpr = 128 // t.dtype.element_ty.primitive_bitwidth
+    return C // STEP * STEP
+
+
+@triton.jit
 def voxel_blocks(
-    t, N, D, H, W, C, BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, ARCH: tl.constexpr
-):
-    """A descriptor of t [N, D, H, W, C] for boxes of voxels: the launcher's own, or on chips without a copy engine for
-    tensors one made here of a pointer, so that the compiler sees its strides and can vectorize the loads."""
-    if ARCH == "sm_80" or ARCH == "gfx942":
-        WC = W * tl.multiple_of(C, 128 // t.dtype.element_ty.primitive_bitwidth)
-        HWC = H.to(tl.int64) * WC
-        return tl.make_tensor_descriptor(t, [N, D, H, W, C], [D * HWC, HWC, WC, C, 1], [1, BD, BH, BW, BC])
+    t,  # [N, D, H, W, C], a pointer or a descriptor
+    N, D, H, W, C,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,  # of a block
+    ARCH: tl.constexpr,
+):  # fmt: skip
+    """A descriptor of t for boxes of voxels: the launcher's own, or one made here of a pointer on chips without a copy
+    engine for tensors, so that the compiler sees the strides."""
+    if ARCH == "sm_80":
+        channels = whole(C, t)
+        line = W * channels
+        plane = H.to(tl.int64) * line
+        return tl.make_tensor_descriptor(
+            t, [N, D, H, W, channels], [D * plane, plane, line, channels, 1], [1, BD, BH, BW, BC]
+        )
     else:
         return t
 
@@ -82,9 +113,9 @@ def voxel_blocks(
 @triton.jit
 def column_blocks(t, taps, F, C, N: tl.constexpr, BC: tl.constexpr, ARCH: tl.constexpr):
     """A descriptor of t [taps, F, C] for blocks of N columns, in the same way."""
-    if ARCH == "sm_80" or ARCH == "gfx942":
-        FC = F * tl.multiple_of(C, 128 // t.dtype.element_ty.primitive_bitwidth)
-        return tl.make_tensor_descriptor(t, [taps, F, C], [FC, C, 1], [1, N, BC])
+    if ARCH == "sm_80":
+        channels = whole(C, t)
+        return tl.make_tensor_descriptor(t, [taps, F, channels], [F * channels, channels, 1], [1, N, BC])
     else:
         return t
 
@@ -103,18 +134,31 @@ def end_tap(origin, size_a, pad, dilation, K: tl.constexpr):
 
 
 @triton.jit
+def phase_of(tap, pad, dilation, STRIDE: tl.constexpr):
+    """Where a tap of a strided convolution reads along one dimension: the phase, and the shift within it."""
+    ahead = (pad + STRIDE - 1) // STRIDE  # keeps the division to positive numbers
+    at = tap * dilation - pad + ahead * STRIDE
+    return at % STRIDE, at // STRIDE - ahead
+
+
+@triton.jit
 def both_products(
     a_desc,  # [N, Da, Ha, Wa, C]: the mean's operand
     b_desc,  # None or like a: the variance's operand is a * b, or a^2
     mu_desc, mu_tail_desc,  # [taps, F, C], blocks of N0 and of N1 columns
     var_desc, var_tail_desc,  # [taps, F, C]: sigma^2
     sample, d0, h0, w0, f0,  # the tile: a box of rows at a corner, and columns from f0 on
-    N, Da, Ha, Wa, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
+    N, Da, Ha, Wa, C,  # size of a; with a stride, of its phases
+    D, H, W, F,  # size of what the rows and columns are taken from
+    pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,  # stride; from 2 on, a is `layouts.split_phases`
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,  # voxels of the tile
+    BC: tl.constexpr,  # channels per product
     C_BLOCKS: tl.constexpr,  # blocks of BC channels per iteration
     C_STEPS: tl.constexpr,  # iterations per tap
-    N0: tl.constexpr, N1: tl.constexpr, PRECISION: tl.constexpr, ARCH: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr,  # columns of the first and of the second accumulator pair
+    PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """The sums over taps and channels of a * mu and of a * b * sigma^2 for one tile, in one pass over a and b."""
     M: tl.constexpr = BD * BH * BW
@@ -127,14 +171,18 @@ def both_products(
     if N1 > 0:
         mu_tail_blocks = column_blocks(mu_tail_desc, TAPS, F, C, N1, BC, ARCH)
         var_tail_blocks = column_blocks(var_tail_desc, TAPS, F, C, N1, BC, ARCH)
-    kd, kh, kw = (
-        first_tap(d0, BD, D, pad_d, dil_d),
-        first_tap(h0, BH, H, pad_h, dil_h),
-        first_tap(w0, BW, W, pad_w, dil_w),
-    )
-    n_kd = tl.maximum(end_tap(d0, Da, pad_d, dil_d, KD) - kd, 0)
-    n_kh = tl.maximum(end_tap(h0, Ha, pad_h, dil_h, KH) - kh, 0)
-    n_kw = tl.maximum(end_tap(w0, Wa, pad_w, dil_w, KW) - kw, 0)
+    # Only taps that connect some voxel of the box to the volume.
+    STRIDED: tl.constexpr = SD * SH * SW > 1
+    if STRIDED:
+        kd, kh, kw = 0, 0, 0
+        n_kd, n_kh, n_kw = KD, KH, KW
+    else:
+        kd = first_tap(d0, BD, D, pad_d, dil_d)
+        kh = first_tap(h0, BH, H, pad_h, dil_h)
+        kw = first_tap(w0, BW, W, pad_w, dil_w)
+        n_kd = tl.maximum(end_tap(d0, Da, pad_d, dil_d, KD) - kd, 0)
+        n_kh = tl.maximum(end_tap(h0, Ha, pad_h, dil_h, KH) - kh, 0)
+        n_kw = tl.maximum(end_tap(w0, Wa, pad_w, dil_w, KW) - kw, 0)
     d, h, w = d0 - pad_d + kd * dil_d, h0 - pad_h + kh * dil_h, w0 - pad_w + kw * dil_w
     tap = (kd * KH + kh) * KW + kw
 
@@ -145,13 +193,21 @@ def both_products(
     i, j, c0 = 0, 0, 0  # tap (i, j) along H and W, and the channel
     for _ in tl.range(n_kd * n_kh * n_kw * C_STEPS, disallow_acc_multi_buffer=True):
         t = tap + i * KW + j
+        if STRIDED:
+            phase_d, shift_d = phase_of(tap // (KH * KW), pad_d, dil_d, SD)
+            phase_h, shift_h = phase_of(i, pad_h, dil_h, SH)
+            phase_w, shift_w = phase_of(j, pad_w, dil_w, SW)
+            n = ((phase_d * SH + phase_h) * SW + phase_w) * (N // (SD * SH * SW)) + sample
+            ad, ah, aw = d0 + shift_d, h0 + shift_h, w0 + shift_w
+        else:
+            n, ad, ah, aw = sample, d, h + i * dil_h, w + j * dil_w
         for block in tl.static_range(C_BLOCKS):
             c = c0 + block * BC
-            a = a_blocks.load([sample, d, h + i * dil_h, w + j * dil_w, c]).reshape(M, BC)
+            a = a_blocks.load([n, ad, ah, aw, c]).reshape(M, BC)
             if b_desc is None:
                 ab = product(a, a, PRECISION)
             else:
-                ab = product(a, b_blocks.load([sample, d, h + i * dil_h, w + j * dil_w, c]).reshape(M, BC), PRECISION)
+                ab = product(a, b_blocks.load([n, ad, ah, aw, c]).reshape(M, BC), PRECISION)
             a = operand(a, PRECISION)
             mean = settled(tl.dot(a, mu_blocks.load([t, f0, c]).reshape(N0, BC).T, mean, PRECISION), ARCH)
             if N1 > 0:

@@ -1,34 +1,40 @@
-"""Which tile a kernel uses: by a small stated model, or as ``dwc_kernels.tune`` measured. Nothing is compiled here.
+"""Which tile a kernel uses: by a small stated model, or as `dwc_kernels.tune` measured. Nothing is compiled here.
 
 A tile is good when its accumulators fit the registers, its pipeline fits shared memory, little arrives per product, few
-columns are idle and the last wave of programs is full. ``choose`` estimates each candidate's time as
+columns are idle and the last wave of programs is full. `estimate` gives each candidate's time as
 
-    waves * (steps * max(cycles of tensor cores, L2, shared memory, instruction issue) + epilogue)
+    waves * (steps * (max(cycles of tensor cores, L2, shared memory, instruction issue) + issue / 4) + epilogue)
 
-and takes the least. The rates are peak rates of the chips, so the time is a lower bound; only the order matters here.
+because a quarter of the issue is taken not to overlap, and `choose` takes the least. `benchmarks.kernel_report` prints
+the same model with the instructions of the compiled loop in place of the estimated ones.
 """
 
 import json
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from dwc_kernels.kernels.chips import L2_REACH, TENSOR_REACH, WARP, Chip
+
 __all__ = [
-    "CHIPS",
     "KINDS",
     "STACKED_ROWS",
-    "Chip",
     "Problem",
     "Tile",
     "candidates",
     "choose",
     "estimate",
+    "loop_macs",
     "operand_bytes",
     "problem_of",
     "programs",
+    "ranked",
+    "second_dtype",
+    "shared_bytes",
     "splits",
+    "stacks",
     "tile_for",
     "tuned",
     "tuned_key",
@@ -36,64 +42,6 @@ __all__ = [
 ]
 
 KINDS = ("forward", "grad_input", "grad_weight")
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Rates of one chip, per multiprocessor and cycle where not said otherwise."""
-
-    name: str
-    arch: str  # whose machine code it runs
-    multiprocessors: int
-    clock: float  # Hz, at which the vendor states its peak
-    macs: dict[str, int] = field(hash=False)  # tensor-core multiply-adds by the dtype of the operands
-    l2: float  # bytes from L2
-    dram: float  # bytes per second of the whole chip
-    shared: int  # bytes of shared memory that the programs on a multiprocessor can have
-    holds: int = 238  # registers of a thread that accumulators and operands may fill without spilling, as compiled
-    rows_per_warp: int = 32  # of a tile
-    unroll: int = 1  # channel blocks per iteration that still compile without spilling
-    tensor_memory: bool = False  # accumulators live there and not in registers
-    warp: int = 32
-
-
-# Peak products, clocks and memory rates: NVIDIA's A100, H100 SXM and DGX B200 data sheets and AMD's MI300X data sheet.
-# L2: 5120 bytes per cycle is A100's stated figure (A100 whitepaper); the others are taken to be no better per chip.
-CHIPS = {
-    "sm_80": Chip(
-        "A100 SXM 80GB", "sm_80", 108, 1.41e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 64},
-        5120 / 108, 2.04e12, 163 << 10,
-        holds=115, rows_per_warp=16,
-    ),
-    "sm_90": Chip(
-        "H100 SXM", "sm_90", 132, 1.83e9, {"bf16": 2048, "fp16": 2048, "tf32": 1024, "ieee": 128},
-        5120 / 132, 3.35e12, 227 << 10,
-        unroll=3,
-    ),
-    "sm_100": Chip(
-        "B200", "sm_100", 148, 1.85e9, {"bf16": 4096, "fp16": 4096, "tf32": 2048, "ieee": 128},
-        5120 / 148, 8.0e12, 227 << 10,
-        holds=200, tensor_memory=True,
-    ),
-    "gfx942": Chip(
-        "MI300X", "gfx942", 304, 2.1e9, {"bf16": 1024, "fp16": 1024, "tf32": 512, "ieee": 128},
-        64, 5.3e12, 64 << 10,
-        warp=64,
-    ),
-}  # fmt: skip
-# Chips for desktops and inference run sm_80's matrix instructions with less of everything; sm_120 has copy engines.
-CHIPS["sm_89"] = replace(
-    CHIPS["sm_80"], name="L40S", multiprocessors=142, clock=2.52e9, dram=8.64e11, shared=99 << 10,
-    macs={"bf16": 512, "fp16": 512, "tf32": 256, "ieee": 128}, l2=2048 / 142,
-)  # fmt: skip
-CHIPS["sm_120"] = replace(
-    CHIPS["sm_89"], name="RTX 5090", arch="sm_120", multiprocessors=170, clock=2.41e9, dram=1.79e12, l2=2048 / 170
-)
-# The interpreter runs one program after the other, so it wants few and large ones.
-CHIPS["interpreter"] = replace(
-    CHIPS["sm_90"], name="the interpreter", arch="interpreter", multiprocessors=1,
-    macs=dict.fromkeys(CHIPS["sm_90"].macs, 2048),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,10 +77,10 @@ def problem_of(
     """
     taps = math.prod(kernel)
     if kind == "grad_input":
-        return Problem(kind, dtype, samples, tuple(size), filters, channels, tuple(kernel))
+        return Problem(kind, dtype, samples, size, filters, channels, kernel)
     if channels <= 4 and 1 < channels * taps <= 128:
-        return Problem(kind, dtype, samples, tuple(size), channels * taps, filters, (1, 1, 1), folded=True)
-    return Problem(kind, dtype, samples, tuple(size), channels, filters, tuple(kernel))
+        return Problem(kind, dtype, samples, size, channels * taps, filters, (1, 1, 1), folded=True)
+    return Problem(kind, dtype, samples, size, channels, filters, kernel)
 
 
 @dataclass(frozen=True)
@@ -161,18 +109,21 @@ BOXES = ((4, 8, 8), (4, 4, 8), (2, 4, 8), (2, 4, 4), (1, 4, 4))
 COLUMNS = ((64, 32), (64, 0), (32, 16), (32, 0), (16, 0))
 SUMMED_COLUMNS = ((64, 32), (64, 0), (32, 0), (16, 0))
 SUMMED_BOXES = ((1, 4, 8), (1, 8, 8), (2, 8, 8), (1, 2, 8))  # of grad_weight, whose products sum over voxels
+BARRIERS = 512  # bytes of shared memory that a pipeline's barriers take at most
+CHUNK = 8  # columns finished at a time; more of them spill
 STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 
 
 def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """The tiles that fit the chip's registers and shared memory."""
-    columns = SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS
+    columns: tuple[tuple[int, int], ...] = SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS
     if problem.dtype == "ieee":  # not tensor cores: operands sit in registers, so many warps on a small tile
-        boxes = SUMMED_BOXES[-1:] if problem.kind == "grad_weight" else BOXES[2:3]
-        shapes = [(box, 32 if problem.kind == "grad_weight" else 16, 1, 8) for box in boxes]
+        shapes = [((1, 2, 8), 32, 1, 8)] if problem.kind == "grad_weight" else [((2, 4, 8), 16, 1, 8)]
         columns = ((32, 0), (16, 0))
     elif problem.kind == "grad_weight":
-        shapes = [(box, 32, 1, STACKED_ROWS // chip.rows_per_warp) for box in SUMMED_BOXES]
+        # Without a copy engine for tensors, 128 voxels need too many addresses.
+        summed = [box for box in SUMMED_BOXES if chip.arch != "sm_80" or math.prod(box) < 128]
+        shapes = [(box, 32, 1, STACKED_ROWS // chip.rows_per_warp) for box in summed]
     else:
         blocks = {c: math.ceil(problem.channels / c) for c in (16, 32, 64)}
         # With one tap the compiler merges the loop with what follows and needs registers for both: half the rows.
@@ -188,25 +139,20 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
             for unroll in unrolls
             if n % unroll == 0 and c < 2 * problem.channels + 16
         ]
+    depths = (3, 2) if problem.kind == "grad_weight" else (4, 3, 2)
     found = []
     for box, channels, unroll, warps in shapes:
         for wide, tail in columns:
-            # A loop over one tap is merged with what follows it; 16 columns of 256 rows spill when finished at once.
-            chunk = 8 if math.prod(problem.kernel) == 1 or wide == 16 else 16
-            tile = Tile(box, channels, unroll, wide, tail, chunk, warps, 2)
-            stages = [
-                s
-                for s in (4, 3, 2)[problem.kind == "grad_weight" :]
-                if shared_bytes(problem, replace(tile, stages=s), chip) <= chip.shared
-            ]
-            if stages and registers(problem, tile, chip) <= chip.holds:
-                found.append(replace(tile, stages=stages[0]))
+            tiles = (Tile(box, channels, unroll, wide, tail, CHUNK, warps, stages) for stages in depths)
+            fitting = [t for t in tiles if shared_bytes(problem, t, chip) + BARRIERS <= chip.shared]
+            if fitting and registers(problem, fitting[0], chip) <= chip.holds:
+                found.append(fitting[0])
     return found
 
 
 def operand_bytes(problem: Problem, tile: Tile) -> tuple[int, int]:
     """Bytes that one iteration brings for the row operand and for the column operand of its products."""
-    squares = 2 if problem.dtype == "bf16" else 4  # sigma^2, or g * r, as a product takes it
+    squares = square_bytes(problem)
     if problem.kind == "grad_weight":
         voxels = tile.rows
         return voxels * STACKED_ROWS * problem.itemsize, 2 * voxels * tile.columns * problem.itemsize
@@ -216,31 +162,49 @@ def operand_bytes(problem: Problem, tile: Tile) -> tuple[int, int]:
 
 
 def shared_bytes(problem: Problem, tile: Tile, chip: Chip) -> int:
-    """Shared memory of the pipeline, as Triton lays it out: what goes to registers is free one stage earlier."""
+    """Shared memory as Triton lays it out, without the barriers of copies, a few hundred bytes.
+
+    What goes to registers is free one stage earlier. For grad_weight on chips with tensor memory it is an upper bound.
+    """
     row_bytes, column_bytes = operand_bytes(problem, tile)
+    pipeline = (tile.stages - 1) * (row_bytes + column_bytes)
     if problem.kind == "grad_weight":
-        squares = 2 if problem.dtype == "bf16" else 4
-        total = (tile.stages - 1) * (row_bytes + column_bytes) + tile.rows * tile.columns * squares
-    else:
-        total = (tile.stages - 1) * row_bytes + tile.stages * column_bytes
-    return total + (row_bytes + (8 << 10) if chip.tensor_memory else 0)  # there products read rows from shared memory
+        if chip.warp_matrix:  # the stacked rows change their layout
+            extra = row_bytes
+        else:  # g * r, and what has to be transposed or copied on its way to a product
+            copies = problem.itemsize if problem.itemsize == 4 or chip.tensor_memory else 0
+            extra = tile.rows * tile.columns * (square_bytes(problem) + copies)
+            extra += row_bytes if chip.tensor_memory else 0
+        return max(pipeline + extra, STACKED_ROWS * tile.wide * 4)  # the sums on their way out
+    if not chip.warp_matrix:
+        pipeline += column_bytes
+    if chip.tensor_memory and problem.itemsize == 2:
+        pipeline += tile.rows * tile.channels * tile.unroll * problem.itemsize
+    return pipeline
+
+
+def square_bytes(problem: Problem) -> int:
+    """Bytes of an element of sigma^2, or of g * r, as a product takes it."""
+    return 2 if problem.dtype == "bf16" else 4
 
 
 def registers(problem: Problem, tile: Tile, chip: Chip) -> float:
     """Registers of a thread that hold accumulators and operands; addresses and counters come on top."""
-    squares = 2 if problem.dtype == "bf16" else 4
+    squares = square_bytes(problem)
     rows, summed = (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels)
     words = rows * summed * (problem.itemsize + squares) / 4
     if not chip.tensor_memory:
         words += 2 * rows * tile.columns
     if problem.kind == "grad_weight":  # g * r is formed there, and fp32 passes through them to be transposed
         words += tile.columns * summed * (squares + (problem.itemsize if problem.itemsize == 4 else 0)) / 4
-    return words / (chip.warp * tile.warps)
+        if chip.warp_matrix and problem.itemsize == 4:  # and so do the rows
+            words += rows * summed
+    return words / (WARP * tile.warps)
 
 
 def resident(problem: Problem, tile: Tile, chip: Chip) -> int:
     """Programs that share a multiprocessor."""
-    by_registers = 65536 // (chip.warp * tile.warps * min(256, 32 + int(registers(problem, tile, chip))))
+    by_registers = 65536 // (WARP * tile.warps * min(256, 32 + int(registers(problem, tile, chip))))
     return max(1, min(by_registers, chip.shared // shared_bytes(problem, tile, chip)))
 
 
@@ -253,8 +217,8 @@ def programs(problem: Problem, tile: Tile) -> int:
 
 
 def stacks(problem: Problem) -> int:
-    """Groups of four taps and 32 channels of grad_weight, with a bias, which takes the place of a tap."""
-    return math.ceil((math.prod(problem.kernel) + 1) / 4) * math.ceil(problem.channels / 32)
+    """Groups of four taps and 32 channels of grad_weight."""
+    return math.ceil(math.prod(problem.kernel) / 4) * math.ceil(problem.channels / 32)
 
 
 def boxes(size: tuple[int, int, int], box: tuple[int, int, int]) -> int:
@@ -270,39 +234,65 @@ def splits(problem: Problem, tile: Tile, chip: Chip) -> int:
     return max(1, min(wanted, available // 4, (2**31 - 1) // available))
 
 
-def estimate(problem: Problem, tile: Tile, chip: Chip) -> dict[str, float]:
-    """Cycles of the whole launch by what costs them, and the model's ``total``; for comparing tiles."""
-    rows, summed = (
-        (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels * tile.unroll)
-    )
-    macs = rows * tile.columns * summed
-    second = "tf32" if problem.dtype == "fp16" else problem.dtype
-    tensor = macs / chip.macs[problem.dtype] + macs / chip.macs[second]
-    row_bytes, column_bytes = operand_bytes(problem, tile)
-    l2 = (row_bytes + column_bytes) / chip.l2
-    # Instructions, fitted to the disassembly of the sm_90 kernels: a loop, its descriptor loads, its matrix
-    # instructions.
+def loop_macs(problem: Problem, tile: Tile) -> int:
+    """Multiply-adds of one of the two products in one iteration."""
+    if problem.kind == "grad_weight":
+        return STACKED_ROWS * tile.columns * tile.rows
+    return tile.rows * tile.columns * tile.channels * tile.unroll
+
+
+def second_dtype(dtype: str) -> str:
+    """What the variance product runs in: fp16 squares go to tf32."""
+    return "tf32" if dtype == "fp16" else dtype
+
+
+def loop_issue(problem: Problem, tile: Tile) -> float:
+    """Cycles in which the busiest scheduler issues one iteration, fitted to the disassembly of the sm_90 kernels."""
+    rows, summed = (STACKED_ROWS, tile.rows) if problem.kind == "grad_weight" else (tile.rows, tile.channels)
     column_loads = 2 if tile.tail else 1
     if problem.kind == "grad_weight":
         loads, chains = 4 + 2 * column_loads, 2 * column_loads
     else:
         loads = (1 + (problem.kind == "grad_input") + 2 * column_loads) * tile.unroll
         chains = 2 * column_loads * tile.unroll
-    matrix = chains * rows / (16 * tile.warps) * summed / tile.unroll * problem.itemsize / 32
-    issue = (60 + 25 * loads + 4 * matrix) * tile.warps / 4
+    matrix = chains * rows / (16 * tile.warps) * summed * problem.itemsize / 32
+    return (60 + 25 * loads + 4 * matrix) * tile.warps / 4
+
+
+def estimate(
+    problem: Problem,
+    tile: Tile,
+    chip: Chip,
+    *,
+    issue: float | None = None,
+    visited: float = 1.0,
+    l2_reach: float = L2_REACH["middle"],
+) -> dict[str, float]:
+    """Cycles of the whole launch by what costs them, and the model's ``total``.
+
+    ``issue`` are the cycles of one iteration as compiled, if known; ``visited`` is the share of iterations that are not
+    skipped.
+    """
+    rate = 1 / chip.macs[problem.dtype] + 1 / chip.macs[second_dtype(problem.dtype)]
+    tensor = loop_macs(problem, tile) * rate / TENSOR_REACH
+    row_bytes, column_bytes = operand_bytes(problem, tile)
+    l2 = (row_bytes + column_bytes) / (chip.l2 * l2_reach)
+    issue = loop_issue(problem, tile) if issue is None else issue
     # Written once, rows read once into registers, columns read by the products of every 64 rows.
+    rows = STACKED_ROWS if problem.kind == "grad_weight" else tile.rows
     shared = (2 * row_bytes + (1 + rows / 64) * column_bytes) / 128
     if problem.kind == "grad_weight":
         parts = splits(problem, tile, chip)
-        steps = math.ceil(problem.samples * boxes(problem.size, tile.box) / parts)
+        steps: float = math.ceil(problem.samples * boxes(problem.size, tile.box) / parts)
         count, epilogue = programs(problem, tile) * parts, 0.0
     else:
         steps = math.prod(problem.kernel) * math.ceil(problem.channels / (tile.channels * tile.unroll))
         count = programs(problem, tile)
-        per_element = 24 if problem.kind == "forward" else 6  # instructions, from the disassembly
+        per_element = 30 if problem.kind == "forward" else 6  # instructions, from the disassembly
         epilogue = rows * tile.columns * per_element / 128
+    steps *= visited
     waves = math.ceil(count / chip.multiprocessors)  # programs that share a multiprocessor share its rates
-    bound = max(tensor, l2, shared, issue) + issue / 4  # a quarter of the issue is taken not to overlap
+    bound = max(tensor, l2, shared, issue) + issue / 4
     return {
         "tensor": waves * steps * tensor,
         "l2": waves * steps * l2,
@@ -313,10 +303,27 @@ def estimate(problem: Problem, tile: Tile, chip: Chip) -> dict[str, float]:
     }
 
 
+def ranked(problem: Problem, chip: Chip) -> list[Tile]:
+    """The candidates, the one with the least estimate first.
+
+    Raises
+    ------
+    ValueError
+        If no tile fits the chip.
+    """
+    found = candidates(problem, chip)
+    if not found:
+        raise ValueError(
+            f"no tile of {problem.kind} in {problem.dtype} fits the {chip.shared >> 10} KB of shared memory of "
+            f"{chip.name}; use backend='reference'"
+        )
+    return sorted(found, key=lambda tile: estimate(problem, tile, chip)["total"])
+
+
 @lru_cache(maxsize=512)
 def choose(problem: Problem, chip: Chip) -> Tile:
     """The candidate with the least estimate on the chip."""
-    return min(candidates(problem, chip), key=lambda tile: estimate(problem, tile, chip)["total"])
+    return ranked(problem, chip)[0]
 
 
 def tuned_path(device: str) -> Path:
@@ -331,15 +338,8 @@ def tuned_key(problem: Problem) -> str:
     return f"{problem.kind} {problem.dtype} {problem.channels}->{problem.columns} {kernel}"
 
 
-@lru_cache(maxsize=8)
 def tuned(device: str) -> dict[str, Tile]:
-    """The tiles measured on a device of this name; none where it was never tuned.
-
-    Raises
-    ------
-    ValueError
-        If the file is not what `dwc_kernels.tune` writes, naming it.
-    """
+    """The tiles measured on a device of this name; none where it was never tuned."""
     path = tuned_path(device)
     if not path.exists():
         return {}

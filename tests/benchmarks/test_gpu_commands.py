@@ -1,18 +1,22 @@
 """The commands that measure on a GPU, run to their end on a CPU that plays one: interpreted kernels, a host's clock."""
 
+import contextlib
 import csv
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity
+from triton.runtime.errors import OutOfResources
 
 from benchmarks import gpu
 from benchmarks.shapes import Layer
-from dwc_kernels import tune
+from dwc_kernels import kernels, timing, tune
 from dwc_kernels.kernels import tiles
-from dwc_kernels.kernels.launch import Plan
+from dwc_kernels.kernels.chips import CHIPS
+from dwc_kernels.kernels.launch import Plan, forget_plans
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # 1 / sqrt(0), not taken
 
@@ -39,7 +43,7 @@ class HostEvent:
 @pytest.fixture
 def pretended_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tiles.tuned.cache_clear()
+    forget_plans()
     for name in ("reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     for name in ("memory_allocated", "max_memory_allocated"):
@@ -57,13 +61,11 @@ def pretended_gpu(monkeypatch, tmp_path):
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setattr(gpu, "print_table", lambda dtypes: None)
     monkeypatch.setattr(torch, "compile", lambda run, dynamic: run)
-    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    precision, benchmark = [s.fp32_precision for s in settings], torch.backends.cudnn.benchmark
+    monkeypatch.setattr(timing, "captured", lambda call: call)
+    monkeypatch.setattr(timing, "L2_MIB", 1)
+    monkeypatch.setattr(gpu, "capture_stream", contextlib.nullcontext)
     yield
-    for setting, value in zip(settings, precision, strict=True):
-        setting.fp32_precision = value
-    torch.backends.cudnn.benchmark = benchmark
-    tiles.tuned.cache_clear()
+    forget_plans()
 
 
 def test_the_benchmark_checks_times_and_writes_its_table_and_plot(pretended_gpu, tmp_path):
@@ -76,6 +78,27 @@ def test_the_benchmark_checks_times_and_writes_its_table_and_plot(pretended_gpu,
         for phase in ("forward", "backward", "step")
     }
     assert (tmp_path / "out" / "gpu.png").stat().st_size > 0
+    assert all(float(r["host_ms"]) > 0 for r in rows)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_benchmark_leaves_pytorch_s_precision_settings_as_they_were(pretended_gpu, monkeypatch, tmp_path, fails):
+    def asked():
+        precisions = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+        allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32  # which may raise
+        return *allowed, *(p.fp32_precision for p in precisions), torch.backends.cudnn.benchmark
+
+    def errors(layer, dtype):
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        if fails:
+            raise RuntimeError("out of memory")
+        return {"y": (1.0, 0.0)}
+
+    before = asked()
+    monkeypatch.setattr(gpu, "errors", errors)
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        gpu.main(["--out", str(tmp_path), "--dtype", "fp32"])
+    assert asked() == before
 
 
 def test_a_layer_that_is_wrong_is_named_and_not_timed(pretended_gpu, monkeypatch, tmp_path, capsys):
@@ -95,5 +118,41 @@ def test_what_the_tuner_stores_the_launchers_use(pretended_gpu):
         other = next(t for t in tiles.candidates(before.problem, before.chip) if t != before.tile)
         best[tiles.tuned_key(before.problem)] = tune.asdict(other)
         tune.store(tiles.tuned_path(before.chip.name), json.loads(json.dumps(best)))
-        tiles.tuned.cache_clear()
+        forget_plans()
         assert Plan.of(kind, x, x.shape[2:], mu, (1, 1, 1), 1, None).tile == other
+
+
+def layer_to_tune():
+    mu = torch.randn(6, 5, 1, 1, 1)
+    return torch.randn(1, 5, 2, 4, 4), mu, mu.abs()
+
+
+def test_a_tile_whose_result_is_wrong_is_not_taken(pretended_gpu, monkeypatch, capsys):
+    x, mu, sigma = layer_to_tune()
+    problem = Plan.of("forward", x, x.shape[2:], mu, (1, 1, 1), 1, None)
+    wrong = problem.tile  # the one that the model prefers
+    right = kernels.forward
+
+    def forward(*arguments, tile, **options):
+        y, r = right(*arguments, tile=tile, **options)
+        return y + (0.1 if tile == wrong else 0.0), r
+
+    monkeypatch.setattr(kernels, "forward", forward)
+    best = tune.tune_layer(x, mu, sigma, n_tiles=2, repeats=1)
+    assert best[tiles.tuned_key(problem.problem)] != json.loads(json.dumps(tune.asdict(wrong)))
+    assert "not taken" in capsys.readouterr().err
+
+
+def test_no_tile_that_fits_is_an_error_in_words(pretended_gpu, monkeypatch):
+    def forward(*arguments, tile, **options):
+        raise OutOfResources(300 << 10, 227 << 10, "shared memory")
+
+    monkeypatch.setattr(kernels, "forward", forward)
+    with pytest.raises(ValueError, match=r"none of the 2 tiles tried for forward ieee 5->6 1x1x1 fits"):
+        tune.tune_layer(*layer_to_tune(), n_tiles=2, repeats=1)
+
+
+def test_a_chip_without_room_for_any_tile_is_an_error_in_words():
+    tiny = replace(CHIPS["sm_90"], name="a tiny GPU", shared=1 << 10)
+    with pytest.raises(ValueError, match="no tile of forward in bf16 fits the 1 KB of shared memory of a tiny GPU"):
+        tiles.choose(tiles.problem_of("forward", "bf16", 1, (8, 8, 8), 96, 96, (3, 3, 3)), tiny)

@@ -11,7 +11,10 @@ import sys
 import pytest
 from filelock import FileLock
 
-from benchmarks.kernel_report import inside_share, visited_share
+from benchmarks.kernel_report import inside_share, layer_problem, visited_share
+from benchmarks.shapes import LAYERS as NETWORK
+from dwc_kernels.kernels.chips import CHIPS, L2_REACH
+from dwc_kernels.kernels.tiles import BARRIERS, choose, estimate, loop_issue
 
 KINDS = ("forward", "grad_input", "grad_weight")
 LAYERS = {
@@ -22,6 +25,7 @@ LAYERS = {
     ("sm_100", "bf16"): ("conv1", "conv2", "classes"),
     ("sm_100", "tf32"): ("conv1", "conv2"),
 }
+LAYER_OF = {layer.name: layer for layer in NETWORK}
 CASES = [(arch, dtype, layer) for (arch, dtype), layers in LAYERS.items() for layer in layers]
 
 
@@ -103,6 +107,43 @@ def test_one_philox_block_serves_four_elements(report):
     sass = (folder / "forward_sm_90_bf16_96x96x27.sass").read_text()
     per_thread = 4 * 8 * 8 * 96 // 256
     assert sass.count("IMAD.HI.U32") + sass.count("IMAD.WIDE.U32") <= 1.25 * per_thread / 4 * 7 * 2
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(kind, dtype) for kind in KINDS for dtype in ("bf16", "tf32")])
+def test_tf32_is_rounded_by_the_instruction_that_keeps_nan(report, kind, dtype):
+    folder = report("sm_90", dtype, "conv2", kind)["folder"]
+    ptx = (folder / f"{kind}_sm_90_{dtype}_96x96x27.ptx").read_text()
+    assert ("cvt.rna.tf32.f32" in ptx) == (dtype == "tf32")
+    assert "-8192" not in ptx  # the mask of a rounding by hand
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("arch", "dtype", "layer"), CASES)
+def test_the_model_of_shared_memory_agrees_with_the_compiler(report, arch, dtype, layer, kind):
+    fact = report(arch, dtype, layer, kind)
+    if arch == "sm_100" and kind == "grad_weight":
+        assert fact["shared"] <= fact["shared_model"] + BARRIERS
+    else:
+        assert 0 <= fact["shared"] - fact["shared_model"] <= BARRIERS
+
+
+def test_waits_and_barriers_of_the_main_loops_are_counted(report):
+    for kind in KINDS:
+        fact = report("sm_90", "bf16", "conv2", kind)
+        assert 0 < fact["full_waits"] <= 12  # products of an iteration: waits for all in flight
+        assert 0 < fact["barriers"] <= 16
+
+
+def test_the_report_s_times_are_the_estimate_with_the_compiled_instructions():
+    problem = layer_problem(LAYER_OF["conv2"], "forward", "bf16")
+    chip, tile = CHIPS["sm_90"], choose(problem, CHIPS["sm_90"])
+    usual = estimate(problem, tile, chip)
+    assert estimate(problem, tile, chip, issue=loop_issue(problem, tile)) == usual
+    low, high = (estimate(problem, tile, chip, l2_reach=L2_REACH[name])["total"] for name in ("low", "high"))
+    assert high < usual["total"] < low
+    # No model lets the forward multiply faster than bf16 products were measured to run.
+    flops = 4 * LAYER_OF["conv2"].macs * 10 * 32**3
+    assert flops / (high / chip.clock) < 798e12
 
 
 def test_dump_holds_ptx_cubin_and_sass(report):

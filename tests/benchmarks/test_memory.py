@@ -1,5 +1,6 @@
 """The table of memory counts what is really kept, and the README states what it says."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from benchmarks import memory
 from benchmarks.composition import saved_bytes
 from benchmarks.shapes import LAYERS, Layer
+from dwc_kernels.kernels import weights
 
 README = Path(__file__).parents[2] / "dwc_kernels" / "README.md"
 
@@ -20,8 +22,24 @@ def test_what_is_counted_on_fake_tensors_is_what_real_ones_keep(op, monkeypatch)
     parameters = [torch.rand(5, 8, 3, 3, 3).requires_grad_() for _ in range(2)]
     parameters += [torch.rand(5).requires_grad_() for _ in range(2)]
     kept = saved_bytes(lambda: op(x, *parameters, padding=2, dilation=2), *parameters)
+    _, packed = weights._known.get(parameters[1].untyped_storage(), (None, {}))
+    kept += sum(t.untyped_storage().nbytes() for pair in packed.values() for t in pair)
     counted = memory.count_layer(layer, torch.float32, op, samples=2).kept
     assert counted == kept - x.untyped_storage().nbytes()  # the input is the last layer's
+
+
+def test_the_count_sees_what_a_launcher_allocates(monkeypatch):
+    layer = LAYERS[1]
+    before = memory.count_layer(layer, torch.bfloat16, memory.OPS["ours"]).peak
+    module = sys.modules[memory.grad_weight.__module__]
+    kernel = module.voxels_last
+    monkeypatch.setattr(module, "voxels_last", lambda t: kernel(t.float().to(t.dtype)))
+    assert memory.count_layer(layer, torch.bfloat16, memory.OPS["ours"]).peak > before + 100e6
+
+
+def test_the_peak_of_a_wide_layer_is_below_the_composition_s():
+    ours, composed = (memory.count_layer(LAYERS[1], torch.bfloat16, op).peak for op in memory.OPS.values())
+    assert ours < 0.65 * composed
 
 
 def test_the_readme_states_what_is_counted():

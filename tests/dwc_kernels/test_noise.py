@@ -94,6 +94,15 @@ def test_neighbours_samples_and_seeds_are_uncorrelated():
     assert abs((a.square() - 1).mul(b.square() - 1).mean()) < 2 * bound, "magnitudes of two seeds"
 
 
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**62 + 77, -(2**63)])
+def test_a_seed_that_stays_a_tensor_gives_the_same_words(seed):
+    counter = tuple(torch.arange(5) + i for i in range(4))
+    halves = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    as_tensors = philox(counter, tuple(map(torch.tensor, halves)))
+    assert all(torch.equal(a, b) for a, b in zip(as_tensors, philox(counter, halves), strict=True))
+    assert torch.equal(normal(torch.empty(9), torch.tensor(seed)), normal(torch.empty(9), seed))
+
+
 def test_the_high_half_of_the_seed_matters():
     like = torch.empty(64)
     assert not torch.equal(normal(like, 1), normal(like, 1 + (1 << 32)))

@@ -380,3 +380,14 @@ def test_arguments_that_do_not_fit_are_named(change, message):
     arguments = dict(x=torch.zeros(X), weight_mu=torch.zeros(W), weight_sigma=torch.zeros(S)) | change
     with pytest.raises(ValueError, match=message):
         ffg_conv3d(arguments.pop("x"), **arguments)
+
+
+def test_where_a_kernel_can_draw_the_noise_the_reference_lets_it(monkeypatch):
+    from dwc_kernels.kernels import noise
+
+    tensors, calls = [t.detach() for t in make(c=4, f=4, groups=2)], []
+    expected = ffg_conv3d(*tensors, groups=2, seed=3)
+    monkeypatch.setattr(reference, "_launches", lambda x: True)
+    monkeypatch.setattr(noise, "normal", lambda *a, f=noise.normal: calls.append(a) or f(*a))
+    torch.testing.assert_close(ffg_conv3d(*tensors, groups=2, seed=3), expected)
+    assert len(calls) == 1

@@ -3,6 +3,7 @@
 The interpreter multiplies bf16 wrongly, so bf16 is left to the compiler's proof; the fp16 and fp32 paths run here.
 """
 
+import gc
 import re
 import sys
 from functools import partial
@@ -12,11 +13,12 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dwc_kernels import FFGConv3d, ffg_conv3d, kernels, reference
 from dwc_kernels.backends import choose_backend, why_not_triton
-from dwc_kernels.kernels import launch
+from dwc_kernels.kernels import launch, noise, products, weights
 from dwc_kernels.kernels.forward import finish as forward_finish
 from dwc_kernels.kernels.grad_input import finish as grad_input_finish
 from dwc_kernels.kernels.noise import four_normals
@@ -129,13 +131,13 @@ def test_noise_is_the_reference_s_whatever_the_tile(width):
     x, _, _, b_mu, b_sigma = (t.detach() for t in make(c=33, f=40, kernel=1, size=(1, 6, width), batch=2))
     zero = torch.zeros(40, 33, 1, 1, 1)  # mean 0 and standard deviation 1: y is the noise
     seed = torch.tensor(-(2**60) + 12345)
-    noise = [
+    drawn = [
         kernels.forward(x, zero, zero, 0 * b_mu, 1 + 0 * b_sigma, ONE, (0,) * 3, ONE, 1, seed, tile=tile)[0]
         for tile in FORWARD_TILES
     ]
-    assert all(torch.equal(n, noise[0]) for n in noise)
+    assert all(torch.equal(n, drawn[0]) for n in drawn)
     expected = normal(torch.empty(2, 40, 1, 6, width), int(seed))
-    torch.testing.assert_close(noise[0], expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(drawn[0], expected, rtol=0, atol=2e-6)
 
 
 @triton.jit
@@ -191,17 +193,239 @@ def test_weight_sums_split_over_programs_add_up(monkeypatch):
 
 def test_tf32_rounds_to_nearest_instead_of_truncating():
     _, w, _ = (t.detach() for t in make(c=8, f=16, kernel=1, bias=False))
-    packed = launch.pack(w, torch.float32, "tf32", 8)[0, :, :8]
-    exact = w[..., 0, 0, 0]
-    assert ((packed - exact).abs() <= exact.abs() * 2.0**-11).all()
-    assert not (packed.view(torch.int32) & 0x1FFF).any()
+    for orientation, order in (("forward", w[..., 0, 0, 0]), ("adjoint", w[..., 0, 0, 0].T)):
+        packed, squares = (t[0] for t in weights.pack(w, w, {orientation}, "tf32")[orientation])
+        for t, exact in ((packed, order), (squares, order.square())):
+            assert ((t[:, : exact.shape[1]] - exact).abs() <= exact.abs() * 2.0**-11).all()
+            assert not (t.view(torch.int32) & 0x1FFF).any()
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("shape", [(2, 5, 4, 2, 3), (3, 7, 3, 3, 5), (1, 1, 1, 1, 1), (1001,), (0, 3)])
+def test_noise_alone_is_one_launch_with_the_reference_s_numbers_in_every_layout(shape, monkeypatch):
+    launches = []
+    monkeypatch.setattr(noise, "run_on", lambda *a, f=noise.run_on: launches.append(a) or f(*a))
+    like, seed = torch.empty(shape), torch.tensor(2**40 + 3)
+    layouts = [like, torch.empty(shape[::-1]).permute(*range(len(shape) - 1, -1, -1))]
+    layouts += [like.to(memory_format=torch.channels_last_3d)] if len(shape) == 5 else []
+    for other in layouts:
+        eps = noise.normal(other, seed)
+        torch.testing.assert_close(eps, normal(other, int(seed)), rtol=0, atol=2e-6)
+        assert eps.stride() == normal(other, int(seed)).stride()
+    assert len(launches) == len(layouts) * (like.numel() > 0)
+
+
+@triton.jit
+def round_all(x, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, products.to_tf32(tl.load(x + at)))
+
+
+def test_tf32_rounding_keeps_nan_and_infinity():
+    bits = [0x7FFFFFFF, 0x7F800001, 0x7FC00000, -1, -0x7FFFFF]  # NaN: NVIDIA's own, signaling, quiet, and negative ones
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    other = torch.tensor(
+        [torch.inf, -torch.inf, 0.0, -0.0, 1.0, 1 + 2.0**-11, 1 + 2.0**-12, 2.0**-130, -2.5, 3e38, 0.1]
+    )
+    x = torch.cat([nan, other])
+    out = torch.empty_like(x)
+    round_all[(1,)](x, out, 16)
+    assert out[: len(nan)].isnan().all()
+    exact = other.clone()
+    exact[5], exact[6] = 1 + 2.0**-10, 1.0  # a tie goes away from zero
+    torch.testing.assert_close(out[len(nan) :], exact, rtol=2.0**-11, atol=0)
+    assert torch.equal(out[len(nan) : -2], exact[:-2])
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def precision(request, monkeypatch):
+    """Both ways in which fp32 is multiplied; the interpreter rounds operands as the instruction does."""
+    monkeypatch.setattr(launch.Plan, "precision", request.param)
+    return request.param
+
+
+def special_values():
+    """What breaks arithmetic: (where, value)."""
+    return [("x", torch.nan), ("x", torch.inf), ("x", 3e19), ("weight_mu", torch.nan), ("weight_sigma", torch.nan),
+            ("weight_sigma", torch.inf), ("bias_mu", -torch.inf), ("bias_sigma", torch.nan), ("g", torch.nan),
+            ("g", torch.inf)]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("place", "value"), special_values())
+def test_nan_and_infinity_come_out_where_the_reference_has_them(place, value, dtype, precision):
+    # No padding: a product of infinity and the zeros outside the volume is left out by some backends and NaN in others.
+    names = ("x", "weight_mu", "weight_sigma", "bias_mu", "bias_sigma")
+    tensors = [t.detach().to(dtype) for t in make(c=6, f=5, size=(4, 4, 6))]
+    g = torch.randn(1, 5, 2, 2, 4).to(dtype)
+    where = g if place == "g" else tensors[names.index(place)]
+    where.view(-1)[where.numel() // 2] = value
+    found = []
+    for backend in ("triton", "reference"):
+        inputs = [t.clone().requires_grad_() for t in tensors]
+        found.append(results(ffg_conv3d, inputs, g, seed=3, backend=backend))
+    for name, ours, theirs in zip(("y", *names), *found, strict=True):
+        if name == "x" and place.startswith("weight"):  # the adjoint is padded; the zeros outside meet the weight here
+            assert (ours.isnan() | theirs.isfinite()).all()
+        else:
+            assert torch.equal(ours.isnan(), theirs.isnan()), name
+            assert torch.equal(ours.isinf(), theirs.isinf()), name
+        finite = ours.isfinite()
+        torch.testing.assert_close(ours[finite], theirs[finite], rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("poison", [0x7FFFFFFF, 0x7FC00000, 0x7F800001])
+def test_weights_that_are_all_nan_give_nan(poison, precision):
+    x, mu, sigma, *biases = (t.detach() for t in make(c=8))
+    nan = torch.full_like(mu, poison, dtype=torch.int32).view(torch.float32)
+    assert ffg_conv3d(x, nan, sigma, *biases, padding=1, backend="triton").isnan().all()
+    assert ffg_conv3d(x, mu, nan, *biases, padding=1, backend="triton").isnan().all()
+
+
+@pytest.mark.parametrize("sigma", [1e-18, 1e-19, 1e-20, 1e-22, 0.0])
+def test_a_tiny_standard_deviation_is_as_the_reference_has_it(sigma):
+    x, mu, *_ = (t.detach() for t in make(c=8, bias=False))
+    x += 1.0
+    arguments = (x, 0 * mu, torch.full_like(mu, sigma), None, None, ONE, ONE, ONE, 1, torch.tensor(3))
+    for ours, theirs in zip(kernels.forward(*arguments), reference.forward(*arguments), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2 if sigma < 1e-21 else 1e-4, atol=0)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "odd strides"])
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 1, 4), (4, 1, 1), (1, 4, 1)])
+@pytest.mark.parametrize(("n", "c", "f"), [(1, 8, 8), (1, 1, 1), (2, 4, 1), (1, 8, 3), (3, 1, 8)])
+def test_dimensions_of_one_run_in_every_layout(n, c, f, size, layout):
+    x, mu, sigma, *biases = (t.detach() for t in make(c=c, f=f, size=size, batch=n))
+    if layout == "odd strides":  # of dimensions of 1, which PyTorch allows
+        strides = [7 if length == 1 else stride for length, stride in zip(x.shape, x.stride(), strict=True)]
+        x = x.as_strided(x.shape, strides)
+        mu, sigma = mu[..., 1:2, 1:2, 1:2], sigma[..., 1:2, 1:2, 1:2]
+    elif layout == "channels_last":
+        x, mu, sigma = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, mu, sigma))
+    g = torch.randn(n, f, *size)
+    ours, theirs = (
+        results(
+            ffg_conv3d, [t.detach().requires_grad_() for t in (x, mu, sigma, *biases)], g,
+            seed=1, padding="same", backend=backend,
+        )
+        for backend in ("triton", "reference")
+    )  # fmt: skip
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_net_that_ends_in_one_voxel_trains():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(FFGConv3d(8, 8, 3, backend="triton") for _ in range(2)))
+    x = torch.randn(1, 8, 5, 5, 5).requires_grad_()
+    net(x).sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+STRIDED = {
+    "2": (dict(c=6, size=(5, 6, 7)), dict(stride=2, padding=1)),
+    "2, even volume": (dict(c=8, size=(4, 4, 8)), dict(stride=2, padding=1)),
+    "per dimension": (dict(c=5, kernel=(2, 3, 1), size=(5, 6, 9)), dict(stride=(1, 2, 3), padding=(1, 2, 0))),
+    "with dilation": (dict(c=6, size=(6, 7, 9)), dict(stride=2, padding=3, dilation=(2, 3, 1))),
+    "larger than the kernel": (dict(c=6, kernel=2, size=(7, 6, 6)), dict(stride=3)),
+    "1x1x1": (dict(c=6, kernel=1, size=(5, 4, 6)), dict(stride=2)),
+    "folded": (dict(c=1, f=8, size=(6, 5, 7)), dict(stride=2, padding=1)),
+    "batch 3": (dict(c=6, batch=3), dict(stride=2, padding=1)),
+}
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", STRIDED)
+def test_a_strided_forward_is_as_accurate_as_the_composition(case):
+    arguments, geometry = STRIDED[case]
+    assert_as_accurate_as_composition(make(**arguments), **geometry)
+
+
+def test_weights_are_packed_once_until_one_of_them_changes(monkeypatch):
+    calls = []
+    monkeypatch.setattr(weights, "pack", lambda *a, f=weights.pack: calls.append(a[2]) or f(*a))
+    tensors = make(c=8)
+
+    def step():
+        y = ffg_conv3d(*tensors, padding=1, seed=1, backend="triton")
+        torch.autograd.grad(y, tensors, torch.ones_like(y))
+        return y
+
+    first = step()
+    assert torch.equal(step(), first)
+    assert calls == [{"forward", "adjoint"}]  # one launch for forward and backward of both steps
+    for i in (1, 2):
+        with torch.no_grad():
+            tensors[i].mul_(2)
+        changed = step()
+        expected = ffg_conv3d(*tensors, padding=1, seed=1, backend="reference")
+        torch.testing.assert_close(changed, expected, rtol=1e-4, atol=1e-4)
+        assert len(calls) == 1 + i
+    with torch.no_grad():
+        tensors[1].set_(torch.randn(5, 8, 3, 3, 3))  # other memory
+    step()
+    assert len(calls) == 4
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operators that would launch a kernel of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.name():
+            self.names.append(func.name())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("c", [96, 21])
+def test_a_step_launches_its_kernels_and_nothing_else(c, dtype, monkeypatch):
+    launches = []
+    for module in (launch, weights, sys.modules["dwc_kernels.kernels.grad_weight"]):
+        monkeypatch.setattr(module, "run_on", lambda _, kernel, *__, **___: launches.append(kernel.fn.__name__))
+    x = torch.zeros(2, 96, 4, 4, 8, dtype=dtype).to(memory_format=torch.channels_last_3d)
+    mu, b = torch.zeros(c // 3 * 8, 96, 3, 3, 3, dtype=dtype), torch.zeros(c // 3 * 8, dtype=dtype)
+    arguments = (ONE, ONE, ONE, 1)
+    with Counted() as counted:
+        y, r = kernels.forward(x, mu, mu, b, b, *arguments, torch.tensor(0))
+        kernels.grad_input(y, r, x, mu, mu, *arguments)
+        kernels.grad_weight(y, r, x, mu, *arguments, bias_sigma=b)
+    assert launches == ["pack_kernel", "forward_kernel", "grad_input_kernel", "grad_weight_kernel", "sum_kernel"]
+    assert counted.names == []
+
+
+def test_a_plan_is_made_once_for_a_shape_dtype_and_device(monkeypatch):
+    planned = []
+    monkeypatch.setattr(launch, "tile_for", lambda *a, f=launch.tile_for: planned.append(a) or f(*a))
+    launch.forget_plans()
+    for size in ((4, 5, 6), (4, 5, 6), (4, 5, 7)):
+        x, mu = torch.zeros(1, 8, *size), torch.zeros(8, 8, 1, 1, 1)  # other memory every time
+        launch.Plan.of("forward", x, size, mu, ONE, 1, None)
+    assert len(planned) == 2
+    launch.forget_plans()
+
+
+def test_packed_weights_go_when_sigma_goes():
+    x, mu, sigma = (t.detach() for t in make(c=8, bias=False))
+    gc.collect()  # what earlier tests left
+    before = len(weights._known)
+    ffg_conv3d(x, mu, sigma, padding=1, backend="triton")
+    assert len(weights._known) == before + 1
+    del sigma
+    assert len(weights._known) == before
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (dict(dtype=torch.float64), "float64"),
-        (dict(stride=(2, 1, 1)), "stride"),
         (dict(groups=2), "groups"),
         (dict(kernel=9), "larger than 7"),
         (dict(size=(2, 20000, 20000)), "2\\^31"),

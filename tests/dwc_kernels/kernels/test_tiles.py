@@ -14,8 +14,9 @@ import torch
 from benchmarks.shapes import LAYERS, SAMPLES, SIZE
 from dwc_kernels import tune
 from dwc_kernels.kernels import tiles
+from dwc_kernels.kernels.chips import CHIPS
 from dwc_kernels.kernels.launch import chip_of
-from dwc_kernels.kernels.tiles import CHIPS, KINDS, Problem, Tile, candidates, choose, estimate
+from dwc_kernels.kernels.tiles import KINDS, Problem, Tile, candidates, choose, estimate
 
 LAYER = Problem("forward", "bf16", SAMPLES, SIZE, 96, 96, (3, 3, 3))
 
@@ -69,7 +70,6 @@ def test_a_measured_tile_is_used_and_other_layers_keep_the_model_s(tmp_path, mon
     measured = Tile((2, 4, 8), 32, 1, 64, 0, 16, 4, 2)
     tune.store(tiles.tuned_path("Some GPU/80GB"), {tiles.tuned_key(LAYER): asdict(measured)})
     tune.store(tiles.tuned_path("Some GPU/80GB"), {"another": asdict(measured)})
-    tiles.tuned.cache_clear()
     assert tiles.tile_for(LAYER, replace(CHIPS["sm_90"], name="Some GPU/80GB")) == measured
     assert set(json.loads(tiles.tuned_path("Some GPU/80GB").read_text())) == {tiles.tuned_key(LAYER), "another"}
     assert tiles.tile_for(LAYER, replace(CHIPS["sm_90"], name="another GPU")) == choose(LAYER, CHIPS["sm_90"])
@@ -105,7 +105,6 @@ def test_a_broken_file_of_tiles_is_named(tmp_path, monkeypatch, content):
     path = tiles.tuned_path("gpu")
     path.parent.mkdir()
     path.write_text(content)
-    tiles.tuned.cache_clear()
     with pytest.raises(ValueError, match=r"gpu\.json"):
         tiles.tile_for(LAYER, replace(CHIPS["sm_90"], name="gpu"))
 
