@@ -9,7 +9,8 @@ here = Path(__file__).parent
 test = ["hypothesis", "monai", "niimath", "pytest", "pytest-benchmark", "pytest-xdist"]
 lint = ["mypy", "ruff", "types-PyYAML", "types-tqdm"]
 study = ["jinja2>=3.1", "matplotlib", "tensorboard"]  # reports and pictures, TensorBoard files of trainings
-federated = ["nvflare>=2.9,<2.10"]
+signing = ["cryptography>=42"]
+federated = ["nvflare>=2.9,<2.10", *signing]
 triton = ["triton>=3.3; platform_system == 'Linux'"]
 
 setup(
@@ -45,6 +46,7 @@ setup(
     extras_require={
         "study": study,
         "federated": federated,
+        "signing": signing,
         "triton": triton,
         "dev": [*study, *federated, *triton, *test, *lint],
     },

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 
 from dwc import __version__
 from dwc.base import launcher
-from dwc.base.errors import InputError, Interrupted
+from dwc.base.errors import InputError, Interrupted, printable
 
 __all__ = ["COMMANDS", "main"]
 
@@ -20,7 +20,8 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
     "data": "check scans and labels before anything runs: data check",
     "train": "train a network: MAP, variational, a site's from a prior, fine-tuning",
     "consolidate": "consolidate the posteriors of several sites into one",
-    "federated": "run the cycle over many sites on NVIDIA FLARE: init, serve, amend, join, status, round, simulate",
+    "posterior": "sign, verify, inspect and audit posterior files",
+    "federated": "run the cycle over many sites on NVIDIA FLARE: init, serve, join, status, amend, ...",
     "predict": "segment scans with one network or an ensemble",
     "evaluate": "score networks on the held-out scans of a manifest",
     "experiment": "run the paper's study: every row of its table, its figures, one report",
@@ -32,7 +33,7 @@ _EXTRAS = {
     "nvflare": "federated",
     "matplotlib": "study",
     "jinja2": "study",
-    "cryptography": "federated",
+    "cryptography": "signing",
     "triton": "triton",
 }
 
@@ -94,7 +95,8 @@ def _help() -> str:
 
 
 def _end(line: str, code: int) -> int:
-    """Say why, in one line, and return the exit code."""
+    """Say why, in one line, and return the exit code. What others wrote does not steer the terminal."""
+    line = printable(line)
     if launcher.processes() > 1:
         from dwc.base.ranks import say_once  # here, so that one process says it without PyTorch
 

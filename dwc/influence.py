@@ -17,7 +17,7 @@ from torch import Tensor
 from dwc.base.errors import InputError
 from dwc.posterior import Posterior
 
-__all__ = ["Influence", "limit_powers", "measure", "warnings_about"]
+__all__ = ["Influence", "limit_powers", "measure", "verdicts", "warnings_about"]
 
 _TELLING = 8  # values of a tensor that two sites do not share by chance
 _SKETCH = 256  # weights, evenly spaced, whose shifts are kept to compare sites
@@ -27,7 +27,6 @@ _HARMLESS = 1.0  # the prior's own precision, or shifts of one sigma_0: no limit
 _LOUD = 3.0  # times the median, to be warned about
 _FAR = 100.0  # sigma_0, to be warned about
 _SURE = 1e-3  # of sigma_0, likewise
-_ALIKE = 0.99  # correlation of two sites' shifts, likewise
 _OPPOSED = -0.2  # correlation with the other sites' mean shift, likewise
 
 
@@ -139,22 +138,36 @@ def limit_powers(influences: Sequence[Influence], max_influence: float | None) -
     return [power if power >= _EXCLUDED_BELOW else 0.0 for power in powers]
 
 
+def verdicts(influences: Mapping[str, Influence]) -> dict[str, str]:
+    """One line per site: how far it moved, what it brings for its claimed volumes, and whether others agree."""
+    precision = sum(one.precision for one in influences.values())
+    volumes = sum(one.n_volumes for one in influences.values())
+    total = [sum(values) for values in zip(*(one.sketch for one in influences.values()), strict=True)]
+    lines = {}
+    for name, own in influences.items():
+        rest = [whole - part for whole, part in zip(total, own.sketch, strict=True)]
+        agreement = _correlation(own.sketch, rest)
+        lines[name] = (
+            f"moved {_per_volume(own):.3g} nats per volume, brings {_share(own.precision, precision)} of the added "
+            f"precision for {_share(own.n_volumes, volumes)} of the volumes, agreement {agreement:.2f}"
+        )
+    return lines
+
+
 def warnings_about(influences: Mapping[str, Influence]) -> dict[str, list[str]]:
     """What is suspicious about each site, in plain words; sites without a warning are left out."""
     found: dict[str, list[str]] = {}
-    names, everyone = list(influences), list(influences.values())
+    everyone = list(influences.values())
+    total = [sum(values) for values in zip(*(one.sketch for one in everyone), strict=True)]
     for name, own in influences.items():
         lines = [*_alone(own), *_against_median(own, everyone)]
-        for other in names[: names.index(name)]:
-            if own.copies(influences[other]):
-                lines.append(f"it has tensors in common with {other}")
-            elif _correlation(own.sketch, influences[other].sketch) > _ALIKE:
-                lines.append(f"its shifts are almost the same as those of {other}")
-        rest = [influences[other].sketch for other in names if other != name]
-        if len(rest) + 1 >= _MIN_SITES:
-            mean = tuple(sum(values) / len(rest) for values in zip(*rest, strict=True))
-            if _correlation(own.sketch, mean) < _OPPOSED:
-                lines.append("its means move against those of the other sites")
+        copies = [other for other in influences if other != name and own.copies(influences[other])]
+        if copies:
+            more = f" and {len(copies) - 1} more" if len(copies) > 1 else ""
+            lines.append(f"it has tensors in common with {copies[0]}{more}")
+        rest = [whole - part for whole, part in zip(total, own.sketch, strict=True)]
+        if len(influences) >= _MIN_SITES and _correlation(own.sketch, rest) < _OPPOSED:
+            lines.append("its means move against those of the other sites")
         if lines:
             found[name] = lines
     return found
@@ -188,6 +201,10 @@ def _against_median(own: Influence, everyone: Sequence[Influence]) -> list[str]:
         if value > _LOUD * median and value > _HARMLESS:
             lines.append(text.format(value / median if median else math.inf))
     return lines
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole > 0 else "-"
 
 
 def _per_volume(own: Influence) -> float:

@@ -65,3 +65,36 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the folder with real scans is absent ({folder})")
     return folder
+
+
+GUARD = """
+import os, socket
+
+LOCAL = ("127.", "::1", "localhost", "0.0.0.0")
+
+def refuse_others(connect):
+    def guarded(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(LOCAL):
+            if self.type & socket.SOCK_STREAM:  # connect of a datagram socket sends nothing
+                with open(os.environ["DWC_TEST_CALLS"], "a") as file:
+                    file.write(f"{address}\\n")
+            raise ConnectionRefusedError(f"{address}: this test reaches loopback only")
+        return connect(self, address)
+    return guarded
+
+socket.socket.connect = refuse_others(socket.socket.connect)
+socket.socket.connect_ex = refuse_others(socket.socket.connect_ex)
+"""
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """Processes started from here reach loopback only; afterwards, nothing else may have been tried."""
+    (tmp_path / "guard").mkdir()
+    (tmp_path / "guard" / "sitecustomize.py").write_text(GUARD)
+    calls = tmp_path / "calls"
+    monkeypatch.setenv("DWC_TEST_CALLS", str(calls))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "guard"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    assert not calls.exists(), calls.read_text()

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import safetensors.torch
 import torch
@@ -200,3 +202,80 @@ def test_a_diverged_network_is_not_saved(network, tmp_path):
     with pytest.raises(InputError, match=r"layers\.0\.bias\.mu holds non-finite"):
         posterior.save(tmp_path / "p.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def in_format_1(posterior: Posterior, path) -> None:
+    """The file as the version before wrote it: without a digest."""
+    tensors = {f"{name}.mu": mu for name, mu in posterior.mu.items()}
+    tensors |= {f"{name}.sigma": sigma for name, sigma in posterior.sigma.items()}
+    header = {**posterior.metadata, "format_version": 1}
+    safetensors.torch.save_file(tensors, path, {"dwc": json.dumps(header)})
+
+
+def test_a_file_of_format_1_loads_keeps_its_digest_when_saved_and_is_sealed_then(network, tmp_path):
+    posterior = Posterior.from_model(network, n_volumes=7)
+    in_format_1(posterior, tmp_path / "old.safetensors")
+    old = Posterior.load(tmp_path / "old.safetensors")
+    assert same(old.mu, posterior.mu)
+    assert old.metadata["format_version"] == 1
+    old.save(tmp_path / "again.safetensors")
+    assert Posterior.load(tmp_path / "again.safetensors").sha256 == old.sha256
+    content = bytearray((tmp_path / "again.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "again.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="was altered after it was written"):
+        Posterior.load(tmp_path / "again.safetensors")
+
+
+def test_a_new_file_without_its_digest_is_refused(network, tmp_path):
+    path = tmp_path / "p.safetensors"
+    posterior = Posterior.from_model(network)
+    in_format_1(posterior, path)
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(tensors, path, {"dwc": json.dumps(posterior.metadata)})
+    with pytest.raises(InputError, match=r"was altered .the digest of its content is gone"):
+        Posterior.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prior_sha256": ["ab"]}, "prior_sha256 is not text"),
+        ({"prior_sha256": {"a": 1}}, "prior_sha256 is not text"),
+        ({"n_volumes": True}, "n_volumes 'True' is not a count"),
+        ({"n_volumes": 2**53 - 1}, "n_volumes '9007199254740991' is not a count"),
+        ({"n_volumes": 1.0}, "n_volumes '1.0' is not a count"),
+        ({"training": "text"}, "training is not a JSON object"),
+        ({"training": {"note": "x" * 1001}}, "a text of 1001 characters"),
+        ({"training": {str(n): "x" * 900 for n in range(80)}}, "bytes, more than 65536"),
+        ({"other": [[[[[[[[[[1]]]]]]]]]]}, "nested more than 8 deep"),
+        ({"x" * 2000: 1}, "a text of 2000 characters"),
+        ({"sites": [{"sha256": "a", "n_volumes": 1}, {"sha256": 7, "n_volumes": 1}]}, "list of sites cannot be read"),
+        ({"sites": [{"sha256": "a", "n_volumes": 1}] * 2}, "list of sites cannot be read"),
+        ({"sites": [{"sha256": "a", "n_volumes": 1, "who": "x"}]}, "list of sites cannot be read"),
+        ({"sites": [{"sha256": "a", "n_volumes": 1, "temper": 1e10}]}, "gives a site power 10000000000.0"),
+        ({"sites": [{"sha256": "a", "n_volumes": 3}], "n_volumes": 4}, "n_volumes 4 is not the sum over its sites"),
+    ],
+)
+def test_a_header_that_is_out_of_bounds_is_neither_saved_nor_loaded(network, tmp_path, change, words):
+    posterior = Posterior.from_model(network, **change)
+    with pytest.raises(InputError, match=f"^posterior: .*{words}"):
+        posterior.save(tmp_path / "p.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    in_format_1(posterior, tmp_path / "p.safetensors")
+    with pytest.raises(InputError, match=rf"p\.safetensors: .*{words}"):
+        Posterior.load(tmp_path / "p.safetensors")
+
+
+def test_an_empty_tensor_and_one_of_many_dimensions_are_refused(network, tmp_path):
+    with pytest.raises(InputError, match=r"a\.mu is empty"):
+        Posterior({"a": torch.ones(0)}, {}).save(tmp_path / "p.safetensors")
+    safetensors.torch.save_file({"a.mu": torch.ones([1] * 20)}, tmp_path / "p.safetensors", {"dwc": "{}"})
+    with pytest.raises(InputError, match=r"holds a tensor that cannot be read .more than 16 dimensions"):
+        Posterior.load(tmp_path / "p.safetensors")
+
+
+def test_means_that_fp32_rounds_by_more_than_a_tenth_of_their_sigma_are_counted():
+    mu = {"fine": torch.ones(3), "coarse": torch.tensor([1.0, 1e-3, 1.0])}
+    sigma = {"fine": torch.full((3,), 1e-5), "coarse": torch.full((3,), 1e-8)}
+    assert Posterior(mu, sigma).coarse() == {"coarse": 2}

@@ -1,6 +1,6 @@
 """What ends a command in one line: input that a person can mend (exit code 2), or a signal (128 plus its number)."""
 
-__all__ = ["InputError", "Interrupted", "brief", "one_line"]
+__all__ = ["InputError", "Interrupted", "brief", "one_line", "printable"]
 
 
 class InputError(ValueError):
@@ -10,7 +10,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_printable(message))
+        super().__init__(printable(message))
 
 
 class Interrupted(Exception):
@@ -26,10 +26,11 @@ def brief(value: object) -> str:
     return ", ".join(f"{key} {str(part)[:20]}" for key, part in value.items()) if isinstance(value, dict) else "missing"
 
 
+def printable(text: str) -> str:
+    """Text for a terminal or a log, without control characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def one_line(text: str) -> str:
     """What others may have written, fit for a terminal and a log: printable, and no more than 400 characters."""
-    return _printable(text[:400])
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    return printable(text[:400])

@@ -6,6 +6,7 @@ JSON header. What the tensors mean is the business of `posterior` and `checkpoin
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -62,7 +63,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
     path = Path(path)
     temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        descriptor, temporary = _new_part(path)
         with os.fdopen(descriptor, "wb") as file:
             umask = os.umask(0)
             os.umask(umask)
@@ -81,10 +82,26 @@ def write_whole(path: str | Path, content: bytes) -> None:
                 os.unlink(temporary)
 
 
+def _new_part(path: Path) -> tuple[int, str]:
+    """A temporary file beside `path`, locked while it is open, so that `sweep` knows that somebody writes it."""
+    while True:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(temporary):
+            return descriptor, temporary
+        os.close(descriptor)  # swept away before it was locked
+
+
 def sweep(folder: Path) -> None:
-    """Clear away what a kill has left of unfinished writes, in a folder where nobody else writes now."""
+    """Remove the temporary files of killed processes; those that somebody writes just now are locked, and stay."""
     for part in folder.glob(PARTS):
-        part.unlink(missing_ok=True)
+        try:
+            with part.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink(missing_ok=True)
+        except OSError:  # in use, gone already, or not ours to remove
+            continue
 
 
 def check_suffix(path: str | Path) -> Path:
@@ -119,6 +136,7 @@ def open_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as file:
             file.write(b"\0" * 4096)
+        sweep(out)
     except OSError as error:
         raise InputError(
             f"{out}: cannot be written ({error.strerror or error}); give a writable folder with free space as --out"
@@ -147,7 +165,17 @@ def save_tensors(
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**entries, _HEADER: canonical_json(header), DIGEST: content_sha256(tensors, header)}
-    write_whole(path, safetensors.torch.save(tensors, metadata))
+    write_whole(path, _in_order(safetensors.torch.save(tensors, metadata)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with sorted metadata, which the library writes in an order that differs from call to call."""
+    size = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8 : 8 + size])
+    head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

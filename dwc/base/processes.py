@@ -1,6 +1,7 @@
 """Detached processes that hold a lock while they live, so that they can be found and ended by it."""
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -11,7 +12,10 @@ from typing import Any
 from dwc.base.errors import InputError
 from dwc.base.locks import held, hold
 
-__all__ = ["end", "start_once"]
+__all__ = ["end", "rotate", "start_once"]
+
+_LOG_BYTES = 10_000_000
+_OLD_LOGS = 3
 
 
 def start_once(words: Sequence[str | Path], lock: Path, log: Path, **options: Any) -> subprocess.Popen | None:
@@ -37,6 +41,7 @@ def start_once(words: Sequence[str | Path], lock: Path, log: Path, **options: An
     if descriptor is None:
         return None
     try:
+        rotate(log)
         output = log.open("ab")
     except OSError as error:
         os.close(descriptor)
@@ -66,6 +71,21 @@ def end(lock: Path, patience_s: float) -> None:
                 os.killpg(pid, number)
         with held(lock, patience_s):
             pass
+
+
+def rotate(log: Path) -> None:
+    """Move the content of a log of more than 10 MB to `<log>.1`, and older ones up to `<log>.3`.
+
+    The file itself is emptied, not renamed: a process that appends to it goes on with the same file.
+    """
+    if not log.is_file() or log.stat().st_size <= _LOG_BYTES:
+        return
+    for number in range(_OLD_LOGS, 1, -1):
+        older = log.with_name(f"{log.name}.{number - 1}")
+        if older.exists():
+            os.replace(older, log.with_name(f"{log.name}.{number}"))
+    shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+    os.truncate(log, 0)
 
 
 def _note(descriptor: int, pid: int) -> None:

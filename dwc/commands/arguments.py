@@ -196,5 +196,9 @@ def _in_short(message: str, parser: ArgumentParser) -> str:
 
 def _flag(name: str, parser: ArgumentParser) -> str:
     """How a person gives a parameter: as a flag, or by its place."""
+    step, _, rest = name.partition(".")
+    for action in parser._actions:
+        if isinstance(action.choices, Mapping) and step in action.choices:
+            return _flag(rest, action.choices[step])
     flags = [option for action in parser._actions if action.dest == name for option in action.option_strings]
     return flags[0].replace("_", "-") if flags else name.upper()

@@ -1,16 +1,18 @@
 """`dwc consolidate`: sites' posterior files and their prior in, one posterior file out."""
 
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import Namespace
 
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, printable
 from dwc.commands.arguments import new_parser, parse
 
 if TYPE_CHECKING:
     from dwc.consolidation import Consolidation, LayerWeight
+    from dwc.influence import Influence
 
 __all__ = ["main"]
 
@@ -32,6 +34,15 @@ def main(arguments: Sequence[str]) -> None:
         help="lambda > 0 in prior^(1 - S lambda) prod_s q_s^lambda: 1 is Eq. 17, 1/S the geometric mean of S sites; "
         "auto: the best on the organization's held-out scans, see --data",
     )  # fmt: skip
+    parser.add_argument(
+        "--max_influence", type=float | None, default=None,
+        help="limit each site's precision and pull on the means to this multiple of the median site's, with three "
+        "sites or more; a server's default is 3",
+    )  # fmt: skip
+    parser.add_argument("--trusted", type=Path | None, default=None, help="folder of public keys; others are refused")
+    parser.add_argument(
+        "--leave_one_out", type=bool, default=False, help="with --temper auto: also score the result without each site"
+    )
     parser.add_argument("--data", type=Path | None, default=None, help="for --temper auto: the organization's manifest")
     parser.add_argument(
         "--validation_sub_volumes", type=int, default=256, help="for --temper auto: maximum number of sub-volumes"
@@ -47,23 +58,52 @@ def main(arguments: Sequence[str]) -> None:
 
     from dwc.base.files import check_suffix  # here, so that help is quick
     from dwc.consolidation import Consolidation
+    from dwc.influence import limit_powers, measure, verdicts
     from dwc.posterior import Posterior
+    from dwc.signing import TrustedKeys
 
     out = check_suffix(values.out)
     choose = _chooser(values) if values.temper == "auto" else None
     if choose is None and values.data is not None:
         raise InputError(f"`data` {values.data}: is for `temper` auto only; leave it out or give `temper` auto")
-    consolidation = Consolidation(Posterior.load(values.prior)).tempered(1.0 if choose else values.temper)
+    if values.leave_one_out and choose is None:
+        raise InputError("`leave_one_out`: needs the organization's scans; give `temper` auto and `data`")
+    prior = Posterior.load(values.prior)
+    consolidation = Consolidation(prior).tempered(1.0 if choose else values.temper)
     earlier = {prior.sha256: prior for prior in map(Posterior.load, values.earlier)}
-    for path in values.sites:
+    trusted = TrustedKeys(values.trusted) if values.trusted else None
+
+    def load(path: Path) -> tuple[Posterior, Posterior | None]:
+        """A site, and its prior if that is an earlier one."""
         site = Posterior.load(path)
-        consolidation.add(site, prior=earlier.get(str(site.metadata.get("prior_sha256"))))
+        if trusted:
+            trusted.signer(site)
+        return site, earlier.get(str(site.metadata.get("prior_sha256")))
+
+    influences = []
+    for path in values.sites:  # twice, so that one site at a time is in memory
+        site, its_prior = load(path)
+        Consolidation(prior).add(site, prior=its_prior)  # refuses what does not belong before it is measured
+        influences.append(measure(site, its_prior or prior))
+    powers = limit_powers(influences, values.max_influence)
+    entered = [path for path, power in zip(values.sites, powers, strict=True) if power > 0]
+    for path, power in zip(values.sites, powers, strict=True):
+        site, its_prior = load(path)
+        if power > 0:
+            consolidation.add(site, prior=its_prior, power=power)
     for path in values.without:
-        consolidation.remove(Posterior.load(path))
+        site, its_prior = load(path)
+        consolidation.remove(site, prior=its_prior)
     if choose:
-        consolidation = consolidation.tempered(choose(consolidation))
+        consolidation = consolidation.tempered(choose(consolidation, entered))
     posterior = consolidation.posterior(str(out))
     posterior.save(out)
+    names = [str(path) for path in values.sites]
+    judged = dict(zip(names, influences, strict=True))
+    for name, verdict in verdicts(judged).items():
+        print(printable(f"{name}: {verdict}"))
+    _warn(_doubts(judged, dict(zip(names, powers, strict=True))))
+    _warn(f"{out}: {name}: fp32 rounds {n} means by over 0.1 sigma" for name, n in posterior.coarse().items())
     print(_table(consolidation.report()))
     print(
         f"{out}  ({consolidation.n_sites} sites, {posterior.metadata['n_volumes']} volumes, "
@@ -71,13 +111,15 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
-def _chooser(values: Namespace) -> "Callable[[Consolidation], float]":
+def _chooser(values: Namespace) -> "Callable[[Consolidation, Sequence[Path]], float]":
     """The function that chooses lambda; what it needs is checked here, before the first site is read."""
     from dwc import tempering
     from dwc.base.devices import choose_device
     from dwc.data.cache import prepare
     from dwc.data.manifest import has_split_column
     from dwc.evaluation import scans_to_score
+    from dwc.meshnet import MeshNet
+    from dwc.posterior import Posterior
     from dwc.prediction import load_networks
 
     if values.data is None:
@@ -93,7 +135,7 @@ def _chooser(values: Namespace) -> "Callable[[Consolidation], float]":
         )
     scans = scans_to_score(values.data, [prior])
 
-    def choose(consolidation: "Consolidation") -> float:
+    def choose(consolidation: "Consolidation", sites: Sequence[Path]) -> float:
         data = prepare(
             scans, organization.label_map, organization.grid, values.cache_dir or values.out.parent / "cache"
         )
@@ -101,9 +143,37 @@ def _chooser(values: Namespace) -> "Callable[[Consolidation], float]":
             consolidation, data, at_most=values.validation_sub_volumes, device=device
         )
         print(tempering.format_scores(scores, chosen))
+        if values.leave_one_out:
+            with_all = max(score.log_likelihood for score in scores[1:])
+            own = (Posterior.load(path) for path in sites if path not in values.without)
+            for site, rest in consolidation.tempered(chosen).leave_one_out(own):
+                network = MeshNet.from_posterior(rest)
+                without, _ = tempering.score_network(
+                    network, data, at_most=values.validation_sub_volumes, device=device
+                )
+                verdict = "better without it" if without > with_all else "worse without it"
+                print(f"log-likelihood {without:.5f} without {site.name}: {verdict}")
         return chosen
 
     return choose
+
+
+def _doubts(influences: "Mapping[str, Influence]", powers: Mapping[str, float]) -> Iterator[str]:
+    """What a person should look at before the result is used, one line each."""
+    from dwc.influence import warnings_about
+
+    warnings = warnings_about(influences)
+    for site in influences:
+        yield from (f"{site}: {line}" for line in warnings.get(site, ()))
+        if powers[site] == 0:
+            yield f"{site}: is left out, its influence is far above the limit"
+        elif powers[site] < 1:
+            yield f"{site}: enters with power {powers[site]:.3g}, its influence is above the limit"
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(printable(f"dwc: warning: {line}"), file=sys.stderr)
 
 
 def _table(rows: "Iterable[LayerWeight]") -> str:

@@ -63,7 +63,14 @@ def _agreement(path: Path) -> "Project":
 
     if not path.is_file():
         raise InputError(f"{path}: no such file; docs/federated.md describes it")
-    return from_file(Project, path, lambda entries: {**entries, "prior": path.absolute().parent / entries["prior"]})
+    folder = path.absolute().parent
+
+    def resolve(entries: dict[str, Any]) -> dict[str, Any]:
+        """Paths relative to the file."""
+        names = [name for name in ("prior", "trusted") if entries[name] is not None]
+        return {**entries, **{name: folder / entries[name] for name in names}}
+
+    return from_file(Project, path, resolve)
 
 
 def _serve_arguments(parser: ArgumentParser) -> None:
@@ -80,23 +87,74 @@ def _serve(values: Namespace) -> None:
 
 
 def _amend_arguments(parser: ArgumentParser) -> None:
-    """Change the sites, rounds, quorum, grace_hours or answer_timeout_s of a running cycle."""
-    parser.add_argument("kit", type=Path, help="the server's start-up kit; its server may be running")
-    parser.add_argument("project", type=Path, help="the new project.yml")
+    """Change a cycle under way: its project.yml, or what sites have contributed; its server may be running."""
+    parser.add_argument("kit", type=Path, help="the server's start-up kit")
+    parser.add_argument("project", type=Path | None, nargs="?", default=None, help="the new project.yml")
+    parser.add_argument("--drop", type=str | None, default=None, help="take out a posterior, as north/1: site/round")
+    parser.add_argument("--reopen", type=int | None, default=None, help="open this closed round again")
+    parser.add_argument("--recompute", type=int | None, default=None, help="consolidate this closed round again, now")
+    parser.add_argument("--ban", type=str | None, default=None, help="ignore this site from now on")
+    parser.add_argument("--allow", type=str | None, default=None, help="listen to this banned site again")
 
 
 def _amend(values: Namespace) -> None:
     from dwc.base.locks import held
+    from dwc.federated import corrections
     from dwc.federated.cycle import Cycle
-    from dwc.federated.exchange import folder_in
+    from dwc.federated.project import folder_in
     from dwc.federated.service import pass_limit
 
-    kit, project = values.kit.absolute(), _agreement(values.project)
+    kit = values.kit.absolute()
+    project = _agreement(values.project) if values.project else None
+    dropped = _site_and_round(values.drop) if values.drop else None
+    asked = (project, dropped, values.reopen, values.recompute, values.ban, values.allow)
+    if not any(one is not None for one in asked):
+        raise InputError("nothing to do: give project.yml, `drop`, `reopen`, `recompute`, `ban` or `allow`")
     with held(folder_in(kit) / "lock", pass_limit(kit)) as alone:
         if not alone:
             raise InputError(f"{kit}: a pass over the sites has not ended; try again")
-        Cycle(folder_in(kit)).amend(project)
+        cycle = Cycle(folder_in(kit))
+        if project is not None:
+            cycle.amend(project)
+        if values.ban is not None:
+            corrections.ban(cycle, values.ban)
+        if values.allow is not None:
+            corrections.allow(cycle, values.allow)
+        if dropped is not None:
+            corrections.drop(cycle, *dropped)
+        if values.reopen is not None:
+            corrections.reopen(cycle, values.reopen)
+        if values.recompute is not None:
+            corrections.recompute(cycle, values.recompute)
     _print_state(kit)
+
+
+def _site_and_round(text: str) -> tuple[str, int]:
+    site, _, number = text.partition("/")
+    if not number.isdecimal():
+        raise InputError(f"`drop` {text}: give a site and a round, as north/1")
+    return site, int(number)
+
+
+def _prune_arguments(parser: ArgumentParser) -> None:
+    """Delete files of past rounds that nothing needs any more, at the server or at a site."""
+    parser.add_argument("kit", type=Path, help="the start-up kit")
+
+
+def _prune(values: Namespace) -> None:
+    from dwc.base.locks import held
+    from dwc.federated import corrections
+    from dwc.federated.cycle import Cycle
+    from dwc.federated.project import folder_in
+    from dwc.federated.spool import Spool
+
+    folder = folder_in(values.kit.absolute())
+    with held(folder / "lock", 60.0) as alone:
+        if not alone:
+            raise InputError(f"{values.kit}: is busy; try again")
+        at_site = (values.kit / "startup" / "fed_client.json").is_file()
+        freed = Spool(folder).prune() if at_site else corrections.prune(Cycle(folder))
+    print(f"{freed / 1e6:.1f} MB freed")
 
 
 def _join_arguments(parser: ArgumentParser) -> None:
@@ -111,12 +169,13 @@ def _join_arguments(parser: ArgumentParser) -> None:
         help="program that runs a training and lasts as long, as [sbatch, --wait, /srv/job.sh]; default: dwc train",
     )  # fmt: skip
     parser.add_argument("--again", type=bool, default=False, help="allow scans that have counted in an earlier round")
+    parser.add_argument("--key", type=Path | None, default=None, help="private key that signs the site's posteriors")
 
 
 def _join(values: Namespace) -> None:
     from dwc.base.devices import choose_device
     from dwc.base.files import write_whole
-    from dwc.federated.exchange import folder_in
+    from dwc.federated.project import folder_in
     from dwc.federated.provisioning import TRAINING
     from dwc.federated.service import join
     from dwc.federated.spool import Spool
@@ -133,12 +192,13 @@ def _join(values: Namespace) -> None:
         if values.command is None:  # another program may run on other devices
             choose_device(settings.device)
         words += ["--config", str(folder / "own.yml")]
-        Spool.create(folder, words, values.command, scans=scans, again=values.again)
+        key = values.key and values.key.absolute()
+        Spool.create(folder, words, values.command, scans=scans, again=values.again, key=key)
         # As resolved here, so that relative paths stay right in the trainer's folder.
         resolved = {name: value for name, value in settings.to_json().items() if name in own}
         write_whole(folder / "own.yml", yaml.safe_dump(resolved).encode())
-    elif values.settings or values.command or values.again:
-        raise InputError("`settings`, `command` and `again` go with `data`; give the manifest of the site's scans too")
+    elif values.settings or values.command or values.again or values.key:
+        raise InputError("`settings`, `command`, `again` and `key` go with `data`; give the manifest too")
     Spool(folder)
     join(kit)
 
@@ -195,7 +255,7 @@ def _status_arguments(parser: ArgumentParser) -> None:
 
 
 def _status(values: Namespace) -> None:
-    from dwc.federated.exchange import folder_in
+    from dwc.federated.project import folder_in
     from dwc.federated.server_state import read_state
 
     if values.json:
@@ -205,7 +265,7 @@ def _status(values: Namespace) -> None:
 
 
 def _print_state(kit: Path) -> None:
-    from dwc.federated.exchange import folder_in
+    from dwc.federated.project import folder_in
     from dwc.federated.server_state import describe, read_state
 
     print(describe(read_state(folder_in(kit))), flush=True)
@@ -234,6 +294,7 @@ _STEPS: dict[str, tuple[Callable[[ArgumentParser], None], Callable[[Namespace], 
     "init": (_init_arguments, _init),
     "serve": (_serve_arguments, _serve),
     "amend": (_amend_arguments, _amend),
+    "prune": (_prune_arguments, _prune),
     "join": (_join_arguments, _join),
     "status": (_status_arguments, _status),
     "round": (_round_arguments, _round),

@@ -21,6 +21,7 @@ from dwc.federated.server_state import VERSION, n_expected, quorum_since, read_s
 from dwc.federated.wire import ANSWER, check, digest
 from dwc.influence import Influence, limit_powers
 from dwc.posterior import Posterior
+from dwc.signing import TrustedKeys
 
 __all__ = ["Cycle"]
 
@@ -57,6 +58,8 @@ class Cycle:
         """Open round 1 from the project's prior, in a new folder."""
         prior = Posterior.load(project.prior)
         Consolidation(prior)  # refuses a MAP network
+        if project.trusted is not None:
+            TrustedKeys(project.trusted)
         if (folder / "state.json").exists():
             raise InputError(f"{folder / 'state.json'}: a cycle has begun here; give another folder")
         open_folder(folder)
@@ -170,6 +173,17 @@ class Cycle:
             return False
         return self._publish(number, waiting)
 
+    def close(self) -> None:
+        """Close the open round now, whatever its quorum."""
+        number = self.round or self.project["rounds"]
+        waiting = [row for row in self.state["posteriors"] if row["counted_in"] is None]
+        self._publish(number, waiting)
+
+    def record(self, act: str, **about: Any) -> None:
+        """Record an act of the organizer and write the state."""
+        self.state["acts"].append({"at": _now(self.state).isoformat(), "act": act, **about})
+        write_state(self.folder, self.state)
+
     def note(self, trouble: list[str]) -> None:
         """Keep the problems of a pass, for `describe`."""
         if trouble != self.state["trouble"]:
@@ -247,12 +261,12 @@ class Cycle:
             os.replace(incoming, self.folder / row["file"])
             self.state["posteriors"].append(row)
         except Refused as error:
-            self._refuse(row, str(error))
+            self.refuse(row, str(error))
         finally:
             incoming.unlink(missing_ok=True)
 
-    def _refuse(self, row: Mapping[str, Any], reason: str) -> None:
-        """Record a refusal; the site is told with the next question."""
+    def refuse(self, row: Mapping[str, Any], reason: str) -> None:
+        """Note a refusal, written with the next change; the site is told with the next question."""
         kept = ("site", "file_sha256", "received", "bytes")
         self.state["refused"].append({**{name: row[name] for name in kept if name in row}, "reason": reason})
         earlier = [other for other in self.state["refused"] if other["site"] == row["site"]]
@@ -269,12 +283,15 @@ class Cycle:
             number = self._round_of(posterior)
             row = {"round": number, "prior_sha256": posterior.metadata["prior_sha256"], "sha256": posterior.sha256}
         prior = self._prior(number)
+        trusted = self.project["trusted"] and TrustedKeys(Path(self.project["trusted"]))
         others = {
             other["site"]: Influence.from_json(other["influence"])
             for other in self.state["posteriors"]
             if other["round"] == number and other["site"] != site and other.get("influence")
         }
         with blamed_on(site, incoming):
+            if trusted:
+                trusted.require(posterior, site)
             self._check_once(site, row, posterior)
             return row | admit(posterior, prior, others, self.project["temper"])
 

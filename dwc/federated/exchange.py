@@ -24,21 +24,17 @@ from nvflare.fuel.utils import fobs
 from dwc.base.errors import InputError, one_line
 from dwc.base.locks import held
 from dwc.federated.cycle import Cycle
+from dwc.federated.project import folder_in
 from dwc.federated.spool import Spool
 from dwc.federated.wire import ASK, GIVE
 
-__all__ = ["ALLOWED", "FOLDER", "SERVER", "Exchange", "Site", "folder_in"]
+__all__ = ["ALLOWED", "FOLDER", "SERVER", "Exchange", "Site"]
 
 ALLOWED = ("dwc.federated.exchange.Exchange", "dwc.federated.exchange.Site")
 FOLDER = "DWC_FEDERATED"  # environment variable: a folder with one folder per participant, instead of the kits
 SERVER = "server"
 _LOOK_S = 0.1
 _MAX_SENDING = 10  # priors at a time: a thousand would share the server's link, and none would arrive in time
-
-
-def folder_in(kit: Path) -> Path:
-    """The folder in a start-up kit that holds a participant's part of the cycle."""
-    return kit / "cycle"
 
 
 class Exchange(Controller):

@@ -62,7 +62,7 @@ def simulate(settings: SimulationSettings) -> None:
     ]
     project = Project(
         "simulation", "localhost", names, _first_prior(settings), rounds=settings.rounds, temper=settings.temper,
-        training=settings.training(),
+        max_influence=settings.max_influence, training=settings.training(),
     )  # fmt: skip
     books = settings.out / "books"
     cycle = Cycle.create(books / SERVER, project)

@@ -12,7 +12,7 @@ from dwc.base.errors import InputError
 from dwc.base.settings import Settings
 from dwc.training.settings import TrainSettings
 
-__all__ = ["OWN", "Project"]
+__all__ = ["OWN", "Project", "folder_in"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")  # valid in a certificate, as a host and as a file name
 _LOCAL = ("mode", "data", "out", "prior", "init", "cache_dir", "workers", "device", "stream")
@@ -106,3 +106,8 @@ class Project(Settings):
             TrainSettings(mode="vcl", data=Path("data"), out=Path("run"), prior=self.prior, **self.training)
         except InputError as error:
             raise InputError(f"`training`: {str(error).replace('`', '')}") from error
+
+
+def folder_in(kit: Path) -> Path:
+    """The folder in a start-up kit that holds a participant's part of the cycle."""
+    return kit / "cycle"

@@ -4,6 +4,9 @@ FLARE's provisioning writes them; added are certificates that outlast a study, t
 of the shared training settings. The certificate authority is kept, so that kits of later sites invalidate no others.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,7 @@ from dwc.base.errors import InputError
 from dwc.base.files import open_folder, write_whole
 from dwc.consolidation import Consolidation
 from dwc.federated.cycle import Cycle
-from dwc.federated.exchange import folder_in
-from dwc.federated.project import Project
+from dwc.federated.project import Project, folder_in
 from dwc.posterior import Posterior
 
 __all__ = ["FIRST", "TRAINING", "LastingCertificates", "provision"]
@@ -54,7 +56,9 @@ def provision(project: Project, out: Path) -> Path:
     flare = _flare_project(project)
     write_whole(out / "flare.yml", yaml.safe_dump(flare, sort_keys=False).encode())
     log = _Log()
-    context = Provisioner(str(out), prepare_builders(flare)).provision(prepare_project(flare), logger=log)
+    with _private_files():
+        context = Provisioner(str(out), prepare_builders(flare)).provision(prepare_project(flare), logger=log)
+    _make_private(out / project.name)
     if context.get(CtxKey.BUILD_ERROR):
         raise InputError(f"{out / 'flare.yml'}: FLARE's provisioning failed: {'; '.join(log.errors)}")
     kits = Path(context.get_result_location())
@@ -100,6 +104,25 @@ def _flare_project(project: Project) -> dict[str, Any]:
         "participants": participants,
         "builders": [{"path": path, "args": arguments} for path, arguments in builders.items()],
     }
+
+
+@contextmanager
+def _private_files() -> Iterator[None]:
+    """Files made in the block can be read by their owner only; FLARE writes the authority's key like any other file."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _make_private(folder: Path) -> None:
+    """Close folders and keys that an earlier version left readable to others."""
+    for path in (folder, folder / "state", *folder.glob("prod_*"), *folder.glob("prod_*/*")):
+        if path.is_dir():
+            path.chmod(0o700)
+    for path in (*folder.glob("state/*"), *folder.glob("prod_*/*/startup/*.key")):
+        path.chmod(0o600)
 
 
 class _Log:

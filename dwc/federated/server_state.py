@@ -11,7 +11,7 @@ from typing import Any
 from dwc.base.errors import InputError, one_line
 from dwc.base.files import write_whole
 from dwc.federated.project import Project
-from dwc.influence import Influence, warnings_about
+from dwc.influence import Influence, verdicts, warnings_about
 
 __all__ = ["VERSION", "describe", "n_expected", "quorum_since", "read_state", "steady_time", "write_state"]
 
@@ -26,6 +26,7 @@ _ROWS: dict[str, dict[str, tuple[type, ...]]] = {
         "counted_in": (int, type(None)),
     },
     "refused": {"site": (str,), "reason": (str,), "file_sha256": (str,)},
+    "acts": {"at": (str,), "act": (str,)},
 }  # fmt: skip
 _SITE: dict[str, tuple[type, ...]] = {"state": (str,), "round": (int,), "heard": (str, type(None))}
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -78,8 +79,9 @@ def describe(state: Mapping[str, Any]) -> str:
         if site in state["banned"]:
             heard = f"banned; {heard}"
         lines.append(f"  {site:<{width}}  {heard}; posteriors in: {', '.join(entered) or 'none'}")
+    lines += [f"the organizer: {_act(act)}" for act in state["acts"]]
     lines += _limited(state)
-    lines += _warnings(state)
+    lines += _judged(state)
     lines += [
         f"damaged: {row['file']}, {row['site']} sends it again" for row in state["posteriors"] if "damaged" in row
     ]
@@ -120,6 +122,11 @@ def _boot() -> str:
         return ""
 
 
+def _act(act: Mapping[str, Any]) -> str:
+    about = [f"{name} {str(value)[:20]}" for name, value in act.items() if name not in ("act", "at")]
+    return f"{act['act']} {', '.join(about)} at {act['at']}"
+
+
 def _limited(state: Mapping[str, Any]) -> list[str]:
     lines = []
     for row in state["posteriors"]:
@@ -134,13 +141,14 @@ def _limited(state: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _warnings(state: Mapping[str, Any]) -> list[str]:
-    """Suspicions about the posteriors of the newest round that has any."""
+def _judged(state: Mapping[str, Any]) -> list[str]:
+    """Verdicts and warnings about the posteriors of the newest round that has any."""
     rows = [row for row in state["posteriors"] if row.get("influence")]
     newest = max((row["round"] for row in rows), default=0)
     influences = {row["site"]: Influence.from_json(row["influence"]) for row in rows if row["round"] == newest}
+    lines = [f"round {newest}: {site} {line}" for site, line in verdicts(influences).items()]
     found = warnings_about(influences)
-    return [f"warning: {site} in round {newest}: {line}" for site, lines in found.items() for line in lines]
+    return lines + [f"warning: {site} in round {newest}: {line}" for site, own in found.items() for line in own]
 
 
 def _from_version_3(state: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from uuid import UUID
 from dwc.base.errors import InputError, Interrupted
 from dwc.base.files import write_whole
 from dwc.base.locks import held
-from dwc.base.processes import end, start_once
-from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, folder_in
+from dwc.base.processes import end, rotate, start_once
+from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site
+from dwc.federated.project import folder_in
 from dwc.federated.server_state import read_state
 
 __all__ = ["admin_kit_of", "configure", "join", "make_pass", "pass_limit", "serve", "write_job"]
@@ -56,6 +57,7 @@ def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
                     time.sleep(1)
                     if keep():  # FLARE was restarted: the job that the pass waits for will never end
                         break
+            rotate(kit / "engine.log")
             _clear_runs(kit)
             _clear_runs(kit / "store" / "jobs")
             while time.monotonic() < began + every_s:
@@ -75,6 +77,7 @@ def join(kit: Path) -> None:
             return
         while True:
             keep()
+            rotate(kit / "engine.log")
             _clear_runs(kit)
             time.sleep(_LOOK_S)
 

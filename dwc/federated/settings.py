@@ -46,6 +46,8 @@ class SimulationSettings(OptimizerSettings, NetworkSettings):
     temper
         lambda of the consolidation, as in project.yml. 1 is Eq. 17; after trainings as short as these it adds the
         sites' shifts up, and 1 over the number of sites averages them.
+    max_influence
+        Limit of a site's influence, as in project.yml; null switches it off.
     pause_s
         Seconds from one pass over the sites to the next.
     limit_s
@@ -73,6 +75,7 @@ class SimulationSettings(OptimizerSettings, NetworkSettings):
     steps: int = 60
     batch_size: int = 2
     temper: float = 1.0
+    max_influence: float | None = 3.0
     pause_s: float = 1.0
     limit_s: float = 7200.0
     plan_sites: list[int] = field(default_factory=lambda: [10, 100, 1000])
@@ -82,7 +85,7 @@ class SimulationSettings(OptimizerSettings, NetworkSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("sites", "rounds", "n_train", "n_test", "steps", "batch_size")
-        self._require_positive("temper", "limit_s", "link_mbit_s")
+        self._require_positive("temper", "max_influence", "limit_s", "link_mbit_s")
         self._require("pause_s", self.pause_s >= 0, "give 0 or more")
         self._require("seed", self.seed >= 0, "give 0 or more")
         self._require("grid_size", self.grid_size % 32 == 0, "give a multiple of 32 voxels")

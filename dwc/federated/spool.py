@@ -21,14 +21,16 @@ import yaml
 from dwc.base.errors import InputError
 from dwc.base.files import open_folder, sweep, write_whole
 from dwc.base.locks import held
-from dwc.base.processes import start_once
+from dwc.base.processes import rotate, start_once
 from dwc.data.cache import digest_of_scans
 from dwc.data.manifest import Scan, as_csv
 from dwc.federated.wire import QUESTION, check, digest
 from dwc.posterior import Posterior
+from dwc.signing import sign
 
 __all__ = ["TRAINER", "Spool", "stream_of"]
 
+_KEPT = ("task.json", "scans.json", "refused", "given-up", "trainer.lock")  # of a round, by `Spool.prune`
 TRAINER = (sys.executable, "-m", "dwc.train")
 
 
@@ -67,6 +69,7 @@ class Spool:
         *,
         scans: Sequence[Scan] = (),
         again: bool = False,
+        key: Path | None = None,
     ) -> "Spool":
         """Make the folder, or change what future rounds are trained on.
 
@@ -83,6 +86,8 @@ class Spool:
             Training and test scans of the site; training images are read once, for their digests.
         again : bool
             Allow rounds on scans that have counted before.
+        key : Path, optional
+            Private key to sign posteriors with, see `dwc.signing`.
         """
         open_folder(folder)
         to_train = [
@@ -99,7 +104,7 @@ class Spool:
             data = str(folder / f"scans-{digest(manifest)[:12]}.csv")
             write_whole(data, manifest)
         site: dict[str, Any] = {"command": list(command or TRAINER), "arguments": list(arguments)}
-        site |= {"data": data, "scans": known, "again": again}
+        site |= {"data": data, "scans": known, "again": again, "key": None if key is None else str(key)}
         write_whole(folder / "site.yml", yaml.safe_dump(site, sort_keys=False).encode())
         return cls(folder)
 
@@ -111,9 +116,27 @@ class Spool:
                 return _answer("idle", question)
             for place in (self.folder, *self._tasks()):
                 sweep(place)
+                rotate(place / "trainer.log")
             if "prior" in question:
                 self._take(question)
             return self._next(question)
+
+    def prune(self) -> int:
+        """Delete what finished rounds no longer need, checkpoints above all; returns the bytes freed.
+
+        Kept are the posteriors and the digests of the scans, by which counted scans and settled rounds are known.
+        """
+        freed = 0
+        for task in self._tasks():
+            posterior = task / "run" / "posterior.safetensors"
+            with held(task / "trainer.lock") as ended:
+                if not ended or not posterior.exists():
+                    continue
+                keep = {posterior, *(task / name for name in _KEPT)}
+                for path in [path for path in task.rglob("*") if path.is_file() and path not in keep]:
+                    freed += path.stat().st_size
+                    path.unlink()
+        return freed
 
     def _next(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Work on the oldest round that is not settled, or ask for the open round's prior."""
@@ -126,6 +149,7 @@ class Spool:
                 if not (task / "run").exists() and self._lacks_scans():
                     return _answer("no scans", key)
                 return _answer(self._train(task), key)
+            self._sign(path)
             content = path.read_bytes()
             if (reason := question["settled"].get(digest(content))) is None:
                 return _answer("trained", key) | {"posterior": content}
@@ -135,6 +159,13 @@ class Spool:
         if not wanted:
             return _answer("idle", question)
         return _answer("no scans" if self._lacks_scans() else "no prior", question)
+
+    def _sign(self, path: Path) -> None:
+        """Sign a posterior with the site's key, unless it is signed."""
+        if key := self.site.get("key"):
+            posterior = Posterior.load(path)
+            if not posterior.signature:
+                sign(posterior, Path(key)).save(path)
 
     def _lacks_scans(self) -> bool:
         """Whether a round that began now would count scans twice, without `again`."""

@@ -82,6 +82,9 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
         ranks.barrier()  # before any rank writes where another still looks
         open_folder(settings.out)
         with _alone_in(settings.out):
+            ranks.barrier()
+            # Again: another run may have been in the folder between the checks and the lock.
+            specification, checkpoint = resolve(settings, resume=resume)
             check_before_training(
                 [*specification.train_scans, *specification.test_scans],
                 specification.label_map, specification.grid, specification.cache_dir,

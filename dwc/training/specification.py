@@ -147,6 +147,23 @@ class RunSpecification:
                 f"{self.settings.out} began with; give the same scans, or another `out` to start anew"
             )
 
+    def check_config(self) -> None:
+        """Refuse to start over, without a checkpoint, in the folder of a run with other settings or with a result."""
+        out = self.settings.out
+        if (out / "posterior.safetensors").exists():
+            raise InputError(f"{out}: has a posterior but no checkpoint to resume from; give another `out`")
+        if not (out / "config.yaml").exists():
+            return
+        begun_with = _read_config(out / "config.yaml")
+        ours = self.settings.to_json()
+        differing = [
+            f"{name} {begun_with[name]!r}, now {ours[name]!r}"
+            for name in ours.keys() - _FREE
+            if name in begun_with and begun_with[name] != ours[name]
+        ]
+        if differing:
+            raise InputError(f"{out}: the run was started with {'; '.join(sorted(differing))}; give another `out`")
+
     def write_config(self) -> None:
         """Write the run folder's config.yaml and remove unfinished files that a killed run has left."""
         text = yaml.safe_dump(self.settings.to_json(), sort_keys=False)
@@ -176,6 +193,8 @@ def resolve(settings: TrainSettings, *, resume: bool = False) -> tuple[RunSpecif
     _check_base(specification)
     _check_split(specification)
     specification.check_resumes(checkpoint)
+    if resume and checkpoint is None:
+        specification.check_config()
     return specification, checkpoint
 
 
@@ -187,6 +206,16 @@ def labelled_scans(settings: TrainSettings) -> tuple[list[Scan], list[Scan]]:
     if not train_scans:
         raise InputError(f"{settings.data}: has no scan to train on; set split to train for some")
     return train_scans, test_scans
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read; give another `out`") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds no settings; give another `out`")
+    return values
 
 
 def _check_folder(out: Path, *, resume: bool) -> None:

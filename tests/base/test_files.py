@@ -1,12 +1,15 @@
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from dwc.base import files
 from dwc.base.errors import InputError
-from dwc.base.files import check_suffix, load_tensors, save_tensors, write_whole
+from dwc.base.files import check_suffix, load_tensors, open_folder, save_tensors, sweep, write_whole
 
 
 def test_tensors_and_header_come_back_as_they_were(tmp_path):
@@ -60,3 +63,33 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path, name, wor
     (tmp_path / "dir.safetensors").mkdir()
     with pytest.raises(InputError, match=words):
         check_suffix(tmp_path / name)
+
+
+def test_sweeping_removes_what_a_kill_left_and_not_what_is_being_written(tmp_path):
+    """As when two processes write into one folder: the second one's start must not break the first one's write."""
+    (tmp_path / ".old.csv.x.part").write_bytes(b"half")
+    descriptor, part = files._new_part(tmp_path / "new.csv")
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [Path(part).name]
+    os.close(descriptor)
+    open_folder(tmp_path)  # what every command does with its output folder
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_flipped_bit_anywhere_in_the_tensors_is_seen(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"a": torch.arange(3.0), "b": torch.tensor([1, 2], dtype=torch.int64)}, {"n": 1})
+    content = path.read_bytes()
+    head = 8 + int.from_bytes(content[:8], "little")
+    for bit in range(8 * head, 8 * len(content)):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises(InputError, match="was altered after it was written"):
+            load_tensors(path)
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    for number in range(20):  # the library keeps metadata in a map whose order differs from call to call
+        save_tensors(tmp_path / f"{number}", {"a": torch.ones(3)}, {"n": 1}, signature="s", other="o")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1

@@ -5,11 +5,13 @@ import re
 import shutil
 
 import pytest
+import torch
 
 from dwc.cli import main
 from dwc.consolidation import consolidate
 from dwc.posterior import Posterior
 from dwc.tempering import temper_grid
+from tests.made_posteriors import HEADER, a_prior, a_site
 
 pytest_plugins = ["tests.tiny_runs"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,3 +134,100 @@ def test_a_consolidated_prior_without_a_split_column_asks_for_one(networks, sett
     assert main([*words, "--temper", "auto", "--data", without_split(settings, tmp_path)]) == 2
     assert "has no split column" in capsys.readouterr().err
     assert main([*words, "--temper", "auto", "--data", str(settings.data)]) == 0
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Files of a made-up prior and of sites trained from it; `make(name, site)` adds one."""
+    a_prior().save(tmp_path / "prior.safetensors")
+
+    def make(name: str, site: Posterior) -> str:
+        site.save(tmp_path / f"{name}.safetensors")
+        return str(tmp_path / f"{name}.safetensors")
+
+    files = [make(name, a_site(a_prior(), seed)) for seed, name in enumerate("abcd")]
+    words = ["--prior", str(tmp_path / "prior.safetensors"), "--out", str(tmp_path / "out.safetensors")]
+    return make, ["consolidate", *files], words
+
+
+def scaled(seed: int, mu: float, sigma: float) -> Posterior:
+    site, prior = a_site(a_prior(), seed), a_prior()
+    means = {name: prior.mu[name] + mu * (mean - prior.mu[name]) for name, mean in site.mu.items()}
+    return Posterior(means, {name: sigma * width for name, width in site.sigma.items()}, site.metadata)
+
+
+def test_honest_sites_are_consolidated_without_a_word_of_warning_and_the_limit_changes_no_bit(made, tmp_path, capsys):
+    _, sites, words = made
+    assert main([*sites, *words]) == 0
+    assert "warning" not in capsys.readouterr().err
+    plain = (tmp_path / "out.safetensors").read_bytes()
+    assert main([*sites, *words, "--max-influence", "3"]) == 0
+    assert (tmp_path / "out.safetensors").read_bytes() == plain
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "message"),
+    [
+        (1.0, 1e-30, "a sigma is "),
+        (1e6, 1.0, "sigma_0 from the prior's"),
+        (-1.0, 1.0, ""),
+        (1.0, 1e-3, "times the precision of the median site"),
+    ],
+)
+def test_a_loud_site_is_named_in_a_warning_and_left_out_where_there_is_a_limit(
+    made, tmp_path, capsys, mu, sigma, message
+):
+    make, sites, words = made
+    loud = make("loud", scaled(9, mu, sigma))
+    assert main([*sites, loud, *words]) == 0
+    assert (f"dwc: warning: {loud}: " in capsys.readouterr().err) == bool(message)
+    assert main([*sites, loud, *words, "--max-influence", "3"]) == 0
+    error = capsys.readouterr().err
+    assert message in error
+    if message:
+        assert f"{loud}: is left out, its influence is far above the limit" in error
+        assert len(Posterior.load(tmp_path / "out.safetensors").metadata["sites"]) == 4
+
+
+def test_a_replay_with_one_number_changed_is_named(made, capsys):
+    make, sites, words = made
+    replay = a_site(a_prior(), 0)
+    replay.mu["layers.0.bias"][0] += 1e-3
+    assert main([*sites, make("replay", replay), *words]) == 0
+    assert "it has tensors in common with" in capsys.readouterr().err
+
+
+def test_means_stored_too_coarsely_for_their_sigma_are_named(tmp_path, capsys):
+    prior = Posterior({"w": torch.ones(9)}, {"w": torch.full((9,), 1e-8)}, HEADER)
+    prior.save(tmp_path / "prior.safetensors")
+    metadata = {**HEADER, "prior_sha256": prior.sha256, "n_volumes": 1}
+    Posterior(prior.mu, prior.sigma, metadata).save(tmp_path / "a.safetensors")
+    words = ["--prior", str(tmp_path / "prior.safetensors"), "--out", str(tmp_path / "out.safetensors")]
+    assert main(["consolidate", str(tmp_path / "a.safetensors"), *words]) == 0
+    assert "w: fp32 rounds 9 means by over 0.1 sigma" in capsys.readouterr().err
+
+
+def test_removing_a_confident_site_from_a_file_is_refused_and_says_the_bound(made, tmp_path, capsys):
+    make, sites, words = made
+    sure = make("sure", scaled(9, 1.0, 1e-4))
+    assert main([*sites, sure, *words]) == 0
+    merged = str(tmp_path / "out.safetensors")
+    less = ["--prior", words[1], "--out", str(tmp_path / "less.safetensors")]
+    assert main(["consolidate", merged, *less, "--without", sure]) == 2
+    assert re.search(r"off by up to [\d.e+]+ sigma, more than 0\.01; consolidate the other", capsys.readouterr().err)
+    assert main([*sites, sure, *less, "--without", sure]) == 0
+    assert (
+        Posterior.load(tmp_path / "less.safetensors").sha256
+        == consolidate(a_prior(), [Posterior.load(site) for site in sites[1:]]).sha256
+    )
+
+
+def test_leaving_each_site_out_says_whether_the_organizations_scans_get_likelier(words, settings, tmp_path, capsys):
+    auto = ["--temper", "auto", "--data", str(settings.data), "--cache-dir", str(tmp_path / "cache")]
+    assert main([*words, *auto, "--leave-one-out"]) == 0
+    lines = re.findall(
+        r"^log-likelihood -[\d.]+ without (\S+): (?:better|worse) without it$", capsys.readouterr().out, re.M
+    )
+    assert lines == words[1:3]
+    assert main([*words, "--leave-one-out"]) == 2
+    assert "--leave-one-out: needs the organization's scans" in capsys.readouterr().err

@@ -13,8 +13,8 @@ from dwc.base.locks import held
 from dwc.commands import federated as command
 from dwc.federated import service
 from dwc.federated.cycle import Cycle
-from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, folder_in, own_entries
-from dwc.federated.project import Project
+from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, own_entries
+from dwc.federated.project import Project, folder_in
 from dwc.federated.service import _clear_runs, configure, write_job
 from dwc.federated.spool import Spool
 from dwc.federated.wire import ANSWER, ASK
@@ -81,6 +81,24 @@ def test_certificates_last_for_years_and_survive_a_site_that_joins_later(kits, p
     for path in paths:
         assert (again / path.relative_to(kits)).read_bytes() == path.read_bytes()
     assert (again / "west/startup/client.crt").exists()
+
+
+def test_private_keys_are_their_owners_alone_also_where_an_earlier_version_left_them_open(project, tmp_path):
+    words = ["federated", "init", str(project / "project.yml"), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    root = tmp_path / "out" / "brains"
+    for again in (False, True):
+        keys = [path for path in root.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
+        assert root / "state" / "cert.json" in keys
+        assert len(keys) >= 5
+        assert {path.stat().st_mode & 0o777 for path in keys} == {0o600}
+        for path in (root, root / "state", root / "prod_00", root / "prod_00" / "north"):
+            assert path.stat().st_mode & 0o777 == 0o700
+        if not again:  # as it was before
+            root.chmod(0o755)
+            (root / "state").chmod(0o755)
+            (root / "state" / "cert.json").chmod(0o644)
+            assert cli.main(words) == 0
 
 
 def test_a_site_that_joins_later_begins_no_second_cycle(project, capsys):

@@ -24,9 +24,12 @@ import yaml
 from dwc import cli
 from dwc.base.locks import held
 from dwc.consolidation import consolidate
-from dwc.federated.spool import stream_of
+from dwc.federated.spool import Spool, stream_of
 from dwc.posterior import Posterior
 from dwc.training.loop import train_network
+from tests.federated.test_hostile_sites import HOSTILE
+from tests.made_cycles import file_of
+from tests.made_posteriors import a_prior, a_site
 
 pytest_plugins = ["tests.tiny_runs"]
 pytestmark = [pytest.mark.loopback, pytest.mark.usefixtures("one_thread", "offline")]
@@ -39,7 +42,7 @@ LIMIT_S = 1200
 class Federation:
     """Kits, and the processes started with them."""
 
-    def __init__(self, folder: Path, prior: Path, data: Path, name: str = "brains") -> None:
+    def __init__(self, folder: Path, prior: Path, data: Path, name: str = "brains", **changes: object) -> None:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             self.port = free.getsockname()[1]
@@ -47,7 +50,7 @@ class Federation:
         folder.mkdir()
         agreement = {
             "name": name, "server": "localhost", "sites": list(SITES), "prior": str(prior), "rounds": 2,
-            "port": self.port, "answer_timeout_s": 30, "training": TRAINING,
+            "port": self.port, "answer_timeout_s": 30, "training": TRAINING, **changes,
         }  # fmt: skip
         (folder / "project.yml").write_text(yaml.safe_dump(agreement))
         assert cli.main(["federated", "init", str(folder / "project.yml"), "--out", str(folder / "kits")]) == 0
@@ -65,7 +68,7 @@ class Federation:
     def join(self, site: str) -> None:
         own = self.folder / f"{site}.yml"
         own.write_text(yaml.safe_dump({"device": "cpu"}))
-        self.start("join", str(self.kits / site), "--data", str(self.data), "--settings", str(own), "--again", "true")
+        self.start("join", str(self.kits / site), "--data", str(self.data), "--settings", str(own), "--again")
 
     def state(self) -> dict:
         return json.loads((self.server / "cycle" / "state.json").read_text())
@@ -271,3 +274,43 @@ def test_a_stranger_is_not_let_in_and_brings_no_code(federation, networks, setti
     assert not (tmp_path / "ran").exists()
     assert federation.state()["sites"]["north"]["heard"] is None
     other.signal("north", signal.SIGKILL)
+
+
+HONEST, HOSTILE_SITES = ("north", "east", "west"), tuple(f"bad-{number}" for number in range(10))
+
+
+def put_in(federation: Federation, site: str, content: bytes) -> None:
+    """A finished round in a site's spool, with any bytes as its posterior."""
+    folder = federation.kits / site / "cycle"
+    prior = Posterior.load(federation.server / "cycle" / "q0.safetensors").sha256
+    Spool.create(folder, [], ["true"])
+    task = folder / f"round-1-{prior[:12]}"
+    (task / "run").mkdir(parents=True)
+    (task / "scans.json").write_text(json.dumps({"data": None, "scans": []}))
+    (task / "run" / "posterior.safetensors").write_bytes(content)
+    (task / "task.json").write_text(json.dumps({"round": 1, "prior_sha256": prior}))
+
+
+def test_a_pass_over_live_sites_enters_exactly_the_honest_ones_and_names_the_others(tmp_path):
+    """Three honest sites, and ten with valid kits whose posteriors are made to break the server or to steer it."""
+    a_prior().save(tmp_path / "q.safetensors")
+    agreement = {"sites": [*HONEST, *HOSTILE_SITES], "quorum": 3, "rounds": 1, "grace_hours": 1, "training": {}}
+    federation = Federation(tmp_path / "federation", tmp_path / "q.safetensors", tmp_path, **agreement)
+    kinds = list(HOSTILE.values())
+    try:
+        for n, site in enumerate(HONEST):
+            put_in(federation, site, file_of(a_site(a_prior(), 1 + n), tmp_path))
+        for n, site in enumerate(HOSTILE_SITES):
+            put_in(federation, site, kinds[n](a_site(a_prior(), 100 + n), tmp_path))
+        federation.serve()
+        for site in (*HONEST, *HOSTILE_SITES):
+            federation.start("join", str(federation.kits / site))
+        wait_until(
+            lambda: len(federation.state()["posteriors"]) + len(federation.state()["refused"]) >= 13, "all are heard"
+        )
+    finally:
+        for participant in ("localhost", *HONEST, *HOSTILE_SITES):
+            federation.signal(participant, signal.SIGKILL)
+    state = federation.state()
+    assert sorted(row["site"] for row in state["posteriors"]) == sorted(HONEST)
+    assert {row["site"] for row in state["refused"]} == {*HOSTILE_SITES}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dwc.base import processes
 from dwc.base.errors import InputError
 from dwc.data.manifest import Scan, read_manifest
 from dwc.federated.cycle import Cycle
@@ -13,6 +14,8 @@ from dwc.federated.project import Project
 from dwc.federated.spool import Spool
 from dwc.federated.wire import ANSWER, check, digest
 from dwc.posterior import Posterior
+from dwc.signing import TrustedKeys
+from tests.made_keys import write_keys
 from tests.made_posteriors import a_prior, a_site
 
 # Stands in for dwc train: waits to be let go, then leaves a posterior of its prior; it notes each start.
@@ -327,3 +330,43 @@ def test_a_command_that_is_not_there_is_named_in_one_line(tmp_path, cycle):
 
 def test_a_file_is_known_by_its_bytes():
     assert digest(b"a") != digest(b"b")
+
+
+def test_pruning_leaves_the_posterior_and_what_says_which_scans_have_counted(spool, cycle, give):
+    give("a")
+    hand_in_round_1(Spool(spool.folder), cycle)
+    (run,) = spool.folder.glob("round-1-*/run")
+    (run / "checkpoint.safetensors").write_bytes(b"x" * 1000)
+    freed = Spool(spool.folder).prune()
+    assert freed > 1000
+    assert sorted(path.name for path in run.parent.rglob("*") if path.is_file()) == [
+        "posterior.safetensors", "scans.json", "task.json", "trainer.lock",
+    ]  # fmt: skip
+    assert Spool(spool.folder).answer(cycle.question("north"))["state"] == "no scans"
+    with pytest.raises(InputError, match="1 of 1 scans have counted"):
+        give("a")
+
+
+def test_a_long_log_is_moved_on_and_its_writer_goes_on_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "_LOG_BYTES", 100)
+    log = tmp_path / "trainer.log"
+    with log.open("ab", buffering=0) as writer:
+        for number in range(6):
+            writer.write(b"%d" % number * 101)
+            processes.rotate(log)
+        writer.write(b"last")
+    assert log.read_bytes() == b"last"
+    assert [(tmp_path / f"trainer.log.{n}").read_bytes()[:1] for n in (1, 2, 3)] == [b"5", b"4", b"3"]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_with_a_key_a_site_signs_what_it_sends_and_sends_the_same_bytes_again(spool, cycle, tmp_path):
+    key = write_keys(tmp_path, "north")
+    Spool.create(spool.folder, [], [sys.executable, str(tmp_path / "trainer.py")], key=key)
+    site = Spool(spool.folder)
+    begin(site, cycle)
+    let_finish(site, a_site(a_prior(), 1))
+    answers = [site.answer(cycle.question("north")) for _ in range(2)]
+    assert answers[0]["posterior"] == answers[1]["posterior"]
+    (tmp_path / "sent.safetensors").write_bytes(answers[0]["posterior"])
+    assert TrustedKeys(tmp_path / "trusted").signer(Posterior.load(tmp_path / "sent.safetensors")) == "north"

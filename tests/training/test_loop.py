@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from dwc.base.errors import InputError, Interrupted
-from dwc.base.files import load_tensors
+from dwc.base.files import load_tensors, save_tensors
 from dwc.base.locks import held
 from dwc.data.labels import LabelMap
 from dwc.posterior import Posterior
@@ -123,6 +124,36 @@ def test_a_run_folder_is_one_runs_at_a_time(settings, tmp_path, monkeypatch):
             train_network(replace(run, epochs=2), resume=True)
         assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
     train_network(replace(run, epochs=2), resume=True)
+
+
+def test_a_run_that_waited_for_another_in_its_folder_does_not_overwrite_it(settings, tmp_path, monkeypatch):
+    """Both found the folder empty; the second one gets the lock when the first has ended."""
+    first, second = (replace(settings, epochs=1, out=tmp_path / "run", seed=seed) for seed in (0, 1))
+    alone = loop._alone_in
+
+    @contextmanager
+    def after_the_first(out):
+        monkeypatch.setattr(loop, "_alone_in", alone)
+        train_network(first)
+        with alone(out):
+            yield
+
+    monkeypatch.setattr(loop, "_alone_in", after_the_first)
+    with pytest.raises(InputError, match=r"is not empty; give another `out`"):
+        train_network(second)
+    assert Posterior.load(tmp_path / "run" / "posterior.safetensors").metadata["training"]["seed"] == 0
+
+
+def test_other_settings_do_not_start_over_in_the_folder_of_a_run_that_lost_its_checkpoint(settings, tmp_path):
+    run = replace(settings, epochs=1, out=tmp_path / "run")
+    train_network(run)
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()
+    with pytest.raises(InputError, match="has a posterior but no checkpoint to resume from; give another `out`"):
+        train_network(run, resume=True)
+    (tmp_path / "run" / "posterior.safetensors").unlink()
+    with pytest.raises(InputError, match="the run was started with seed 0, now 1; give another `out`"):
+        train_network(replace(run, seed=1), resume=True)
+    train_network(run, resume=True)
 
 
 def test_the_seed_decides_and_the_callers_random_numbers_stay_untouched(settings, tmp_path):
@@ -311,7 +342,8 @@ def test_a_base_whose_header_makes_no_network_is_refused_by_name(settings, netwo
     path = tmp_path / "odd.safetensors"
     base = networks["map"]
     for architecture in ("MeshNet", {**base.metadata["architecture"], "dilations": 3}):
-        Posterior(base.mu, {}, {**base.metadata, "architecture": architecture}).save(path)
+        odd = Posterior(base.mu, {}, {**base.metadata, "architecture": architecture})
+        save_tensors(path, dict(odd._tensors()), odd.metadata)  # which `save` would refuse
         with pytest.raises(InputError, match=r"odd\.safetensors: its .*architecture"):
             train_network(replace(settings, init=path, out=tmp_path / "run", dilations=None))
 

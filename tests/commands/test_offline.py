@@ -1,0 +1,41 @@
+"""Every command runs with the network cut off: connections other than to loopback fail, and none is even tried."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dwc.cli import COMMANDS
+
+pytest_plugins = ["tests.tiny_runs"]
+pytestmark = pytest.mark.usefixtures("one_thread", "offline")
+
+COVERED_ELSEWHERE = {  # by tests with the same guard
+    "federated",  # tests/federated/test_federated_simulation.py
+    "experiment", "demo",  # minutes; what they call is what the other commands call
+}  # fmt: skip
+
+
+@pytest.fixture
+def words(networks, settings, tmp_path) -> dict[str, list[str]]:
+    """Each command on the tiny site."""
+    data, prior, out = str(settings.data), networks["vi"].name, str(tmp_path / "out")
+    scan = str(next(Path(data).parent.glob("*_T1w.nii.gz")))
+    train = ["--data", data, "--out", out, "--label-map", "coarse", "--grid-size", "32", "--width", "2"]
+    sites = [networks["a"].name, networks["b"].name]
+    return {
+        "data": ["check", data],
+        "train": [*train, "--dilations", "[1]", "--epochs", "1", "--steps-per-epoch", "1", "--device", "cpu"],
+        "consolidate": [*sites, "--prior", prior, "--out", str(tmp_path / "c.safetensors")],
+        "posterior": ["inspect", sites[0], "--prior", prior],
+        "predict": ["--network", prior, "--n-samples", "1", "--out", out, scan],
+        "evaluate": ["--network", prior, "--n-samples", "1", "--data", data, "--out", out],
+    }
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - COVERED_ELSEWHERE))
+def test_a_command_needs_no_network(words, command):
+    run = [sys.executable, "-m", "dwc.cli", command, *words[command]]
+    ended = subprocess.run(run, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
