@@ -40,6 +40,7 @@ _MOST_HEADER_FIELDS = 544  # bytes of the longest header, NIfTI-2's
 _BLOCK = 1 << 20
 _VOXEL_MM = (0.05, 25.0)
 _EXTENT_MM = (10.0, 550.0)  # of the longest edge
+_FARTHEST_MM = 1e5  # of the first voxel from the origin
 _UNITS = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # mm of a unit, by its code in xyzt_units; 0 says nothing: mm
 _ROUNDING = 0.02  # label values this close to a whole number are that number
 _SAME_GRID = 0.01  # of a voxel
@@ -234,14 +235,14 @@ def _affine(header: Header, path: Path) -> np.ndarray:
 def _shorten_quaternion(header: nib.Nifti1Header, path: Path) -> None:
     """Mend a quaternion whose (b, c, d) is longer than 1 by rounding: a rotation by 180 degrees."""
     fields = ("quatern_b", "quatern_c", "quatern_d")
-    b_c_d = np.array([float(header[field]) for field in fields])
-    squared = float(b_c_d @ b_c_d)
+    b_c_d = [float(header[field]) for field in fields]
+    squared = sum(value * value for value in b_c_d)
     if not squared <= 1 + _QUATERNION_ROUNDING:
         named = ", ".join(f"{field} {value:g}" for field, value in zip(fields, b_c_d, strict=True))
         raise InputError(f"{path}: {named} in the header are no rotation; repair them, or set an sform")
     if squared > 1:
-        for field, value in zip(fields, b_c_d / np.sqrt(squared), strict=True):
-            header[field] = value
+        for field, value in zip(fields, b_c_d, strict=True):
+            header[field] = value / np.sqrt(squared)
 
 
 def _check_geometry(path: Path, shape: tuple[int, int, int], affine: np.ndarray) -> None:
@@ -249,6 +250,11 @@ def _check_geometry(path: Path, shape: tuple[int, int, int], affine: np.ndarray)
     extent = float(max(sizes * shape))
     low, high = _VOXEL_MM
     shortest, longest = _EXTENT_MM
+    if np.abs(affine[:3, 3]).max() > _FARTHEST_MM:
+        raise InputError(
+            f"{path}: its first voxel is {np.abs(affine[:3, 3]).max():.3g} mm away from the origin; look at qoffset_x, "
+            f"srow_x and the like in the header"
+        )
     if not (low <= sizes.min() and sizes.max() <= high and shortest <= extent <= longest):
         voxel = " x ".join(f"{size:.3g}" for size in sizes)
         raise InputError(
