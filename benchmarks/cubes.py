@@ -5,7 +5,7 @@
 Trains one MAP network per kind of cube on simulated scans of real anatomies (64^3 at 3 mm, coarse classes, width 12,
 dilations 1 2 4 8, one cycle of 600 steps of 2 paper cubes, and as many of the others as take the same CPU time), and
 scores it on held-out scans: whole, cut into the paper's cubes, cut 16 voxels further, and with the head moved by 18 mm.
-Goes on where it stopped.
+Writes cubes.csv and cubes.png, and goes on where it stopped.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from dwc.simulation.scans import load_sites, write_site
 from dwc.training.loop import train_network
 from dwc.training.settings import TrainSettings
 
-__all__ = ["main", "moved", "position_scores"]
+__all__ = ["draw", "main", "moved", "position_scores"]
 
 GRID, SHIFT, MOVE = Grid(64, 3.0), 16, 6  # voxels
 PAPER_STEPS = 600
@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             table = pd.DataFrame(rows)
             table.to_csv(values.out / "cubes.csv", index=False, float_format="%.4f")
             print(table.tail(1).to_string(index=False, header=len(rows) == 1, float_format="%.3f"), flush=True)
+    draw(table, values.out / "cubes.png")
 
 
 def _settings(values: argparse.Namespace, seed: int) -> TrainSettings:
@@ -149,6 +150,16 @@ def position_scores(network: MeshNet, held_out: SubVolumes) -> dict[str, float]:
 def moved(volume: np.ndarray, voxels: int) -> np.ndarray:
     """A volume moved along its second axis, from head to feet; what leaves it comes back on the other side."""
     return np.roll(volume, voxels, axis=1)
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """A group of bars per kind of training cube, one bar per way to predict; means over seeds."""
+    means = table.drop(columns=["seed", "steps"]).groupby("training", sort=False).mean()
+    axes = means.plot.bar(figsize=(9, 4), rot=15, width=0.8, xlabel="")
+    axes.set_ylabel("Dice of held-out scans")
+    axes.legend(title="predicted", ncols=2, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 @torch.inference_mode()

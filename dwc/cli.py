@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _end(f"dwc {name} needs {error.name}: pip install 'dwc[{extra}]'", 2)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return _end("too many open files; raise the limit with `ulimit -n`", 2)
         if error.errno not in _FULL_OR_READ_ONLY:
             raise
         where = error.filename or "the output"

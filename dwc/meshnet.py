@@ -14,12 +14,11 @@ from torch.nn.utils.parametrizations import weight_norm as normalize_weight
 from torch.utils.checkpoint import checkpoint
 
 from dwc.base.errors import InputError
-from dwc.base.seeds import seed_of
 from dwc.blocks import grow
 from dwc.data.head import Region
 from dwc.posterior import Posterior
 from dwc_kernels import FFGConv3d
-from dwc_kernels.noise import normal
+from dwc_kernels.network import drawn_weights
 
 __all__ = ["DILATIONS", "MeshNet", "checked_architecture", "describe"]
 
@@ -144,13 +143,7 @@ class MeshNet(nn.Module):
             return [(layer.weight, layer.bias) for layer in self.layers]
         if seed is None:
             return [(layer.weight_mu, layer.bias_mu) for layer in self.layers]
-        return [
-            (
-                layer.weight_mu + layer.weight_sigma * normal(layer.weight_mu, seed_of(seed, i, 1)),
-                layer.bias_mu + layer.bias_sigma * normal(layer.bias_mu, seed_of(seed, i, 2)),
-            )
-            for i, layer in enumerate(self.layers)
-        ]
+        return list(drawn_weights(self, seed, rank=0).values())
 
     def block_features(self, image: Tensor, block: Region, weights: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """What the last layer takes in, in a block: equal to one pass over the whole image but for rounding.

@@ -1,8 +1,49 @@
-"""Variational 3D convolution by local reparameterization: `FFGConv3d` and the op beneath it."""
+"""Variational 3D layers by local reparameterization, the op beneath them, and what works over whole networks."""
 
-from dwc_kernels.functional import ffg_conv3d, gaussian_kl
-from dwc_kernels.module import FFGConv3d, convert, inverse_softplus
+from dwc_kernels.conversion import Conversion, conversion_report, convert, mean_names
+from dwc_kernels.factorized import inverse_softplus
+from dwc_kernels.functional import ffg_conv3d, ffg_conv_transpose3d, ffg_linear
+from dwc_kernels.kl import gaussian_kl
+from dwc_kernels.module import FFGConv3d, FFGConvTranspose3d, FFGLinear
+from dwc_kernels.network import (
+    Prediction,
+    SigmaProjection,
+    draw_weights,
+    drawn_weights,
+    kl_loss,
+    parameter_groups,
+    predict,
+    sampling,
+    seed_noise,
+    set_prior,
+    set_sigma_fraction,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["FFGConv3d", "__version__", "convert", "ffg_conv3d", "gaussian_kl", "inverse_softplus"]
+__all__ = [
+    "Conversion",
+    "FFGConv3d",
+    "FFGConvTranspose3d",
+    "FFGLinear",
+    "Prediction",
+    "SigmaProjection",
+    "__version__",
+    "conversion_report",
+    "convert",
+    "draw_weights",
+    "drawn_weights",
+    "ffg_conv3d",
+    "ffg_conv_transpose3d",
+    "ffg_linear",
+    "gaussian_kl",
+    "inverse_softplus",
+    "kl_loss",
+    "mean_names",
+    "parameter_groups",
+    "predict",
+    "sampling",
+    "seed_noise",
+    "set_prior",
+    "set_sigma_fraction",
+]

@@ -4,6 +4,7 @@ It always samples; a deterministic convolution with the means is `torch.nn.funct
 """
 
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,9 @@ from torch.nn.modules.utils import _triple
 
 from dwc_kernels import op
 from dwc_kernels.backends import choose_backend
-from dwc_kernels.geometry import Triple, output_size, same_padding
+from dwc_kernels.geometry import Triple, output_size, same_padding, transposed_output_size
 
-__all__ = ["ffg_conv3d", "gaussian_kl"]
+__all__ = ["ffg_conv3d", "ffg_conv_transpose3d", "ffg_linear"]
 
 _CAST = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
 _DTYPES = (*_CAST, torch.float64)
@@ -74,19 +75,12 @@ def ffg_conv3d(
     RuntimeError
         For a second derivative, and for forward-mode tangents.
     """
-    device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        input, weight_mu, weight_sigma, bias_mu, bias_sigma = (
-            t if t is None or t.dtype not in _CAST else t.to(dtype)
-            for t in (input, weight_mu, weight_sigma, bias_mu, bias_sigma)
-        )
+    input, weight_mu, weight_sigma, bias_mu, bias_sigma = _autocast(input, weight_mu, weight_sigma, bias_mu, bias_sigma)
     stride, dilation = _integers("stride", stride), _integers("dilation", dilation)
     if not isinstance(padding, str):
         padding = _integers("padding", padding)
     _check(input, weight_mu, weight_sigma, bias_mu, bias_sigma, stride, padding, dilation, groups)
-    batched = input if input.dim() == 5 else input.unsqueeze(0)
-    batched, padding = _resolve_padding(batched, weight_mu.shape[2:], padding, dilation)
+    batched, padding = _resolve_padding(_batched(input), weight_mu.shape[2:], padding, dilation)
     size = output_size(batched.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
     if min(size) < 1:
         raise ValueError(
@@ -94,38 +88,123 @@ def ffg_conv3d(
             f"{tuple(weight_mu.shape[2:])} at dilation {dilation}; add padding"
         )
     arguments = (batched, weight_mu, weight_sigma, bias_mu, bias_sigma)
-    y, _ = op.ffg_conv3d(
+    y = op.sample(
         *arguments, stride, padding, dilation, groups, _seed_tensor(seed, input.device),
-        choose_backend(backend, batched, weight_mu, size, stride, groups), _wants_gradient(*arguments),
+        choose_backend(backend, batched, weight_mu, size, stride, groups), _keeps_r(*arguments), None,
     )  # fmt: skip
     return y if input.dim() == 5 else y.squeeze(0)
 
 
-def gaussian_kl(mu: Tensor, sigma: Tensor, prior_mu: Tensor, prior_sigma: Tensor) -> Tensor:
-    """KL divergence between fully factorized Gaussians, summed over weights, in nats.
+def ffg_conv_transpose3d(
+    input: Tensor,
+    weight_mu: Tensor,
+    weight_sigma: Tensor,
+    bias_mu: Tensor | None = None,
+    bias_sigma: Tensor | None = None,
+    stride: int | tuple[int, int, int] = 1,
+    padding: int | tuple[int, int, int] = 0,
+    output_padding: int | tuple[int, int, int] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, int, int] = 1,
+    *,
+    seed: Tensor | int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Sample a transposed 3D convolution: `ffg_conv3d` with the arguments of `torch.nn.functional.conv_transpose3d`.
 
-    KL[N(mu, sigma^2) || N(prior_mu, prior_sigma^2)] = sum 1/2 (v - 1 - ln v + ((mu - prior_mu) / prior_sigma)^2) with
-    v = (sigma / prior_sigma)^2 (the L_KL of McClure et al. 2018, Eq. 5).
-
-    Parameters
-    ----------
-    mu, sigma, prior_mu, prior_sigma : Tensor
-        Means and standard deviations, broadcast against each other; sigmas positive.
-
-    Returns
-    -------
-    Tensor
-        Scalar of at least fp32, differentiable in all four.
+    Weights are [C, F / groups, kD, kH, kW]. At stride 1 it runs as the convolution with the mirrored weights, and so on
+    the kernels where there are some; at other strides on the reference.
     """
-    mu, sigma, prior_mu, prior_sigma = (
-        v.to(torch.promote_types(v.dtype, torch.float32)) for v in (mu, sigma, prior_mu, prior_sigma)
+    input, weight_mu, weight_sigma, bias_mu, bias_sigma = _autocast(input, weight_mu, weight_sigma, bias_mu, bias_sigma)
+    stride, padding, dilation = (
+        _integers(*named) for named in (("stride", stride), ("padding", padding), ("dilation", dilation))
     )
-    shift = (mu - prior_mu) / prior_sigma
-    t = (sigma - prior_sigma) / prior_sigma
-    # v - 1 - ln v in fp32: near the prior log1p keeps the digits that cancel, far below it only the ratio has them.
-    near, ratio = t.clamp_min(-0.5), sigma / prior_sigma
-    log_ratio = torch.where(t > -0.5, torch.log1p(near), torch.log(ratio))
-    return (0.5 * (t * (t + 2.0) + shift.square()) - log_ratio).sum()
+    output_padding = _integers("output_padding", output_padding)
+    _check_tensors(input, weight_mu, weight_sigma, bias_mu, bias_sigma)
+    n_filters = weight_mu.shape[1] * groups
+    if groups < 1 or input.shape[-4] != weight_mu.shape[0] or weight_mu.shape[0] % groups:
+        raise ValueError(
+            f"{input.shape[-4]} channels do not fit weights [C, F / groups, ...] of shape {tuple(weight_mu.shape)} and "
+            f"groups={groups}"
+        )
+    _check_biases(n_filters, bias_mu, bias_sigma)
+    _check_geometry(stride, padding, dilation)
+    if any(not 0 <= o < max(s, d) for o, s, d in zip(output_padding, stride, dilation, strict=True)):
+        raise ValueError(f"output_padding must be smaller than stride or dilation, got {output_padding}")
+    batched, kernel = _batched(input), weight_mu.shape[2:]
+    size = transposed_output_size(batched.shape[2:], kernel, stride, padding, dilation, output_padding)
+    if min(size) < 1:
+        raise ValueError(f"padding {padding} leaves nothing of the output, {size} voxels")
+    if stride == (1, 1, 1):
+        padded, reach = _mirrored_padding(batched, kernel, padding, dilation, output_padding)
+        mirrored = (_mirrored(w, groups) for w in (weight_mu, weight_sigma))
+        y = ffg_conv3d(padded, *mirrored, bias_mu, bias_sigma, 1, reach, dilation, groups, seed=seed, backend=backend)
+    else:
+        if any(o >= s for o, s in zip(output_padding, stride, strict=True)):
+            raise ValueError(f"output_padding must be smaller than the strides {stride}, got {output_padding}")
+        if backend == "triton":
+            raise ValueError("backend='triton' cannot run a transposed convolution with strides; use 'auto'")
+        choose_backend(backend, batched, weight_mu, size, stride, groups)
+        arguments = (batched, weight_mu, weight_sigma, bias_mu, bias_sigma)
+        y = op.sample(
+            *arguments, stride, padding, dilation, groups, _seed_tensor(seed, input.device),
+            "reference", _keeps_r(*arguments), size,
+        )  # fmt: skip
+    return y if input.dim() == 5 else y.squeeze(0)
+
+
+def _mirrored(weight: Tensor, groups: int) -> Tensor:
+    """[C, F / groups, ...] -> [F, C / groups, ...]: a transposed convolution at stride 1 is a convolution with it."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3, 4)
+
+
+def _mirrored_padding(
+    x: Tensor, kernel: Triple, padding: Triple, dilation: Triple, output_padding: Triple
+) -> tuple[Tensor, Triple]:
+    """The input and padding of the mirrored convolution; what is lopsided is added to the input, or cut off it."""
+    reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True))
+    if min(reach) >= 0 and not any(output_padding):
+        return x, reach
+    sides = [(r, r + o) for r, o in zip(reach, output_padding, strict=True)]
+    return F.pad(x, [side for front, behind in reversed(sides) for side in (front, behind)]), (0, 0, 0)
+
+
+def ffg_linear(
+    input: Tensor,
+    weight_mu: Tensor,
+    weight_sigma: Tensor,
+    bias_mu: Tensor | None = None,
+    bias_sigma: Tensor | None = None,
+    *,
+    seed: Tensor | int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Sample a linear layer: input [..., C], weights [F, C], output [..., F].
+
+    It is `ffg_conv3d` of a volume [1, C, 1, 1, M] whose M voxels are the rows of the input.
+    """
+    if weight_mu.dim() != 2 or input.dim() < 1 or input.shape[-1] != weight_mu.shape[1]:
+        raise ValueError(
+            f"expected input [..., C] and weights [F, C], got shapes {tuple(input.shape)} and {tuple(weight_mu.shape)}"
+        )
+    rows = input.reshape(-1, input.shape[-1])
+    volume = rows.t()[None, :, None, None, :]  # a view: channels_last_3d
+    mu, sigma = (w[:, :, None, None, None] for w in (weight_mu, weight_sigma))
+    y = ffg_conv3d(volume, mu, sigma, bias_mu, bias_sigma, seed=seed, backend=backend)
+    return y[0, :, 0, 0].t().reshape(*input.shape[:-1], weight_mu.shape[0])
+
+
+def _autocast(input: Tensor, *rest: Tensor | None) -> list[Tensor | None]:
+    """The arguments in autocast's dtype where it is on."""
+    device = input.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return [input, *rest]
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype not in _CAST else t.to(dtype) for t in (input, *rest)]
+
+
+def _batched(input: Tensor) -> Tensor:
+    return input if input.dim() == 5 else input.unsqueeze(0)
 
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
@@ -134,7 +213,9 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
     if not isinstance(seed, Tensor):
         try:
-            return torch.full((), operator.index(seed), dtype=torch.int64, device=device)
+            # An int as it is: torch.compile makes it dynamic after the second value, which operator.index would undo.
+            value = seed if isinstance(seed, int) else operator.index(seed)
+            return torch.full((), value, dtype=torch.int64, device=device)
         except (TypeError, RuntimeError, OverflowError) as error:
             raise ValueError(f"seed must be a 64-bit integer, got {seed!r}") from error
     if seed.dtype != torch.int64 or seed.numel() != 1:
@@ -142,15 +223,15 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
     return seed.reshape(()).to(device)
 
 
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a backward may follow, for which r is kept. Forward mode, whose tangents would be dropped, is refused."""
-    given = [t for t in tensors if t is not None]
+def _keeps_r(x: Tensor, mu: Tensor, sigma: Tensor, bias_mu: Tensor | None, bias_sigma: Tensor | None) -> bool:
+    """Whether a backward may ask for r: not for the means' gradients. Forward mode, which has none, is refused."""
+    given = [t for t in (x, mu, sigma, bias_mu, bias_sigma) if t is not None]
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
         raise RuntimeError("ffg_conv3d has no forward-mode derivative; use reverse mode (torch.autograd.grad)")
-    return torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, sigma, bias_sigma))
 
 
-def _integers(name: str, value) -> Triple:
+def _integers(name: str, value: Any) -> Triple:
     """An int, or three of them, as a triple."""
     triple = _triple(value)
     if len(triple) != 3 or not all(isinstance(v, int | torch.SymInt) for v in triple):
@@ -158,7 +239,7 @@ def _integers(name: str, value) -> Triple:
     return tuple(triple)
 
 
-def _resolve_padding(x: Tensor, kernel, padding, dilation) -> tuple[Tensor, Triple]:
+def _resolve_padding(x: Tensor, kernel: Triple, padding: Triple | str, dilation: Triple) -> tuple[Tensor, Triple]:
     """The padding as a triple; where 'same' is lopsided (even kernels), the odd zero is added behind the volume."""
     if padding == "valid":
         return x, (0, 0, 0)
@@ -170,41 +251,62 @@ def _resolve_padding(x: Tensor, kernel, padding, dilation) -> tuple[Tensor, Trip
     return x, tuple(front for front, _ in sides)
 
 
-def _check(x, weight_mu, weight_sigma, bias_mu, bias_sigma, stride, padding, dilation, groups) -> None:
+def _check(
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_sigma: Tensor,
+    bias_mu: Tensor | None,
+    bias_sigma: Tensor | None,
+    stride: Triple,
+    padding: Triple | str,
+    dilation: Triple,
+    groups: int,
+) -> None:
     """Refuse what does not fit together, naming shapes and values."""
+    _check_tensors(x, weight_mu, weight_sigma, bias_mu, bias_sigma)
+    n_filters, channels = weight_mu.shape[0], x.shape[-4]
+    _check_biases(n_filters, bias_mu, bias_sigma)
+    if groups < 1 or channels != weight_mu.shape[1] * groups or n_filters % groups:
+        raise ValueError(
+            f"{channels} channels into {n_filters} filters of {weight_mu.shape[1]} channels do not fit groups={groups}"
+        )
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding must be an int, a triple, 'same' or 'valid', got {padding!r}")
+        if padding == "same" and stride != (1, 1, 1):
+            raise ValueError(f"padding='same' needs stride 1, got {stride}")
+    _check_geometry(stride, (0, 0, 0) if isinstance(padding, str) else padding, dilation)
+
+
+def _check_tensors(
+    x: Tensor, weight_mu: Tensor, weight_sigma: Tensor, bias_mu: Tensor | None, bias_sigma: Tensor | None
+) -> None:
+    """Dimensions, dtypes and devices."""
     if x.dim() not in (4, 5) or weight_mu.dim() != 5:
         raise ValueError(
-            f"expected input [N, C, D, H, W] or [C, D, H, W] and weights [F, C / groups, kD, kH, kW], got shapes "
+            f"expected input [N, C, D, H, W] or [C, D, H, W] and weights of 5 dimensions, got shapes "
             f"{tuple(x.shape)} and {tuple(weight_mu.shape)}"
         )
     if weight_sigma.shape != weight_mu.shape:
         raise ValueError(f"weight_sigma {tuple(weight_sigma.shape)} differs from weight_mu {tuple(weight_mu.shape)}")
     if (bias_mu is None) != (bias_sigma is None):
         raise ValueError("give both bias_mu and bias_sigma, or neither")
-    n_filters, channels = weight_mu.shape[0], x.shape[-4]
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"input must be floating point (fp16, bf16, fp32, fp64), got {x.dtype}")
+    named = {"weight_mu": weight_mu, "weight_sigma": weight_sigma, "bias_mu": bias_mu, "bias_sigma": bias_sigma}
+    for name, t in named.items():
+        if t is not None and (t.dtype != x.dtype or t.device != x.device):
+            raise ValueError(f"{name} is {t.dtype} on {t.device}, the input {x.dtype} on {x.device}")
+
+
+def _check_biases(n_filters: int, bias_mu: Tensor | None, bias_sigma: Tensor | None) -> None:
     for name, bias in (("bias_mu", bias_mu), ("bias_sigma", bias_sigma)):
         if bias is not None and bias.shape != (n_filters,):
             raise ValueError(f"{name} must have shape ({n_filters},), got {tuple(bias.shape)}")
-    if groups < 1 or channels != weight_mu.shape[1] * groups or n_filters % groups:
-        raise ValueError(
-            f"{channels} channels into {n_filters} filters of {weight_mu.shape[1]} channels do not fit groups={groups}"
-        )
+
+
+def _check_geometry(stride: Triple, padding: Triple, dilation: Triple) -> None:
     if min(stride) < 1 or min(dilation) < 1:
         raise ValueError(f"stride and dilation must be positive, got {stride} and {dilation}")
-    if isinstance(padding, str):
-        if padding not in ("same", "valid"):
-            raise ValueError(f"padding must be an int, a triple, 'same' or 'valid', got {padding!r}")
-        if padding == "same" and stride != (1, 1, 1):
-            raise ValueError(f"padding='same' needs stride 1, got {stride}")
-    elif min(padding) < 0:
+    if min(padding) < 0:
         raise ValueError(f"padding must not be negative, got {padding}")
-    for name, t in (
-        ("weight_mu", weight_mu),
-        ("weight_sigma", weight_sigma),
-        ("bias_mu", bias_mu),
-        ("bias_sigma", bias_sigma),
-    ):
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            raise ValueError(f"{name} is {t.dtype} on {t.device}, the input {x.dtype} on {x.device}")
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"input must be floating point (fp16, bf16, fp32, fp64), got {x.dtype}")

@@ -1,6 +1,6 @@
 """What a convolution's geometry says about shapes; no tensor is touched here."""
 
-__all__ = ["Triple", "output_size", "same_padding"]
+__all__ = ["Triple", "output_size", "same_padding", "transposed_output_size"]
 
 Triple = tuple[int, int, int]
 
@@ -10,6 +10,16 @@ def output_size(size: Triple, kernel: Triple, stride: Triple, padding: Triple, d
     return tuple(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    )
+
+
+def transposed_output_size(
+    size: Triple, kernel: Triple, stride: Triple, padding: Triple, dilation: Triple, output_padding: Triple
+) -> Triple:
+    """Voxels that come out of a transposed convolution along D, H, W."""
+    return tuple(
+        (n - 1) * s - 2 * p + d * (k - 1) + o + 1
+        for n, k, s, p, d, o in zip(size, kernel, stride, padding, dilation, output_padding, strict=True)
     )
 
 

@@ -19,8 +19,11 @@ _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
-# Groups drawn at a time: large enough that PyTorch splits each step over threads, small enough for the caches.
-_CHUNK = 1 << 17
+Key = int | Tensor  # half of a seed
+
+# Groups drawn at a time by each of several threads, fewer of which PyTorch would not split, and by one alone, which
+# keeps them in its cache.
+_CHUNK, _ALONE = 1 << 15, 1 << 14
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int], n_rounds: int = N_ROUNDS) -> tuple[Tensor, ...]:
@@ -30,7 +33,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int], n_rounds: int = N_
     ----------
     counter : tuple of 4 int64 tensors
         Counter words in [0, 2^32), all of one shape.
-    key : tuple of 2 int
+    key : tuple of 2 int or int64 scalar tensors
         Key words in [0, 2^32).
     n_rounds : int
         Number of rounds; 7 pass BigCrush.
@@ -40,42 +43,59 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int], n_rounds: int = N_
     tuple of 4 int64 tensors
         Random words in [0, 2^32).
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(n_rounds):
-        # The product of two 32-bit words fills all 64 bits and int64 wraps, which keeps the bits. Only c0 and c2 are
-        # multiplied, so only they need their high half cleared; c1 and c3 carry theirs along until the end.
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
-        c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
-        c1, c3 = p1, p0
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
+    even, odd = _philox(torch.stack(counter[::2]), torch.stack(counter[1::2]), key, n_rounds)
+    return even[0], odd[0], even[1], odd[1]
 
 
-def _four_normals(group: Tensor, seed: int, out: Tensor) -> None:
+def _philox(even: Tensor, odd: Tensor, key: tuple[Key, Key], n_rounds: int) -> tuple[Tensor, Tensor]:
+    """The same on words 0 and 2, and 1 and 3, each [2, ...], which are overwritten: two words in an operation."""
+    product = torch.empty_like(even)
+    (first, third), odds, products = even.unbind(), odd.unbind(), product.unbind()
+    for keys in _round_keys(key, n_rounds, even).unbind():
+        # The product of two 32-bit words fills all 64 bits and int64 wraps, which keeps the bits. Only even words are
+        # multiplied, so only they need their high half cleared; odd ones carry theirs along until the end.
+        torch.mul(third, _M1, out=products[0])
+        torch.mul(first, _M0, out=products[1])
+        torch.bitwise_right_shift(product, 32, out=even)
+        even.bitwise_xor_(odd).bitwise_xor_(keys).bitwise_and_(_MASK)
+        odd, product, odds, products = product, odd, products, odds
+    return even, odd.bitwise_and_(_MASK)
+
+
+def _round_keys(key: tuple[Key, Key], n_rounds: int, like: Tensor) -> Tensor:
+    """The key words of each round, [n_rounds, 2, 1, ...]; made where the seed is, so that no one waits for it."""
+    shape = (n_rounds, 2, *[1] * (like.dim() - 1))
+    if isinstance(key[0], int):
+        words = [[(k + r * w) & _MASK for k, w in zip(key, (_W0, _W1), strict=True)] for r in range(n_rounds)]
+        return torch.tensor(words, device=like.device).view(shape)
+    steps = torch.arange(n_rounds, device=like.device)
+    return torch.stack([(k + steps * w) & _MASK for k, w in zip(key, (_W0, _W1), strict=True)], 1).view(shape)
+
+
+def _four_normals(group: Tensor, key: tuple[Key, Key], out: Tensor) -> None:
     """Write the normals of each group (int64, any shape) to out[lane], lane = 0..3 (fp32)."""
-    zero = torch.zeros_like(group)
-    words = philox((group & _MASK, group >> 32, zero, zero), (seed & _MASK, (seed >> 32) & _MASK))
-    for pair in (0, 2):
-        # u in (0, 1], so the logarithm is finite; the angle is the signed word as a fraction of a turn, in [-1/2, 1/2).
-        u = words[pair].to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
-        radius = u.log_().mul_(-2.0).sqrt_()
-        turn = (words[pair + 1] << 32).bitwise_right_shift_(32).to(torch.float32).mul_(2.0**-32)
-        angle = turn.mul_(2.0 * math.pi)
-        torch.mul(radius, angle.cos(), out=out[pair])
-        torch.mul(radius, angle.sin_(), out=out[pair + 1])
+    even, odd = group.new_zeros(2, *group.shape), group.new_zeros(2, *group.shape)
+    torch.bitwise_and(group, _MASK, out=even[0])
+    torch.bitwise_right_shift(group, 32, out=odd[0])
+    even, odd = _philox(even, odd, key, N_ROUNDS)
+    # u in (0, 1], so the logarithm is finite; the angle is the signed word as a fraction of a turn, in [-1/2, 1/2).
+    u = even.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
+    radius = u.log_().mul_(-2.0).sqrt_()
+    turn = odd.bitwise_left_shift_(32).bitwise_right_shift_(32).to(torch.float32).mul_(2.0**-32)
+    angle = turn.mul_(2.0 * math.pi)
+    torch.mul(radius, angle.cos(), out=out[0::2])
+    torch.mul(radius, angle.sin_(), out=out[1::2])
 
 
-def normal(like: Tensor, seed: int) -> Tensor:
+def normal(like: Tensor, seed: Tensor | int) -> Tensor:
     """Draw N(0, 1) noise for every element of a tensor.
 
     Parameters
     ----------
     like : Tensor
         Gives shape, device and memory layout of the result; its values are not read.
-    seed : int
-        Any 64-bit integer.
+    seed : int or int64 scalar Tensor
+        Any 64-bit integer. A tensor on a GPU is never read by the host.
 
     Returns
     -------
@@ -83,42 +103,54 @@ def normal(like: Tensor, seed: int) -> Tensor:
         fp32 noise with the strides of ``like`` where they are dense. Element ``i`` in logical order depends on
         (seed, i) alone.
     """
+    if isinstance(seed, Tensor) and seed.device.type == "cpu":
+        seed = int(seed)
+    key = (seed & _MASK, (seed >> 32) & _MASK)
     eps = torch.empty_like(like, dtype=torch.float32)
     if (
         like.dim() == 5
         and math.prod(like.shape[2:]) % 4 == 0
         and eps.is_contiguous(memory_format=torch.channels_last_3d)
     ):
-        _fill_channels_last(eps, seed)
+        _fill_channels_last(eps, key)
         return eps
     flat = eps if eps.is_contiguous() else torch.empty(like.shape, dtype=torch.float32, device=like.device)
-    _fill_contiguous(flat, seed)
+    _fill_contiguous(flat, key)
     return flat if flat is eps else eps.copy_(flat)
 
 
-def _fill_contiguous(eps: Tensor, seed: int) -> None:
+def _chunk(eps: Tensor) -> int:
+    """Groups to draw at a time."""
+    if eps.device.type != "cpu":
+        return 1 << 22
+    threads = torch.get_num_threads()
+    return _ALONE if threads == 1 else _CHUNK * threads
+
+
+def _fill_contiguous(eps: Tensor, key: tuple[Key, Key]) -> None:
     """Fill a row-major tensor: lanes are neighbours in memory."""
     n_whole = eps.numel() // 4
     lanes = eps.view(-1)[: 4 * n_whole].view(n_whole, 4).T
-    for start in range(0, n_whole, _CHUNK):
-        stop = min(start + _CHUNK, n_whole)
-        _four_normals(torch.arange(start, stop, device=eps.device), seed, lanes[:, start:stop])
+    chunk = _chunk(eps)
+    for start in range(0, n_whole, chunk):
+        stop = min(start + chunk, n_whole)
+        _four_normals(torch.arange(start, stop, device=eps.device), key, lanes[:, start:stop])
     n_left = eps.numel() - 4 * n_whole
     if n_left:
         last = torch.empty(4, 1, device=eps.device)
-        _four_normals(torch.tensor([n_whole], device=eps.device), seed, last)
+        _four_normals(torch.tensor([n_whole], device=eps.device), key, last)
         eps.view(-1)[4 * n_whole :] = last[:n_left, 0]
 
 
-def _fill_channels_last(eps: Tensor, seed: int) -> None:
+def _fill_channels_last(eps: Tensor, key: tuple[Key, Key]) -> None:
     """Fill a channels_last_3d tensor in memory order: channels are neighbours, a group's lanes lie one row apart."""
     n, channels = eps.shape[:2]
     rows = math.prod(eps.shape[2:]) // 4  # groups in one channel's volume
     lanes = eps.permute(0, 2, 3, 4, 1).view(n, rows, 4, channels)
     first = torch.arange(n * channels, device=eps.device).view(n, 1, channels) * rows
-    step = max(1, _CHUNK // channels)
+    step = max(1, _chunk(eps) // channels)
     for sample in range(n):
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             row = torch.arange(start, stop, device=eps.device)[:, None]
-            _four_normals(first[sample] + row, seed, lanes[sample, start:stop].transpose(0, 1))
+            _four_normals(first[sample] + row, key, lanes[sample, start:stop].transpose(0, 1))

@@ -1,31 +1,33 @@
-"""The op as torch.library operators, so that torch.compile, autograd and fake tensors see through it.
+"""The op as `torch.library` operators, so that `torch.compile`, autograd and fake tensors see through it.
 
-`dwc::ffg_conv3d` samples and returns (y, r); `dwc::ffg_conv3d_grad_input`, `..._grad_weight` and `..._grad_bias` are
-its backward, derived by hand (see `reference`) from x and r alone, and have no derivative themselves. Each forwards to
-the backend it is told; choosing one, checking arguments and casting under autocast are the work of `functional`. The
-backward lays out for the reference what two of its operators read.
+`dwc::ffg_conv3d` samples and returns (y, r). `dwc::ffg_conv3d_grad_input`, `..._grad_weight` and `..._grad_bias` are
+its backward, derived by hand (see `reference`) from x and r alone; they have no derivative themselves. Each forwards to
+the backend it is given. Choosing a backend, checking arguments and casting under autocast happen in `functional`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import CustomOpDef, custom_op
 
 from dwc_kernels import reference
-from dwc_kernels.geometry import output_size
-from dwc_kernels.reference import native, output_layout
+from dwc_kernels.flops import count_when_asked
+from dwc_kernels.geometry import Triple, output_size
+from dwc_kernels.reference import native, output_layout, weight_bound
 
-__all__ = ["ffg_conv3d"]
+__all__ = ["ffg_conv3d", "sample", "transforming"]
 
 
 def _as_given(x: Tensor) -> torch.autocast:
-    """Autocast has cast the arguments already; inside, it would cast what the backend computes in fp32 on purpose."""
+    """Turn autocast off: the arguments are cast already, and what a backend computes in fp32 must stay in fp32."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _implementation(backend: str):
-    """The module with forward, grad_input and grad_weight; Triton is imported only when it is used."""
+def _implementation(backend: str) -> ModuleType:
+    """Return the module with forward, grad_input and grad_weight; Triton is imported only when it is used."""
     if backend == "reference":
         return reference
     from dwc_kernels import kernels
@@ -47,10 +49,16 @@ def ffg_conv3d(
     seed: Tensor,
     backend: str,
     keep_r: bool = True,
+    transposed_size: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sample y and r = eps / (2 sqrt(var)), both [N, F, D', H', W']; r is empty where none is kept."""
+    """Return the sample y and r = eps / (2 sqrt(var)), both [N, F, D', H', W']; r is empty where none is kept.
+
+    ``transposed_size`` is D', H', W' of a transposed convolution, which only the reference runs.
+    """
     arguments = (x, weight_mu, weight_sigma, bias_mu, bias_sigma, tuple(stride), tuple(padding), tuple(dilation))
     with _as_given(x):
+        if transposed_size:
+            return reference.forward(*arguments, groups, seed, keep_r=keep_r, transposed_size=tuple(transposed_size))
         return _implementation(backend).forward(*arguments, groups, seed, keep_r=keep_r)
 
 
@@ -66,10 +74,13 @@ def ffg_conv3d_grad_input(
     dilation: Sequence[int],
     groups: int,
     backend: str,
+    transposed: bool = False,
 ) -> Tensor:
     """Return dL/dx, [N, C, D, H, W]."""
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
     with _as_given(x):
+        if transposed:
+            return reference.grad_input(g, r, x, weight_mu, weight_sigma, *geometry, transposed=True)
         return _implementation(backend).grad_input(g, r, x, weight_mu, weight_sigma, *geometry)
 
 
@@ -84,31 +95,50 @@ def ffg_conv3d_grad_weight(
     dilation: Sequence[int],
     groups: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Return dL/dmu and dL/dsigma, both of the weights' shape."""
+    bias_sigma: Tensor | None = None,
+    wants_mu: bool = True,
+    wants_sigma: bool = True,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dL/dmu and dL/dsigma of the weights and of the biases; empty what is not wanted, and without bias_sigma.
+
+    The kernels always compute both, so the reference takes over where only one is wanted.
+    """
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
     with _as_given(x):
-        return _implementation(backend).grad_weight(g, r, x, weight_sigma, *geometry)
+        if transposed or not (wants_mu and wants_sigma):
+            wants = {"wants_mu": wants_mu, "wants_sigma": wants_sigma, "transposed": transposed}
+            return reference.grad_weight(g, r, x, weight_sigma, *geometry, bias_sigma=bias_sigma, **wants)
+        return _implementation(backend).grad_weight(g, r, x, weight_sigma, *geometry, bias_sigma=bias_sigma)
 
 
 @custom_op("dwc::ffg_conv3d_grad_bias", mutates_args=())
 def ffg_conv3d_grad_bias(g: Tensor, r: Tensor, bias_sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dL/db_mu = sum g and dL/db_sigma = 2 b_sigma * sum g * r, both [F]; one backend for all."""
-    voxels, wide = (0, 2, 3, 4), torch.promote_types(g.dtype, torch.float32)
-    db_mu = g.sum(voxels, dtype=wide)
-    db_var = (g.to(wide) * r).sum(voxels)
-    return db_mu.to(bias_sigma.dtype), (2 * bias_sigma * db_var).to(bias_sigma.dtype)
-
-
-@ffg_conv3d_grad_bias.register_fake
-def _(g, r, bias_sigma):
-    return torch.empty_like(bias_sigma), torch.empty_like(bias_sigma)
+    """Return dL/dmu and dL/dsigma of the biases alone, for layers whose weights are frozen."""
+    return reference.grad_bias(g, r, bias_sigma)
 
 
 @ffg_conv3d.register_fake
-def _(x, weight_mu, weight_sigma, bias_mu, bias_sigma, stride, padding, dilation, groups, seed, backend, keep_r=True):
-    size = output_size(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
-    shape = (x.shape[0], weight_mu.shape[0], *size)
+def _(
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_sigma: Tensor,
+    bias_mu: Tensor | None,
+    bias_sigma: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    seed: Tensor,
+    backend: str,
+    keep_r: bool = True,
+    transposed_size: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    if transposed_size:
+        shape = (x.shape[0], weight_mu.shape[1] * groups, *transposed_size)
+    else:
+        size = output_size(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
+        shape = (x.shape[0], weight_mu.shape[0], *size)
     y, r = (
         torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         for layout in (output_layout(x), torch.channels_last_3d)
@@ -117,37 +147,164 @@ def _(x, weight_mu, weight_sigma, bias_mu, bias_sigma, stride, padding, dilation
 
 
 @ffg_conv3d_grad_input.register_fake
-def _(g, r, x, weight_mu, weight_sigma, stride, padding, dilation, groups, backend):
+def _(
+    g: Tensor,
+    r: Tensor,
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_sigma: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+    transposed: bool = False,
+) -> Tensor:
     return torch.empty_like(x, memory_format=output_layout(x))
 
 
 @ffg_conv3d_grad_weight.register_fake
-def _(g, r, x, weight_sigma, stride, padding, dilation, groups, backend):
-    dmu = torch.empty_like(weight_sigma, memory_format=torch.contiguous_format)
-    return dmu, torch.empty_like(dmu)
+def _(
+    g: Tensor,
+    r: Tensor,
+    x: Tensor,
+    weight_sigma: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+    bias_sigma: Tensor | None = None,
+    wants_mu: bool = True,
+    wants_sigma: bool = True,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_biases = 0 if bias_sigma is None else g.shape[1]
+    dmu, dsigma = (weight_sigma.new_empty(weight_sigma.shape if wanted else 0) for wanted in (wants_mu, wants_sigma))
+    db_mu, db_sigma = (weight_sigma.new_empty(n_biases if wanted else 0) for wanted in (wants_mu, wants_sigma))
+    return dmu, dsigma, db_mu, db_sigma
 
 
-def _save(ctx, inputs, output):
-    x, weight_mu, weight_sigma, _, bias_sigma, *ctx.geometry, _, ctx.backend, _ = inputs
+@ffg_conv3d_grad_bias.register_fake
+def _(g: Tensor, r: Tensor, bias_sigma: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(bias_sigma), torch.empty_like(bias_sigma)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight_mu, weight_sigma, _, bias_sigma, *ctx.geometry, _, ctx.backend, _, transposed_size = inputs
+    ctx.transposed = transposed_size is not None
     _, r = output
     ctx.mark_non_differentiable(r)
+    ctx.set_materialize_grads(False)  # else every backward is handed a tensor of zeros as the gradient of r
     ctx.save_for_backward(x, r, weight_mu, weight_sigma, bias_sigma)
 
 
-def _backward(ctx, g, _):
-    x, r, weight_mu, weight_sigma, bias_sigma = ctx.saved_tensors
+def _backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     dx = dmu = dsigma = db_mu = db_sigma = None
-    layout = output_layout(x)
-    if ctx.backend == "reference" and any(ctx.needs_input_grad[:3]):  # once for both gradients
+    if g is None:
+        return (None,) * 13
+    x, r, weight_mu, weight_sigma, bias_sigma = ctx.saved_tensors
+    wants_x, *wants_weights, wants_b_mu, wants_b_sigma = ctx.needs_input_grad[:5]
+    # Under vmap and under autograd's batched gradients tensors have no layout.
+    unlaid = transforming() or torch._C._functorch.is_legacy_batchedtensor(g)
+    layout = None if unlaid else output_layout(x)
+    bound = weight_bound(x, weight_mu, tuple(ctx.geometry[2]), g.numel())
+    if layout and not bound and ctx.backend == "reference" and (wants_x or any(wants_weights)):  # once for both
         g, x = native(g), native(x)
-    if ctx.needs_input_grad[0]:
-        dx = ffg_conv3d_grad_input(g, r, x, weight_mu, weight_sigma, *ctx.geometry, ctx.backend)
-        dx = dx.contiguous(memory_format=layout)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        dmu, dsigma = ffg_conv3d_grad_weight(g, r, x, weight_sigma, *ctx.geometry, ctx.backend)
-    if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-        db_mu, db_sigma = ffg_conv3d_grad_bias(g, r, bias_sigma)
-    return dx, dmu, dsigma, db_mu, db_sigma, *[None] * 7
+    if wants_x:
+        dx = _once(ffg_conv3d_grad_input, g, r, x, weight_mu, weight_sigma, *ctx.geometry, ctx.backend, ctx.transposed)
+        dx = dx.contiguous(memory_format=layout) if layout else dx
+    biases = bias_sigma if wants_b_mu or wants_b_sigma else None
+    # One kernel serves weights and biases where it can; frozen means or sigmas are left out of both.
+    wants_mu, wants_sigma = wants_weights[0] or wants_b_mu, wants_weights[1] or wants_b_sigma
+    if any(wants_weights):
+        arguments = (*ctx.geometry, ctx.backend, biases, wants_mu, wants_sigma, ctx.transposed)
+        dmu, dsigma, db_mu, db_sigma = _once(ffg_conv3d_grad_weight, g, r, x, weight_sigma, *arguments)
+    elif biases is not None:
+        db_mu, db_sigma = _once(ffg_conv3d_grad_bias, g, r, bias_sigma)
+    every = (dx, dmu, dsigma, db_mu, db_sigma)
+    return *(t if wanted else None for t, wanted in zip(every, ctx.needs_input_grad, strict=False)), *[None] * 8
 
 
 ffg_conv3d.register_autograd(_backward, setup_context=_save)
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func is running."""
+    return torch._C._are_functorch_transforms_active()
+
+
+class _Transformable(torch.autograd.Function):
+    """The same derivative for torch.func, which does not take the one that is registered with the operator."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight_mu: Tensor,
+        weight_sigma: Tensor,
+        bias_mu: Tensor | None,
+        bias_sigma: Tensor | None,
+        stride: Triple,
+        padding: Triple,
+        dilation: Triple,
+        groups: int,
+        seed: Tensor,
+        backend: str,
+        keep_r: bool,
+        transposed_size: Triple | None,
+    ) -> tuple[Tensor, Tensor]:
+        tensors, geometry = (x, weight_mu, weight_sigma, bias_mu, bias_sigma), (stride, padding, dilation, groups)
+        return ffg_conv3d(*tensors, *geometry, seed, backend, keep_r, transposed_size)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_backward)
+
+
+class _Once(torch.autograd.Function):
+    """An operator of the backward, which has no derivative itself, for torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: CustomOpDef, *arguments: Any) -> Any:
+        return op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError("ffg_conv3d has no second derivative")
+
+
+def _once(op: CustomOpDef, *arguments: Any) -> Any:
+    return _Once.apply(op, *arguments) if transforming() else op(*arguments)
+
+
+def sample(*arguments: Any) -> Tensor:
+    """`ffg_conv3d`'s y, differentiable in reverse mode by autograd and by torch.func alike."""
+    return (_Transformable.apply if transforming() else ffg_conv3d)(*arguments)[0]
+
+
+def _one_by_one(op: CustomOpDef) -> Callable[..., Any]:
+    """The rule of an operator under vmap: a call for each sample, so that each has the bits it has alone."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = []
+        for i in range(info.batch_size):
+            one = (a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(arguments, in_dims, strict=True))
+            results.append(op(*one))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    return rule
+
+
+for _op in (ffg_conv3d, ffg_conv3d_grad_input, ffg_conv3d_grad_weight, ffg_conv3d_grad_bias):
+    _op.register_vmap(_one_by_one(_op))
+
+count_when_asked()

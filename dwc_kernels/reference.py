@@ -10,16 +10,26 @@ filter (PyTorch's own dilated backward can be several times slower), and the wei
 that skip taps outside the volume. Wide 3x3x3 layers in fp32 take `winograd`'s shorter sums for all but the variance.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dwc_kernels import winograd
+from dwc_kernels.geometry import Triple, output_size
 from dwc_kernels.noise import normal
 
-__all__ = ["forward", "grad_input", "grad_weight", "multiplies_bf16", "native", "output_layout"]
-
-Triple = tuple[int, int, int]
+__all__ = [
+    "forward",
+    "grad_bias",
+    "grad_input",
+    "grad_weight",
+    "multiplies_bf16",
+    "native",
+    "output_layout",
+    "weight_bound",
+]
 
 # From how many products of input and output channels a tap's matrix product outruns PyTorch's own weight gradient.
 _WIDE = 64 * 64
@@ -42,6 +52,16 @@ def native(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
 
 
+def weight_bound(x: Tensor, weight: Tensor, dilation: Triple, n_outputs: int) -> bool:
+    """Whether there are more weights than voxels, on the CPU: PyTorch's plain convolutions then win, for every copy of
+    the weights, mirrored or in another layout, costs as much as they do."""
+    return x.device.type == "cpu" and dilation == (1, 1, 1) and weight.numel() >= x.numel() + n_outputs
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.contiguous()
+
+
 def output_layout(x: Tensor) -> torch.memory_format:
     """The memory format that outputs share with the input; with one channel it could be either, so the native one."""
     return torch.channels_last_3d if x.shape[1] == 1 or x.stride(1) == 1 else torch.contiguous_format
@@ -60,8 +80,9 @@ def forward(
     seed: Tensor,  # int64 scalar
     *,
     keep_r: bool = True,
+    transposed_size: Triple | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample the convolution.
+    """Sample the convolution, or with ``transposed_size``, the output's voxels, the transposed one with strides.
 
     Returns
     -------
@@ -70,13 +91,24 @@ def forward(
         the backward needs next to x; r is always channels_last_3d, and empty without ``keep_r``.
     """
     working = _working_dtype(x.dtype, x.device)
-    h, mu, sigma = (native(t.to(working)) for t in (x, weight_mu, weight_sigma))
+    size = transposed_size or output_size(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
+    n_filters = weight_mu.shape[1] * groups if transposed_size else len(weight_mu)
+    bound = weight_bound(x, weight_mu, dilation, len(x) * n_filters * prod(size))
+    laid_out = _plain if bound else native
+    h, mu, sigma = (laid_out(t.to(working)) for t in (x, weight_mu, weight_sigma))
     b_mu, b_var = (None, None) if bias_mu is None else (bias_mu.to(working), bias_sigma.to(working).square())
-    y = _conv3d(h, mu, b_mu, stride, padding, dilation, groups)
-    # Direct: Winograd's differences could make a variance that is nearly 0 negative.
-    var = F.conv3d(h.square(), sigma.square(), b_var, stride, padding, dilation, groups)
+    if transposed_size:
+        shape = torch.Size((len(x), n_filters, *size))
+        y = _transposed(h, mu, shape, stride, padding, dilation, groups)
+        var = _transposed(h.square(), sigma.square(), shape, stride, padding, dilation, groups)
+        if bias_mu is not None:
+            y, var = (t.add_(b.view(-1, 1, 1, 1)) for t, b in ((y, b_mu), (var, b_var)))
+    else:
+        y = _conv3d(h, mu, b_mu, stride, padding, dilation, groups)
+        # Direct: Winograd's differences could make a variance that is nearly 0 negative.
+        var = F.conv3d(h.square(), sigma.square(), b_var, stride, padding, dilation, groups)
     std = var.sqrt_()
-    eps = normal(std, int(seed)).to(working)
+    eps = normal(std, seed).to(working)
     y.addcmul_(std, eps)
     y = y.to(x.dtype).contiguous(memory_format=output_layout(x))
     if not keep_r:  # no backward will follow
@@ -114,13 +146,22 @@ def grad_input(
     padding: Triple,
     dilation: Triple,
     groups: int,
+    *,
+    transposed: bool = False,
 ) -> Tensor:
-    """dL/dx = convT(g, mu) + 2 x * convT(g * r, sigma^2), in the dtype and layout of x."""
+    """dL/dx = convT(g, mu) + 2 x * convT(g * r, sigma^2), in the dtype and layout of x; conv for convT."""
     working = _working_dtype(x.dtype, x.device)
-    g, r, h, mu, sigma = (native(t.to(working)) for t in (g, r, x, weight_mu, weight_sigma))
+    bound = weight_bound(x, weight_mu, dilation, g.numel())
+    laid_out = _plain if bound else native
+    g, r, h, mu, sigma = (laid_out(t.to(working)) for t in (g, r, x, weight_mu, weight_sigma))
     geometry = (stride, padding, dilation, groups)
-    dvar = _transposed(g, sigma.square(), h.shape, *geometry, times=r)
-    dx = _transposed(g, mu, h.shape, *geometry).addcmul_(dvar, h, value=2.0)
+    if transposed:
+        dvar = _conv3d(g, sigma.square(), None, *geometry, times=r)
+        dx = _conv3d(g, mu, None, *geometry)
+    else:
+        dvar = _transposed(g, sigma.square(), h.shape, *geometry, times=r)
+        dx = _transposed(g, mu, h.shape, *geometry)
+    dx.addcmul_(dvar, h, value=2.0)
     return dx.to(x.dtype).contiguous(memory_format=output_layout(x))
 
 
@@ -136,9 +177,10 @@ def _transposed(
 ) -> Tensor:
     """The adjoint of conv3d(. , weight) applied to g, or to g * times."""
     reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
-    if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0:
+    bound = weight_bound(g, weight, dilation, prod(shape))
+    if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0 or bound:
         g = g if times is None else g * times
-        return torch.nn.grad.conv3d_input(shape, weight, g, stride, padding, dilation, groups)
+        return _derivative(0, g, _placeholder(shape, g), weight, stride, padding, dilation, groups)
     # At stride 1 the adjoint is a convolution with the mirrored filter, inputs and outputs exchanged within a group.
     per_group = weight.unflatten(0, (groups, -1))  # [groups, F / groups, C / groups, kD, kH, kW]
     mirrored = native(per_group.transpose(1, 2).flatten(0, 1).flip(2, 3, 4))
@@ -154,28 +196,103 @@ def grad_weight(
     padding: Triple,
     dilation: Triple,
     groups: int,
-) -> tuple[Tensor, Tensor]:
-    """dL/dmu = corr(x, g) and dL/dsigma = 2 sigma * corr(x^2, g * r), in the dtype of weight_sigma."""
-    working, shape = _working_dtype(x.dtype, x.device), weight_sigma.shape
-    g, r, h = (native(t.to(working)) for t in (g, r, x))
-    wide = x.device.type == "cpu" and x.shape[1] * g.shape[1] >= _WIDE
-    if winograd.suits(h, shape, stride, padding, dilation):
-        dmu = winograd.correlate(h, g, padding, dilation)
-        dvar = winograd.correlate(h, g, padding, dilation, x_times=h, g_times=r)
-    elif wide and stride == (1, 1, 1) and groups == 1:
-        dmu, dvar = _correlate_both(g, r, h, shape, padding, dilation)
+    *,
+    bias_sigma: Tensor | None = None,  # [F]
+    wants_mu: bool = True,
+    wants_sigma: bool = True,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dL/dmu = corr(x, g) and dL/dsigma = 2 sigma * corr(x^2, g * r), in the dtype of weight_sigma, then `grad_bias`.
+
+    What is not wanted is empty, the gradients of the biases without ``bias_sigma``; r may be empty where no sigma's
+    gradient is wanted.
+    """
+    working, shape, geometry = (
+        _working_dtype(x.dtype, x.device),
+        weight_sigma.shape,
+        (stride, padding, dilation, groups),
+    )
+    dmu = dvar = db_mu = db_sigma = weight_sigma.new_empty(0)
+    if bias_sigma is not None:
+        db_mu, db_sigma = grad_bias(g, r, bias_sigma)
+    bound = weight_bound(x, weight_sigma, dilation, g.numel())
+    laid_out = _plain if bound else native
+    g, h = (laid_out(t.to(working)) for t in (g, x))
+    r = laid_out(r.to(working)) if wants_sigma else r
+    # A transposed convolution's input is the output of the convolution whose weight it has.
+    a, b, a_times, b_times = (g, h, r, h) if transposed else (h, g, h, r)
+    tiled = winograd.suits(a, shape, stride, padding, dilation)
+    wide = x.device.type == "cpu" and not bound and x.shape[1] * g.shape[1] >= _WIDE
+    if wants_mu and wants_sigma and wide and not tiled and stride == (1, 1, 1) and groups == 1:
+        dmu, dvar = _correlate_both(a, b, a_times, b_times, shape, padding, dilation)
     else:
-        geometry = (stride, padding, dilation, groups)
-        dmu = torch.nn.grad.conv3d_weight(h, shape, g, *geometry)
-        dvar = torch.nn.grad.conv3d_weight(h.square(), shape, g * r, *geometry)
-    dsigma = dvar.mul_(weight_sigma).mul_(2.0)
-    return dmu.to(weight_sigma.dtype).contiguous(), dsigma.to(weight_sigma.dtype).contiguous()
+        dmu = _correlate(tiled, a, None, b, None, shape, *geometry) if wants_mu else dmu
+        dvar = _correlate(tiled, a, a_times, b, b_times, shape, *geometry) if wants_sigma else dvar
+    dsigma = dvar.mul_(weight_sigma).mul_(2.0) if wants_sigma else dvar
+    biased = bias_sigma is not None
+    wanted = ((dmu, wants_mu), (dsigma, wants_sigma), (db_mu, wants_mu and biased), (db_sigma, wants_sigma and biased))
+    return tuple(t.to(weight_sigma.dtype).contiguous() if want else weight_sigma.new_empty(0) for t, want in wanted)
+
+
+def grad_bias(g: Tensor, r: Tensor, bias_sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/db_mu = sum g and dL/db_sigma = 2 b_sigma * sum g * r, both [F], in the dtype of bias_sigma.
+
+    The latter is 0 where r is empty because nobody wants it.
+    """
+    voxels, wide = (0, 2, 3, 4), torch.promote_types(g.dtype, torch.float32)
+    db_mu = g.sum(voxels, dtype=wide)
+    db_var = (g.to(wide) * r).sum(voxels) if r.numel() else torch.zeros_like(db_mu)
+    return db_mu.to(bias_sigma.dtype), (2 * bias_sigma * db_var).to(bias_sigma.dtype)
+
+
+def _correlate(
+    tiled: bool,  # whether `winograd` suits
+    a: Tensor,
+    a_times: Tensor | None,
+    b: Tensor,
+    b_times: Tensor | None,
+    shape: torch.Size,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+) -> Tensor:
+    """The weight gradient of a convolution of a * a_times, with b * b_times the gradient of its output."""
+    if tiled:
+        return winograd.correlate(a, b, padding, dilation, a_times, b_times)
+    a, b = (t if times is None else t * times for t, times in ((a, a_times), (b, b_times)))
+    return _derivative(1, b, a, _placeholder(shape, a), stride, padding, dilation, groups)
+
+
+def _placeholder(shape: torch.Size, like: Tensor) -> Tensor:
+    """A tensor of which only the shape will be read, in the layout of another."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=output_layout(like))
+
+
+def _derivative(
+    which: int,  # 0: by the input, 1: by the weight
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+) -> Tensor:
+    """PyTorch's own derivative of a convolution.
+
+    `torch.nn.grad` would stand an expanded number in for the tensor that it does not read, which passes for
+    channels_last and can make the call an order of magnitude slower.
+    """
+    mask = [which == 0, which == 1, False]
+    geometry = (stride, padding, dilation, False, (0, 0, 0), groups)
+    return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, mask)[which]
 
 
 def _correlate_both(
-    g: Tensor, r: Tensor, x: Tensor, shape: torch.Size, padding: Triple, dilation: Triple
+    x: Tensor, g: Tensor, x_times: Tensor, g_times: Tensor, shape: torch.Size, padding: Triple, dilation: Triple
 ) -> tuple[Tensor, Tensor]:
-    """corr(x, g) and corr(x^2, g * r) at stride 1 without groups, as batched matrix products over rows of voxels.
+    """Both of `_correlate`'s sums at stride 1 without groups, as batched matrix products over rows of voxels.
 
     Rows are padded with zeros along W to one pitch, so a tap's shift along W is a shift of the row index; shifts along
     D and H select planes and lines, and those that fall outside the volume are never multiplied.
@@ -193,9 +310,9 @@ def _correlate_both(
     total = torch.zeros(kd, kh, kw, 2, c, n_filters, dtype=wide, device=x.device)
     for sample in range(n):
         a_lines[0] = x[sample].permute(1, 2, 3, 0)
-        torch.square(a_lines[0], out=a_lines[1])
+        torch.mul(a_lines[0], x_times[sample].permute(1, 2, 3, 0), out=a_lines[1])
         b[0, ..., : out_size[2], :] = g[sample].permute(1, 2, 3, 0)
-        torch.mul(b[0, ..., : out_size[2], :], r[sample].permute(1, 2, 3, 0), out=b[1, ..., : out_size[2], :])
+        torch.mul(b[0, ..., : out_size[2], :], g_times[sample].permute(1, 2, 3, 0), out=b[1, ..., : out_size[2], :])
         for i in range(kd):
             for j in range(kh):
                 dz, dy = i * dd - pd, j * dh - ph

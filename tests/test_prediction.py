@@ -113,6 +113,16 @@ def test_the_scan_is_predicted_in_the_heads_box_and_the_air_around_it_is_backgro
     np.testing.assert_array_equal(prediction.draws[0], np.bincount(prediction.labels.ravel(), minlength=3))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_head_moved_by_16_voxels_gets_the_same_labels(axis):
+    torch.manual_seed(1)
+    net, volume = MeshNet(3, 2, (1, 2, 4), bayesian=False, weight_norm=False), np.zeros((64, 64, 64), np.uint8)
+    volume[16:32, 12:36, 14:40] = image(64)[:16, :24, :26]
+    still, moved = (predict_volume([net], np.roll(volume, step, axis), memory_limit=2e-3).labels for step in (0, 16))
+    assert still.any()
+    assert (np.roll(still, 16, axis) == moved).mean() > 0.9999
+
+
 def test_volumes_are_z_scored_as_in_training(tmp_path):
     voxels = np.random.default_rng(1).integers(0, 200, (64, 64, 64), np.uint8)
     nibabel.save(nibabel.Nifti1Image(voxels, Grid(64, 3.0).affine(np.zeros(3))), tmp_path / "a.nii.gz")

@@ -4,6 +4,7 @@ Each group of settings is a frozen dataclass that derives from `Settings` and se
 and their help. What depends on files (a prior, a manifest) is resolved later, once, by whoever opens those files.
 """
 
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -23,7 +24,8 @@ class Settings:
     """Base of settings dataclasses: types are checked when an object is made.
 
     Integers and floats may be numpy's; strings are taken as paths where a path is meant, and paths become absolute;
-    lists serve as tuples; NaN and infinity are refused. A subclass that restricts values extends ``__post_init__``.
+    lists serve as tuples, mappings as nested settings; NaN and infinity are refused. A subclass that restricts values
+    extends ``__post_init__``.
     """
 
     def __post_init__(self) -> None:
@@ -37,7 +39,7 @@ class Settings:
         cls: Any = type(self)
         adapters = _adapters(cls)
         for name in given:
-            value = getattr(self, name)
+            value = _nested(name, cls, getattr(self, name))
             try:
                 parsed = adapters[name].validate_python(value)
             except ValidationError as error:
@@ -62,6 +64,21 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """The settings as plain values: a YAML file of them makes the same settings."""
         return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+def _nested(name: str, cls: Any, value: Any) -> Any:
+    """A mapping as the settings that it stands for; errors name the whole path, as `map.lr`."""
+    hint = get_type_hints(cls)[name] if isinstance(value, Mapping) else None
+    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, Settings)]
+    if not kinds:
+        return value
+    names = {each.name for each in fields(kinds[0])}
+    if odd := sorted(value.keys() - names):
+        raise InputError(f"`{name}.{odd[0]}`: there is no such setting; the settings are {', '.join(sorted(names))}")
+    try:
+        return kinds[0](**value)
+    except InputError as error:
+        raise InputError(re.sub(rf"`({'|'.join(names)})\b", rf"`{name}.\1", str(error))) from error
 
 
 @cache

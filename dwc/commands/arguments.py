@@ -11,14 +11,14 @@ from dataclasses import fields
 from difflib import get_close_matches
 from inspect import get_annotations
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
 from dwc.base.errors import InputError
 from dwc.base.settings import Settings
 
-__all__ = ["Parser", "add_settings", "from_file", "in_flags", "make", "new_parser", "parse"]
+__all__ = ["Parser", "add_settings", "from_file", "in_flags", "new_parser", "parse"]
 
 _S = TypeVar("_S", bound=Settings)
 _MISFIT = re.compile(r'Parser key "([\w.]+)": Does not validate .*?Errors: - (.+?) - Expected .*Given value: (.+)')
@@ -37,7 +37,9 @@ class Parser(ArgumentParser):
 
     def format_help(self) -> str:  # type: ignore[override]
         """The help text, with flags in kebab-case and booleans as switches."""
-        text = re.sub(r"(--[\w.-]+) \{true,false\}", lambda m: f"{m[1]} | --no-{m[1][2:]}", super().format_help())
+        text = super().format_help()
+        switch = r"(--[\w.-]+) \{true,false(?:,null)?\}"
+        text = re.sub(switch, lambda m: f"{m[1]} | --no-{m[1][2:]}", text)
         text = re.sub(r"<class\s+'(\w+)'>", lambda m: m[1].lower(), text)
         return re.sub(r"(?<![\w-])--[a-z][\w.-]*", lambda m: m[0].replace("_", "-"), text)
 
@@ -85,22 +87,6 @@ def add_settings(parser: ArgumentParser, cls: type[Settings]) -> None:
             left -= own
 
 
-def make(cls: type[_S], values: Mapping[str, Any]) -> _S:
-    """Settings from parsed values, those of nested settings too; an error in those names the whole path."""
-    made = dict(values)
-    for name, hint in get_type_hints(cls).items():
-        nested = [part for part in (hint, *get_args(hint)) if isinstance(part, type) and issubclass(part, Settings)]
-        if not nested or not isinstance(made.get(name), Mapping | Namespace):
-            continue
-        part = made[name].as_dict() if isinstance(made[name], Namespace) else made[name]
-        try:
-            made[name] = make(nested[0], part)
-        except InputError as error:
-            own = "|".join(field.name for field in fields(nested[0]))
-            raise InputError(re.sub(rf"`({own})\b", rf"`{name}.\1", str(error))) from error
-    return cls(**made)
-
-
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """Parse.
 
@@ -135,7 +121,7 @@ def from_file(cls: type[_S], path: Path, resolve: Callable[[dict[str, Any]], dic
     try:
         entries = parser.parse_args(["--config", str(path)]).as_dict()
         entries.pop("config")
-        return make(cls, resolve(entries))
+        return cls(**resolve(entries))
     except argparse.ArgumentError as error:
         raise InputError(f"{path}: {_in_short(str(error), parser).removeprefix('--')}") from error
     except InputError as error:
@@ -180,7 +166,8 @@ def _declared(name: str, actions: Mapping[str, Any]) -> str:
 
 
 def _is_boolean(action: argparse.Action) -> bool:
-    return getattr(action, "_typehint", action.type) is bool
+    hint = getattr(action, "_typehint", action.type)
+    return hint is bool or set(get_args(hint)) == {bool, type(None)}
 
 
 def _in_short(message: str, parser: ArgumentParser) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from dwc.base.errors import InputError
-from dwc.commands.arguments import add_settings, make, new_parser, parse
+from dwc.commands.arguments import add_settings, new_parser, parse
 from dwc.study.settings import PRESETS, STUDIES, StudySettings, preset_file
 
 __all__ = ["main", "parse_study"]
@@ -60,7 +60,7 @@ def parse_study(
     parser.default_config_files = [str(preset_file(preset))]
     values = parse(parser, arguments).as_dict()
     names = StudySettings.__dataclass_fields__
-    settings = make(StudySettings, {name: value for name, value in values.items() if name in names})
+    settings = StudySettings(**{name: value for name, value in values.items() if name in names})
     return settings, {name: value for name, value in values.items() if name not in names}
 
 

@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from dwc.base.errors import InputError
-from dwc.commands.arguments import add_settings, from_file, make, new_parser, parse
+from dwc.commands.arguments import add_settings, from_file, new_parser, parse
 from dwc.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _checked_training(words: list[str]) -> "tuple[TrainSettings, list[Scan]]":
 
     parser = new_parser("train", "")
     add_settings(parser, TrainSettings)
-    settings = make(TrainSettings, parse(parser, [*words, "--prior", "prior", "--out", "run"]).as_dict())
+    settings = TrainSettings(**parse(parser, [*words, "--prior", "prior", "--out", "run"]).as_dict())
     train_scans, test_scans = labelled_scans(settings)
     if settings.label_map is not None:
         LabelMap.load(settings.label_map)
@@ -287,7 +287,7 @@ def _simulate(values: Namespace) -> None:
     from dwc.federated.local import simulate
     from dwc.federated.settings import SimulationSettings
 
-    simulate(make(SimulationSettings, values.as_dict()))
+    simulate(SimulationSettings(**values.as_dict()))
 
 
 _STEPS: dict[str, tuple[Callable[[ArgumentParser], None], Callable[[Namespace], None]]] = {

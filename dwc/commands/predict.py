@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from dwc.base.errors import InputError
-from dwc.commands.arguments import Parser, add_settings, make, new_parser, parse
+from dwc.commands.arguments import Parser, add_settings, new_parser, parse
 from dwc.prediction_settings import PredictionSettings
 
 __all__ = ["add_networks", "main", "prediction_settings"]
@@ -81,4 +81,4 @@ def add_networks(parser: Parser) -> None:
 def prediction_settings(values: Namespace) -> PredictionSettings:
     """The settings of a prediction among a command's values."""
     names = PredictionSettings.__dataclass_fields__
-    return make(PredictionSettings, {name: values[name] for name in names})
+    return PredictionSettings(**{name: values[name] for name in names})

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dwc.base.errors import InputError
-from dwc.commands.arguments import add_settings, make, new_parser, parse
+from dwc.commands.arguments import add_settings, new_parser, parse
 from dwc.training.settings import TrainSettings
 
 __all__ = ["main"]
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     values = parse(parser, arguments).as_dict()
     resume = values.pop("resume")
-    settings = make(TrainSettings, values)
+    settings = TrainSettings(**values)
 
     from dwc.base import ranks  # after the arguments, so that help does not import PyTorch
     from dwc.training.loop import train_network

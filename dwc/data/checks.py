@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import nibabel as nib
@@ -20,12 +21,12 @@ from tqdm import tqdm
 
 from dwc.base import launcher
 from dwc.base.errors import InputError
-from dwc.data.conform import check_ids, classes_on_grid, image_on_grid
+from dwc.data.conform import Placement, check_ids, classes_on_grid, image_on_grid
 from dwc.data.grid import Grid
 from dwc.data.intensity import SIGNAL, to_uint8
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import namesakes
-from dwc.data.reading import ScanFile, load_labels, open_scan
+from dwc.data.reading import ScanFile, enough_memory, load_labels, open_scan, varying
 from dwc.data.scan import Scan
 
 __all__ = ["CheckedScan", "Finding", "check_scans", "leak", "tell"]
@@ -146,48 +147,57 @@ def _warnings_of(checked: Iterable[CheckedScan]) -> list[str]:
 
 
 def _check(scan: Scan, grid: Grid, label_map: LabelMap | None) -> CheckedScan:
+    """A scan by itself; what an error leaves undetermined stays out of the facts."""
     found: list[Finding] = []
     facts: dict[str, Any] = {}
     content = voxels_of_class = None
     try:
-        opened = open_scan(scan.image)
-        found += _header_findings(opened)
-        facts |= {
-            "shape": opened.shape,
-            "voxel_mm": tuple(float(f"{size:.4g}") for size in opened.voxel_sizes),
-            "axes": "".join(nib.aff2axcodes(opened.affine)),
-            "right_handed": bool(np.linalg.det(opened.affine[:3, :3]) > 0),
-        }
-        values = opened.read()
-        facts["intensity"] = (float(values.min()), float(values.max()))
-        if facts["intensity"][0] == facts["intensity"][1]:
-            raise InputError(
-                f"{scan.image}: every voxel is {values.flat[0]:g}; a constant volume is no image, check the file"
-            )
-        values = to_uint8(values)
-        facts["grey_levels"] = int(np.count_nonzero(np.bincount(values.ravel(), minlength=256)[SIGNAL + 1 :]))
-        found += _intensity_findings(scan, facts["grey_levels"])
-        image, placement = image_on_grid(values, opened.affine, grid)
-        if image.min() == image.max():
-            raise InputError(f"{scan.image}: only the value {image.flat[0]} is left on {grid}; check its affine")
-        content = hashlib.sha256(image.tobytes()).hexdigest()
-        found += _placement_findings(scan, placement.moved_mm, placement.cut_mm)
-        del values
-        if scan.label is not None and label_map is not None:
-            labels = load_labels(scan.label, scan.image)
-            ids = np.asanyarray(labels.dataobj)
-            classes = label_map.apply(ids)
-            facts["unlisted_ids"] = check_ids(scan.label, ids, classes, label_map)
-            found += _label_findings(scan, ids, labels.affine, label_map, facts["unlisted_ids"])
-            classes, cut = classes_on_grid(scan.label, classes, labels.affine, grid, placement)
-            if cut:
-                found.append(_odd("cut off", scan.label, f"{cut:.1%} of the labelled voxels lie outside of the grid"))
-            voxels_of_class = np.bincount(classes.ravel(), minlength=label_map.n_classes)
-            facts["labels_on_signal"] = float(np.mean(image[classes > 0] > SIGNAL)) if classes.any() else 0.0
-            found += _overlap_findings(scan, facts["labels_on_signal"])
+        with enough_memory(scan.image):
+            image, placement = _check_image(scan, grid, found, facts)
+            content = hashlib.sha256(image.tobytes()).hexdigest()
+            if scan.label is not None and label_map is not None:
+                voxels_of_class = _check_labels(scan, scan.label, image, placement, grid, label_map, found, facts)
     except InputError as error:
         found.append(Finding("error", "file", str(error)))
     return CheckedScan(scan, tuple(found), facts, voxels_of_class, content)
+
+
+def _check_image(scan: Scan, grid: Grid, found: list[Finding], facts: dict[str, Any]) -> tuple[np.ndarray, Placement]:
+    """The image on the grid and where that lies; adds to the findings and facts."""
+    opened = open_scan(scan.image)
+    found += _header_findings(opened)
+    facts |= {
+        "shape": opened.shape,
+        "voxel_mm": tuple(float(f"{size:.4g}") for size in opened.voxel_sizes),
+        "axes": "".join(nib.aff2axcodes(opened.affine)),
+        "right_handed": bool(np.linalg.det(opened.affine[:3, :3]) > 0),
+    }
+    values = varying(scan.image, opened.read())
+    facts["intensity"] = (float(values.min()), float(values.max()))
+    values = to_uint8(values)
+    facts["grey_levels"] = int(np.count_nonzero(np.bincount(values.ravel(), minlength=256)[SIGNAL + 1 :]))
+    found += _intensity_findings(scan, facts["grey_levels"])
+    image, placement = image_on_grid(scan.image, values, opened.affine, grid)
+    found += _placement_findings(scan, placement.moved_mm, placement.cut_mm)
+    return image, placement
+
+
+def _check_labels(
+    scan: Scan, label: Path, image: np.ndarray, placement: Placement, grid: Grid, label_map: LabelMap,
+    found: list[Finding], facts: dict[str, Any],
+) -> np.ndarray:  # fmt: skip
+    """Voxels of each class on the grid; adds to the findings and facts."""
+    labels = load_labels(label, scan.image)
+    ids = np.asanyarray(labels.dataobj)
+    classes = label_map.apply(ids)
+    facts["unlisted_ids"] = check_ids(label, ids, classes, label_map)
+    found += _label_findings(label, ids, labels.affine, label_map, facts["unlisted_ids"])
+    classes, cut = classes_on_grid(label, classes, labels.affine, grid, placement)
+    if cut:
+        found.append(_odd("cut off", label, f"{cut:.1%} of the labelled voxels lie outside of the grid"))
+    facts["labels_on_signal"] = float(np.mean(image[classes > 0] > SIGNAL)) if classes.any() else 0.0
+    found += _overlap_findings(scan, label, facts["labels_on_signal"])
+    return np.bincount(classes.ravel(), minlength=label_map.n_classes)
 
 
 def _header_findings(opened: ScanFile) -> list[Finding]:
@@ -253,10 +263,9 @@ def _placement_findings(scan: Scan, moved_mm: float, cut_mm: float) -> list[Find
 
 
 def _label_findings(
-    scan: Scan, ids: np.ndarray, affine: np.ndarray, label_map: LabelMap, unlisted: float
+    label: Path, ids: np.ndarray, affine: np.ndarray, label_map: LabelMap, unlisted: float
 ) -> list[Finding]:
     found = []
-    label = scan.label or scan.image
     if unlisted > _UNLISTED:
         found.append(_odd("labels", label, f"{unlisted:.0%} of the labelled voxels have ids that are not listed"))
     if ids.dtype.itemsize == 1 and max(label_map.ids) > np.iinfo(ids.dtype).max:
@@ -271,11 +280,11 @@ def _label_findings(
     return found
 
 
-def _overlap_findings(scan: Scan, share: float) -> list[Finding]:
+def _overlap_findings(scan: Scan, label: Path, share: float) -> list[Finding]:
     if share >= _ON_SIGNAL:
         return []
     what = f"{share:.0%} of the labelled voxels are brighter than air in {scan.image.name}; do they belong together?"
-    return [_odd("overlap", scan.label or scan.image, what)]
+    return [_odd("overlap", label, what)]
 
 
 def _duplicates(checked: Sequence[CheckedScan]) -> dict[int, list[Finding]]:

@@ -17,7 +17,7 @@ from dwc.base.errors import InputError
 from dwc.data.grid import LIA, Grid
 from dwc.data.intensity import SIGNAL, to_uint8
 from dwc.data.labels import LabelMap
-from dwc.data.reading import canonical_affine, load_image, load_labels, open_scan
+from dwc.data.reading import canonical_affine, enough_memory, load_image, load_labels, open_scan
 from dwc.data.resampling import resample_image, resample_labels, tidied
 
 __all__ = ["Placement", "conform_image", "conform_labels", "load_image", "load_labels", "place", "to_native"]
@@ -85,10 +85,8 @@ def conform_image(path: str | os.PathLike, grid: Grid) -> np.ndarray:
     structure may alias.
     """
     image = load_image(path)
-    data, _ = image_on_grid(to_uint8(np.asanyarray(image.dataobj)), image.affine, grid)
-    if data.min() == data.max():
-        raise InputError(f"{path}: only the value {data.flat[0]} is left on {grid}; check the image and its affine")
-    return data
+    with enough_memory(path):
+        return image_on_grid(path, to_uint8(np.asanyarray(image.dataobj)), image.affine, grid)[0]
 
 
 def conform_labels(
@@ -114,10 +112,11 @@ def conform_labels(
     """
     labels = load_labels(path, image)
     ids = np.asanyarray(labels.dataobj)
-    classes = label_map.apply(ids)
-    check_ids(path, ids, classes, label_map)
-    placement = None if image is None else place(image, grid)
-    return classes_on_grid(path, classes, labels.affine, grid, placement)[0]
+    with enough_memory(path):
+        classes = label_map.apply(ids)
+        check_ids(path, ids, classes, label_map)
+        placement = None if image is None else place(image, grid)
+        return classes_on_grid(path, classes, labels.affine, grid, placement)[0]
 
 
 def to_native(array: np.ndarray, path: str | os.PathLike, grid: Grid, *, order: Literal[0, 1]) -> np.ndarray:
@@ -142,12 +141,17 @@ def to_native(array: np.ndarray, path: str | os.PathLike, grid: Grid, *, order: 
     return np.ascontiguousarray(nib.apply_orientation(native, back))
 
 
-def image_on_grid(data: np.ndarray, affine: np.ndarray, grid: Grid) -> tuple[np.ndarray, Placement]:
+def image_on_grid(
+    path: str | os.PathLike, data: np.ndarray, affine: np.ndarray, grid: Grid
+) -> tuple[np.ndarray, Placement]:
     """A uint8 image on the grid, and where the grid lies on it."""
     placement = _on_centre(data.shape, affine, grid)
     data = in_ras_order(data, placement)
     placement = _on_signal(placement, data > SIGNAL, grid)
-    return resample_image(data, placement.positions, grid.shape), placement
+    data = resample_image(data, placement.positions, grid.shape)
+    if data.min() == data.max():
+        raise InputError(f"{path}: only the value {data.flat[0]} is left on {grid}; check the image and its affine")
+    return data, placement
 
 
 def classes_on_grid(

@@ -28,12 +28,14 @@ def to_uint8(data: np.ndarray, n_bins: int = 1000, clipped: float = 0.001) -> np
         low, high = 0.0, 1.0
     n_clipped = int(clipped * np.count_nonzero(data))
     top = _brightest(data, low, high, n_bins, n_clipped)
-    dark = _ranked(data, _RARE)
-    if (dark - low) * 255 > _LIFTED * (top - low):
-        low = dark
+    if np.count_nonzero(data <= low + _LIFTED * (top - low) / 255) <= int(_RARE * data.size):
+        low = _ranked(data, _RARE)
         top = _brightest(data, low, high, n_bins, n_clipped)
-    scaled = (np.clip(data, low, top).astype(np.float32) - low) * (255 / (top - low))
-    return np.clip(scaled, 0, 255, out=scaled).round().astype(np.uint8)
+    scaled = np.empty(data.shape, np.float32)
+    np.clip(data, low, top, out=scaled, casting="unsafe")
+    scaled -= low
+    scaled *= 255 / (top - low)
+    return np.clip(scaled, 0, 255, out=scaled).round(out=scaled).astype(np.uint8)
 
 
 def _brightest(data: np.ndarray, low: float, high: float, n_bins: int, n_clipped: int) -> float:

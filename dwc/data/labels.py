@@ -35,9 +35,10 @@ def read_table(path: "str | os.PathLike | Traversable", columns: tuple[str, ...]
     """Rows of a tab-separated table with a header; blank lines and lines that start with `#` are skipped."""
     try:
         lines = Path(str(path)).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"{path}: cannot read this table ({reason}); give a tab-separated text file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: this table is not UTF-8 text; give a tab-separated text file") from error
+    except OSError as error:
+        raise unreadable(str(path), error, "give a tab-separated text file") from error
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
     try:
         records = [record for _, line in numbered for record in csv.reader([line], delimiter="\t")]

@@ -27,7 +27,7 @@ from nibabel.wrapstruct import WrapStructError
 from dwc.base.errors import InputError, one_line
 from dwc.data.paths import existing_file, unreadable
 
-__all__ = ["ScanFile", "canonical_affine", "load_image", "load_labels", "open_scan"]
+__all__ = ["ScanFile", "canonical_affine", "enough_memory", "load_image", "load_labels", "open_scan", "varying"]
 
 Header: TypeAlias = nib.Nifti1Header | MGHHeader
 
@@ -137,10 +137,15 @@ def open_scan(path: str | os.PathLike) -> ScanFile:
 def load_image(path: str | os.PathLike) -> nib.Nifti1Image:
     """Open a T1 image and check it; the voxels of the result are in memory, its affine is in mm."""
     scan = open_scan(path)
-    data = scan.read()
+    data = varying(path, scan.read())
+    return nib.Nifti1Image(data, scan.affine, dtype=data.dtype)
+
+
+def varying(path: str | os.PathLike, data: np.ndarray) -> np.ndarray:
+    """The voxels of an image, unless they are all the same."""
     if data.min() == data.max():
         raise InputError(f"{path}: every voxel is {data.flat[0]:g}; a constant volume is no image, check the file")
-    return nib.Nifti1Image(data, scan.affine, dtype=data.dtype)
+    return data
 
 
 def load_labels(path: str | os.PathLike, image: str | os.PathLike | None = None) -> nib.Nifti1Image:
@@ -361,14 +366,22 @@ def _check_the_end(stream: IO[bytes], path: Path) -> None:
 
 
 @contextmanager
+def enough_memory(path: str | os.PathLike) -> Iterator[None]:
+    """Name the scan that takes more memory than there is."""
+    try:
+        yield
+    except MemoryError as error:
+        raise InputError(f"{path}: does not fit into memory; crop the scan, or use a machine with more") from error
+
+
+@contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Name the file that cannot be read, and why."""
     try:
-        yield
+        with enough_memory(path):
+            yield
     except InputError:
         raise
-    except MemoryError as error:
-        raise InputError(f"{path}: does not fit into memory; crop the scan, or use a machine with more") from error
     except (HeaderDataError, WrapStructError, KeyError) as error:
         raise InputError(f"{path}: not a NIfTI or mgz volume ({_line(error)}); repair its header") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

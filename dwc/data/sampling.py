@@ -53,8 +53,8 @@ class SurroundedCubes(Dataset[Item]):
 class RandomCubes(Dataset[Item]):
     """Cubes at random places of prepared scans, for item 0, 1, ... of an endless sequence.
 
-    The volumes take turns, each pass in an order of its own. A cube's centre lies anywhere in the head's box, or, with
-    probability `air_share`, anywhere in the volume; cubes do not reach beyond the volume's edge, but their margins may.
+    The volumes take turns, each pass in an order of its own. A cube lies anywhere that its centre is in the head's box,
+    or, with probability `air_share`, anywhere; cubes do not reach beyond the volume's edge, but their margins may.
 
     Parameters
     ----------
@@ -97,10 +97,11 @@ class RandomCubes(Dataset[Item]):
         return self._boxes[volume]
 
     def _start(self, volume: int, rng: np.random.Generator) -> np.ndarray:
-        size = self.data.grid.size
-        box = self._box(volume) if rng.uniform() >= self.air_share else (slice(0, size),) * 3
-        centre = [rng.integers(side.start, side.stop) for side in box]
-        return np.clip(np.array(centre) - SIDE // 2, 0, size - SIDE)
+        last = self.data.grid.size - SIDE
+        if rng.uniform() < self.air_share:
+            return rng.integers(0, last + 1, 3)
+        corners = [slice(side.start - SIDE // 2, side.stop - SIDE // 2) for side in self._box(volume)]
+        return np.array([rng.integers(max(0, c.start), min(last, c.stop - 1), endpoint=True) for c in corners])
 
 
 def _in_turn(position: int, n: int, seed: int) -> int:

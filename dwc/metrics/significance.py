@@ -19,9 +19,9 @@ class PairedTest:
     n : int
         Pairs.
     mean_difference, ci_low, ci_high : float
-        Mean of a - b and its 95 % confidence interval, in the unit of the scores.
+        Mean of a - b and its 95 % confidence interval, in the unit of the scores; of a family, all hold together.
     t, p : float
-        The statistic and its two-tailed p-value.
+        The statistic and its two-tailed p-value, of this test alone.
     effect_size : float
         Cohen's d_z, the mean difference in standard deviations of the differences.
     """
@@ -35,13 +35,15 @@ class PairedTest:
     effect_size: float
 
 
-def paired_test(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> PairedTest:
+def paired_test(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, *, n_tests: int = 1) -> PairedTest:
     """Two-tailed paired t-test of scores of the same volumes under two networks.
 
     Parameters
     ----------
     a, b : sequence of float
         Scores, one per volume, in the same order; a volume that either lacks (NaN or None) is left out.
+    n_tests : int
+        Of the family that the test belongs to: all intervals of a family hold together with 95 % (Bonferroni).
 
     Returns
     -------
@@ -65,5 +67,5 @@ def paired_test(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray
         return PairedTest(n, mean, *[math.nan] * 5)
     test = stats.ttest_rel(first, second)
     effect_size = mean / difference.std(ddof=1)
-    values = (*test.confidence_interval(0.95), test.statistic, test.pvalue, effect_size)
+    values = (*test.confidence_interval(1 - 0.05 / n_tests), test.statistic, test.pvalue, effect_size)
     return PairedTest(n, mean, *map(float, values))

@@ -1,10 +1,12 @@
 """Which of the paper's findings (McClure et al. 2018, section 3.2) hold in a study's numbers, in words.
 
 Each finding is a claim, a verdict and the numbers behind it, all from the study's tables; without these numbers it
-names the rows that would give them. A claim about a difference is judged by the 95 % interval across subjects: above a
-line it holds, below the line it does not, across the line nothing is shown. `RULES` explains this to readers.
+names the rows that would give them. A claim about a difference is judged by the interval across subjects, corrected for
+the number of comparisons: above a line it holds, below the line it does not, across the line nothing is shown. `RULES`
+explains this to readers.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -12,18 +14,35 @@ import pandas as pd
 from dwc.report.results import AVERAGE, Results
 from dwc.report.words import number, p_value, points, printed
 
-__all__ = ["DOES_NOT_HOLD", "HOLDS", "MARGIN", "NOT_SHOWN", "NOT_TESTED", "RULES", "UNIT", "Finding", "findings"]
+__all__ = [
+    "DOES_NOT_HOLD",
+    "FLOOR",
+    "HOLDS",
+    "MARGIN",
+    "NOT_SHOWN",
+    "NOT_TESTED",
+    "RULES",
+    "SMALLEST",
+    "UNIT",
+    "Finding",
+    "findings",
+]
 
 MARGIN = 0.01  # Dice; "not below" allows for less than that
+SMALLEST = 0.005  # Dice; a smaller difference does not matter
+FLOOR = 0.1  # Dice above the untrained network; below it, networks have not learnt enough to be compared
 UNIT = "subject"  # volumes of one subject are not independent
 HOLDS, DOES_NOT_HOLD, NOT_SHOWN, NOT_TESTED = "holds", "does not hold", "not shown", "not tested"
 RULES = (
-    "Verdicts on differences follow from 95 % intervals of paired t-tests across subjects, each with the mean Dice "
-    f"over its volumes. Above: the interval lies above 0. Not below: it lies above {points(-MARGIN)} points. Not "
-    "shown: it reaches over that line. Does not hold: it lies below that line. Order matters if an interval, on the "
-    "training sites or on an unseen one, does not reach over 0; otherwise that is not shown. Between: by the means, "
-    "unless the intervals against both chains lie on one side of 0. By steps: not tested. No test accounts for chance "
-    "in training, which a seed's volumes share."
+    "Verdicts on differences follow from intervals of paired t-tests across subjects, each with the mean Dice over its "
+    "volumes; they hold together with 95 % over all comparisons of the study (Bonferroni). Above: the interval lies "
+    f"above 0. Not below: it lies above {points(-MARGIN)} points. Not shown: it reaches over that line, or the "
+    f"difference is less than {points(SMALLEST).lstrip('+')} points, too small to matter. Does not hold: it lies below "
+    "that line. Order matters if an interval, on the training sites or on an unseen one, does not reach over 0; "
+    "otherwise that is not shown. Between: by the means, unless the intervals against both chains lie on one side of "
+    f"0. No verdict (not tested) where a network is not yet {points(FLOOR).lstrip('+')} points above the untrained "
+    "one, or above 0 where that is not scored. By steps: not tested. No test accounts for chance in training, which a "
+    "seed's volumes share."
 )
 
 
@@ -61,6 +80,8 @@ def _against_the_ensemble(results: Results, claim: str, columns: list[str], *, l
         return Finding(claim, NOT_TESTED, "The study has no unseen site.")
     dwc, ensemble = results.of_kind("dwc", "ensemble")
     compared = [_compared(results, dwc, ensemble, column) for column in columns]
+    if unlearnt := _unlearnt(results, [dwc, ensemble], columns):
+        return Finding(claim, NOT_TESTED, " ".join([*(sentence for _, sentence in compared), unlearnt]))
     verdicts = {_by_interval(test, line) for test, _ in compared}
     verdict = next(each for each in (DOES_NOT_HOLD, NOT_TESTED, NOT_SHOWN, HOLDS) if each in verdicts)
     return Finding(claim, verdict, " ".join(sentence for _, sentence in compared))
@@ -73,6 +94,8 @@ def _unseen(results: Results) -> str:
 def _by_interval(test: pd.Series | None, line: float) -> str:
     if test is None or not _has_interval(test):
         return NOT_TESTED
+    if line == 0 and _is_small(test):
+        return NOT_SHOWN
     if test["ci_low"] > line:
         return HOLDS
     return DOES_NOT_HOLD if test["ci_high"] < line else NOT_SHOWN
@@ -84,9 +107,11 @@ def _chains_depend_on_order(results: Results) -> Finding:
         return Finding(claim, NOT_TESTED, missing)
     first, second = results.of_kind("chain")
     tests, sentences = zip(*(_compared(results, second, first, column) for column in results.groups), strict=True)
-    intervals = [(test["ci_low"], test["ci_high"]) for test in tests if _has_interval(test)]
-    verdict = NOT_SHOWN if intervals else NOT_TESTED
-    if any(low > 0 or high < 0 for low, high in intervals):
+    if unlearnt := _unlearnt(results, [first, second], results.groups):
+        return Finding(claim, NOT_TESTED, " ".join([*sentences, unlearnt]))
+    tested = [test for test in tests if _has_interval(test)]
+    verdict = NOT_SHOWN if tested else NOT_TESTED
+    if any(_side(test) for test in tested):
         verdict = HOLDS
     return Finding(claim, verdict, " ".join(sentences))
 
@@ -108,8 +133,9 @@ def _between_the_chains(results: Results) -> Finding:
         places.append(place)
         tests, compared = zip(*(_compared(results, dwc, chain, column) for chain in chains), strict=True)
         sentences += compared
-        low, high = ([test[end] for test in tests if _has_interval(test)] for end in ("ci_low", "ci_high"))
-        outside |= len(low) == len(chains) and (min(low) > 0 or max(high) < 0)
+        outside |= {_side(test) for test in tests} in ({1}, {-1})
+    if unlearnt := _unlearnt(results, [dwc, *chains], results.groups):
+        return Finding(claim, NOT_TESTED, " ".join([*sentences, unlearnt]))
     verdict = HOLDS if set(places) == {"between them"} else NOT_SHOWN
     return Finding(claim, DOES_NOT_HOLD if outside else verdict, " ".join(sentences))
 
@@ -125,12 +151,18 @@ def _vcl_is_faster(results: Results) -> Finding:
     sentences = [_to_the_plateau(table) if by_plateau else _at_equal_steps(table)]
     sentences.append("The steps of the prior network, from which VCL starts, are not counted.")
     known = theirs.notna() & ours.notna()
+    small = pd.Series(False, table.index)
+    if not by_plateau:
+        known &= table[["map_dice", "vcl_dice"]].max(axis=1) >= FLOOR
+        small = known & ((ours - theirs).abs() < SMALLEST)
     if missing := _places(table[~known]):
         sentences.append(f"Not to be compared on {missing}.")
-    verdict = NOT_SHOWN if missing else HOLDS
+    if level := _places(table[small]):
+        sentences.append(f"Less than {points(SMALLEST).lstrip('+')} points apart on {level}.")
+    verdict = NOT_SHOWN if missing or level else HOLDS
     if not known.any():
         verdict = NOT_TESTED
-    if behind := _places(table[known & ~(ours < theirs if by_plateau else ours > theirs)]):
+    if behind := _places(table[known & ~small & ~(ours < theirs if by_plateau else ours > theirs)]):
         sentences.append(f"VCL is not {'sooner' if by_plateau else 'above'} on {behind}.")
         verdict = DOES_NOT_HOLD
     return Finding(claim, verdict, " ".join(sentences))
@@ -199,6 +231,32 @@ def _of(table: pd.DataFrame | None, results: Results, a: str, b: str, column: st
 
 def _sites(results: Results, column: str) -> str:
     return ", ".join(results.groups[column])
+
+
+def _unlearnt(results: Results, rows: list[str], columns: Iterable[str]) -> str:
+    """A sentence on the rows that have not clearly left the untrained network behind in a column; empty without."""
+    if results.table is None:
+        return ""
+    start = results.table.loc["untrained"] if "untrained" in results.table.index else 0 * results.table.iloc[0]
+    low = [
+        f"{printed(row)} {100 * results.table.loc[row, column]:.1f} % on {_sites(results, column)}"
+        for column in columns
+        for row in rows
+        if results.table.loc[row, column] - start[column] < FLOOR
+    ]
+    return f"Too little learnt to compare: {', '.join(low)}." if low else ""
+
+
+def _is_small(test: pd.Series) -> bool:
+    """Whether a difference, the middle of its interval, is too small to matter."""
+    return abs(test["ci_low"] + test["ci_high"]) / 2 < SMALLEST
+
+
+def _side(test: pd.Series | None) -> int:
+    """1 or -1 where a difference that matters has its interval above or below 0, else 0."""
+    if test is None or not _has_interval(test) or _is_small(test):
+        return 0
+    return int(test["ci_low"] > 0) - int(test["ci_high"] < 0)
 
 
 def _has_interval(test: pd.Series | None) -> bool:

@@ -76,7 +76,7 @@ def phantom(size: int = 64, voxel_size: float = 3.0, seed: int = 0) -> np.ndarra
     point = _coordinates(size, voxel_size, rng)
     mirrored = np.stack([np.abs(point[0]), point[1], point[2]])
     ventricles = rng.uniform(0.9, 1.7)
-    folds = _folds(point, rng)
+    folds = _folds(point, voxel_size, rng)
 
     codes = _outside(point, mirrored)
     inner = codes == _CSF
@@ -108,12 +108,15 @@ def _coordinates(size: int, voxel_size: float, rng: np.random.Generator) -> np.n
     return point
 
 
-def _folds(point: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A field that crosses zero along the sulci: interfering waves of 20 to 30 mm, bent by slower ones."""
+def _folds(point: np.ndarray, voxel_size: float, rng: np.random.Generator) -> np.ndarray:
+    """A field that crosses zero along the sulci: interfering waves of 20 to 30 mm, bent by slower ones.
+
+    On voxels above 2 mm the waves are longer in proportion, so that gyri stay several voxels wide.
+    """
     field = np.zeros(point.shape[1:], np.float32)
     for _ in range(5):
         direction = rng.normal(size=3)
-        direction *= 2 * np.pi / rng.uniform(20, 30) / np.linalg.norm(direction)
+        direction *= 2 * np.pi / (rng.uniform(20, 30) * max(1, voxel_size / 2)) / np.linalg.norm(direction)
         k, phase, bend = direction.astype(np.float32), rng.uniform(0, 2 * np.pi), rng.uniform(0.02, 0.05, 3)
         wave = sum(k[a] * (point[a] + 6 * np.sin(np.float32(bend[a]) * point[a - 1])) for a in range(3))
         field += np.sin(wave + np.float32(phase))

@@ -45,7 +45,6 @@ class Study:
         names = (*settings.all_sites, settings.pooled_name)
         self.manifests = {name: self.site_folder(name) / "manifest.csv" for name in names} | (settings.manifests or {})
         self._scans: dict[str, list[Scan]] = {}
-        self._held_out: dict[str, SubVolumes] = {}
         self._digests: dict[str, str] = {}
         self._check_folder()
 
@@ -116,9 +115,7 @@ class Study:
 
     def held_out(self, site: str) -> SubVolumes:
         """The prepared volumes of `held_out_scans`."""
-        if site not in self._held_out:
-            self._held_out[site] = self.prepare(self.held_out_scans(site))
-        return self._held_out[site]
+        return self.prepare(self.held_out_scans(site))
 
     def is_prepared(self, site: str) -> bool:
         """Whether a site's held-out scans exist and are in the cache; writes nothing."""

@@ -92,7 +92,7 @@ def _report(study: Study, table: pd.DataFrame, volumes: pd.DataFrame) -> str:
 def _draw(scores: Scores, shown: dict[str, Row]) -> None:
     """The first held-out scan of the last site, an unseen one if there is any: truth and predictions, errors in red."""
     site = scores.sites[-1]
-    data = scores.study.held_out(site)
+    data = scores.held_out[site]
     image, truth = data.volume(0)
     predictions = {title: scores.predict(row, image) for title, row in shown.items()}
     is_unseen = site in scores.study.settings.unseen

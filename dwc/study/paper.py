@@ -207,7 +207,7 @@ def _pictures(scores: Scores, rows: dict[Kind, Row], volumes: pd.DataFrame) -> N
     pictures = {}
     dwc = volumes[volumes["row"] == rows["dwc"].name]
     for site in scores.sites:
-        data, dice = scores.study.held_out(site), dwc.loc[dwc["site"] == site, "dice"].reset_index(drop=True)
+        data, dice = scores.held_out[site], dwc.loc[dwc["site"] == site, "dice"].reset_index(drop=True)
         v = int((dice - dice.mean()).abs().idxmin())
         image, truth = data.volume(v)
         predicted = {"DWC": scores.predict(rows["dwc"], image), "MAP pooled": scores.predict(rows["pooled"], image)}

@@ -48,6 +48,7 @@ class Scores:
     def __init__(self, networks: Networks, sites: Sequence[str] | None = None) -> None:
         self.networks, self.study = networks, networks.study
         self.sites = self.study.settings.all_sites if sites is None else tuple(sites)
+        self.held_out = {site: self.study.held_out(site) for site in self.sites}
 
     def score(self, rows: Iterable[Row]) -> None:
         """Score rows at every site where they are not scored yet, except those that another process scores."""
@@ -76,7 +77,7 @@ class Scores:
         missing, models = self.missing(row), self._models(row)
         print(f"scoring {row.name} on {', '.join(missing)}", flush=True)
         for site in missing:
-            data = self.study.held_out(site)
+            data = self.held_out[site]
             scores = score_volumes(models, data, progress=False, **self.study.prediction)
             tables = {
                 "volumes": per_volume(scores),
@@ -95,7 +96,7 @@ class Scores:
         return self.study.lock(self._folder(row, self.sites[0]).name)
 
     def _folder(self, row: Row, site: str) -> Path:
-        data, settings = self.study.held_out(site), self.study.settings
+        data, settings = self.held_out[site], self.study.settings
         content = {
             "format": _FORMAT,
             "networks": [self.networks.key(network) for network in row.networks],

@@ -50,15 +50,18 @@ def paired_tests(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], groups
     Returns
     -------
     DataFrame
-        comparison ("a - b"), columns (the group, such as "H, N, B, W"), unit, and the fields of `PairedTest`.
+        comparison ("a - b"), columns (the group, such as "H, N, B, W"), unit, the fields of `PairedTest`, and n_tests,
+        the number of comparisons, which are one family.
     """
     units = {"volume": _volume(volumes), "subject": ["anatomy"] if "anatomy" in volumes else _SUBJECT}
+    compared = list(_comparisons(volumes, pairs, groups))
     tests = []
-    for names, part in _comparisons(volumes, pairs, groups):
+    for names, part in compared:
         for unit, keys in units.items():
             dice = _paired(part, keys)
-            tests.append({**names, "unit": unit, **asdict(paired_test(dice["a"], dice["b"]))})
-    return pd.DataFrame(tests, columns=["comparison", "columns", "unit", *_TEST])
+            test = paired_test(dice["a"], dice["b"], n_tests=len(compared))
+            tests.append({**names, "unit": unit, **asdict(test), "n_tests": len(compared)})
+    return pd.DataFrame(tests, columns=["comparison", "columns", "unit", *_TEST, "n_tests"])
 
 
 def differences_by_seed(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], groups: _Groups) -> pd.DataFrame:

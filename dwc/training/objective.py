@@ -25,7 +25,8 @@ class Objective:
     ----------
     n_sub_volumes : int
         N, the examples whose likelihood counts: all training sub-volumes, or those of one volume in fine-tuning, which
-        gives the likelihood the weight of one example volume.
+        gives the likelihood the weight of one example volume. Training cubes at random places change what is drawn, not
+        this number: the scans weigh as much against the penalty as their tiling by sub-volumes does.
     voxels_per_sub_volume : int
         V, the voxels of a sub-volume.
     """

@@ -3,9 +3,8 @@
 beforehand whether it can run.
 """
 
-from dwc_kernels.backends import why_not_triton as why_not
 from dwc_kernels.kernels.forward import forward
 from dwc_kernels.kernels.grad_input import grad_input
 from dwc_kernels.kernels.grad_weight import grad_weight
 
-__all__ = ["forward", "grad_input", "grad_weight", "why_not"]
+__all__ = ["forward", "grad_input", "grad_weight"]

@@ -4,11 +4,12 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dwc_kernels.backends import why_not_triton
@@ -122,13 +123,20 @@ class Plan:
         tile = self.tile
         return [self.descriptor(t, [1, n, tile.channels]) for t in (mu, var) for n in (tile.wide, tile.tail)]
 
-    def launch(self, kernel, programs: int, device: torch.device, *arguments, **constants) -> None:
-        """Run the programs on the tensors' device, in its current stream."""
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[(programs,)](
-                *arguments, **constants, PRECISION=self.precision, ARCH=self.chip.arch,
-                num_warps=self.tile.warps, num_stages=self.tile.stages,
-            )  # fmt: skip
+    def launch(
+        self, kernel: JITFunction, programs: int, device: torch.device, *arguments: Any, **constants: Any
+    ) -> None:
+        """Run the programs of one of the three main kernels."""
+        run_on(
+            device, kernel, programs, *arguments, **constants, PRECISION=self.precision, ARCH=self.chip.arch,
+            num_warps=self.tile.warps, num_stages=self.tile.stages,
+        )  # fmt: skip
+
+
+def run_on(device: torch.device, kernel: JITFunction, programs: int, *arguments: Any, **options: Any) -> None:
+    """Run the programs on a device, in its current stream."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](*arguments, **options)
 
 
 def voxels_last(x: Tensor) -> Tensor:

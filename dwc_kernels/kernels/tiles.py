@@ -248,8 +248,13 @@ def programs(problem: Problem, tile: Tile) -> int:
     """Programs of one launch; of grad_weight, per split of the voxels."""
     column_blocks = math.ceil(problem.columns / tile.columns)
     if problem.kind == "grad_weight":
-        return math.ceil(math.prod(problem.kernel) / 4) * math.ceil(problem.channels / 32) * column_blocks
+        return stacks(problem) * column_blocks
     return problem.samples * boxes(problem.size, tile.box) * column_blocks
+
+
+def stacks(problem: Problem) -> int:
+    """Groups of four taps and 32 channels of grad_weight, with a bias, which takes the place of a tap."""
+    return math.ceil((math.prod(problem.kernel) + 1) / 4) * math.ceil(problem.channels / 32)
 
 
 def boxes(size: tuple[int, int, int], box: tuple[int, int, int]) -> int:

@@ -196,7 +196,7 @@ def test_a_bad_manifest_ends_evaluate_before_any_work(network, site, tmp_path, c
         (["predict", "--network", "NETWORK", "SCAN", "SCAN", "--out", "OUT"], "would all be written as"),
         (["predict", "--network", "NETWORK", "SCAN", "--out", "SCAN"], "T1w.nii.gz: cannot be written"),
         (["predict", "--network", "NETWORK", "SCAN", "--out", "/proc/out"], "/proc/out: cannot be written"),
-        (["predict", "--network", "NETWORK", "SCAN", "--out", "OUT", "--n_samples", "0"], "--n-samples 0: give a positive number"),
+        (["predict", "--network", "NETWORK", "SCAN", "--out", "OUT", "--n_samples", "0"], "--n-samples 0: give a posi"),
         (["predict", "--network", "NETWORK", "SCAN", "--out", "OUT", "--seed", "-1"], "--seed -1: give a number >= 0"),
         (["predict", "--network", "NETWORK", "SCAN", "--out", "OUT", "--label_map", "x"], "x: no such label map"),
         (["evaluate", "--network", "NETWORK", "--out", "OUT"], "data"),

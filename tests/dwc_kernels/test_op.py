@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.composition import composition, saved_bytes
 from dwc_kernels import ffg_conv3d, reference, winograd
@@ -141,6 +142,36 @@ def test_only_what_requires_a_gradient_gets_one(kept):
     torch.testing.assert_close(gradient, everything[1 + kept])
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("frozen", [(1, 2), (3, 4), (0, 1, 2)])
+def test_frozen_parameters_change_no_other_gradient(frozen, backend):
+    tensors = [t.detach() for t in make(c=4, size=(2, 3, 4), batch=1)]
+    g = torch.randn(1, 5, 2, 3, 4)
+    options = dict(padding=1, seed=3, backend=backend)
+    everything = results(ffg_conv3d, [t.clone().requires_grad_() for t in tensors], g, **options)[1:]
+    trained = [i for i in range(5) if i not in frozen]
+    for i in trained:
+        tensors[i].requires_grad_()
+    gradients = torch.autograd.grad(ffg_conv3d(*tensors, **options), [tensors[i] for i in trained], g)
+    for i, gradient in zip(trained, gradients, strict=True):
+        torch.testing.assert_close(gradient, everything[i])
+
+
+def test_the_backward_is_handed_no_zeros_for_r():
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    tensors = make()
+    y = ffg_conv3d(*tensors, padding=1)
+    with Recorded():
+        torch.autograd.grad(y, tensors, torch.ones_like(y))
+    assert "dwc::ffg_conv3d_grad_weight" in names
+    assert not [name for name in names if "zeros" in name]
+
+
 def test_small_std_keeps_fp16_gradients_finite():
     tensors = [t.detach().half().requires_grad_() for t in make()]
     with torch.no_grad():
@@ -185,6 +216,8 @@ def test_opcheck(layout, arguments, geometry):
     for name, inputs in (("input", (g, r, x, mu, sigma)), ("weight", (g, r, x, sigma))):
         torch.library.opcheck(getattr(torch.ops.dwc, f"ffg_conv3d_grad_{name}").default, (*inputs, *where, "reference"))
     if parameters[3] is not None:
+        gradients = torch.ops.dwc.ffg_conv3d_grad_weight.default
+        torch.library.opcheck(gradients, (g, r, x, sigma, *where, "reference", parameters[3].detach()))
         torch.library.opcheck(torch.ops.dwc.ffg_conv3d_grad_bias.default, (g, r, parameters[3].detach()))
 
 

@@ -1,10 +1,12 @@
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from dwc.report.findings import DOES_NOT_HOLD, HOLDS, NOT_SHOWN, NOT_TESTED, findings
 from dwc.report.results import read_results
+from dwc.study.statistics import paired_tests
 from tests.report.studies import CHAINS, DWC, ENSEMBLE, write_pooled, write_study
 
 ABOVE, UNSEEN, ORDER, BETWEEN, FASTER = range(5)
@@ -116,7 +118,7 @@ def test_dwc_outside_the_chains_range_is_told_with_its_side(tmp_path, skill, whe
 @pytest.mark.parametrize(
     ("ours", "verdict", "sentence"),
     [
-        ([0.5, 0.46, 0.45], DOES_NOT_HOLD, "VCL is not above on W."),
+        ([0.5, 0.46, 0.44], DOES_NOT_HOLD, "VCL is not above on W."),
         ([0.5, 0.46, math.nan], NOT_SHOWN, "Not to be compared on W."),
         ([math.nan] * 3, NOT_TESTED, "Not to be compared on N, B, W."),
     ],
@@ -170,3 +172,59 @@ def test_seeds_are_counted_one_by_one_and_one_behind_is_named(tmp_path):
     assert found[FASTER].verdict == DOES_NOT_HOLD
     assert "VCL is not above on B (seed 2)." in found[FASTER].evidence
     assert "B VCL 40.0" in found[FASTER].evidence  # the mean over seeds
+
+
+def test_networks_that_have_not_left_the_untrained_one_behind_get_no_verdict(tmp_path):
+    out = write_study(tmp_path)
+    table = pd.read_csv(out / "table.csv").set_index("row")
+    table.loc[ENSEMBLE] = 0.04
+    table.to_csv(out / "table.csv")
+    found = judged(out)
+    assert [finding.verdict for finding in found] == [NOT_TESTED, NOT_TESTED, HOLDS, HOLDS, HOLDS]
+    assert "Too little learnt to compare: Ensemble 4.0 % on H, N, B, W." in found[ABOVE].evidence
+    table.loc["untrained"] = 0.63  # well above 0, but nearly all rows are within 10 points of it
+    table.to_csv(out / "table.csv")
+    assert {finding.verdict for finding in judged(out)[:FASTER]} == {NOT_TESTED}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_difference_too_small_to_matter_shows_nothing_however_sure_it_is(tmp_path, sign):
+    out = write_study(tmp_path)
+    low, high = sorted((sign * 0.0003, sign * 0.0005))
+    for pair in ((DWC, ENSEMBLE), CHAINS[::-1], (DWC, CHAINS[0]), (DWC, CHAINS[1])):
+        for columns in (TRAINED, "A"):
+            edit(out / "tests.csv", compared(*pair, columns), mean_difference=sign * 0.0004, ci_low=low, ci_high=high)
+    found = judged(out)
+    assert [found[ABOVE].verdict, found[ORDER].verdict] == [NOT_SHOWN] * 2
+    assert found[UNSEEN].verdict == HOLDS
+    edit(out / "speed.csv", lambda table: table["site"] == "N", map_dice=0.598)
+    faster = judged(out)[FASTER]
+    assert faster.verdict == NOT_SHOWN
+    assert "Less than 0.50 points apart on N." in faster.evidence
+
+
+def test_vcl_and_map_that_have_both_learnt_nothing_are_not_compared(tmp_path):
+    out = write_study(tmp_path)
+    edit(out / "speed.csv", lambda table: table["site"].notna(), vcl_dice=0.05, map_dice=0.01)
+    assert judged(out)[FASTER].verdict == NOT_TESTED
+
+
+def test_the_number_of_comparisons_widens_the_intervals_that_decide(tmp_path):
+    alone, many = (paired_tests(*_pairs_of(n), (("H",),)) for n in (1, 20))
+    first, same = (tests[tests["unit"] == "subject"].iloc[0] for tests in (alone, many))
+    assert (first["n_tests"], same["n_tests"]) == (1, 20)
+    assert same["mean_difference"] == first["mean_difference"]
+    assert first["ci_low"] > 0 > same["ci_low"]
+
+
+def _pairs_of(n: int):
+    """Scores of n rows against one, and the pairs; the first difference is barely significant."""
+    rng = np.random.default_rng(0)
+    rows = {f"row {k}": 0.5 + 0.02 * rng.standard_normal(8) for k in range(n)}
+    rows["row 0"] = 0.516 + 0.014 * np.array([1, -1, 1, -1, 1, -1, 1, -1])
+    volumes = [
+        {"row": row, "site": "H", "subject": f"{v}", "image": f"{v}", "dice": dice}
+        for row, values in {"base": [0.5] * 8, **rows}.items()
+        for v, dice in enumerate(values)
+    ]
+    return pd.DataFrame(volumes), [(row, "base") for row in rows]

@@ -360,7 +360,7 @@ def test_a_row_is_chosen_by_its_name_with_or_without_what_stands_in_brackets():
         (["--vcl.lr", "-1"], "-1"),
         (["--anatomies", "nowhere"], "no such folder"),
         (["--manifests", '{"H": "h.csv"}'], "each of H, N, B, W and A"),
-        (["--manifests", '{"H": "h", "N": "n", "B": "b", "W": "w", "A": "a"}'], "cannot read the manifest"),
+        (["--manifests", '{"H": "h", "N": "n", "B": "b", "W": "w", "A": "a"}'], "cannot be read"),
         (["--pool", "nowhere"], "two seeds or more"),
         (["--pool", "nowhere", "elsewhere"], "no finished study"),
     ],

@@ -44,7 +44,7 @@ def test_how_a_network_trains_is_checked_when_it_is_said(values, message):
         ({"grid_size": 50}, "`grid_size` 50: give a multiple of 32"),
         ({"n_samples": 0}, "`n_samples` 0: give a positive number"),
         ({"precision": "fp8"}, "`precision` 'fp8'"),
-        ({"map": {"steps": 2}}, "`map` "),
+        ({"map": 3}, "`map` "),
         ({"width": 2.5}, "`width` 2.5: give a whole number"),
         ({"manifests": dict.fromkeys("HNBWA", "m.csv"), "anatomies": "heads"}, "`manifests` are given too"),
     ],

@@ -40,6 +40,7 @@ GEOMETRIES = {
     "channels 21 -> 3": (dict(c=21, f=3), dict(padding=1)),
     "channels 96 -> 96": (dict(c=96, f=96, size=(2, 4, 4)), dict(padding=1)),
     "channels 96 -> 50, 1x1x1": (dict(c=96, f=50, kernel=1), {}),
+    "kernel 2": (dict(c=6, kernel=2), dict(padding=1)),  # no tap is left over for the bias
     "kernel 5": (dict(kernel=5), dict(padding=2)),
     "kernel 7": (dict(c=5, kernel=(1, 7, 2), size=(2, 8, 4)), dict(padding=(0, 3, 1))),
     "lopsided kernel": (dict(c=8, kernel=(1, 2, 3)), dict(padding=(0, 1, 2), dilation=(1, 2, 1))),

@@ -1,0 +1,318 @@
+"""Over a whole network: its KL divergence, when and with which noise it samples, its prior, and its predictions.
+
+Every function takes any network that holds variational layers, converted or written so.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwc_kernels.factorized import Drawn, FFGModule, assign, inverse_softplus
+from dwc_kernels.noise import normal, philox
+
+__all__ = [
+    "Prediction",
+    "SigmaProjection",
+    "draw_weights",
+    "drawn_weights",
+    "kl_loss",
+    "parameter_groups",
+    "predict",
+    "sampling",
+    "seed_noise",
+    "set_prior",
+    "set_sigma_fraction",
+]
+
+
+def _layers(net: nn.Module) -> dict[str, FFGModule]:
+    layers = {path: module for path, module in net.named_modules() if isinstance(module, FFGModule)}
+    if not layers:
+        raise ValueError(f"{type(net).__name__} has no variational layer; convert it first")
+    return layers
+
+
+def kl_loss(net: nn.Module) -> Tensor:
+    """KL[q || prior] of all variational layers, a scalar in nats; a weight that layers share counts once."""
+    parts = {
+        id(getattr(layer, f"{name}_rho")): (layer, name) for layer in _layers(net).values() for name in layer._names
+    }
+    return torch.stack([layer.kl_of(name) for layer, name in parts.values()]).sum()
+
+
+def parameter_groups(
+    net: nn.Module, *, lr: float | None = None, rho_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameters for an optimizer of torch.optim in two groups: the rhos, without decay, after all the others.
+
+    Weight decay pulls rho towards 0 and sigma towards ln 2, far above what a trained network holds.
+
+    Parameters
+    ----------
+    lr, rho_lr : float, optional
+        Learning rates; None leaves them to the optimizer, and rho_lr to lr.
+    weight_decay : float
+        Of everything but the rhos. The prior already decays the means by way of the KL divergence.
+    """
+    rhos = {id(getattr(layer, f"{name}_rho")) for layer in _layers(net).values() for name in layer._names}
+    others = [p for p in net.parameters() if id(p) not in rhos]
+    sigmas = [p for p in net.parameters() if id(p) in rhos]
+    groups = [
+        {"params": others, "lr": lr, "weight_decay": weight_decay},
+        {"params": sigmas, "lr": lr if rho_lr is None else rho_lr, "weight_decay": 0.0},
+    ]
+    return [{k: v for k, v in group.items() if v is not None} for group in groups if group["params"]]
+
+
+def set_prior(net: nn.Module, from_net: nn.Module) -> None:
+    """Make one network's posterior the prior of another, layer by layer of the same name; all of them or none."""
+    ours, theirs = _layers(net), _layers(from_net)
+    if odd := sorted(ours.keys() ^ theirs.keys()):
+        raise ValueError(f"only one of the two networks has a variational layer {odd[0]!r}")
+    checked = []
+    for path, layer in ours.items():
+        try:
+            checked.append((layer, layer._checked_posterior(theirs[path])))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    for layer, prior in checked:
+        layer._write_prior(prior)
+
+
+def set_sigma_fraction(net: nn.Module, fraction: float, *, minimum: float = 1e-6) -> None:
+    """Set every sigma to a fraction of its mean's size (MOPED, Krishnan et al. 2020), at least ``minimum``."""
+    if not (fraction > 0 and minimum > 0):
+        raise ValueError(f"fraction and minimum must be positive, got {fraction} and {minimum}")
+    for layer in _layers(net).values():
+        for name in layer._names:
+            mu = getattr(layer, f"{name}_mu").detach()
+            assign(layer, f"{name}_rho", inverse_softplus((fraction * mu.abs()).clamp_min(minimum)))
+
+
+class SigmaProjection:
+    """Keeps every sigma at or below its prior's: call it after each optimizer step.
+
+    It clamps rho at the largest value whose softplus lies below sigma_0 by a few units in the last place (2.4e-7 of
+    sigma_0), so that sigma <= sigma_0 holds exactly in fp32 on any device, whose softplus differ in the last bit.
+
+    Parameters
+    ----------
+    net : nn.Module
+        A network whose priors are already set; a network without variational layers has nothing to project.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._limits = [
+            (getattr(layer, f"{name}_rho"), _rho_limit(getattr(layer, f"prior_{name}_sigma")))
+            for layer in net.modules()
+            if isinstance(layer, FFGModule)
+            for name in layer._names
+        ]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Clamp in place."""
+        for rho, limit in self._limits:
+            rho.clamp_(max=limit)
+
+
+def _rho_limit(sigma_0: Tensor) -> Tensor:
+    sigma = sigma_0.double()
+    rho = inverse_softplus(sigma).to(sigma_0.dtype)
+    bound = (sigma * (1 - 2.0**-22)).to(sigma_0.dtype)
+    while (above := F.softplus(rho) > bound).any():
+        rho = torch.where(above, torch.nextafter(rho, torch.full_like(rho, -torch.inf)), rho)
+    return rho
+
+
+def seed_noise(net: nn.Module, seed: int, *, rank: int | None = None) -> None:
+    """Seed all noise of a network to come, different in every layer, call and rank.
+
+    It seeds PyTorch's default generators, from which each layer draws a seed whenever it samples, and gives the layers
+    a key of the rank, so that processes whose generators are equal draw different noise. Rank 0 draws what
+    `torch.manual_seed` alone would give.
+
+    Parameters
+    ----------
+    rank : int, optional
+        None is the rank of this process, 0 where torch.distributed is not in use.
+    """
+    torch.manual_seed(seed)
+    rank = _rank() if rank is None else rank
+    for layer in _layers(net).values():
+        layer._rank_key = _derived_seeds(0, 1, rank)[0] if rank else 0
+
+
+@contextmanager
+def sampling(net: nn.Module, sample: bool) -> Iterator[None]:
+    """Within the context, sample (True) or take the mean (False), whatever the mode; ``sample=`` still wins."""
+    with _overridden(dict.fromkeys(_layers(net).values(), sample)):
+        yield
+
+
+@contextmanager
+def draw_weights(net: nn.Module, seed: int | None = None, *, rank: int | None = None) -> Iterator[None]:
+    """Within the context, the network is one deterministic network whose weights are drawn from the posterior.
+
+    One draw serves the whole volume and every call, so sums over voxels spread as they should, which the independent
+    voxels of local reparameterization do not; several volumes of a batch share the draw too. Each layer runs as one
+    plain convolution. The weights are those of `drawn_weights`, drawn on entry.
+    """
+    layers = _layers(net)
+    with _overridden({layers[path]: drawn for path, drawn in drawn_weights(net, seed, rank=rank).items()}):
+        yield
+
+
+def drawn_weights(net: nn.Module, seed: int | None = None, *, rank: int | None = None) -> dict[str, Drawn]:
+    """Weight and bias of each variational layer, by its path, drawn from the posterior.
+
+    w = mu + sigma * eps, and gradients reach mu and sigma through them. Weights that layers share are drawn once.
+
+    Parameters
+    ----------
+    seed : int, optional
+        eps is the noise function of the op at (layer's seed, index of the weight), and the layer's seed a function of
+        (seed, position of the layer, rank): no device, layout or generator matters. None draws a seed from PyTorch's
+        generator.
+    rank : int, optional
+        None is the rank of this process; 0 gives the same weights on all of them.
+    """
+    layers = _layers(net)
+    if seed is None:
+        seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+    seeds = iter(_derived_seeds(seed, 2 * len(layers), _rank() if rank is None else rank))
+    drawn: dict[int, Tensor] = {}  # by rho, so that weights that layers share are drawn once
+
+    def draw(layer: FFGModule, name: str) -> Tensor | None:
+        layer_seed, rho = next(seeds), getattr(layer, f"{name}_rho")
+        if rho is not None and id(rho) not in drawn:
+            eps = normal(rho.detach(), layer_seed).to(rho.dtype)
+            drawn[id(rho)] = getattr(layer, f"{name}_mu") + F.softplus(rho) * eps
+        return None if rho is None else drawn[id(rho)]
+
+    return {path: (draw(layer, "weight"), draw(layer, "bias")) for path, layer in layers.items()}
+
+
+@contextmanager
+def _overridden(choices: Mapping[FFGModule, bool | Drawn]) -> Iterator[None]:
+    before = {layer: layer._override for layer in choices}
+    try:
+        for layer, choice in choices.items():
+            layer._override = choice
+        yield
+    finally:
+        for layer, choice in before.items():
+            layer._override = choice
+
+
+def _rank() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if distributed else 0
+
+
+def _derived_seeds(seed: int, n: int, rank: int) -> list[int]:
+    """n independent 64-bit seeds: Philox words with the seed as key and (position, rank) as counter."""
+    position = torch.arange(n)
+    constant = (torch.full_like(position, value) for value in (rank, 0x5EED, 0))
+    low, high, _, _ = philox((position, *constant), (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
+    return ((high << 32) | low).tolist()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a number of samples say about each voxel; C counts the classes, or the outputs of the network."""
+
+    mean: Tensor  # [N, C, ...]: probabilities, or outputs without an activation
+    variance: Tensor  # [N, C, ...]: of the samples, divided by n_samples
+    entropy: Tensor | None  # [N, ...] in nats: of the mean probabilities, all uncertainty
+    mutual_information: Tensor | None  # [N, ...] in nats: the part of it that comes from not knowing the weights
+    n_samples: int
+
+
+@torch.no_grad()
+def predict(
+    net: nn.Module,
+    x: Tensor,
+    n_samples: int = 10,
+    *,
+    activation: Literal["softmax", "sigmoid"] | None = "softmax",
+    draw: Literal["weights", "voxels"] = "weights",
+    seed: int | None = None,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> Prediction:
+    """Mean and uncertainty of a network's output over its weights, without gradients and in eval mode.
+
+    Samples are folded in one by one, so the memory does not grow with their number.
+
+    Parameters
+    ----------
+    x : Tensor
+        What the network takes.
+    activation : "softmax", "sigmoid" or None
+        From outputs to probabilities: over dimension 1, or of each output alone, whose entropies are then summed over
+        dimension 1. None leaves the outputs as they are, and there is no entropy.
+    draw : "weights" or "voxels"
+        One draw of the weights per sample (`draw_weights`), which sums over voxels need; or local
+        reparameterization, where every voxel is drawn alone.
+    seed : int, optional
+        The prediction is a function of it, on every rank the same; None draws one from PyTorch's generator.
+    forward : callable, optional
+        Runs the network in place of ``net(x)``, as a sliding window does:
+        ``forward=lambda x: sliding_window_inference(x, (96, 96, 96), 1, net)``.
+    """
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    if draw not in ("weights", "voxels"):
+        raise ValueError(f"draw must be 'weights' or 'voxels', got {draw!r}")
+    if activation not in ("softmax", "sigmoid", None):
+        raise ValueError(f"activation must be 'softmax', 'sigmoid' or None, got {activation!r}")
+    if seed is None:
+        seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        for i, sample_seed in enumerate(_derived_seeds(seed, n_samples, 0)):
+            output = _one_sample(net, forward or net, x, draw, sample_seed)
+            p = output.to(torch.promote_types(output.dtype, torch.float32))
+            if activation is not None:
+                p = p.softmax(1) if activation == "softmax" else p.sigmoid()
+            if i == 0:
+                mean, squares = p.clone(), torch.zeros_like(p)
+                entropies = _entropy(p, activation)
+                continue
+            delta = p - mean  # Welford's update: no difference of large sums
+            mean += delta / (i + 1)
+            squares += delta * (p - mean)
+            if entropies is not None:
+                entropies += (_entropy(p, activation) - entropies) / (i + 1)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    entropy = _entropy(mean, activation)
+    information = None if entropy is None else (entropy - entropies).clamp_min(0.0)
+    return Prediction(mean, squares / n_samples, entropy, information, n_samples)
+
+
+def _one_sample(net: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, draw: str, seed: int) -> Tensor:
+    if draw == "weights":
+        with draw_weights(net, seed, rank=0):
+            return forward(x)
+    devices = [x.device] if x.is_cuda else []
+    with torch.random.fork_rng(devices), sampling(net, True):
+        torch.manual_seed(seed)
+        return forward(x)
+
+
+def _entropy(p: Tensor, activation: str | None) -> Tensor | None:
+    """Entropy of probabilities in nats, summed over dimension 1."""
+    if activation is None:
+        return None
+    entropy = -torch.special.xlogy(p, p)
+    if activation == "sigmoid":
+        entropy = entropy - torch.special.xlogy(1 - p, 1 - p)
+    return entropy.sum(1)

@@ -1,0 +1,340 @@
+"""What works over a whole network: KL, optimizers, seeds, modes, drawn weights, priors and predictions."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from dwc_kernels import (
+    FFGConv3d,
+    FFGLinear,
+    SigmaProjection,
+    convert,
+    draw_weights,
+    inverse_softplus,
+    kl_loss,
+    parameter_groups,
+    predict,
+    sampling,
+    seed_noise,
+    set_prior,
+    set_sigma_fraction,
+)
+from dwc_kernels.noise import normal
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    layers = nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.ConvTranspose3d(4, 4, 2, stride=2), nn.Dropout(0.5)
+    return convert(nn.Sequential(*layers, nn.Conv3d(4, 3, 1)), sigma_init=0.1)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def test_kl_loss_sums_all_layers_and_refuses_a_network_without_any(net):
+    expected = sum(layer.kl_loss() for layer in net if hasattr(layer, "kl_loss"))
+    torch.testing.assert_close(kl_loss(net), expected)
+    with pytest.raises(ValueError, match="convert it first"):
+        kl_loss(nn.Sequential(nn.Conv3d(1, 1, 1)))
+
+
+def test_parameter_groups_keep_sigma_out_of_weight_decay(net):
+    optimizer = torch.optim.SGD(parameter_groups(net, weight_decay=0.1, rho_lr=1e-2), lr=1e-3)
+    rhos = {id(p) for name, p in net.named_parameters() if name.endswith("rho")}
+    means, sigmas = optimizer.param_groups
+    assert {id(p) for p in sigmas["params"]} == rhos
+    assert (sigmas["weight_decay"], sigmas["lr"]) == (0.0, 1e-2)
+    assert (means["weight_decay"], means["lr"]) == (0.1, 1e-3)
+    assert len(means["params"]) + len(sigmas["params"]) == len(list(net.parameters()))
+    before = net[0].weight_sigma.detach().clone()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(net[0].weight_sigma, before)
+
+
+def test_seed_noise_differs_between_layers_calls_and_ranks_and_repeats():
+    torch.manual_seed(0)
+    twins = nn.ModuleList([FFGConv3d(1, 2, 1, sigma_init=1.0) for _ in range(2)])
+    twins[1].load_state_dict(twins[0].state_dict())
+    x = torch.ones(1, 1, 4, 4, 4)
+
+    def draws(seed, rank):
+        seed_noise(twins, seed, rank=rank)
+        return [layer(x).detach() for _ in range(2) for layer in twins]
+
+    first = draws(3, 0)
+    everything = [*first, *draws(3, 1), *draws(3, 2), *draws(4, 0)]
+    for i, a in enumerate(everything):
+        assert not any(torch.equal(a, b) for b in everything[i + 1 :])
+    assert all(torch.equal(a, b) for a, b in zip(first, draws(3, 0), strict=True))
+    draws(3, 1)
+    torch.manual_seed(3)
+    seed_noise(twins, 3, rank=0)
+    assert torch.equal(twins[0](x), first[0])
+
+
+def test_sampling_overrides_the_mode_and_the_argument_overrides_it(net, x):
+    net.eval()
+    mean = net(x)
+    with sampling(net, True):
+        assert not torch.equal(net(x), mean)
+        with sampling(net, False):
+            assert torch.equal(net(x), mean)
+        assert torch.equal(net[0](x, sample=False), net[0](x, sample=False))
+        assert not torch.equal(net(x), net(x))
+    assert torch.equal(net(x), mean)
+    with pytest.raises(RuntimeError, match="inside"), sampling(net, True):
+        raise RuntimeError("inside")
+    assert torch.equal(net(x), mean)
+
+
+def test_drawn_weights_make_one_deterministic_network(net, x):
+    net.eval()
+    with draw_weights(net, 5):
+        first, again = net(x), net(x)
+        batch = torch.cat([net(x[:1]), net(x[1:])])
+    assert torch.equal(first, again)
+    torch.testing.assert_close(batch, first)  # one draw for all volumes
+    with draw_weights(net, 5, rank=0):
+        assert torch.equal(net(x), first)
+    with draw_weights(net, 5, rank=1):
+        assert not torch.equal(net(x), first)
+    with draw_weights(net, 6):
+        assert not torch.equal(net(x), first)
+    torch.manual_seed(1)
+    with draw_weights(net):
+        drawn = net(x)
+    torch.manual_seed(1)
+    with draw_weights(net):
+        assert torch.equal(net(x), drawn)
+
+
+def test_a_drawn_weight_is_mu_plus_sigma_times_the_noise_function_and_layers_differ():
+    twins = nn.ModuleList([FFGLinear(4, 3, sigma_init=0.5) for _ in range(2)])
+    twins[1].load_state_dict(twins[0].state_dict())
+    with draw_weights(twins, 7):
+        weights = [layer(torch.eye(4)) - layer(torch.zeros(4)) for layer in twins]
+    eps = [(w.t() - layer.weight_mu) / layer.weight_sigma for w, layer in zip(weights, twins, strict=True)]
+    assert (eps[0] - eps[1]).abs().min() > 1e-4
+    many = FFGLinear(300, 200, sigma_init=0.5)
+    with draw_weights(many, 7):
+        drawn = many._fixed_weights(None)[0]
+        eps = ((drawn - many.weight_mu) / many.weight_sigma).flatten()
+    assert abs(eps.mean()) < 0.02
+    assert abs(eps.std() - 1) < 0.02
+    # The documented function of (layer's seed, index): one seed reproduces all of it.
+    from dwc_kernels.network import _derived_seeds
+
+    torch.testing.assert_close(
+        eps.view(200, 300), normal(many.weight_mu, _derived_seeds(7, 2, 0)[0]), rtol=0, atol=1e-3
+    )
+
+
+def test_sums_over_voxels_spread_as_drawn_weights_say_and_not_as_independent_voxels():
+    layer = FFGConv3d(1, 1, 1, sigma_init=0.1)
+    x = torch.ones(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        voxels = torch.stack([layer(x).sum() for _ in range(200)])
+        weights = []
+        for seed in range(200):
+            with draw_weights(layer, seed):
+                weights.append(layer(x).sum())
+    exact = 512 * 0.1 * 2**0.5
+    assert torch.stack(weights).std() == pytest.approx(exact, rel=0.2)
+    assert voxels.std() == pytest.approx(exact / 512**0.5, rel=0.2)
+
+
+def test_gradients_reach_mean_and_sigma_through_drawn_weights(net, x):
+    with draw_weights(net, 1):
+        net(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+
+
+def test_shared_weights_are_drawn_once():
+    net = nn.Sequential(nn.Conv3d(2, 2, 1, bias=False), nn.Conv3d(2, 2, 1, bias=False))
+    net[1].weight = net[0].weight
+    convert(net, sigma_init=1.0)
+    with draw_weights(net, 0):
+        x = torch.randn(1, 2, 2, 2, 2)
+        assert torch.equal(net[0](x), net[1](x))
+
+
+@pytest.mark.parametrize("draw", ["weights", "voxels"])
+def test_predict_agrees_with_the_samples_it_was_made_of(net, x, draw):
+    net.train()
+    prediction = predict(net, x, 5, draw=draw, seed=3)
+    assert net.training
+    assert net[3].training
+    kept = []
+    predict(net, x, 5, draw=draw, seed=3, forward=lambda x: kept.append(net(x)) or kept[-1])
+    p = torch.stack(kept).softmax(2)
+    entropy = -(p.mean(0) * p.mean(0).log()).sum(1)
+    torch.testing.assert_close(prediction.mean, p.mean(0))
+    torch.testing.assert_close(prediction.variance, p.var(0, correction=0))
+    torch.testing.assert_close(prediction.entropy, entropy)
+    expected = entropy + (p * p.log()).sum(2).mean(0)
+    torch.testing.assert_close(prediction.mutual_information, expected, rtol=1e-3, atol=1e-5)
+    assert prediction.mutual_information.min() >= 0
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_predict_leaves_the_generator_and_takes_other_outputs(net, x):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    raw = predict(net, x, 3, activation=None, draw="voxels", seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert raw.entropy is None
+    assert raw.mutual_information is None
+    binary = predict(net, x, 3, activation="sigmoid", seed=1)
+    assert binary.entropy.shape == (2, 8, 8, 8)
+    certain = predict(net, x, 1, seed=1)
+    assert not certain.variance.any()
+    assert not certain.mutual_information.any()
+    for bad in (dict(n_samples=0), dict(draw="both"), dict(activation="relu")):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            predict(net, x, **bad)
+
+
+def test_a_network_becomes_the_prior_of_another_or_of_itself(net):
+    other = copy.deepcopy(net)
+    set_prior(net, other)
+    torch.testing.assert_close(kl_loss(net), torch.zeros(()), atol=1e-6, rtol=0)
+    assert torch.equal(net[0].prior_weight_mu, other[0].weight_mu)
+    assert net[0].prior_weight_mu.data_ptr() != other[0].weight_mu.data_ptr()
+    set_sigma_fraction(net, 0.1)
+    set_prior(net, net)
+    torch.testing.assert_close(kl_loss(net), torch.zeros(()), atol=1e-6, rtol=0)
+
+
+def test_a_prior_of_another_shape_is_refused_by_name_and_changes_nothing(net):
+    other = copy.deepcopy(net)
+    other[4] = FFGConv3d(4, 5, 1)
+    with pytest.raises(ValueError, match=r"^4: weight_mu has shape"):
+        set_prior(net, other)
+    assert net[0].prior_weight_mu.dim() == 0
+    with pytest.raises(ValueError, match="'0'"):
+        set_prior(net, nn.Sequential(nn.ReLU(), FFGConv3d(1, 1, 1)))
+
+
+def test_sigma_as_a_fraction_of_the_mean(net):
+    with torch.no_grad():
+        net[0].weight_mu[0] = 0
+    set_sigma_fraction(net, 0.25, minimum=1e-4)
+    torch.testing.assert_close(net[0].weight_sigma[1:], 0.25 * net[0].weight_mu[1:].abs().clamp_min(4e-4))
+    torch.testing.assert_close(net[0].weight_sigma[0], torch.full_like(net[0].weight_sigma[0], 1e-4))
+    with pytest.raises(ValueError, match="fraction"):
+        set_sigma_fraction(net, 0.0)
+
+
+def test_the_projection_keeps_sigma_at_or_below_its_prior(net):
+    set_prior(net, net)
+    net[4].set_prior(weight_sigma=0.05)
+    project = SigmaProjection(net)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if name.endswith("rho"):
+                p.add_(torch.randn_like(p))
+    project()
+    assert (net[0].weight_sigma <= net[0].prior_weight_sigma).all()
+    assert (net[4].weight_sigma <= 0.05).all()
+    assert (net[4].weight_sigma > 0.0499).any()
+
+
+def test_layers_made_on_meta_have_their_prior_after_reset_parameters():
+    with torch.device("meta"):
+        net = convert(nn.Sequential(nn.Conv3d(1, 2, 3), nn.Linear(2, 2)), prior_mu=0.5, prior_sigma=2.0)
+    net.to_empty(device="cpu")
+    for layer in net:
+        for buffer in layer.buffers():
+            buffer.fill_(float("nan"))
+        layer.reset_parameters()
+    assert kl_loss(net).isfinite()
+    assert (net[0].prior_weight_mu, net[0].prior_bias_sigma) == (0.5, 2.0)
+    torch.testing.assert_close(net[0].weight_sigma, torch.full_like(net[0].weight_sigma, 1e-3))
+
+
+def test_a_prior_of_numbers_is_stored_as_numbers_and_one_of_tensors_as_tensors():
+    layer, plain = FFGConv3d(8, 8, 3), nn.Conv3d(8, 8, 3)
+    sizes = [sum(t.numel() for t in m.state_dict().values()) for m in (layer, plain)]
+    assert sizes[0] == 2 * sizes[1] + 4
+    per_filter = torch.rand(8, 1, 1, 1, 1) + 0.1
+    layer.set_prior(weight_sigma=per_filter)
+    assert layer.prior_weight_sigma.shape == per_filter.shape
+    layer.reset_parameters()
+    assert torch.equal(layer.prior_weight_sigma, per_filter)
+    layer.set_prior(weight_sigma=0.25)
+    assert layer.prior_weight_sigma.dim() == 0
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_checkpoints_with_priors_of_full_shape_still_load(constant):
+    layer = FFGConv3d(2, 3, 3)
+    state = layer.state_dict()
+    for name in ("prior_weight_mu", "prior_weight_sigma", "prior_bias_mu", "prior_bias_sigma"):
+        shape = layer.weight_mu.shape if "weight" in name else layer.bias_mu.shape
+        state[name] = torch.full(shape, 0.5) if constant else torch.rand(shape) + 0.5
+    other = FFGConv3d(2, 3, 3)
+    other.load_state_dict(state)
+    for name in ("prior_weight_mu", "prior_weight_sigma"):
+        assert (getattr(other, name) == state[name]).all()
+        assert getattr(other, name).dim() == (0 if constant else 5)
+    other.reset_parameters()
+    assert (other.prior_weight_sigma == state["prior_weight_sigma"]).all()
+    with pytest.raises(RuntimeError, match="prior_weight_mu"):
+        other.load_state_dict(state | {"prior_weight_mu": torch.zeros(7)})
+    again = FFGConv3d(2, 3, 3)
+    again.set_prior(layer)
+    again.load_state_dict(other.state_dict())  # from a tensor to numbers
+    assert torch.equal(again.kl_loss(), FFGConv3d.kl_loss(again))
+    assert again.prior_weight_sigma.shape == other.prior_weight_sigma.shape
+
+
+def test_a_weight_normalized_network_takes_everything():
+    net = convert(nn.Sequential(parametrizations.weight_norm(nn.Conv3d(1, 2, 3)), nn.ReLU()))
+    set_prior(net, net)
+    with draw_weights(net, 0):
+        net(torch.ones(1, 1, 3, 3, 3)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert predict(net, torch.ones(1, 1, 3, 3, 3), 2, seed=0).mean.isfinite().all()
+
+
+def test_the_fused_kl_is_the_composition_in_value_and_slopes():
+    torch.manual_seed(0)
+    layer = FFGConv3d(30, 40, 5)  # several chunks, the last one not full
+    for sigmas in (torch.rand_like(layer.weight_mu), torch.full_like(layer.weight_mu, 0.9)):
+        with torch.no_grad():
+            layer.weight_rho.copy_(inverse_softplus(sigmas + 1e-3))
+        for prior in (
+            dict(weight_mu=0.1, weight_sigma=1.0),
+            dict(weight_mu=torch.rand(40, 1, 1, 1, 1), weight_sigma=sigmas + 0.01),
+        ):
+            layer.set_prior(**prior)
+            value = layer.kl_of("weight")
+            slopes = torch.autograd.grad(value, (layer.weight_mu, layer.weight_rho))
+            mu, rho = (p.detach().double().requires_grad_() for p in (layer.weight_mu, layer.weight_rho))
+            mu_0, sigma_0 = layer.prior_weight_mu.double(), layer.prior_weight_sigma.double()
+            v = (F.softplus(rho) / sigma_0).square()
+            exact = 0.5 * (v - 1 - v.log() + ((mu - mu_0) / sigma_0).square()).sum()
+            torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=0)
+            for ours, theirs in zip(slopes, torch.autograd.grad(exact, (mu, rho)), strict=True):
+                assert ((ours - theirs).norm() / theirs.norm()).item() < 5e-6
+
+
+def test_kl_has_a_second_derivative_and_skips_what_is_frozen():
+    layer = FFGConv3d(1, 1, 1, bias=False).double()
+    (slope,) = torch.autograd.grad(layer.kl_loss(), layer.weight_mu, create_graph=True)
+    assert torch.autograd.grad(slope.sum(), layer.weight_mu)[0].item() == pytest.approx(1.0)
+    layer = layer.float()
+    (slope,) = torch.autograd.grad(layer.kl_loss(), layer.weight_mu, create_graph=True)
+    assert torch.autograd.grad(slope.sum(), layer.weight_mu)[0].item() == pytest.approx(1.0)
+    layer.weight_rho.requires_grad_(False)
+    layer.kl_loss().backward()
+    assert layer.weight_rho.grad is None
