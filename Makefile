@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint benchmark clean
+.PHONY: setup setup-locked demo test lint benchmark sbom clean
 
 setup: .venv/ready
 
@@ -10,6 +10,13 @@ setup: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
+
+# The same, from files whose hashes are known, CUDA builds included: for CI and for sites that install from a mirror.
+setup-locked:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch .venv/ready
 
 # The whole cycle on simulated sites, into ./demo; called again, it goes on where it stopped.
 demo: setup
@@ -27,5 +34,11 @@ lint: setup
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks/test_cpu_layer.py --benchmark-enable -q
 
+# What is installed, as a CycloneDX bill of materials. The tool has an environment of its own and does not change .venv.
+sbom: setup
+	$(PYTHON) -m venv .sbom
+	.sbom/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0
+	.sbom/bin/cyclonedx-py environment $(BIN)/python -o sbom.json
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .sbom sbom.json build *.egg-info

@@ -34,7 +34,7 @@ def tempered_equation(prior: Posterior, sites: list[Posterior], powers: list[flo
     """q0^(1 - sum lambda_s) prod q_s^lambda_s as it stands, in fp64."""
     mu_0, var_0 = prior.mu[name].double(), prior.sigma[name].double() ** 2
     etas = [(1 - sum(powers), mu_0, var_0)]
-    etas += [(p, site.mu[name], site.sigma[name].double() ** 2) for p, site in zip(powers, sites, strict=True)]
+    etas += [(p, s.mu[name].double(), s.sigma[name].double() ** 2) for p, s in zip(powers, sites, strict=True)]
     precision = sum(power / var for power, _, var in etas)
     return sum(power * mu / var for power, mu, var in etas) / precision, precision.rsqrt()
 
