@@ -217,6 +217,7 @@ def score_volumes(
         )  # fmt: skip
         counts = CalibrationCounts(data.label_map.n_classes)
         counts.add(prediction.confidence, prediction.entropy, prediction.labels == truth)
+        assert truth is not None  # `scans_to_score` has refused scans without labels
         confusion = confusion_matrix(truth, prediction.labels, data.label_map.n_classes)
         scores.append(Score(scan, confusion, counts.frame()))
     return scores

@@ -5,7 +5,7 @@ left to the loss and to `prediction`. The room builds the network; it does not t
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +109,9 @@ class MeshNet(nn.Module):
         self.layers.append(convolution(in_channels, n_classes, 1))
         for layer in self.layers:
             # He et al. 2015: keeps the variance of activations from layer to layer under ReLU; the last has none.
-            gain = "linear" if layer is self.layers[-1] else "relu"
+            gain: Literal["linear", "relu"] = "linear" if layer is self.layers[-1] else "relu"
             nn.init.kaiming_normal_(getattr(layer, mean), nonlinearity=gain)
-            nn.init.zeros_(layer.bias_mu if bayesian else layer.bias)
+            nn.init.zeros_(getattr(layer, "bias_mu" if bayesian else "bias"))
             if weight_norm:
                 normalize_weight(layer, mean)
         self.bayesian = bayesian
@@ -186,14 +186,15 @@ class MeshNet(nn.Module):
         Raises
         ------
         TypeError
-            If the network is plain; its penalty is `dwc.objective.negative_log_prior`.
+            If the network is plain; its penalty is `dwc.training.objective.negative_log_prior`.
         """
         if not self.bayesian:
-            raise TypeError("a plain network has no KL; use dwc.objective.negative_log_prior")
-        return torch.stack([layer.kl_loss() for layer in self.layers]).sum()
+            raise TypeError("a plain network has no KL; use dwc.training.objective.negative_log_prior")
+        layers = (layer for layer in self.layers if isinstance(layer, FFGConv3d))
+        return torch.stack([layer.kl_loss() for layer in layers]).sum()
 
     @classmethod
-    def from_architecture(cls, architecture: Mapping[str, Any], *, bayesian: bool, **options: bool) -> "MeshNet":
+    def from_architecture(cls, architecture: Mapping[str, Any], *, bayesian: bool, **options: Any) -> "MeshNet":
         """A fresh network of the given ``architecture`` dict; weight_norm and activation_checkpointing as options."""
         shape = {key: value for key, value in architecture.items() if key != "network"}
         return cls(**shape, bayesian=bayesian, **options)

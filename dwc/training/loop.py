@@ -301,8 +301,12 @@ def drift(network: nn.Module) -> dict[str, dict[str, float]]:
     """How far each Bayesian layer's weights are from their prior: medians of sigma/sigma_0 and |mu - mu_0|/sigma_0."""
     return {
         name: {
-            "sigma_ratio": (layer.weight_sigma / layer.prior_weight_sigma).median().item(),
-            "shift": ((layer.weight_mu - layer.prior_weight_mu).abs() / layer.prior_weight_sigma).median().item(),
+            "sigma_ratio": (layer.weight_sigma / layer.get_buffer("prior_weight_sigma")).median().item(),
+            "shift": (
+                ((layer.weight_mu - layer.get_buffer("prior_weight_mu")).abs() / layer.get_buffer("prior_weight_sigma"))
+                .median()
+                .item()
+            ),
         }
         for name, layer in network.named_modules()
         if isinstance(layer, FFGConv3d)
