@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,3 +109,11 @@ def test_a_verdict_says_how_far_each_site_moved_and_what_it_brings_for_its_volum
     share = found[1].precision / sum(one.precision for one in found.values())
     assert f"moved {found[1].kl / 2:.3g} nats per volume, brings {share:.0%} of the added precision" in lines["1"]
     assert "for 33% of the volumes, agreement " in lines["1"]
+
+
+def test_one_small_tensor_in_common_does_not_make_a_copy():
+    one, other = measure(a_site(PRIOR, 0), PRIOR), measure(a_site(PRIOR, 1), PRIOR)
+    many = replace(one, fingerprints=("a", "b", "c", "d"))
+    assert not many.copies(replace(other, fingerprints=("a", "e", "f", "g")))
+    assert many.copies(replace(other, fingerprints=("a", "b", "f", "g")))
+    assert not replace(one, fingerprints=()).copies(replace(other, fingerprints=()))
