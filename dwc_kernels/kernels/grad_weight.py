@@ -80,8 +80,9 @@ def bias_sums(
     r_blocks = voxel_blocks(r_desc, N, D, H, W, F, BD, BH, BW, N0, ARCH)
     db_mu = tl.zeros([K, N0], tl.float32)
     db_var = tl.zeros([K, N0], tl.float32)
-    first = (share.to(tl.int64) * boxes // shares).to(tl.int32)
-    last = ((share.to(tl.int64) + 1) * boxes // shares).to(tl.int32)
+    # The first shares have one box more; a product of boxes and shares would not fit 32 bits.
+    first = share * (boxes // shares) + tl.minimum(share, boxes % shares)
+    last = first + boxes // shares + (share < boxes % shares).to(tl.int32)
     for box in range(first, last):
         w = box % n_w * BW
         h = box // n_w % n_h * BH

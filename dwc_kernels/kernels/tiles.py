@@ -154,8 +154,9 @@ def operand_bytes(problem: Problem, tile: Tile) -> tuple[int, int]:
     """Bytes that one iteration brings for the row operand and for the column operand of its products."""
     squares = square_bytes(problem)
     if problem.kind == "grad_weight":
-        voxels = tile.rows
-        return voxels * STACKED_ROWS * problem.itemsize, 2 * voxels * tile.columns * problem.itemsize
+        # Where all taps and channels make one stack, the compiler knows which of its boxes are the same.
+        rows = 32 * min(4, math.prod(problem.kernel)) if stacks(problem) == 1 else STACKED_ROWS
+        return tile.rows * rows * problem.itemsize, 2 * tile.rows * tile.columns * problem.itemsize
     channels = tile.channels * tile.unroll
     operands = 2 if problem.kind == "grad_input" else 1
     return tile.rows * channels * problem.itemsize * operands, tile.columns * channels * (problem.itemsize + squares)
@@ -169,12 +170,13 @@ def shared_bytes(problem: Problem, tile: Tile, chip: Chip) -> int:
     row_bytes, column_bytes = operand_bytes(problem, tile)
     pipeline = (tile.stages - 1) * (row_bytes + column_bytes)
     if problem.kind == "grad_weight":
+        stacked = tile.rows * STACKED_ROWS * problem.itemsize
         if chip.warp_matrix:  # the stacked rows change their layout
-            extra = row_bytes
+            extra = stacked
         else:  # g * r, and what has to be transposed or copied on its way to a product
             copies = problem.itemsize if problem.itemsize == 4 or chip.tensor_memory else 0
             extra = tile.rows * tile.columns * (square_bytes(problem) + copies)
-            extra += row_bytes if chip.tensor_memory else 0
+            extra += stacked if chip.tensor_memory else 0
         return max(pipeline + extra, STACKED_ROWS * tile.wide * 4)  # the sums on their way out
     if not chip.warp_matrix:
         pipeline += column_bytes
