@@ -7,7 +7,8 @@ are batched and of one dtype, stride, padding and dilation are triples.
 
 On the CPU both convolutions run in channels_last_3d, the input gradient runs as a forward convolution with the mirrored
 filter (PyTorch's own dilated backward can be several times slower), and the weight gradient is a sum of matrix products
-that skip taps outside the volume. Wide 3x3x3 layers in fp32 take `winograd`'s shorter sums for all but the variance.
+that skip taps outside the volume. Layers with more weights than voxels keep PyTorch's plain convolutions, which copy no
+weights. Wide 3x3x3 layers in fp32 take `winograd`'s shorter sums for all but the variance.
 """
 
 from math import prod

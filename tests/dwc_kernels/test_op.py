@@ -40,6 +40,9 @@ GEOMETRIES = {
     "stride 2, dilation 2": ({}, dict(stride=(2, 1, 3), padding=2, dilation=2)),
     "groups": (dict(c=6, f=4, groups=2), dict(padding=1, groups=2)),
     "depthwise": (dict(c=4, f=8, groups=4), dict(padding=2, dilation=2, groups=4)),
+    "more weights than voxels": (dict(c=64, f=72, size=(2, 3, 2)), dict(padding=1)),
+    "more weights than voxels, stride 2": (dict(c=24, f=20, size=(4, 3, 4)), dict(stride=2, padding=1)),
+    "more weights than voxels, groups": (dict(c=24, f=20, size=(2, 2, 2), groups=2), dict(padding=1, groups=2)),
     "no bias, batch 3": (dict(bias=False, batch=3), dict(padding=1)),
 }
 WINOGRAD = {

@@ -98,9 +98,8 @@ def test_flops_are_those_of_the_two_convolutions(triton):
     subprocess.run([sys.executable, "-c", FLOPS.format(triton=triton)], check=True)
 
 
-def test_a_new_integer_seed_does_not_recompile(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+@torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True)
+def test_a_new_integer_seed_does_not_recompile():
     tensors = make()
     compiled = torch.compile(
         lambda seed: ffg_conv3d(*tensors, padding=1, seed=seed), backend="aot_eager", fullgraph=True
@@ -176,7 +175,7 @@ def test_nothing_but_the_input_is_kept_where_only_the_means_are_trained():
     assert saved_bytes(lambda: layer(x), *known) <= x.numel() * 4 + sigma
 
 
-def test_kl_loss_under_fsdp2_is_that_of_the_whole_layer(tmp_path):
+def test_kl_loss_under_fsdp2_is_that_of_the_whole_layer_also_from_meta(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -193,6 +192,12 @@ def test_kl_loss_under_fsdp2_is_that_of_the_whole_layer(tmp_path):
         torch.testing.assert_close(kl, expected)
         for p, slope in zip(net.parameters(), slopes, strict=True):
             torch.testing.assert_close(p.grad.full_tensor(), slope)
+        with torch.device("meta"):
+            late = nn.Sequential(FFGConv3d(1, 4, 3, prior_sigma=0.5))
+        fully_shard(late, mesh=init_device_mesh("cpu", (1,)))
+        late.to_empty(device="cpu")[0].reset_parameters()
+        assert late[0].prior_weight_sigma == 0.5
+        assert kl_loss(late).isfinite()
     finally:
         dist.destroy_process_group()
 
