@@ -144,9 +144,9 @@ def run_on(device: torch.device, kernel: JITFunction, programs: int, *arguments:
 
 
 @lru_cache(maxsize=4096)
-def _asked(kind: str, dtype: str, samples: int, size: Triple, weight_shape: torch.Size) -> Problem:
+def _asked(kind: str, dtype: str, samples: int, size: tuple[int, ...], weight_shape: torch.Size) -> Problem:
     filters, channels, *kernel = weight_shape
-    return problem_of(kind, dtype, samples, size, channels, filters, triple(kernel))
+    return problem_of(kind, dtype, samples, triple(size), channels, filters, triple(kernel))
 
 
 @lru_cache(maxsize=4096)
