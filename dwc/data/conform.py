@@ -65,7 +65,7 @@ def place(path: str | os.PathLike, grid: Grid) -> Placement:
     the scan is a cube along the scanner's axes as FreeSurfer's conformed volumes are. Along axes on which the scan has
     the grid's spacing the grid is put on the scan's voxels, so that odd sizes need no interpolation either. A grid
     that would cut signal is centred on the signal instead; where there is more of it than the grid holds, the superior
-    end at least is kept.
+    end is kept.
 
     The voxels are read only if the scan reaches beyond the grid.
     """
