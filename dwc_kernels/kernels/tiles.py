@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from dwc_kernels.geometry import Triple
 from dwc_kernels.kernels.chips import L2_REACH, TENSOR_REACH, WARP, Chip
 
 __all__ = [
@@ -51,10 +52,10 @@ class Problem:
     kind: str
     dtype: str  # "bf16", "fp16", "tf32" or "ieee": of the operands
     samples: int
-    size: tuple[int, int, int]  # voxels of the box that is tiled
+    size: Triple  # voxels of the box that is tiled
     channels: int
     columns: int
-    kernel: tuple[int, int, int]
+    kernel: Triple
     folded: bool = False  # taps have become channels
 
     @property
@@ -66,10 +67,10 @@ def problem_of(
     kind: str,
     dtype: str,
     samples: int,
-    size: tuple[int, int, int],
+    size: Triple,
     channels: int,
     filters: int,
-    kernel: tuple[int, int, int],
+    kernel: Triple,
 ) -> Problem:
     """The problem of one kernel for a convolution of channels into filters.
 
@@ -87,7 +88,7 @@ def problem_of(
 class Tile:
     """The shape of one program and of its pipeline."""
 
-    box: tuple[int, int, int]  # voxels along D, H, W
+    box: Triple  # voxels along D, H, W
     channels: int  # summed per product
     unroll: int  # channel blocks per iteration of the loop
     wide: int  # columns of the first accumulator pair
@@ -223,7 +224,7 @@ def stacks(problem: Problem) -> int:
     return math.ceil(math.prod(problem.kernel) / 4) * math.ceil(problem.channels / 32)
 
 
-def boxes(size: tuple[int, int, int], box: tuple[int, int, int]) -> int:
+def boxes(size: Triple, box: Triple) -> int:
     """Boxes that cover a volume."""
     return math.prod(math.ceil(n / b) for n, b in zip(size, box, strict=True))
 
