@@ -1,4 +1,4 @@
-"""Distributed weight consolidation: train Bayesian segmentation networks apart, consolidate them once.
+"""Distributed weight consolidation: train Bayesian segmentation networks at separate sites and consolidate them.
 
 >>> import dwc
 >>> q0 = dwc.train_network(dwc.TrainSettings(mode="vi", data="manifest.csv", init="map.safetensors", out="runs/q0"))
@@ -6,7 +6,7 @@
 >>> prediction = dwc.predict(q1, "scan.nii.gz")
 >>> scores = dwc.evaluate(q1, "manifest.csv")
 
-Names are imported when they are first used, so that `import dwc` is quick.
+Names are imported on first use, so that `import dwc` is quick.
 """
 
 import re
@@ -49,7 +49,7 @@ __all__ = [
 
 
 def _version() -> str:
-    """The version, which `dwc_kernels` states, read without importing PyTorch; there need not be an installation."""
+    """The version, read from the source of `dwc_kernels` so that PyTorch is not imported."""
     spec = find_spec("dwc_kernels")
     text = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
     found = re.search(r'^__version__ = "(.+)"', text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The blocks in which a network predicts a volume, as large as a limit of memory allows.
+"""Divide a volume into blocks for prediction, as large as a memory limit allows.
 
 A network of 3x3x3 convolutions sees `sum(dilations)` voxels around each voxel, its reach.
 """
@@ -15,17 +15,17 @@ __all__ = ["divide", "extent", "grow", "memory", "plan_blocks"]
 
 
 def grow(region: Region, reach: int, shape: Sequence[int]) -> Region:
-    """A region with its neighbours up to `reach`, as far as the volume goes."""
+    """A region extended by `reach` on each side, within the volume."""
     return tuple(slice(max(0, r.start - reach), min(n, r.stop + reach)) for r, n in zip(region, shape, strict=True))
 
 
 def extent(region: Region) -> tuple[int, ...]:
-    """Its shape."""
+    """A region's shape."""
     return tuple(side.stop - side.start for side in region)
 
 
 def divide(region: Region, parts: Sequence[int]) -> list[Region]:
-    """A region in that many parts along each axis, of nearly equal size, in C order."""
+    """Split a region into `parts` along each axis, of nearly equal size, in C order."""
     sides = []
     for side, n in zip(region, parts, strict=True):
         edges = np.linspace(side.start, side.stop, n + 1).astype(int).tolist()
@@ -36,16 +36,14 @@ def divide(region: Region, parts: Sequence[int]) -> list[Region]:
 def plan_blocks(
     region: Region, shape: Sequence[int], dilations: Sequence[int], width: int, n_classes: int, limit: float
 ) -> list[Region]:
-    """The division of a region that computes the fewest voxels within a limit of memory.
-
-    Where no division keeps the limit, the blocks are single voxels.
+    """The division of a region that computes the fewest voxels within a memory limit, or single voxels if none fits.
 
     Parameters
     ----------
-    region, shape : Region, sequence of int
+    region, shape
         Where to predict, and the volume's shape.
     dilations, width, n_classes
-        The network's; of several networks the widest, with the largest reach.
+        The network's; for several networks, the largest reach and width.
     limit : float
         Bytes.
     """
@@ -67,14 +65,14 @@ def plan_blocks(
 
 
 def _span(edge: int, size: int, reach: int, farthest: int) -> int:
-    """Voxels that a layer computes along an axis, if `reach` of them are needed on each side of a block."""
+    """Voxels that a layer computes along an axis if `reach` of them are needed on each side of a block."""
     return edge + 2 * reach if edge + 2 * farthest < size else size
 
 
 def memory(spans: Sequence[int], width: int, n_classes: int) -> int:
-    """Bytes at the peak of one block in fp32: the sum of its probabilities, and a layer's input and output.
+    """Peak memory of one block in fp32, in bytes: the sum of its probabilities, and a layer's input and output.
 
-    ``spans`` are the voxels of each hidden layer's output, the last layer's first, and of the image.
+    `spans` are the voxels of each hidden layer's output, last layer first, and of the image.
     """
     return 4 * (
         spans[0] * n_classes + width * max(out + of for out, of in zip(spans[:-1], [*spans[1:-1], 0], strict=True))

@@ -1,7 +1,6 @@
-"""The command line: `dwc COMMAND ...`, one line per command here and one file per command in `dwc.commands`.
+"""The command line: `dwc COMMAND ...`; each command is a file in `dwc.commands`, imported on use.
 
-A command's file is imported only when it is called. Each has `main(arguments)`. Errors that a person can mend become
-one line on stderr and exit code 2; a signal's exit code is 128 plus its number.
+Errors that the user can fix become one line on stderr and exit code 2; a signal's exit code is 128 plus its number.
 """
 
 import errno
@@ -39,7 +38,7 @@ _EXTRAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Run a command and return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments:
         print(_help())
@@ -83,7 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    """What `dwc --help` prints."""
     from dwc.commands.arguments import Parser
 
     description = "Distributed weight consolidation: train Bayesian networks apart, consolidate them once."
@@ -95,7 +93,7 @@ def _help() -> str:
 
 
 def _end(line: str, code: int) -> int:
-    """Say why, in one line, and return the exit code. What others wrote does not steer the terminal."""
+    """Print why the command ended, in one line without control characters, and return the exit code."""
     line = printable(line)
     if launcher.processes() > 1:
         from dwc.base.ranks import say_once  # here, so that one process says it without PyTorch

@@ -1,8 +1,4 @@
-"""What a predicted scan leaves on the disk: BIDS-like derivatives on the scan's own grid, whole or not at all.
-
-Names, formats and headers of result files are decided here, and so is whether they can be written, before any work.
-Predicting is `prediction`'s, pictures are `report.figures`' business.
-"""
+"""Name and write the result files of a predicted scan: BIDS-like derivatives on the scan's own grid."""
 
 import csv
 import gzip
@@ -36,19 +32,19 @@ _GEOMETRY = (
 
 @dataclass(frozen=True)
 class Derivatives:
-    """Files of one scan.
+    """Result files of one scan, all on its own grid.
 
     Attributes
     ----------
     labels : Path
-        `<stem>_dseg.nii.gz`, label ids of each class on the scan's grid.
+        `<stem>_dseg.nii.gz`, label ids.
     table : Path
         `<stem>_dseg.tsv`, index (label id) and name of each class.
     entropy : Path
-        `<stem>_entropy.nii.gz`, float32, nats, on the scan's grid.
+        `<stem>_entropy.nii.gz`, float32, nats.
     volumes : Path
-        `<stem>_volumes.tsv`, index, name, volume_mm3 of each class, counted on the scan's grid, and sd_mm3, its
-        standard deviation over the draws, counted on the conformed grid; n/a with fewer than two draws.
+        `<stem>_volumes.tsv`, index, name and volume_mm3 of each class, and sd_mm3, its standard deviation over the
+        draws, which is counted on the conformed grid; n/a with fewer than two draws.
     picture : Path
         `<stem>_overlay.png`.
     """
@@ -61,13 +57,7 @@ class Derivatives:
 
 
 def find_scan(path: str | Path) -> Path:
-    """The scan of a path that may lack its extension.
-
-    Raises
-    ------
-    InputError
-        If there is no such file.
-    """
+    """The scan's file; its extension may be left out."""
     path = Path(path)
     check_printable(str(path))
     try:
@@ -82,13 +72,7 @@ def find_scan(path: str | Path) -> Path:
 
 
 def name_derivatives(scans: Sequence[Path], out: Path, *, overwrite: bool = False) -> list[Derivatives]:
-    """The files that each scan will leave in `out`: its name without extension and `_T1w`, and a suffix.
-
-    Raises
-    ------
-    InputError
-        If two scans would leave the same files, or a file is there already and is not to be overwritten.
-    """
+    """The result files of each scan in `out`, named after it without its extension and `_T1w`; they must not clash."""
     stems = [_stem(scan) for scan in scans]
     stem, count = Counter(stems).most_common(1)[0]
     if count > 1:
@@ -105,28 +89,9 @@ def name_derivatives(scans: Sequence[Path], out: Path, *, overwrite: bool = Fals
 def write_derivatives(
     files: Derivatives, prediction: Prediction, scan: Path, *, label_map: LabelMap, grid: Grid
 ) -> np.ndarray:
-    """Write a scan's labels, table, entropy and volumes; its picture is left to the caller.
+    """Write a scan's labels, table, entropy and volumes, but not its picture; returns mm^3 per class, [n_classes].
 
-    Parameters
-    ----------
-    files : Derivatives
-        Where to.
-    prediction : Prediction
-        Of the conformed scan.
-    scan : path
-        The scan, whose grid and qform and sform the images get.
-    label_map, grid
-        Those of the networks.
-
-    Returns
-    -------
-    ndarray
-        mm^3 per class, [n_classes].
-
-    Raises
-    ------
-    InputError
-        If a file cannot be written.
+    The images get the grid, qform and sform of `scan`; `label_map` and `grid` are the networks'.
     """
     classes = to_native(prediction.labels, scan, grid, order=0)
     ids = _ids(label_map)
@@ -148,13 +113,13 @@ def native_labels(prediction: Prediction, scan: Path, label_map: LabelMap, grid:
 
 
 def _ids(label_map: LabelMap) -> np.ndarray:
-    """The label id of each class, in the narrowest type that a NIfTI reader expects of labels."""
+    """The label id of each class, as int16 if they fit, which NIfTI readers expect of labels."""
     ids = label_map.to_ids(np.arange(label_map.n_classes))
     return ids.astype(np.int16 if ids.max() <= np.iinfo(np.int16).max else np.int32)
 
 
 def _spread(prediction: Prediction, grid: Grid) -> list[str]:
-    """The standard deviation of each class's volume over the draws, mm^3."""
+    """Standard deviation of each class's volume over the draws, in mm^3."""
     n_draws, n_classes = prediction.draws.shape
     if n_draws < 2:
         return ["n/a"] * n_classes
@@ -167,7 +132,7 @@ def _stem(scan: Path) -> str:
 
 
 def _nifti(voxels: np.ndarray, source: ScanFile) -> nib.Nifti1Image:
-    """A NIfTI of voxels on the grid of `source`: its geometry bit for bit, no more of its header."""
+    """A NIfTI image on the grid of `source`: the bits of its geometry, and nothing else from its header."""
     header = source.header
     affine = header.get_best_affine()  # in the header's own unit
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image

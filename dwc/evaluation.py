@@ -1,7 +1,6 @@
-"""Scores of networks on labelled scans: predict whole volumes, count, and average over scans and sites.
+"""Score networks on labelled scans: predict whole volumes and average over scans and sites.
 
-Volumes are scored on the networks' conformed grid, where they were trained, and against labels conformed the same way.
-The counting is `metrics`'; which scans a network has never seen is decided here.
+Volumes are scored on the networks' conformed grid, against labels conformed the same way.
 """
 
 import json
@@ -42,17 +41,7 @@ _MEANS = {"dice": False, "dice_with_background": True}
 
 @dataclass(frozen=True)
 class Score:
-    """What is kept of a predicted volume.
-
-    Attributes
-    ----------
-    scan : Scan
-        The scan.
-    confusion : Tensor
-        Its voxels by true (row) and predicted (column) class, int64 [n_classes, n_classes].
-    calibration : DataFrame
-        Its voxels by confidence and entropy, as `CalibrationCounts.frame` has them.
-    """
+    """The scores of one predicted volume: `confusion_matrix` and `CalibrationCounts.frame`."""
 
     scan: Scan
     confusion: Tensor
@@ -61,14 +50,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of networks on a manifest.
+    """Scores of networks on a manifest; the tables are those of the functions with the same names.
 
-    Attributes
-    ----------
-    per_class, per_volume, per_site : DataFrame
-        See the functions of these names.
-    summary : dict
-        The networks, what they were scored on, and the means, see `summary`; JSON.
+    `summary` is JSON: the networks, the data and the means, see the function `summary`.
     """
 
     per_class: pd.DataFrame
@@ -96,12 +80,12 @@ def evaluate(
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Score networks on the scans of a manifest that they have not been trained on.
+    """Score networks on the scans of a manifest that they were not trained on.
 
     Parameters
     ----------
     network
-        A posterior or its file, several for an ensemble, or what `load_networks` has read.
+        A posterior or its file, several for an ensemble, or the result of `load_networks`.
     data : path
         Manifest or BIDS folder, with labels.
     settings : PredictionSettings, optional
@@ -109,7 +93,7 @@ def evaluate(
     split, split_seed, test_fraction
         Which scans, see `scans_to_score`.
     cache_dir : path, optional
-        Folder of conformed scans; a temporary one by default.
+        Folder for conformed scans; a temporary one by default.
     progress : bool
         Show progress bars.
     """
@@ -148,28 +132,20 @@ def scans_to_score(
     split_seed: int | None = None,
     test_fraction: float | None = None,
 ) -> list[Scan]:
-    """The scans of a part of a manifest's split, as the networks were trained on it.
+    """The labelled scans in one part of a manifest's split, as the networks were trained on it.
 
-    A manifest with a split column decides itself. Without one, the split is made again with the seed and the test
-    fraction in the headers of the networks, unless they are given.
+    A split column in the manifest decides. Without one, the split is made again from the seed and test fraction in the
+    networks' headers, on which they must agree.
 
     Parameters
     ----------
-    manifest : path
-        As `read_manifest` reads it.
-    posteriors : sequence of Posterior
-        The networks to score.
+    manifest, posteriors
+        The data, and the networks to score.
     split : {"test", "train", "all"}
         Which part.
     split_seed, test_fraction
-        In place of what the headers say. A consolidated network's header says nothing, so that it needs the seed; the
-        fraction is 0.1 then.
-
-    Raises
-    ------
-    InputError
-        If the manifest is bad, a network's split of it is unknown, the networks were trained on different splits of
-        it, the part is empty, or a scan of it has no label.
+        Override the headers. A consolidated network's header has neither, so that the seed must be given; the fraction
+        is then 0.1 by default.
     """
     split_is_open = split != "all" and split_seed is None and not has_split_column(manifest)
     splits: list[tuple[str, list[Scan]]] = []
@@ -206,7 +182,7 @@ def score_volumes(
     memory_limit: float | None = None,
     progress: bool = True,
 ) -> list[Score]:
-    """Predict each volume of prepared scans and compare it with its labels; arguments as `predict_volume`'s."""
+    """Predict each volume of prepared scans and compare it with its labels; arguments as in `predict_volume`."""
     scores = []
     for v, scan in enumerate(data.scans):
         image, truth = data.volume(v)
@@ -226,7 +202,7 @@ def score_volumes(
 def per_class(scores: Sequence[Score], label_map: LabelMap, grid: Grid) -> pd.DataFrame:
     """A row per volume and class: site, subject, image, class, name, dice, truth_mm3, predicted_mm3.
 
-    Dice is empty where the truth has no voxel of the class. image is as in `per_volume`.
+    dice is empty if the truth has no voxel of the class; image is as in `per_volume`.
     """
     parts = []
     for score, who in zip(scores, _who(scores), strict=True):
@@ -243,8 +219,8 @@ def per_class(scores: Sequence[Score], label_map: LabelMap, grid: Grid) -> pd.Da
 def per_volume(scores: Sequence[Score]) -> pd.DataFrame:
     """A row per volume: site, subject, image, n_classes (in its truth without background), dice, dice_with_background.
 
-    Both are means over the classes present in the truth, without and with class 0. image is the file's name; where that
-    does not tell volumes of a subject apart, it is the path from the folder that all images are in.
+    Dice is the mean over the classes present in the truth, without and with class 0. image is the file name or, if that
+    is not unique for a subject, the path relative to the images' common folder.
     """
     rows = []
     for score, who in zip(scores, _who(scores), strict=True):
@@ -255,24 +231,23 @@ def per_volume(scores: Sequence[Score]) -> pd.DataFrame:
 
 
 def per_site(scores: Sequence[Score], label_map: LabelMap, grid: Grid) -> pd.DataFrame:
-    """A row per site and class: site, class, name, n_volumes (whose truth has the class), dice and its sd over them."""
+    """A row per site and class: site, class, name, n_volumes (with the class in the truth), dice, dice_sd."""
     groups = per_class(scores, label_map, grid).groupby(["site", "class", "name"], sort=True)["dice"]
     return groups.agg(n_volumes="count", dice="mean", dice_sd="std").reset_index()
 
 
 def calibration(scores: Sequence[Score]) -> pd.DataFrame:
-    """The voxels of each site by confidence and entropy: site, and the columns of `CalibrationCounts.frame`."""
+    """`CalibrationCounts.frame` summed over the volumes of each site, with a column site."""
     parts = pd.concat((score.calibration.assign(site=score.scan.site) for score in scores), ignore_index=True)
     bins = ["site", "kind", "bin", "low", "high"]
     return parts.groupby(bins, sort=True)[["n", "correct", "sum"]].sum().reset_index()
 
 
 def summary(scores: Sequence[Score]) -> dict[str, Any]:
-    """Means by site and over sites, as JSON.
+    """Means per site and over sites, as JSON.
 
-    ``sites`` holds for each site the number of volumes and the mean of their `per_volume` Dice, ``volume_weighted``
-    the mean over sites weighted by their numbers of volumes (each volume counts the same), ``site_mean`` the plain
-    mean over sites (each site counts the same). null where no volume has a class to score.
+    ``sites`` has each site's number of volumes and mean `per_volume` Dice. ``volume_weighted`` averages over volumes,
+    ``site_mean`` over sites. null where no volume has a class to score.
     """
     table = per_volume(scores)
     names = list(_MEANS)
@@ -287,7 +262,7 @@ def summary(scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def _who(scores: Sequence[Score]) -> list[dict[str, str]]:
-    """What tells each volume from the others: a name of its own, since sessions often share that of the file."""
+    """Site, subject and a unique image name of each volume; a subject's sessions often share a file name."""
     scans = [score.scan for score in scores]
     names = [scan.image.name for scan in scans]
     if len({(scan.site, scan.subject, name) for scan, name in zip(scans, names, strict=True)}) < len(scans):

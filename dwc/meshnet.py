@@ -1,7 +1,6 @@
-"""MeshNet, the dilated convolutional network of Table 1, plain or Bayesian from one description.
+"""MeshNet, the dilated convolutional network of Table 1, plain or Bayesian: 3x3x3 convolutions with ReLU, then 1x1x1.
 
-Any number of classes, filters and dilations; 3x3x3 convolutions with ReLU, then 1x1x1 to the classes. The softmax is
-left to the loss and to `prediction`. The room builds the network; it does not train it or know of brains or files.
+It returns logits. In a Bayesian network the weights have a fully factorized Gaussian (FFG) posterior.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,11 +28,7 @@ DILATIONS = (1, 1, 1, 2, 4, 8, 1)  # Table 1, layers 1 to 7
 def describe(
     n_classes: int, width: int = 96, dilations: Sequence[int] = DILATIONS, in_channels: int = 1
 ) -> dict[str, Any]:
-    """The ``architecture`` of a MeshNet, as JSON: what decides the names and shapes of its weights.
-
-    Whether it is Bayesian is seen from its posterior, and weight normalization changes how means are trained, not what
-    they are.
-    """
+    """The ``architecture`` of a MeshNet, as JSON: everything that determines the names and shapes of its weights."""
     return {
         "network": "MeshNet",
         "n_classes": n_classes,
@@ -44,13 +39,7 @@ def describe(
 
 
 def checked_architecture(posterior: Posterior) -> dict[str, Any]:
-    """The ``architecture`` that a posterior names, as `describe` gives it.
-
-    Raises
-    ------
-    InputError
-        If it names no MeshNet, or not all of a MeshNet in numbers that make one.
-    """
+    """The ``architecture`` in a posterior's header, checked to be a complete MeshNet."""
     theirs = posterior.metadata.get("architecture")
     if not isinstance(theirs, dict) or theirs.get("network") != "MeshNet":
         raise InputError(f"{posterior.name}: holds no MeshNet; give a network trained with dwc train")
@@ -67,25 +56,23 @@ def checked_architecture(posterior: Posterior) -> dict[str, Any]:
 
 
 class MeshNet(nn.Module):
-    """Table 1's network: one 3x3x3 convolution per dilation with ReLU, padded by its dilation, and a 1x1x1 one.
+    """The network of Table 1: a ReLU layer per dilation, padded by it, and a 1x1x1 convolution to the classes.
 
     Parameters
     ----------
-    n_classes : int
-        Classes to tell apart, the output's channels.
+    n_classes, in_channels : int
+        Output and input channels.
     width : int
         Filters of each hidden layer.
     dilations : sequence of int
         Dilation of each hidden layer.
-    in_channels : int
-        Channels of the image.
     bayesian : bool
-        Whether the layers are `FFGConv3d` with an N(0, 1) prior and sigma = 1e-3, or `torch.nn.Conv3d`.
+        Use `FFGConv3d` with an N(0, 1) prior and sigma = 1e-3, instead of `torch.nn.Conv3d`.
     weight_norm : bool
-        Whether the means are weight-normalized, w = g v / |v| per filter, as the paper trained all networks.
+        Normalize the means, w = g v / |v| per filter, as the paper did for all networks.
     activation_checkpointing : bool
-        Whether the backward computes each hidden layer again, with the noise it had, instead of keeping all that it
-        needs: half the memory between forward and backward, 0.6 at the peak, a forward more, and the same bits.
+        Recompute hidden layers in the backward pass, with the same noise. Halves the memory held between forward and
+        backward and reduces the peak to 60 %, at the cost of one extra forward pass; bitwise the same result.
     """
 
     def __init__(
@@ -120,8 +107,8 @@ class MeshNet(nn.Module):
     def forward(self, x: Tensor, sample: bool | None = None) -> Tensor:
         """Logits [N, n_classes, D, H, W] of images [N, in_channels, D, H, W].
 
-        ``sample`` says whether a Bayesian network draws its noise or returns the output at its means; None draws in
-        training mode only. A plain network has nothing to draw.
+        `sample` decides whether a Bayesian network draws noise or returns the output at its means; by default it draws
+        in training mode only.
         """
         options = {"sample": sample} if self.bayesian else {}
         x = x.to(memory_format=torch.channels_last_3d)  # fastest for cuDNN, oneDNN and the Triton kernels
@@ -135,9 +122,9 @@ class MeshNet(nn.Module):
         return self.layers[-1](x, **options)
 
     def convolutions(self, seed: int | None = None) -> list[tuple[Tensor, Tensor | None]]:
-        """Weight and bias of each layer: its means, or, with a seed, one draw of a Bayesian network's weights.
+        """Weight and bias of each layer: the means or, with a seed, one draw of a Bayesian network's weights.
 
-        The draw is a function of the seed and the weight's place. A plain network has one draw.
+        The draw depends only on the seed and the weight's position.
         """
         if self.bayesian and seed is not None:
             return list(drawn_weights(self, seed, rank=0).values())
@@ -145,25 +132,20 @@ class MeshNet(nn.Module):
         return [(getattr(layer, weight), getattr(layer, bias)) for layer in self.layers]
 
     def block_features(self, image: Tensor, block: Region, weights: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-        """What the last layer takes in, in a block: equal to one pass over the whole image but for rounding.
+        """The last layer's input in a block, [d, h, w, width]; equal to a pass over the whole image but for rounding.
 
-        Each layer is computed on the margin that the next ones need. Along an axis where the margin ends at the image's
-        edge it stays as wide as there, padded with zeros, which is right at the edge and never reaches the block from
-        the other side.
+        Each layer is computed on the margin that the next layers need. Along an axis where the margin reaches the
+        image's edge, every layer keeps that extent and is zero-padded. That is correct at the edge, and errors from the
+        margin's other side do not reach the block.
 
         Parameters
         ----------
         image : Tensor
-            The whole one, [in_channels, D, H, W].
+            The whole image, [in_channels, D, H, W].
         block : Region
             Three slices of it, of shape d, h, w.
         weights : sequence of (Tensor, Tensor or None)
-            As `convolutions` gives them.
-
-        Returns
-        -------
-        Tensor
-            [d, h, w, width].
+            From `convolutions`.
         """
         dilations = self.architecture["dilations"]
         reach = sum(dilations)
@@ -181,13 +163,7 @@ class MeshNet(nn.Module):
         return x[0].movedim(0, -1)[tuple(inner)]
 
     def kl_loss(self) -> Tensor:
-        """KL[q(w) || p(w)] in nats, summed over all weights (Eq. 5); a scalar.
-
-        Raises
-        ------
-        TypeError
-            If the network is plain; its penalty is `dwc.training.objective.negative_log_prior`.
-        """
+        """KL[q(w) || p(w)] in nats, summed over all weights (Eq. 5); a TypeError for a plain network."""
         if not self.bayesian:
             raise TypeError("a plain network has no KL; use dwc.training.objective.negative_log_prior")
         layers = (layer for layer in self.layers if isinstance(layer, FFGConv3d))
@@ -195,19 +171,13 @@ class MeshNet(nn.Module):
 
     @classmethod
     def from_architecture(cls, architecture: Mapping[str, Any], *, bayesian: bool, **options: Any) -> "MeshNet":
-        """A fresh network of the given ``architecture`` dict; weight_norm and activation_checkpointing as options."""
+        """A new network with this ``architecture``; options are weight_norm and activation_checkpointing."""
         shape = {key: value for key, value in architecture.items() if key != "network"}
         return cls(**shape, bayesian=bayesian, **options)
 
     @classmethod
     def from_posterior(cls, posterior: Posterior) -> "MeshNet":
-        """The network a posterior file holds: Bayesian if it has standard deviations, else plain.
-
-        Raises
-        ------
-        InputError
-            If the file does not name a whole MeshNet, or its tensors do not fit the architecture that it names.
-        """
+        """The network in a posterior: Bayesian if it has standard deviations, else plain."""
         network = cls.from_architecture(checked_architecture(posterior), bayesian=posterior.is_bayesian)
         posterior.to_model(network)
         return network

@@ -1,8 +1,4 @@
-"""From a conformed scan to its segmentation: whole-volume inference, ensembles, and what their draws disagree about.
-
-The volume is predicted in blocks that see as far as the network does, as large as memory allows, so that the result is
-that of one pass over the whole scan. A Bayesian network is drawn as a whole, weights and all, `n_samples` times.
-"""
+"""Segment conformed scans with one network or an ensemble, in blocks that give the result of one pass over the scan."""
 
 import math
 from collections.abc import Sequence
@@ -36,20 +32,19 @@ _FREE_PART = 0.5  # of the memory that is free, for a block where no limit is gi
 
 @dataclass(frozen=True)
 class Prediction:
-    """A volume's segmentation on the conformed grid.
+    """A volume's segmentation on the conformed grid; all arrays but `draws` are [size, size, size].
 
     Attributes
     ----------
     labels : ndarray
-        uint8 [size, size, size], the most probable class.
+        uint8, the most probable class.
     entropy : ndarray
-        float32 [size, size, size], entropy of the predictive distribution in nats: 0 where it is certain, ln n_classes
-        where every class is as likely.
+        float32, entropy of the predictive distribution in nats, from 0 to ln n_classes.
     confidence : ndarray
-        float32 [size, size, size], the probability of the chosen class, 1 / n_classes to 1.
+        float32, the probability of the predicted class, from 1 / n_classes to 1.
     draws : ndarray
-        int64 [n_draws, n_classes], the voxels of each class in the segmentation that each draw makes by itself: every
-        draw of each Bayesian network, and each MAP network once. Their spread is the uncertainty of a volume.
+        int64 [n_draws, n_classes], voxels of each class in the segmentation of each draw alone: every draw of a
+        Bayesian network, and each MAP network once. Their spread is the uncertainty of the volumes.
     """
 
     labels: np.ndarray
@@ -60,17 +55,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Networks that predict together, one or more, and what they must share.
-
-    Attributes
-    ----------
-    posteriors : tuple of Posterior
-        The files.
-    networks : tuple of MeshNet
-        What they hold.
-    label_map, grid
-        Their classes, and the grid that their images are conformed to.
-    """
+    """One or more networks that predict together, their posteriors, and the label map and grid they share."""
 
     posteriors: tuple[Posterior, ...]
     networks: tuple[MeshNet, ...]
@@ -86,15 +71,9 @@ def load_networks(
     Parameters
     ----------
     networks : path, Posterior, or sequence of them
-        Of `dwc train` or `dwc consolidate`; widths and dilations may differ, MAP and Bayesian may mix.
+        From `dwc train` or `dwc consolidate`; widths and dilations may differ, MAP and Bayesian networks may be mixed.
     label_map : str, optional
-        The TSV that the networks were trained on, where it is not shipped with dwc.
-
-    Raises
-    ------
-    InputError
-        If a file is no such network, a label map is not at hand or not the one trained on, or networks differ in label
-        map or preprocessing; names the files.
+        The TSV that the networks were trained on, if it is not one shipped with dwc.
     """
     given = [networks] if isinstance(networks, str | Path | Posterior) else networks
     if not given:
@@ -134,33 +113,25 @@ def predict_volume(
 ) -> Prediction:
     """Segment a conformed volume.
 
-    The predictive distribution of a voxel is the mean over the networks of p(y | x), which for a Bayesian network is
-    the mean of its softmax over `n_samples` draws of its weights, and for a MAP network its softmax. Draw k of network
-    j depends on (seed, j, k) alone. Outside the head's box (`head_box`) every voxel is background, with certainty.
-    Blocks and threads change the result by rounding only.
+    A voxel's predictive distribution is the mean of p(y | x) over the networks: for a Bayesian network the mean softmax
+    over `n_samples` draws of its weights, for a MAP network its softmax. Draw k of network j depends only on (seed, j,
+    k). Voxels outside the head's box (`head_box`) are background with confidence 1. Blocks and threads change the
+    result by rounding only.
 
     Parameters
     ----------
     networks : sequence of MeshNet
-        One, or an ensemble whose probabilities are averaged; moved to `device`.
+        Moved to `device`; the probabilities of several are averaged.
     image : ndarray
-        uint8 [D, H, W] on the networks' grid, as `conform_image` gives it; z-scored here over all its voxels.
-    n_samples : int
-        Draws per Bayesian network.
-    seed : int
-        Of the draws, >= 0.
-    device, precision
-        Where to compute, and "fp32" or "bf16" (autocast).
+        uint8 [D, H, W] on the networks' grid, from `conform_image`; z-scored here over all voxels.
+    n_samples, seed : int
+        Draws per Bayesian network, >= 1, and their seed, >= 0.
+    precision : str
+        "fp32", or "bf16" for autocast.
     memory_limit : float, optional
-        GB that a block may take, estimated. By default half of what is free on the device, shared by this machine's
-        processes.
+        GB for one block, estimated. By default half of the device's free memory, shared by this machine's processes.
     progress : str, optional
-        Name on a progress bar; none is shown without.
-
-    Raises
-    ------
-    ValueError
-        If `n_samples` or the seed is out of range, or there is no network.
+        Label of a progress bar; without it, none is shown.
     """
     if n_samples < 1 or seed < 0 or not networks:
         raise ValueError(f"{len(networks)} networks, n_samples {n_samples}, seed {seed}; need >= 1, >= 1 and >= 0")
@@ -210,7 +181,7 @@ def _classify(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _slabs(block: Region) -> list[slice]:
-    """Planes of a block, a few at a time, so that what has the classes' size stays small."""
+    """Ranges of a few planes of a block, so that tensors with a channel per class stay small."""
     depth, *plane = extent(block)
     step = max(1, _SLAB // math.prod(plane))
     return [slice(start, start + step) for start in range(0, depth, step)]
@@ -224,7 +195,7 @@ def _limit(gigabytes: float | None, device: torch.device) -> float:
 
 
 def _blocks(networks: Sequence[MeshNet], box: Region, shape: Sequence[int], limit: float) -> list[Region]:
-    """The blocks for all networks: for the widest one, with the dilations of the one that sees farthest."""
+    """Blocks for all networks: for the widest one, with the dilations of the one with the largest reach."""
     architectures = [network.architecture for network in networks]
     dilations = max((a["dilations"] for a in architectures), key=sum)
     width = max(a["width"] for a in architectures)

@@ -1,4 +1,4 @@
-"""The settings of a prediction, which `predict` and `evaluate` share."""
+"""The settings of a prediction, shared by `predict` and `evaluate`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,15 +17,15 @@ class PredictionSettings(Settings):
     n_samples
         Draws of the weights per Bayesian network.
     seed
-        Of the draws.
+        Seed of the draws.
     device
         auto (a GPU if there is one), cpu or cuda.
     precision
         fp32, or bf16 for autocast.
     memory_limit
-        GB that a block of the scan may take. By default half of what is free on the device.
+        GB that a block of the scan may take. Default: half of the device's free memory.
     label_map
-        The TSV that the networks were trained on, if it is not one that comes with dwc.
+        The TSV that the networks were trained on, if it is not one shipped with dwc.
     """
 
     n_samples: int = 10

@@ -1,4 +1,4 @@
-"""From the file of a scan to its segmentation on the scan's own grid, in one call."""
+"""Segment a scan from its file, with the result on the scan's own grid, in one call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,19 +19,7 @@ __all__ = ["Segmentation", "predict"]
 
 @dataclass(frozen=True)
 class Segmentation:
-    """A predicted scan.
-
-    Attributes
-    ----------
-    scan : Path
-        The scan's file.
-    image : ndarray
-        uint8, the scan on the networks' grid.
-    prediction : Prediction
-        Classes and uncertainty on that grid.
-    ensemble : Ensemble
-        The networks, their label map and grid.
-    """
+    """A segmented scan: its file, its uint8 image and prediction on the networks' grid, and the networks."""
 
     scan: Path
     image: np.ndarray
@@ -60,18 +48,13 @@ def predict(
     Parameters
     ----------
     network
-        A posterior or its file, several for an ensemble, or what `load_networks` has read.
+        A posterior or its file, several for an ensemble, or the result of `load_networks`.
     scan : path
         NIfTI or mgz; the extension may be left out.
     settings : PredictionSettings, optional
         Samples, seed, device, precision, memory.
     progress : bool
         Show a progress bar.
-
-    Returns
-    -------
-    Segmentation
-        On the networks' grid, and by its `labels` on the scan's own.
     """
     settings = settings or PredictionSettings()
     ensemble = network if isinstance(network, Ensemble) else load_networks(network, settings.label_map)

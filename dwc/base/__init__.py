@@ -1,1 +1,1 @@
-"""What every part builds on: errors, files, locks, processes, ranks, tables."""
+"""Errors, files, locks, processes, ranks and tables: the base of all other modules."""

@@ -1,4 +1,4 @@
-"""Cells of tables that people open in a spreadsheet: none is written so that it would run as a formula."""
+"""Keep spreadsheets from running table cells as formulas."""
 
 import re
 
@@ -8,7 +8,7 @@ _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 
 def as_text(cell: str) -> str:
-    """The cell with an apostrophe in front where a spreadsheet would take it for a formula."""
+    """The cell, with an apostrophe in front if a spreadsheet would take it for a formula."""
     return f"'{cell}" if _FORMULA.match(cell) else cell
 
 

@@ -1,4 +1,4 @@
-"""Where a workflow computes, and what its random numbers follow from; not what it computes."""
+"""Choose the device to compute on."""
 
 import torch
 
@@ -11,13 +11,7 @@ __all__ = [
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of `auto` (a GPU where there is one), `cpu` or `cuda`.
-
-    Raises
-    ------
-    InputError
-        If a GPU is asked for and there is none, or fewer than processes on this machine.
-    """
+    """The device for `auto` (a GPU if there is one), `cpu` or `cuda`; each process here needs its own GPU."""
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and not n_gpus:
         raise InputError("`device` cuda: PyTorch finds no GPU here; give cpu")

@@ -1,8 +1,7 @@
-"""Files that appear whole or not at all: the one way a result, a checkpoint or a log reaches the disk.
+"""Atomic writes and safetensors files with a JSON header and a digest.
 
-Bytes go to a temporary name in the target's own folder, are flushed to the disk and take the target's name in one
-step, so that a reader never meets half a file, whatever killed the writer. Tensors travel as safetensors with one
-JSON header. What the tensors mean is the business of `posterior` and `checkpoint`.
+Content is written to a temporary file in the target's folder, flushed and renamed, so that a reader never sees a
+partial file, even if the writer is killed.
 """
 
 import contextlib
@@ -42,24 +41,12 @@ PARTS = ".*.part"  # temporary names, which a kill -9 in the middle of a write l
 
 
 def canonical_json(value: Any) -> str:
-    """The one spelling of a JSON value: keys sorted, no spaces, ASCII; digests are taken of this.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `value` is not JSON, or holds NaN or infinity.
-    """
+    """JSON with sorted keys, no spaces and ASCII only, for digests; ValueError for NaN and infinity."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write `content` to `path` atomically, with the permissions any new file would get.
-
-    Raises
-    ------
-    InputError
-        If the folder is missing or unwritable or the disk is full; nothing is left behind then.
-    """
+    """Write `content` to `path` atomically, with the permissions of any new file; leave nothing behind on failure."""
     path = Path(path)
     temporary = None
     try:
@@ -83,7 +70,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
 
 
 def _new_part(path: Path) -> tuple[int, str]:
-    """A temporary file beside `path`, locked while it is open, so that `sweep` knows that somebody writes it."""
+    """A temporary file beside `path`, locked while it is open, so that `sweep` leaves it alone."""
     while True:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         with contextlib.suppress(OSError):  # a file system without locks
@@ -94,7 +81,7 @@ def _new_part(path: Path) -> tuple[int, str]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files of killed processes; those that somebody writes just now are locked, and stay."""
+    """Remove temporary files left by killed processes; files still being written are locked and stay."""
     for part in folder.glob(PARTS):
         try:
             with part.open("rb") as file:
@@ -105,13 +92,7 @@ def sweep(folder: Path) -> None:
 
 
 def check_suffix(path: str | Path) -> Path:
-    """`path` as a Path, after checking that it ends in .safetensors and that its folder takes new files.
-
-    Raises
-    ------
-    InputError
-        Before any work, so that an hour of it is not lost at the save.
-    """
+    """Check, before any work, that `path` ends in .safetensors and that its folder is writable."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: an output network ends in .safetensors; name it {path.name}.safetensors")
@@ -125,13 +106,7 @@ def check_suffix(path: str | Path) -> Path:
 
 
 def open_folder(out: Path) -> None:
-    """Make an output folder if need be and write a file in it, so that an hour of work is not lost at the save.
-
-    Raises
-    ------
-    InputError
-        If that is not possible.
-    """
+    """Create an output folder if needed and check that it is writable, before any work."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as file:
@@ -144,7 +119,7 @@ def open_folder(out: Path) -> None:
 
 
 def content_sha256(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> str:
-    """Digest of header and tensors; it does not depend on the file's layout or on the machine.
+    """Digest of header and tensors; independent of the file's layout and of the machine.
 
     SHA-256 of the canonical JSON header and a newline, then for each tensor, sorted by name: the canonical JSON of
     [name, shape], a newline and its little-endian bytes.
@@ -159,9 +134,9 @@ def content_sha256(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any
 def save_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], **entries: str
 ) -> None:
-    """Write tensors, their JSON header and the digest of both as one safetensors file, atomically.
+    """Write tensors, a JSON header and the digest of both as one safetensors file, atomically.
 
-    Further entries of the file's metadata, such as a signature, are not part of the digest.
+    `entries`, such as a signature, are added to the file's metadata and are not part of the digest.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**entries, _HEADER: canonical_json(header), DIGEST: content_sha256(tensors, header)}
@@ -169,7 +144,7 @@ def save_tensors(
 
 
 def _in_order(content: bytes) -> bytes:
-    """A safetensors file with sorted metadata, which the library writes in an order that differs from call to call."""
+    """Sort a safetensors file's metadata, whose order in the library's output varies from call to call."""
     size = int.from_bytes(content[:8], "little")
     head = json.loads(content[8 : 8 + size])
     head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
@@ -179,13 +154,13 @@ def _in_order(content: bytes) -> bytes:
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and JSON header of a file written by `save_tensors`, after checking its digest, if it has one."""
+    """Tensors and JSON header of a file written by `save_tensors`; its digest, if present, is checked."""
     tensors, header, _ = load_entries(path)
     return tensors, header
 
 
 def load_entries(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, str]]:
-    """As `load_tensors`, and the further entries of the file's metadata."""
+    """As `load_tensors`, and the other entries of the file's metadata."""
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the .safetensors file in it")

@@ -1,7 +1,4 @@
-"""What `torchrun` tells each process of a run through its environment; a run of one process was told nothing.
-
-No PyTorch is needed to know it. Joining the processes is `distributed`'s work.
-"""
+"""The ranks that `torchrun` gives each process through its environment, read without PyTorch."""
 
 import os
 
@@ -9,22 +6,22 @@ __all__ = ["local_processes", "local_rank", "processes", "rank"]
 
 
 def processes() -> int:
-    """How many processes were started together, on all machines."""
+    """Number of processes started together, on all machines."""
     return _number("WORLD_SIZE", 1)
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """This process's rank among all processes."""
     return _number("RANK", 0)
 
 
 def local_processes() -> int:
-    """How many of them share this machine's cores and GPUs."""
+    """Number of processes on this machine, which share its cores and GPUs."""
     return _number("LOCAL_WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    """Which of this machine's processes this is, from 0: the GPU it takes."""
+    """This process's rank on this machine, which is the index of its GPU."""
     return _number("LOCAL_RANK", 0)
 
 

@@ -1,8 +1,8 @@
-"""One process at a time: a lock that the kernel frees when its holder ends, however it ends.
+"""File locks (flock), which the kernel releases when their holder exits, however it exits.
 
-A process id written to a file can outlive its process and be given to another; an flock cannot. A child that is handed
-the descriptor holds the lock for as long as it lives, which is how what runs on its own is found again; the id in its
-lock file counts only while the lock is held.
+A process id in a file may be stale or reused; an flock cannot be. A child process that inherits the descriptor keeps
+the lock, so that a detached process can be found by its lock. The process id in a lock file is valid only while the
+lock is held.
 """
 
 import fcntl
@@ -25,20 +25,7 @@ _LOOK_S = 0.2
 
 
 def hold(path: Path, patience_s: float = 0.0) -> int | None:
-    """Descriptor of the lock file, which holds the lock until it is closed; None if another process holds it.
-
-    Parameters
-    ----------
-    path : Path
-        The lock file, made if need be.
-    patience_s : float
-        Seconds to wait for another process to let go.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be written or its file system keeps no locks.
-    """
+    """Descriptor that holds the lock until it is closed; None if another process still has it after `patience_s`."""
     until = time.monotonic() + patience_s
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -59,7 +46,7 @@ def hold(path: Path, patience_s: float = 0.0) -> int | None:
 
 @contextmanager
 def held(path: Path, patience_s: float = 0.0) -> Iterator[bool]:
-    """Hold the lock within a block; the block is told whether it does."""
+    """Hold the lock within a block; yields whether the lock was free."""
     descriptor = hold(path, patience_s)
     try:
         yield descriptor is not None

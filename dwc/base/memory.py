@@ -1,4 +1,4 @@
-"""How much memory a process may still take, on the CPU or on a GPU."""
+"""Free memory on the CPU or a GPU."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _CGROUPS = (  # limit and use of a container, version 2 and version 1
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on the CPU what the system calls available, within a container's limit."""
+    """Free bytes on a device; on the CPU the memory that the system calls available, within a container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min([_available(), *_left_in_containers()])
@@ -30,7 +30,7 @@ def _available() -> int:
 
 
 def _left_in_containers() -> list[int]:
-    """Limit less use of each control group that has a limit; caches count as use there, so a little too low."""
+    """Limit minus usage of each control group with a limit; usage includes caches, so this is a little too low."""
     left = []
     for limit, use in _CGROUPS:
         try:

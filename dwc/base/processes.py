@@ -1,4 +1,4 @@
-"""Detached processes that hold a lock while they live, so that they can be found and ended by it."""
+"""Start and end detached processes, each of which holds a lock while it runs."""
 
 import os
 import shutil
@@ -19,23 +19,10 @@ _OLD_LOGS = 3
 
 
 def start_once(words: Sequence[str | Path], lock: Path, log: Path, **options: Any) -> subprocess.Popen | None:
-    """Start a process that holds the lock while it lives, in a process group of its own; None if one holds it.
+    """Start a process that holds the lock while it runs, in its own process group; None if the lock is already held.
 
-    The lock file tells its id, for `end` and for people.
-
-    Parameters
-    ----------
-    words : sequence
-        Program and arguments.
-    lock, log : Path
-        The lock file; where its output is added.
-    **options
-        Of `subprocess.Popen`.
-
-    Raises
-    ------
-    InputError
-        If the program cannot be started or the log cannot be written.
+    Its process id is in the lock file, for `end`. Its output is appended to `log`; options are those of
+    `subprocess.Popen`.
     """
     descriptor = hold(lock)
     if descriptor is None:
@@ -62,7 +49,7 @@ def start_once(words: Sequence[str | Path], lock: Path, log: Path, **options: An
 
 
 def end(lock: Path, patience_s: float) -> None:
-    """End the process group that `start_once` has started with a lock, whoever called it; killed if it takes long."""
+    """End the process group that `start_once` started with this lock; kill it if it takes longer than `patience_s`."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with held(lock) as free:
             if free or not (pid := int(lock.read_text() or 0)):
@@ -76,7 +63,7 @@ def end(lock: Path, patience_s: float) -> None:
 def rotate(log: Path) -> None:
     """Move the content of a log of more than 10 MB to `<log>.1`, and older ones up to `<log>.3`.
 
-    The file itself is emptied, not renamed: a process that appends to it goes on with the same file.
+    The file is truncated, not renamed, so that a process that appends to it can continue.
     """
     if not log.is_file() or log.stat().st_size <= _LOG_BYTES:
         return
@@ -89,5 +76,5 @@ def rotate(log: Path) -> None:
 
 
 def _note(descriptor: int, pid: int) -> None:
-    """Write a process id over the last one, in as many bytes: what has been written once, a full disk takes too."""
+    """Overwrite the process id; always the same number of bytes, so that it works on a full disk."""
     os.pwrite(descriptor, b"%-10d\n" % pid, 0)

@@ -1,8 +1,7 @@
-"""One run in many processes: which of `torchrun`'s ranks this one is, and what the ranks tell each other.
+"""One run in many processes started by `torchrun`: share work, gather values and average gradients.
 
-A run in one process never gets past the first line of each function here. Ranks share out work by position, exchange
-plain JSON values, and average gradients in the order of the ranks, so that a run's bits are a function of its seed and
-the number of ranks. The first rank writes and speaks for all. What is shared out is the caller's business.
+Ranks share work by position, exchange JSON values, and average gradients in rank order, so that the result depends
+only on the seed and the number of ranks. With one process, all of this does nothing.
 """
 
 import contextlib
@@ -36,31 +35,26 @@ _BUFFERS = "forward_sync_buffers"  # what newer versions of PyTorch call broadca
 
 
 def world_size() -> int:
-    """Number of ranks; 1 outside of `ranks`."""
+    """Number of ranks; 1 outside `joined`."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process among them, from 0."""
+    """This process's rank; 0 outside `joined`."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the rank that writes and shows progress."""
+    """Whether this is rank 0, which writes files and shows progress."""
     return rank() == 0
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Join the other processes of this `torchrun` for as long as the context lasts; alone, do nothing.
+    """Join the other processes of this `torchrun` within the context; does nothing in a single process.
 
-    Gradients on GPUs travel by NCCL, everything else by gloo. GPU i belongs to the machine's process i.
-
-    Raises
-    ------
-    InputError
-        If another rank has ended before its work was done, or cannot be reached. A rank that ends tells why itself, see
-        `say_once`; of a network or a full disk only the library's words tell, so the line carries them.
+    Gradients on GPUs use NCCL, everything else gloo; local rank i uses GPU i. If another rank ends early or cannot be
+    reached, raises InputError with the library's message; the rank that failed reports its own cause, see `say_once`.
     """
     if launcher.processes() == 1 or dist.is_initialized():
         yield
@@ -83,23 +77,17 @@ def joined() -> Iterator[None]:
 
 
 def share(items: Sequence[_T]) -> list[_T]:
-    """This rank's part of the items: every world_size-th, beginning at its rank."""
+    """This rank's items: every world_size-th, starting at its rank."""
     return list(items[rank() :: world_size()])
 
 
 def merge(parts: Sequence[Sequence[_T]]) -> list[_T]:
-    """The items of which each rank has made its `share`, in their order again."""
+    """The inverse of `share`: all ranks' parts as one list in the original order."""
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's value, by rank; all ranks wait for the last.
-
-    Parameters
-    ----------
-    value : JSON
-        Numbers, strings, lists and dicts; NaN and infinity pass.
-    """
+    """Every rank's JSON value (NaN and infinity allowed), by rank; all ranks wait for the last."""
     if world_size() == 1:
         return [value]
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -113,21 +101,21 @@ def gather(value: Any) -> list[Any]:
 
 
 def barrier() -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank gets here."""
     gather(None)
 
 
 def mean(values: Sequence[float]) -> list[float]:
-    """The mean over the ranks of each number, the same bits on every rank."""
+    """Mean of each number over the ranks, bitwise equal on every rank."""
     rows = gather(list(values))
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if len(rows) > 1 else rows[0]
 
 
 def replicate(network: nn.Module) -> nn.Module:
-    """The network whose backward leaves the mean of the ranks' gradients in `network`'s parameters.
+    """A wrapper of the network whose backward leaves the mean of the ranks' gradients in `network`'s parameters.
 
-    Hold on to it: gradients are exchanged for as long as it lives. Buffers, such as priors, are the same everywhere
-    from the start and are not sent again with each step.
+    Keep a reference to it: gradients are exchanged only while it exists. Buffers, such as priors, are equal on all
+    ranks and not sent.
     """
     if world_size() == 1:
         return network
@@ -140,10 +128,10 @@ def replicate(network: nn.Module) -> nn.Module:
 
 # DDP checks the hook's annotations, and dist.GradBucket is not in every build.
 def _mean_in_order(state: None, bucket) -> torch.futures.Future[Tensor]:  # type: ignore[no-untyped-def]
-    """Add a bucket's gradients up in the order of the ranks.
+    """Sum a bucket's gradients in rank order.
 
-    An all-reduce of three ranks or more adds in an order that depends on an element's place in its bucket, and buckets
-    are laid out anew after the first step: a resumed run would end in other bits than one that was never stopped.
+    With three ranks or more, an all-reduce sums in an order that depends on an element's position in its bucket, and
+    buckets change after the first step, so that a resumed run would not give the same bits.
     """
     gradient = bucket.buffer()
     parts = gradient.new_empty(world_size() * len(gradient))
@@ -158,7 +146,7 @@ def _mean_in_order(state: None, bucket) -> torch.futures.Future[Tensor]:  # type
 
 
 def say_once(line: str) -> None:
-    """Print a line on stderr, from whichever rank has something to say first: an error's cause, not its echoes."""
+    """Print a line on stderr, on the first rank that calls this only, so that an error is reported once."""
     store = None
     if launcher.processes() > 1:
         with contextlib.suppress(RuntimeError):  # from the store: better said twice than not at all

@@ -1,4 +1,4 @@
-"""Seeds derived from a run's seed, a step and so on."""
+"""Derive seeds from a run's seed and other numbers."""
 
 import numpy as np
 
@@ -6,8 +6,8 @@ __all__ = ["seed_of"]
 
 
 def seed_of(*entropy: int) -> int:
-    """A 63-bit seed for PyTorch from numbers >= 0 (a seed, a step, ...), without pattern between neighbours.
+    """A 63-bit seed for PyTorch from numbers >= 0 (a seed, a step, ...), unrelated for neighbouring numbers.
 
-    Zeros at the end do not count: seed_of(3, 5) is seed_of(3, 5, 0).
+    Trailing zeros do not count: seed_of(3, 5) is seed_of(3, 5, 0).
     """
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)

@@ -1,7 +1,7 @@
-"""Settings that are parsed once, when they are made: wrong types and values are refused for every caller alike.
+"""The base of all settings: frozen dataclasses that check types and values when they are made.
 
-Each group of settings is a frozen dataclass that derives from `Settings` and serves Python callers, YAML files, flags
-and their help. What depends on files (a prior, a manifest) is resolved later, once, by whoever opens those files.
+One declaration serves Python callers, YAML files, flags and help. Anything that depends on files (a prior, a manifest)
+is resolved later.
 """
 
 import re
@@ -21,11 +21,11 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of settings dataclasses: types are checked when an object is made.
+    """Base of settings dataclasses; types are checked when an object is made.
 
-    Integers and floats may be numpy's; strings are taken as paths where a path is meant, and paths become absolute;
-    lists serve as tuples, mappings as nested settings; NaN and infinity are refused. A subclass that restricts values
-    extends ``__post_init__``.
+    numpy integers and floats are accepted, strings become absolute paths where a path is expected, lists become tuples
+    and mappings nested settings; NaN and infinity are refused. A subclass that restricts values extends
+    ``__post_init__``.
     """
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class Settings:
             object.__setattr__(self, name, parsed)
 
     def _require(self, name: str, met: bool, remedy: str) -> None:
-        """Refuse the value of a setting unless a condition is met; ``name`` may be dotted."""
+        """Refuse the value of a setting unless a condition is met; `name` may be dotted."""
         if not met:
             value: Any = self
             for part in name.split("."):
@@ -56,18 +56,17 @@ class Settings:
             raise InputError(f"`{name}` {shown}: {remedy}")
 
     def _require_positive(self, *names: str) -> None:
-        """Refuse numbers that are given but not positive."""
         for name in names:
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "give a positive number")
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as plain values: a YAML file of them makes the same settings."""
+        """The settings as plain values, from which they can be made again."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
 
 def _nested(name: str, cls: Any, value: Any) -> Any:
-    """A mapping as the settings that it stands for; errors name the whole path, as `map.lr`."""
+    """A mapping as nested settings; errors give the full name, such as `map.lr`."""
     hint = get_type_hints(cls)[name] if isinstance(value, Mapping) else None
     kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, Settings)]
     if not kinds:
@@ -92,12 +91,12 @@ def _adapters(cls: Any) -> dict[str, Any]:
 
 
 def _is_model(hint: Any) -> bool:
-    """Whether pydantic takes no configuration with a type, as for dataclasses: their objects are checked already."""
+    """Whether pydantic accepts no configuration for a type, as for dataclasses, which check themselves."""
     return isinstance(hint, type) and hasattr(hint, "__dataclass_fields__")
 
 
 def _strict(hint: Any) -> Any:
-    """The type as pydantic is to check it."""
+    """The type with pydantic's checks added."""
     from pydantic import BeforeValidator, Field, InstanceOf, Strict
 
     arguments: Any = tuple(_strict(argument) if argument is not ... else ... for argument in get_args(hint))
@@ -127,7 +126,7 @@ def _path(value: Any) -> Any:
 
 
 def _reason(error: Any) -> str:
-    """What pydantic expected, in a few words; of the members of a union, the first."""
+    """What pydantic expected, in a few words; for a union, its first member."""
     first = error.errors(include_url=False)[0]
     text = first["msg"].removeprefix("Input should be ")
     return f"give {_PLAIN_WORDS.get(text, text)}"

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM noted for a loop to see at a safe place, instead of ending the process at once."""
+"""Record SIGINT and SIGTERM, so that a loop can stop at a safe point instead of ending at once."""
 
 import signal
 import threading
@@ -12,14 +12,14 @@ __all__ = ["Caught", "catch_signals", "ignore_signals"]
 
 @dataclass
 class Caught:
-    """The signal that has come, if any."""
+    """The signal received, if any."""
 
     number: int | None = None
 
 
 @contextmanager
 def catch_signals() -> Iterator[Caught]:
-    """Note SIGINT and SIGTERM; a second one ends the process as usual. Outside the main thread, do nothing."""
+    """Record SIGINT and SIGTERM; a second one ends the process as usual. Does nothing outside the main thread."""
     caught = Caught()
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -38,6 +38,6 @@ def catch_signals() -> Iterator[Caught]:
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """Leave SIGINT and SIGTERM, which reach a whole process group, to the parent of this data worker."""
+    """Ignore SIGINT and SIGTERM in a data worker; they reach the whole process group, and the parent handles them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,7 +1,6 @@
-"""A study's tables and settings on disk: CSV and YAML, written whole and read with one set of rules.
+"""Read and write a study's CSV tables and YAML settings.
 
-Names are words, so that a subject called NA stays one; only an empty cell is no value. What the tables mean is the
-business of `experiment` and `report`.
+Names are read as text, so that a subject called NA stays one; only an empty cell is missing.
 """
 
 from collections.abc import Sequence
@@ -21,18 +20,11 @@ _WORDS = {"subject": str, "site": str, "image": str}
 
 
 def write_table(path: Path, table: pd.DataFrame, *, index: bool = False) -> None:
-    """Write a CSV, whole; numbers with six digits.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written.
-    """
     write_whole(path, as_csv(table, index=index).encode())
 
 
 def as_csv(table: pd.DataFrame, *, index: bool = False) -> str:
-    """The text of a CSV, numbers with six digits; no cell runs as a formula in a spreadsheet."""
+    """CSV text, numbers with six digits; no cell can run as a formula in a spreadsheet."""
     words = table.select_dtypes(["object", "string"]).columns
     return table.assign(**{name: table[name].map(_inert) for name in words}).to_csv(index=index, float_format="%.6g")
 
@@ -42,13 +34,7 @@ def _inert(cell: object) -> object:
 
 
 def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """Read a CSV that has to have some columns.
-
-    Raises
-    ------
-    InputError
-        If it is missing, no table, or lacks a column.
-    """
+    """Read a CSV that must have the given columns."""
     try:
         table = pd.read_csv(path, dtype=_WORDS, keep_default_na=False, na_values=[""])
     except OSError as error:
@@ -63,13 +49,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read a config.yaml.
-
-    Raises
-    ------
-    InputError
-        If it is missing or does not hold settings.
-    """
+    """Read a config.yaml."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

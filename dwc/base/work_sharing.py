@@ -1,4 +1,4 @@
-"""Several processes share one list of work, without a scheduler: each piece is done by whoever gets its lock."""
+"""Let several processes share one list of work through locks, without a scheduler."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,24 +19,19 @@ def claimed(
     lock: Callable[[_T], Path],
     is_ready: Callable[[_T], bool] = lambda _: True,
 ) -> Iterator[_T]:
-    """The pieces of a work that are this process's to do, one at a time; ends when every piece is done.
+    """Yield the pieces of work that this process should do, one at a time, until every piece is done.
 
-    Processes that are given the same work share it: a piece that another one holds is passed over, and taken if that
-    one ends without having done it.
+    Processes given the same work share it. A piece held by another process is skipped, and taken over if that process
+    ends without finishing it.
 
     Parameters
     ----------
-    work : iterable
-        The pieces, in the order in which they had better be done.
-    is_done, is_ready : callable
-        Whether a piece is done already, seen from any process; whether it may be begun.
-    lock : callable
-        Its lock file, held until the next piece is asked for.
-
-    Raises
-    ------
-    InputError
-        If a lock file cannot be written.
+    work
+        The pieces, in order of preference.
+    is_done, is_ready
+        Whether a piece is done, as seen from any process; whether it can be started.
+    lock
+        A piece's lock file, held until the next piece is requested.
     """
     left, told = list(work), False
     while left := [piece for piece in left if not is_done(piece)]:

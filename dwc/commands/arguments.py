@@ -1,7 +1,7 @@
-"""Command-line arguments: one style for all commands, and bad ones become one line.
+"""Command-line parsing in one style; bad arguments become one line.
 
-Flags are `--kebab-case`, snake_case is accepted too, and booleans are switches: `--overwrite`, `--no-picture`. Only
-the commands know flags: everything below them raises errors that name parameters in backticks, for `in_flags`.
+Flags are `--kebab-case`, snake_case is accepted too, and booleans are switches: `--overwrite`, `--no-picture`. Errors
+from below the commands name parameters in backticks, which `in_flags` turns into flags.
 """
 
 import argparse
@@ -29,10 +29,9 @@ _known: set[str] = set()  # the parameters that are options of the command at wo
 
 
 class Parser(ArgumentParser):
-    """A parser that reads flags in either spelling and prints them in one."""
+    """A parser that accepts flags in both spellings and prints kebab-case."""
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Namespace:  # type: ignore[override]
-        """As the library's, after `canonical`."""
         return super().parse_args(list(self.canonical(args or [])), *others, **options)
 
     def format_help(self) -> str:  # type: ignore[override]
@@ -44,7 +43,7 @@ class Parser(ArgumentParser):
         return re.sub(r"(?<![\w-])--[a-z][\w.-]*", lambda m: m[0].replace("_", "-"), text)
 
     def canonical(self, words: Sequence[str]) -> Iterator[str]:
-        """The words as the library wants them: names as declared, ``--x=true`` and ``--x=false`` for switches."""
+        """The words as the library expects them: names as declared, ``--x=true`` and ``--x=false`` for switches."""
         actions = {name: action for action in self._actions for name in action.option_strings}
         words = list(words)
         for i, word in enumerate(words):
@@ -78,7 +77,7 @@ def new_parser(command: str, description: str) -> Parser:
 
 
 def add_settings(parser: ArgumentParser, cls: type[Settings]) -> None:
-    """Add the fields of a settings class as flags: its own first, then those that it shares with others."""
+    """Add the fields of a settings class as flags: its own first, then inherited ones."""
     left = {field.name for field in fields(cls)}
     for part in cls.__mro__:
         if own := left & set(get_annotations(part)):
@@ -88,13 +87,7 @@ def add_settings(parser: ArgumentParser, cls: type[Settings]) -> None:
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    """Parse.
-
-    Raises
-    ------
-    InputError
-        Instead of a usage page: which argument is wrong.
-    """
+    """Parse arguments; a bad one is an InputError instead of a usage page."""
     _known.update(_options(parser))
     try:
         values = parser.parse_args(list(arguments))
@@ -105,16 +98,9 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 
 def from_file(cls: type[_S], path: Path, resolve: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> _S:
-    """Settings from a YAML file alone; errors name the file and its entry, not a flag.
+    """Settings from a YAML file; errors name the file and the entry, not a flag.
 
-    Parameters
-    ----------
-    cls
-        The settings.
-    path
-        The file.
-    resolve
-        Applied to the file's entries, for instance to make paths relative to it.
+    `resolve` is applied to the entries first, for example to make paths relative to the file.
     """
     parser = new_parser("", "")
     add_settings(parser, cls)
@@ -129,7 +115,7 @@ def from_file(cls: type[_S], path: Path, resolve: Callable[[dict[str, Any]], dic
 
 
 def in_flags(message: str) -> str:
-    """A message with its backticked parameters as flags, where they are options of the command."""
+    """A message with backticked parameters written as flags if they are options of the running command."""
 
     def flag(match: re.Match[str]) -> str:
         name = match[1]
@@ -141,7 +127,7 @@ def in_flags(message: str) -> str:
 
 
 def _options(parser: ArgumentParser) -> set[str]:
-    """Names of a parser's options and of its subcommands'."""
+    """Names of a parser's options, including those of its subcommands."""
     names = {action.dest for action in parser._actions}
     for action in parser._actions:
         if isinstance(action.choices, Mapping):
@@ -150,7 +136,7 @@ def _options(parser: ArgumentParser) -> set[str]:
 
 
 def _declared(name: str, actions: Mapping[str, Any]) -> str:
-    """The spelling under which an option was declared; behind a dot, names that a user gave stay as they are."""
+    """The spelling in which an option was declared; user-defined names after a dot are kept."""
     head, dot, tail = name.partition(".")
     spellings = [re.sub(r"(?<=\w)-", "_", name), re.sub(r"(?<=\w)-", "_", head) + dot + tail]
     for spelling in (name, *spellings):
@@ -171,7 +157,7 @@ def _is_boolean(action: argparse.Action) -> bool:
 
 
 def _in_short(message: str, parser: ArgumentParser) -> str:
-    """The parser's message in one line; where it lists what each type of an optional value says, the first alone."""
+    """The parser's message in one line; for an optional value, only the first type's complaint."""
     line = " ".join(message.split())
     if missing := re.match(r"the following arguments are required: ([\w., ]+)", line):
         names = [_flag(name, parser) for name in missing[1].split(", ")]
@@ -195,7 +181,7 @@ def _in_short(message: str, parser: ArgumentParser) -> str:
 
 
 def _flag(name: str, parser: ArgumentParser) -> str:
-    """How a person gives a parameter: as a flag, or by its place."""
+    """A parameter as the user gives it: a flag, or the name of a positional argument."""
     step, _, rest = name.partition(".")
     for action in parser._actions:
         if isinstance(action.choices, Mapping) and step in action.choices:

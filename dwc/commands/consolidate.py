@@ -1,4 +1,4 @@
-"""`dwc consolidate`: sites' posterior files and their prior in, one posterior file out."""
+"""`dwc consolidate`: combine sites' posterior files and their prior into one posterior file."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Consolidate the given files, one in memory at a time, and print each site's weight per layer."""
+    """Consolidate the given files, with one in memory at a time, and print each site's weight per layer."""
     parser = new_parser("consolidate", "Consolidate the posteriors of several sites, trained from one prior (Eq. 17).")
     parser.add_argument(
         "sites", type=Path, nargs="+", help="posterior.safetensors of each site; also consolidated files"
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     trusted = TrustedKeys(values.trusted) if values.trusted else None
 
     def load(path: Path) -> tuple[Posterior, Posterior | None]:
-        """A site, and its prior if that is an earlier one."""
+        """A site, and its prior if it is an earlier one."""
         site = Posterior.load(path)
         if trusted:
             trusted.signer(site)
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _chooser(values: Namespace) -> "Callable[[Consolidation, Sequence[Path]], float]":
-    """The function that chooses lambda; what it needs is checked here, before the first site is read."""
+    """A function that chooses lambda; what it needs is checked here, before the first site is read."""
     from dwc import tempering
     from dwc.base.devices import choose_device
     from dwc.data.cache import prepare
@@ -159,7 +159,7 @@ def _chooser(values: Namespace) -> "Callable[[Consolidation, Sequence[Path]], fl
 
 
 def _doubts(influences: "Mapping[str, Influence]", powers: Mapping[str, float]) -> Iterator[str]:
-    """What a person should look at before the result is used, one line each."""
+    """What the user should check before using the result, one line each."""
     from dwc.influence import warnings_about
 
     warnings = warnings_about(influences)

@@ -1,4 +1,4 @@
-"""`dwc evaluate`: a manifest and networks in, Dice per class, volume and site out."""
+"""`dwc evaluate`: score networks on a manifest; writes Dice per class, volume and site."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,6 @@ _RESULTS = "per_class.csv, per_volume.csv, per_site.csv, summary.json"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Score a network, or an ensemble, on the scans that it has not been trained on."""
     parser = new_parser("evaluate", "Score a network or an ensemble on the held-out scans of a manifest.")
     parser.add_argument("--data", type=Path, required=True, help="manifest CSV or BIDS-derivatives folder, with labels")
     add_networks(parser)
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _lines(summary: dict[str, Any]) -> str:
-    """The means for people, a line per site."""
+    """The means as a text table, a line per site."""
     rows = {**summary["sites"], "volume-weighted": {"n_volumes": summary["n_volumes"], **summary["volume_weighted"]}}
     width = max(map(len, rows))
     lines = [f"{'site':<{width}}{'volumes':>9}{'Dice':>7}{'with background':>17}"]

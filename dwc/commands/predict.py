@@ -1,4 +1,4 @@
-"""`dwc predict`: networks and scans in, segmentations, uncertainty, volumes and pictures out."""
+"""`dwc predict`: segment scans; writes segmentations, uncertainty, volumes and pictures."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ __all__ = ["add_networks", "main", "prediction_settings"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Segment scans one at a time, after arguments, networks and all scans are checked; ranks share the scans."""
+    """Check arguments, networks and all scans, then segment the scans one at a time; ranks share them."""
     parser = new_parser("predict", "Segment T1 scans: labels, entropy and volumes on each scan's own grid, a picture.")
     parser.add_argument("scans", type=Path, nargs="*", help="NIfTI or mgz files; .nii.gz may be left out")
     add_networks(parser)
@@ -72,13 +72,13 @@ def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace,
 
 
 def add_networks(parser: Parser) -> None:
-    """Add the flag that every command that predicts has."""
+    """Add the flag `--network`."""
     parser.add_argument(
         "--network", type=Path, nargs="+", required=True, help="posterior.safetensors; several are an ensemble"
     )
 
 
 def prediction_settings(values: Namespace) -> PredictionSettings:
-    """The settings of a prediction among a command's values."""
+    """The prediction settings among a command's values."""
     names = PredictionSettings.__dataclass_fields__
     return PredictionSettings(**{name: values[name] for name in names})

@@ -1,6 +1,6 @@
-"""Augmentation of training cubes: geometry, then intensity, each drawn from a generator that the caller seeds.
+"""Augmentation of training cubes, geometry first, then intensity; all randomness comes from the caller's generator.
 
-Plain PyTorch on one cube: MONAI has these transforms too, but costs each loading process 1.8 s and 220 MB to import.
+Plain PyTorch: MONAI has these transforms too, but its import costs each loading process 1.8 s and 220 MB.
 """
 
 import math
@@ -19,7 +19,7 @@ _TAILS = 3  # standard deviations that a displacement may reach; it is clipped t
 
 
 def reach_of(settings: Augmentation, side: int) -> int:
-    """How many voxels beyond each face of a cube the geometry may look at."""
+    """How many voxels beyond each face of a cube the geometry may sample."""
     if not settings.warps:
         return 0
     half = side / 2
@@ -30,25 +30,14 @@ def reach_of(settings: Augmentation, side: int) -> int:
 def augment(
     image: np.ndarray, labels: np.ndarray, side: int, settings: Augmentation, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Vary a cube.
+    """Augment a cube; returns image and labels [side, side, side].
 
     Parameters
     ----------
-    image : ndarray
-        float32 [n, n, n], intensities 0 to 255, n = side + 2 reach_of(settings, side).
-    labels : ndarray
-        Classes of the same voxels.
-    side : int
-        Of the cube that comes back.
-    settings : Augmentation
-        How strongly.
-    rng : Generator
-        Decides all.
-
-    Returns
-    -------
     image, labels : ndarray
-        [side, side, side].
+        float32 intensities 0 to 255 and classes, [n, n, n] with n = side + 2 reach_of(settings, side).
+    side : int
+        Size of the result.
     """
     voxels, classes = torch.from_numpy(image)[None, None], torch.from_numpy(labels.astype(np.float32))[None, None]
     if settings.warps:
@@ -71,7 +60,7 @@ def augment(
 def _warp(
     image: Tensor, labels: Tensor, side: int, settings: Augmentation, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Rotate, scale and bend: linear for the image, nearest for labels."""
+    """Rotate, scale and deform: linear for the image, nearest for labels."""
     size = image.shape[-1]
     axis = torch.arange(side, dtype=torch.float32) - (side - 1) / 2
     place = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))  # voxels from the centre
@@ -89,7 +78,7 @@ def _sampled(volume: Tensor, grid: Tensor, mode: str) -> Tensor:
 
 
 def _rotation(angles: np.ndarray) -> np.ndarray:
-    """About the three axes, one after the other."""
+    """Rotation about the three axes, one after the other."""
     matrix = np.eye(3)
     for axis, angle in enumerate(angles):
         i, j = (other for other in range(3) if other != axis)
@@ -105,13 +94,13 @@ def _clipped(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def _smooth_field(channels: int, side: int, rng: np.random.Generator) -> Tensor:
-    """Standard normal numbers at a few nodes, linear between them: fp32 [1, channels, side, side, side]."""
+    """Standard normal values at a few nodes, interpolated linearly: fp32 [1, channels, side, side, side]."""
     nodes = _clipped(rng, channels * _NODES**3).reshape(1, channels, _NODES, _NODES, _NODES).astype(np.float32)
     return F.interpolate(torch.from_numpy(nodes), size=(side,) * 3, mode="trilinear", align_corners=True)
 
 
 def _blur(voxels: Tensor, sigma: float) -> Tensor:
-    """Gaussian, along each axis; the faces repeat their voxels."""
+    """Gaussian blur along each axis, with replicated faces."""
     radius = math.ceil(3 * sigma)
     if radius == 0:
         return voxels

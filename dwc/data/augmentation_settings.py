@@ -1,4 +1,4 @@
-"""How strongly training cubes are varied; apart from `augmentation`, so that help is printed without PyTorch."""
+"""The strength of augmentation; separate from `augmentation`, so that help does not import PyTorch."""
 
 from dataclasses import dataclass
 
@@ -9,26 +9,26 @@ __all__ = ["Augmentation"]
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation(Settings):
-    """How strongly training cubes are varied; 0 leaves a kind out.
+    """The strength of augmentation; 0 disables a kind.
 
     Parameters
     ----------
     mirror
-        Share of the cubes that are mirrored left to right, which the classes do not tell apart.
+        Share of the cubes mirrored left to right; the classes do not distinguish sides.
     rotation
         Standard deviation of the angle about each axis, degrees.
     scale
-        Standard deviation of the log of the size.
+        Standard deviation of the log of the scale.
     elastic
         Standard deviation of a smooth random displacement, voxels.
     bias
         Standard deviation of the log of a smooth multiplicative field.
     gamma
-        Standard deviation of the log of the exponent that intensities are raised to.
+        Standard deviation of the log of the exponent applied to intensities.
     blur
-        Largest standard deviation of a Gaussian blur, voxels; drawn evenly from 0 up.
+        Maximum standard deviation of a Gaussian blur, voxels; uniform from 0.
     noise
-        Largest standard deviation of added Gaussian noise, as a share of the range of 255; drawn evenly from 0 up.
+        Maximum standard deviation of added Gaussian noise, as a share of the intensity range; uniform from 0.
     """
 
     mirror: float = 0.0
@@ -48,5 +48,5 @@ class Augmentation(Settings):
 
     @property
     def warps(self) -> bool:
-        """Whether it moves voxels."""
+        """Whether voxels are moved."""
         return max(self.rotation, self.scale, self.elastic) > 0

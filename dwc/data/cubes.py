@@ -1,4 +1,4 @@
-"""Volumes cut into cubes, and put together again."""
+"""Split volumes into cubes and join them again."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ __all__ = ["join_volume", "split_volume"]
 
 
 def split_volume(volume: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """Cut a volume [D, H, W] into its non-overlapping cubes [n, side, side, side], in C order of their places."""
+    """Split a volume [D, H, W] into non-overlapping cubes [n, side, side, side], in C order of their positions."""
     if volume.ndim != 3 or any(size % side for size in volume.shape):
         raise ValueError(f"a volume of shape {volume.shape} does not split into cubes of {side}")
     d, h, w = (size // side for size in volume.shape)
@@ -17,7 +17,7 @@ def split_volume(volume: np.ndarray, side: int = SIDE) -> np.ndarray:
 
 
 def join_volume(cubes: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Put cubes [n, side, side, side] back into a volume of `shape`: the inverse of `split_volume`."""
+    """The inverse of `split_volume`: a volume of `shape` from cubes [n, side, side, side]."""
     side = cubes.shape[-1]
     d, h, w = (size // side for size in shape)
     return cubes.reshape(d, h, w, side, side, side).transpose(0, 3, 1, 4, 2, 5).reshape(shape)

@@ -25,18 +25,9 @@ MOMENTS = "moments.json"
 class SubVolumes(torch.utils.data.Dataset):
     """The 32^3 sub-volumes of prepared scans, scan by scan; made by `prepare`.
 
-    Item i is `(image, label)`: image float32 [1, 32, 32, 32], `z_score` of its voxels with the `moments` of its volume,
-    and label int64 [32, 32, 32], the classes. Only the pages asked for are read from disk, so the memory in use does
-    not grow with the number of volumes.
-
-    Attributes
-    ----------
-    scans : list[Scan]
-        The scans, in the order of the volumes.
-    grid, label_map : Grid, LabelMap
-        What they were conformed to.
-    n_volumes, sub_volumes_per_volume : int
-        Their product is `len(self)`; sub-volume i belongs to volume i // sub_volumes_per_volume.
+    Item i is (image, label): image float32 [1, 32, 32, 32], z-scored with the mean and standard deviation of its
+    volume, and label int64 [32, 32, 32]. Its volume is i // sub_volumes_per_volume. Files are memory-mapped, so that
+    memory use does not grow with the number of volumes.
     """
 
     def __init__(self, scans: Sequence[Scan], folders: Sequence[Path], label_map: LabelMap, grid: Grid) -> None:
@@ -48,7 +39,7 @@ class SubVolumes(torch.utils.data.Dataset):
 
     @property
     def digest(self) -> str:
-        """SHA-256, hex, of what the items are made of: bytes and order of the scans, label map and grid, not names."""
+        """SHA-256, hex, of what determines the items: content and order of the scans, label map and grid."""
         keys = [folder.name for folder in self._folders]
         return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
 
@@ -71,9 +62,9 @@ class SubVolumes(torch.utils.data.Dataset):
         return image, join_volume(self._cubes(v, "label"), self.grid.shape)
 
     def region(self, v: int, start: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (float32, not z-scored) and classes (uint8) of a cube of volume v at any place.
+        """Image (float32, not z-scored) and classes (uint8) of a cube anywhere in volume v.
 
-        Beyond the volume's edge the image is the volume's mean, which z-scores to 0, and the class 0.
+        Outside the volume the image is its mean, which z-scores to 0, and the class is 0.
         """
         image = np.full((side,) * 3, self._moments[v][0], np.float32)
         labels = np.zeros((side,) * 3, np.uint8)
@@ -87,7 +78,7 @@ class SubVolumes(torch.utils.data.Dataset):
         return image, labels
 
     def z_score(self, v: int, voxels: np.ndarray) -> np.ndarray:
-        """`z_score` of voxels of volume v with the moments of all its voxels."""
+        """`z_score` of voxels of volume v with the moments of the whole volume."""
         return z_score(voxels, *self._moments[v])
 
     def _cubes(self, v: int, name: str) -> np.ndarray:
@@ -97,7 +88,6 @@ class SubVolumes(torch.utils.data.Dataset):
 
 
 def read_moments(folder: Path) -> tuple[np.float32, np.float32]:
-    """Mean and standard deviation of a prepared image."""
     values = json.loads((folder / MOMENTS).read_text())
     return np.float32(values["mean"]), np.float32(values["sd"])
 

@@ -1,4 +1,4 @@
-"""The box of a volume that holds the head. numpy only."""
+"""Find the box around the head (numpy only)."""
 
 import numpy as np
 
@@ -11,15 +11,10 @@ _LEAST_PART = 0.002
 
 
 def head_box(image: np.ndarray) -> Region:
-    """The box that holds the head, and with it all of the brain; the whole volume where none stands out from air.
+    """The box around the head of a uint8 image [D, H, W]; the whole volume if no head stands out from air.
 
-    Planes are kept from the first to the last along each axis that holds something bright, and 1/64 of the axis (4 mm
-    of 256) on either side.
-
-    Parameters
-    ----------
-    image : ndarray
-        uint8 [D, H, W].
+    Along each axis it spans the first to the last plane with bright voxels, plus 1/64 of the axis (4 mm of 256) on
+    either side.
     """
     bright = image > _otsu(image) // 2
     region = []
@@ -34,7 +29,7 @@ def head_box(image: np.ndarray) -> Region:
 
 
 def _otsu(image: np.ndarray) -> int:
-    """The threshold that leaves the least variance within dark and bright voxels (Otsu 1979)."""
+    """The threshold with the least variance within dark and bright voxels (Otsu 1979)."""
     count = np.bincount(image.ravel(), minlength=256).astype(np.float64)
     below, total = count.cumsum(), (count * np.arange(256)).cumsum()
     above = below[-1] - below

@@ -1,4 +1,4 @@
-"""The intensity scheme: from a scanner's numbers to 8 bits, and from those to what a network takes in."""
+"""Intensities: from the scanner's values to 8 bits, and from those to a network's input."""
 
 import numpy as np
 
@@ -13,12 +13,12 @@ _PLAIN = (1e-30, 1e30)  # spans that float32 arithmetic holds
 
 
 def to_uint8(data: np.ndarray, n_bins: int = 1000, clipped: float = 0.001) -> np.ndarray:
-    """Scale to 0..255 as `mri_convert` does; uint8 stays as it is.
+    """Scale to 0..255 as `mri_convert` does; uint8 is returned unchanged.
 
-    0 is the minimum, 255 the value that `clipped` of the non-zero voxels exceed, in a histogram of `n_bins`. Unlike in
-    `mri_convert`, a few extreme voxels do not set the scale: the darkest 0.1 % are clipped where they would lift all
-    others by more than 8 grey levels, and where the brightest leave the others fewer than 64 bins, the histogram is
-    taken again without them.
+    0 is the minimum, 255 the value that a share `clipped` of the non-zero voxels exceeds, in a histogram of `n_bins`.
+    Unlike in `mri_convert`, a few extreme voxels do not set the scale: the darkest 0.1 % are clipped if they would
+    raise all others by more than 8 grey levels, and if the brightest leave the others fewer than 64 bins, the histogram
+    is taken again without them.
     """
     if data.dtype == np.uint8:
         return data
@@ -53,12 +53,12 @@ def _brightest(data: np.ndarray, low: float, high: float, n_bins: int, n_clipped
 
 
 def _is_plain(low: float, high: float, n_bins: int) -> bool:
-    """Whether a range can be cut into bins and scaled in float32."""
+    """Whether a range can be binned and scaled in float32."""
     return _PLAIN[0] < high - low < _PLAIN[1] and (high - low) / n_bins > np.spacing(max(abs(low), abs(high)))
 
 
 def _normalized(data: np.ndarray) -> np.ndarray:
-    """0..1 in float64, rare extremes clipped unless all but those are one value."""
+    """Scale to 0..1 in float64, with rare extremes clipped unless all other voxels are equal."""
     low, high = _ranked(data, _RARE), _ranked(data, 1 - _RARE)
     if low == high:
         low, high = data.min(), data.max()
@@ -68,16 +68,16 @@ def _normalized(data: np.ndarray) -> np.ndarray:
 
 
 def _ranked(data: np.ndarray, share: float) -> float:
-    """The value that this share of the voxels lies below."""
+    """The value below which this share of the voxels falls."""
     rank = min(int(share * data.size), data.size - 1)
     return float(np.partition(data, rank, axis=None)[rank])
 
 
 def moments(image: np.ndarray) -> tuple[np.float32, np.float32]:
-    """Mean and standard deviation over all voxels of an image, summed in float64."""
+    """Mean and standard deviation over all voxels, summed in float64."""
     return np.float32(image.mean(dtype=np.float64)), np.float32(image.std(dtype=np.float64))
 
 
 def z_score(voxels: np.ndarray, mean: np.float32, sd: np.float32) -> np.ndarray:
-    """(voxels - mean) / sd in float32: what a network takes in, with the `moments` of the whole volume."""
+    """(voxels - mean) / sd in float32, a network's input; `moments` of the whole volume."""
     return (voxels.astype(np.float32) - np.float32(mean)) / np.float32(sd)

@@ -1,7 +1,7 @@
-"""The training cubes of a run, an endless sequence in which each is a function of (seed, position) alone.
+"""The training cubes of a run: an endless sequence in which each cube depends only on (seed, position).
 
-The paper's cubes lie on one grid and end in zeros, from which a network learns its place in the cube. Random cubes lie
-anywhere, with a margin of their real neighbours.
+The paper's cubes are on a fixed grid and zero-padded, from which a network learns its position in the cube. Random
+cubes can be anywhere and have a margin of real neighbours.
 """
 
 from functools import lru_cache
@@ -21,7 +21,7 @@ Item = tuple[torch.Tensor, torch.Tensor]
 
 
 class PaperCubes(Dataset[Item]):
-    """The sub-volumes of prepared scans, pass after pass, each in an order of its own."""
+    """The sub-volumes of prepared scans, pass after pass, each pass in a new order."""
 
     def __init__(self, data: SubVolumes, seed: int) -> None:
         self.data, self.seed = data, seed
@@ -33,8 +33,8 @@ class PaperCubes(Dataset[Item]):
 class SurroundedCubes(Dataset[Item]):
     """The sub-volumes of a dataset with `margin` voxels of their neighbours on each side.
 
-    Item i is (image, labels): image float32 [1, 32 + 2 margin, ...], z-scored as the sub-volume's and 0 beyond the
-    volume's edge, where a network pads with zeros too; labels int64 [32, 32, 32].
+    Item i is (image, labels): image float32 [1, 32 + 2 margin, ...], z-scored as in the dataset and 0 outside the
+    volume, where a network pads with zeros too; labels int64 [32, 32, 32].
     """
 
     def __init__(self, data: SubVolumes, margin: int) -> None:
@@ -51,23 +51,11 @@ class SurroundedCubes(Dataset[Item]):
 
 
 class RandomCubes(Dataset[Item]):
-    """Cubes at random places of prepared scans, for item 0, 1, ... of an endless sequence.
+    """Cubes at random positions in prepared, labelled scans.
 
-    The volumes take turns, each pass in an order of its own. A cube lies anywhere that its centre is in the head's box,
-    or, with probability `air_share`, anywhere; cubes do not reach beyond the volume's edge, but their margins may.
-
-    Parameters
-    ----------
-    data : SubVolumes
-        With labels.
-    seed : int
-        Of places and augmentation.
-    margin : int
-        Voxels of neighbours on each side of the image; the labels have none.
-    air_share : float
-        See above.
-    augmentation : Augmentation
-        How strongly cubes are varied.
+    The volumes take turns, each pass in a new order. A cube's centre is in the head's box or, with probability
+    `air_share`, anywhere. Cubes stay within the volume, their margins may not: `margin` voxels on each side of the
+    image, but not of the labels.
     """
 
     def __init__(self, data: SubVolumes, seed: int, margin: int, air_share: float, augmentation: Augmentation) -> None:
@@ -105,7 +93,7 @@ class RandomCubes(Dataset[Item]):
 
 
 def _in_turn(position: int, n: int, seed: int) -> int:
-    """The number at a position of a sequence of passes over n numbers, each pass in an order of its own."""
+    """The number at a position in a sequence of passes over n numbers, each pass in a new order."""
     turn, place = divmod(position, n)
     return int(_order(n, seed, turn)[place])
 

@@ -1,1 +1,1 @@
-"""Measures of a segmentation and of how two networks compare; no networks, files or pictures."""
+"""Measures of a segmentation and comparisons of two networks."""

@@ -11,15 +11,10 @@ BINS = 20  # of confidence and of entropy
 
 
 class CalibrationCounts:
-    """Voxels counted by the confidence and by the entropy of their prediction, and how many of them are right.
+    """Voxel counts by confidence and by entropy of the prediction, with the number of correct voxels in each bin.
 
-    Both axes are cut into `BINS` bins of one width, confidence from 0 to 1 and entropy from 0 to ln n_classes nats.
-    Counts are all that reliability diagrams, calibration errors and error rates need, and those of volumes add up.
-
-    Parameters
-    ----------
-    n_classes : int
-        Number of classes, background included, >= 2.
+    Both axes have `BINS` bins of equal width: confidence from 0 to 1, entropy from 0 to ln n_classes nats. Counts of
+    several volumes can be added.
     """
 
     def __init__(self, n_classes: int) -> None:
@@ -27,19 +22,14 @@ class CalibrationCounts:
         self._counts = {kind: np.zeros((3, BINS)) for kind in self._highest}
 
     def add(self, confidence: np.ndarray, entropy: np.ndarray, correct: np.ndarray) -> None:
-        """Count the voxels of a volume.
+        """Count the voxels of a volume; all arrays have the same shape, else ValueError.
 
         Parameters
         ----------
         confidence, entropy : ndarray
-            Probability of the chosen class, and the predictive distribution's entropy in nats.
+            Probability of the predicted class; entropy of the predictive distribution in nats.
         correct : ndarray
-            Whether the chosen class is the true one, bool; all three of one shape.
-
-        Raises
-        ------
-        ValueError
-            If the shapes differ.
+            bool, whether the prediction is correct.
         """
         if not confidence.shape == entropy.shape == correct.shape:
             raise ValueError(f"shapes {confidence.shape}, {entropy.shape} and {correct.shape} are not one")
@@ -50,9 +40,9 @@ class CalibrationCounts:
                 self._counts[kind][row] += np.bincount(places, weights, minlength=BINS)
 
     def frame(self) -> pd.DataFrame:
-        """A row per kind ("confidence", "entropy") and bin: kind, bin, low, high, n, correct, sum.
+        """One row per kind ("confidence", "entropy") and bin: kind, bin, low, high, n, correct, sum.
 
-        ``sum`` is that of the confidences, or entropies, of the n voxels in the bin.
+        ``sum`` is the sum of the confidences, or entropies, of the n voxels in the bin.
         """
         parts = []
         for kind, highest in self._highest.items():
@@ -65,17 +55,9 @@ class CalibrationCounts:
 
 
 def expected_calibration_error(frame: pd.DataFrame) -> float:
-    """Mean over voxels of their bin's |accuracy - mean confidence|, in 0..1.
+    """Mean over voxels of their bin's |accuracy - mean confidence|, in 0..1; NaN if no voxel was counted.
 
-    Parameters
-    ----------
-    frame : DataFrame
-        Rows of `CalibrationCounts.frame`; those of one bin, as of several sites, are added up first.
-
-    Returns
-    -------
-    float
-        NaN where no voxel was counted.
+    `frame` has rows of `CalibrationCounts.frame`; rows of the same bin, for example of several sites, are added first.
     """
     bins = _bins(frame, "confidence")
     n = bins["n"].sum()
@@ -83,19 +65,10 @@ def expected_calibration_error(frame: pd.DataFrame) -> float:
 
 
 def error_detection_auc(frame: pd.DataFrame) -> float:
-    """Probability that a wrong voxel has more entropy than a right one (area under the ROC curve).
+    """Probability that a wrong voxel has higher entropy than a correct one (area under the ROC curve).
 
-    Voxels of one bin count as ties, half. 0.5: entropy tells nothing about errors, 1: it finds every one.
-
-    Parameters
-    ----------
-    frame : DataFrame
-        As `expected_calibration_error` takes it.
-
-    Returns
-    -------
-    float
-        NaN where all voxels are right, or all wrong.
+    Voxels in the same bin count as ties. 0.5: entropy is unrelated to errors, 1: it separates them perfectly, NaN: all
+    voxels are correct, or all are wrong. `frame` is as in `expected_calibration_error`.
     """
     bins = _bins(frame, "entropy")
     right = bins["correct"].to_numpy(np.float64)

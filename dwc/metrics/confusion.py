@@ -1,8 +1,4 @@
-"""Measures of a segmentation: the confusion matrix, Dice, volumes, calibration, and the paired test of two networks.
-
-All of it follows from counts and scores and needs no network, file or picture. What is scored, and how scores are
-averaged over scans and sites, is the work of `evaluation` and of the trainer's `validation`.
-"""
+"""Confusion matrix, Dice and volumes of a segmentation."""
 
 import numpy as np
 import torch
@@ -15,24 +11,9 @@ __all__ = [
 
 
 def confusion_matrix(truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, n_classes: int) -> Tensor:
-    """Count voxels by true and predicted class.
+    """Count voxels by true class (row) and predicted class (column): int64 [n_classes, n_classes], on the CPU.
 
-    Parameters
-    ----------
-    truth, predicted : Tensor or ndarray
-        Classes, integers in 0..n_classes-1, of one shape.
-    n_classes : int
-        Number of classes n, background included.
-
-    Returns
-    -------
-    Tensor
-        int64 [n, n] on the CPU; row: true class, column: predicted class. Matrices of parts add up to the whole's.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ or a class is outside 0..n_classes-1.
+    Takes integers in 0..n_classes-1, both of one shape; anything else is a ValueError. Matrices of parts can be added.
     """
     truth, predicted = _tensor(truth), _tensor(predicted)
     if truth.shape != predicted.shape:
@@ -45,17 +26,9 @@ def confusion_matrix(truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray,
 
 
 def dice(confusion: Tensor) -> Tensor:
-    """Dice of each class, 2 TP / (2 TP + FN + FP) (McClure et al. 2018, Eq. 18).
+    """Dice of each class, 2 TP / (2 TP + FN + FP) (McClure et al. 2018, Eq. 18), from counts [n, n].
 
-    Parameters
-    ----------
-    confusion : Tensor
-        Counts [n, n] of `confusion_matrix`.
-
-    Returns
-    -------
-    Tensor
-        fp64 [n], in [0, 1]; NaN where the truth has no voxel of the class, since nothing there can be found or missed.
+    fp64 [n]; NaN where the truth has no voxel of the class, for there is nothing to find or miss.
     """
     confusion = confusion.double()
     truth, predicted = confusion.sum(dim=1), confusion.sum(dim=0)
@@ -63,28 +36,18 @@ def dice(confusion: Tensor) -> Tensor:
 
 
 def mean_dice(confusion: Tensor, *, with_background: bool = False) -> float | None:
-    """Mean of `dice` over the classes present in the truth, class 0 among them or not; None if there is none."""
+    """Mean of `dice` over the classes present in the truth, without class 0 by default; None if there is none."""
     per_class = dice(confusion)[0 if with_background else 1 :]
     present = per_class[~per_class.isnan()]
     return present.mean().item() if len(present) else None
 
 
 def volumes(labels: Tensor | np.ndarray, n_classes: int, voxel_volume: float) -> Tensor:
-    """Volume of each class in mm^3, fp64 [n_classes].
-
-    Parameters
-    ----------
-    labels : Tensor or ndarray
-        Classes, integers in 0..n_classes-1.
-    n_classes : int
-        Number of classes, background included.
-    voxel_volume : float
-        mm^3 of one voxel, |det| of the affine.
-    """
+    """Volume of each class in mm^3, fp64 [n_classes]; `voxel_volume` is |det| of the affine."""
     counts = torch.bincount(_tensor(labels).flatten(), minlength=n_classes)
     return counts.cpu().double() * voxel_volume
 
 
 def _tensor(labels: Tensor | np.ndarray) -> Tensor:
-    """Arrays as tensors of the same memory, or a copy where it may not be written, as a memory map's."""
+    """Arrays as tensors that share their memory, or a copy if it is read-only, as a memory map is."""
     return labels if isinstance(labels, Tensor) else torch.from_numpy(np.require(labels, requirements="W"))

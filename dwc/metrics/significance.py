@@ -1,4 +1,4 @@
-"""The paired test of two networks."""
+"""The paired t-test of two networks."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ __all__ = ["PairedTest", "paired_test"]
 
 @dataclass(frozen=True)
 class PairedTest:
-    """What a two-tailed paired t-test found about the differences a - b.
+    """Result of a two-tailed paired t-test of the differences a - b.
 
     Attributes
     ----------
     n : int
-        Pairs.
+        Number of pairs.
     mean_difference, ci_low, ci_high : float
-        Mean of a - b and its 95 % confidence interval, in the unit of the scores; of a family, all hold together.
+        Mean of a - b and its 95 % confidence interval, which in a family of tests is simultaneous.
     t, p : float
         The statistic and its two-tailed p-value, of this test alone.
     effect_size : float
@@ -36,25 +36,16 @@ class PairedTest:
 
 
 def paired_test(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, *, n_tests: int = 1) -> PairedTest:
-    """Two-tailed paired t-test of scores of the same volumes under two networks.
+    """Two-tailed paired t-test of scores of the same volumes under two networks; ValueError if the lengths differ.
+
+    With fewer than two pairs, or if all differences are equal, everything but n and the mean difference is NaN.
 
     Parameters
     ----------
     a, b : sequence of float
-        Scores, one per volume, in the same order; a volume that either lacks (NaN or None) is left out.
+        One score per volume, in the same order; volumes where either is NaN or None are left out.
     n_tests : int
-        Of the family that the test belongs to: all intervals of a family hold together with 95 % (Bonferroni).
-
-    Returns
-    -------
-    PairedTest
-        With NaN for what does not exist: all but n and the mean difference where there are fewer than two pairs or
-        every difference is the same.
-
-    Raises
-    ------
-    ValueError
-        If the lengths differ.
+        Size of the family of tests; all its intervals hold together with 95 % (Bonferroni).
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if first.shape != second.shape or first.ndim != 1:

@@ -1,1 +1,1 @@
-"""Training: settings, the run's specification, the loop and what it minimises."""
+"""Training: settings, run specification, loop and objective."""

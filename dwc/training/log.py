@@ -1,7 +1,7 @@
-"""What a training run reports while it goes on: the progress bar, TensorBoard, and log.jsonl with a line per epoch.
+"""Report a training run's progress: progress bar, TensorBoard, and log.jsonl with one line per epoch.
 
-With several ranks, the first one reports for all. TensorBoard's files, which repeat the log and add every step, are
-written where tensorboard is installed (the extra `study`).
+Only rank 0 reports. TensorBoard files, which add every step to what the log has, are written if tensorboard is
+installed (extra `study`).
 """
 
 import json
@@ -20,18 +20,9 @@ __all__ = ["Journal", "read_log", "write_log"]
 
 
 class Journal:
-    """A run's progress bar, board and log; as a context, they are open while steps are taken.
+    """A run's progress bar, TensorBoard writer and log; enter it as a context while steps are taken.
 
-    Parameters
-    ----------
-    out : path
-        The run folder.
-    rows : list of dict
-        The log's lines so far.
-    title : str
-        On the progress bar.
-    step, total_steps : int
-        Steps taken, and steps in all.
+    `rows` are the log's lines so far, `title` labels the progress bar, and `step` steps of `total_steps` are done.
     """
 
     def __init__(self, out: Path, rows: list[dict[str, Any]], *, title: str, step: int, total_steps: int) -> None:
@@ -54,7 +45,7 @@ class Journal:
                 self._board.close()
 
     def step(self, step: int, **values: float) -> None:
-        """Report a step; values by name, with ``loss`` among them."""
+        """Report a step; the values must include ``loss``."""
         if not ranks.is_main():
             return
         self._add_scalars(step, {f"train/{name}": value for name, value in values.items()})
@@ -62,7 +53,7 @@ class Journal:
         self._bar.update()
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Report an epoch by its line of the log."""
+        """Report an epoch by its log line."""
         self.rows.append(row)
         if not ranks.is_main():
             return
@@ -87,7 +78,7 @@ class Journal:
 
 
 def _board(folder: Path, first_step: int) -> Any:
-    """TensorBoard's writer, if it is installed."""
+    """A TensorBoard writer, if tensorboard is installed."""
     if find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter  # not part of a core installation
@@ -101,7 +92,7 @@ def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_log(path: Path, until_step: int | None = None) -> list[dict[str, Any]]:
-    """Read a run's log, [] if it has none; rows after ``until_step`` belong to steps that will be taken again."""
+    """Read a run's log, [] if there is none, without the rows after `until_step`, whose steps will be repeated."""
     if not path.is_file():
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

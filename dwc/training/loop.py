@@ -1,9 +1,7 @@
-"""One trainer for all networks of the paper: map, vi, vcl and fine-tuning, from settings to a posterior file.
+"""The trainer for all networks of the paper: map, vi, vcl (variational continual learning) and fine-tuning.
 
-`train_network` prepares the data, takes the steps and keeps the run folder: config.yaml, log.jsonl, tensorboard/,
-checkpoint.safetensors and, at the end, posterior.safetensors. Every step is a function of (seed, step) and the weights
-before it, so that a run that was killed continues bit for bit. Several ranks each take their share of every batch with
-noise of their own, and the first one writes for all.
+Each step is a function of (seed, step) and the weights before it, so that a killed run can resume bit for bit. With
+several ranks, each takes its share of every batch with its own noise, and rank 0 writes.
 """
 
 import math
@@ -50,32 +48,33 @@ _WORKERS_END_S = 10.0  # the data workers of a killed run hold its lock too; the
 def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior:
     """Train a network and leave its run folder.
 
-    Each line of log.jsonl is an epoch: ``loss`` and ``nll`` (nats per voxel, means over the epoch's steps), ``penalty``
-    (nats; the KL, or -log p(w)), ``dice`` (held-out sub-volumes, network at its means, mean over the classes present
-    in the truth without class 0) and ``dice_with_background``, ``plateau_step`` (null while the loss falls, and
-    under one_cycle, whose falling learning rate flattens any loss), and per Bayesian layer the medians of sigma/sigma_0
-    (``sigma_ratio``) and |mu - mu_0|/sigma_0 (``shift``).
+    The folder holds config.yaml, checkpoint.safetensors, tensorboard/, posterior.safetensors and log.jsonl, whose lines
+    are epochs: ``loss`` and ``nll`` (nats per voxel, means over the epoch's steps), ``penalty`` (nats; the KL, or -log
+    p(w)), ``dice`` (held-out sub-volumes, network at its means, mean over the classes present in the truth without
+    class 0) and ``dice_with_background``, ``plateau_step`` (null while the loss falls, and under one_cycle, whose
+    falling learning rate flattens any loss), and per Bayesian layer the medians of sigma/sigma_0 (``sigma_ratio``) and
+    |mu - mu_0|/sigma_0 (``shift``).
 
     Parameters
     ----------
     settings : TrainSettings
-        What to train, on what, and where to.
+        What to train, on which data, and the output folder.
     resume : bool
-        Continue from the run folder's checkpoint, bit for bit as if it had never stopped (on the same machine with the
-        same number of processes and threads); from the start if it has none.
+        Continue from the run folder's checkpoint, or from the start if it has none. The result is bitwise the same as
+        without the interruption, on the same machine with the same number of processes and threads.
 
     Returns
     -------
     Posterior
-        What is in ``out/posterior.safetensors``; without standard deviations after mode map.
+        The content of ``out/posterior.safetensors``; without standard deviations in mode map.
 
     Raises
     ------
     InputError
-        Before any work, if anything given is wrong or another process trains in the run folder; later if the loss
-        diverges or the disk is full.
+        Before any work if the input is bad or another process is using the run folder; later if the loss diverges or
+        the disk is full.
     Interrupted
-        After SIGINT or SIGTERM, with a whole checkpoint on disk.
+        After SIGINT or SIGTERM, with a complete checkpoint on disk.
     """
     with ranks.joined():
         specification, checkpoint = resolve(settings, resume=resume)
@@ -107,7 +106,7 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
 
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """Hold the run folder's lock, on the rank that writes there: ranks live on when their launcher is killed."""
+    """Hold the run folder's lock in rank 0, since ranks keep running when their launcher is killed."""
     if not ranks.is_main():
         yield
         return
@@ -118,7 +117,7 @@ def _alone_in(out: Path) -> Iterator[None]:
 
 
 class _Run:
-    """A network, its optimizer and its data on their way through the steps."""
+    """The network, optimizer, data and state of a run."""
 
     caught: Caught
 
@@ -164,17 +163,17 @@ class _Run:
         return posterior
 
     def _done(self) -> bool:
-        """Asked between epochs only, so that a resumed run closes the epoch that a signal left open."""
+        """Checked between epochs only, so that a resumed run finishes the epoch that a signal interrupted."""
         plateau = self.settings.stop_at_plateau and self.state.plateau.reached
         closed = self.state.step == self.state.epoch * self.steps_per_epoch
         return self.state.epoch >= self.settings.epochs or (plateau and closed)
 
     def _plateau_step(self) -> int | None:
-        """Where the plateau began; a falling learning rate flattens any loss, which proves nothing."""
+        """Where the plateau began; None under one_cycle, whose falling learning rate flattens any loss."""
         return self.state.plateau.began_at if self.settings.schedule == "constant" else None
 
     def _epoch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """The rest of the open epoch: steps, validation, log line, checkpoint."""
+        """Finish the current epoch: steps, validation, log line, checkpoint."""
         state, began = self.state, time.monotonic()
         for _ in range(state.step, (state.epoch + 1) * self.steps_per_epoch):
             self._step(*next(batches))
@@ -233,7 +232,7 @@ class _Run:
         }
 
     def _stop_if_asked(self) -> None:
-        """All ranks after the same step, whichever was asked."""
+        """Stop all ranks after the same step if any of them received a signal."""
         if number := max(ranks.gather(self.caught.number or 0)):
             self._save()
             raise Interrupted(
@@ -284,7 +283,7 @@ def _network(specification: RunSpecification) -> MeshNet:
 
 
 def learning_rate_factor(schedule: str, step: int, total_steps: int) -> float:
-    """What the learning rate is multiplied by at a step: a function of the step alone."""
+    """Factor of the learning rate at a step."""
     if schedule == "constant":
         return 1.0
     peak = 0.3 * total_steps
@@ -298,7 +297,7 @@ def _cosine(fraction: float) -> float:
 
 @torch.no_grad()
 def drift(network: nn.Module) -> dict[str, dict[str, float]]:
-    """How far each Bayesian layer's weights are from their prior: medians of sigma/sigma_0 and |mu - mu_0|/sigma_0."""
+    """Distance of each Bayesian layer from its prior: medians of sigma/sigma_0 and |mu - mu_0|/sigma_0."""
     return {
         name: {
             "sigma_ratio": (layer.weight_sigma / layer.get_buffer("prior_weight_sigma")).median().item(),
@@ -314,7 +313,7 @@ def drift(network: nn.Module) -> dict[str, dict[str, float]]:
 
 
 class _Batches(Sampler[list[int]]):
-    """The positions of each step's batch in the run's sequence of cubes, of which each rank gets its share."""
+    """Positions of each step's batch in the run's sequence of cubes; each rank gets its share."""
 
     def __init__(self, batch_size: int, steps: range) -> None:
         self.batch_size, self.steps = batch_size, steps

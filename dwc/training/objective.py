@@ -1,9 +1,8 @@
-"""What training minimises, on one stated scale: nats per voxel.
+"""The training objective, in nats per voxel, and the constraint sigma <= sigma_0 that Eq. 17 needs.
 
 An example is a sub-volume of V voxels and its log-likelihood the sum over its voxels. The paper maximises
-N/M sum_m log p(y_m | x_m) - KL (Eqs. 6 and 7) or sum_n log p(y_n | x_n, w) + log p(w) (Eq. 2); both are divided by
--N V here, which leaves the optimum and makes the loss the mean negative log-likelihood of a voxel plus the penalty's
-share. The room also keeps sigma <= sigma_0, the condition of Eq. 17. It takes no steps; `training` does.
+N/M sum_m log p(y_m | x_m) - KL (Eqs. 6 and 7) or sum_n log p(y_n | x_n, w) + log p(w) (Eq. 2). Both are divided by
+-N V here, which does not change the optimum: the loss is a voxel's mean negative log-likelihood plus penalty / (N V).
 """
 
 from dataclasses import dataclass
@@ -19,16 +18,15 @@ __all__ = ["Objective", "SigmaProjection", "negative_log_prior"]
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss per voxel, -1 / (N V) times the ELBO or the log posterior.
+    """The loss per voxel: -1 / (N V) times the ELBO or the log posterior.
 
     Parameters
     ----------
     n_sub_volumes : int
-        N, the examples whose likelihood counts: all training sub-volumes, or those of one volume in fine-tuning, which
-        gives the likelihood the weight of one example volume. Training cubes at random places change what is drawn, not
-        this number: the scans weigh as much against the penalty as their tiling by sub-volumes does.
+        N, the number of examples: all training sub-volumes or, in fine-tuning, those of one volume. Random training
+        cubes do not change N, which is that of the sub-volumes tiling the scans.
     voxels_per_sub_volume : int
-        V, the voxels of a sub-volume.
+        V.
     """
 
     n_sub_volumes: int
@@ -36,33 +34,21 @@ class Objective:
 
     @property
     def scale(self) -> float:
-        """N V: the loss times this is in nats over the whole training set."""
+        """N V; the loss times this is in nats over the training set."""
         return float(self.n_sub_volumes * self.voxels_per_sub_volume)
 
     def __call__(self, logits: Tensor, labels: Tensor, penalty: Tensor, *, share: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Loss and mean negative log-likelihood, each in nats per voxel.
+        """Loss and mean negative log-likelihood in nats per voxel: (nll + penalty / (N V), nll), fp32 scalars.
 
         Parameters
         ----------
-        logits : Tensor
-            [M, n_classes, D, H, W], floating.
-        labels : Tensor
-            [M, D, H, W], int64 classes.
+        logits, labels : Tensor
+            [M, n_classes, D, H, W] floating and [M, D, H, W] int64; ValueError unless D H W is V.
         penalty : Tensor
             In nats over the whole network: the KL (Eq. 5), or `negative_log_prior`.
         share : float
-            Where a batch is split over ranks: the part of it that lies here, times the number of ranks. The ranks'
-            mean of each result, and of its gradient, is that of the whole batch then, with the penalty in it once.
-
-        Returns
-        -------
-        tuple of Tensor
-            (nll + penalty / (N V), nll), fp32 scalars; nll times its share.
-
-        Raises
-        ------
-        ValueError
-            If the sub-volumes do not have V voxels each.
+            This rank's part of the batch times the number of ranks. It scales nll, so that the mean over the ranks of
+            the loss, and of its gradient, is that of the whole batch.
         """
         if (voxels := labels.shape[1:].numel()) != self.voxels_per_sub_volume:
             raise ValueError(f"labels have {voxels} voxels per sub-volume, not {self.voxels_per_sub_volume}")
@@ -72,9 +58,9 @@ class Objective:
 
 
 def negative_log_prior(network: nn.Module) -> Tensor:
-    """-log N(w; 0, 1) in nats over a plain network's convolutions, less the constant log(2 pi) / 2 per weight.
+    """-log N(w; 0, 1) in nats over a plain network's convolutions, without the constant log(2 pi) / 2 per weight.
 
-    Weights are the effective ones, after a weight normalization (Eq. 2's log p(w)).
+    Uses the effective weights, after any weight normalization (log p(w) in Eq. 2).
     """
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv3d)]
     weights = [tensor for module in convolutions for tensor in (module.weight, module.bias) if tensor is not None]
@@ -82,15 +68,11 @@ def negative_log_prior(network: nn.Module) -> Tensor:
 
 
 class SigmaProjection:
-    """Keeps every sigma at or below its prior's, call after each optimizer step.
+    """Keep every sigma at or below its prior's; call it after each optimizer step.
 
-    It clamps rho at the largest value whose softplus lies below sigma_0 by a few units in the last place (2.4e-7 of
-    sigma_0), so that sigma <= sigma_0 holds exactly in fp32 on any device, whose softplus differ in the last bit.
-
-    Parameters
-    ----------
-    network : nn.Module
-        A network with `FFGConv3d` layers, their priors already set; a plain network has nothing to project.
+    Clamps rho to the largest value whose softplus is a few units in the last place (2.4e-7 of sigma_0) below sigma_0.
+    Devices' softplus differ in the last bit, and sigma <= sigma_0 must hold exactly in fp32 on all of them. The
+    network's priors must be set already.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -104,7 +86,6 @@ class SigmaProjection:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Clamp in place."""
         for rho, limit in self._limits:
             rho.clamp_(max=limit)
 

@@ -1,8 +1,8 @@
-"""When a training loss has begun to "oscillate around a stable value", as a rule that can be checked and resumed.
+"""The rule for when a training loss has begun to "oscillate around a stable value"; it can be checked and resumed.
 
-The rule looks at the latest `window` steps in `BLOCKS` block means and fits a line to them. The loss is on a plateau
-once that line falls over the window by less than the block means scatter about it, or by less than `TOLERANCE` of the
-loss itself. The plateau began at the first step of the first such window. Stopping is the trainer's business.
+Fit a line to the means of `BLOCKS` blocks over the latest `window` steps. The loss is on a plateau once that line falls
+over the window by less than the scatter of the means around it, or by less than `TOLERANCE` of the loss itself. The
+plateau began at the first step of the first such window.
 """
 
 import math
@@ -19,15 +19,12 @@ TOLERANCE = 0.005
 
 @dataclass
 class Plateau:
-    """The rule's state: feed it one loss per step. Its fields are plain values, so that it goes through JSON.
-
-    Parameters
-    ----------
-    window : int
-        Steps looked at, a multiple of `BLOCKS`; block means tame the noise of single batches.
+    """The rule's state, updated with one loss per step; its fields are JSON values.
 
     Attributes
     ----------
+    window : int
+        Number of steps considered, a multiple of `BLOCKS`; block means smooth the noise of single batches.
     began_at : int or None
         Number of steps taken when the plateau began; None while the loss still falls.
     """
@@ -43,7 +40,7 @@ class Plateau:
             raise ValueError(f"a plateau's window is a multiple of {BLOCKS} steps, not {self.window}")
 
     def update(self, loss: float) -> None:
-        """Take the next step's loss."""
+        """Add the next step's loss."""
         self.steps += 1
         self.block.append(loss)
         if len(self.block) < self.window // BLOCKS:
@@ -55,12 +52,11 @@ class Plateau:
 
     @property
     def reached(self) -> bool:
-        """Whether the loss has reached its plateau."""
         return self.began_at is not None
 
 
 def _is_flat(means: Sequence[float]) -> bool:
-    """Whether a line through the block means falls by less than they scatter about it, or by next to nothing."""
+    """Whether a line through the means falls by less than their scatter or the tolerance."""
     values = np.asarray(means, dtype=np.float64)
     place = np.linspace(-0.5, 0.5, len(values))
     slope, level = np.polyfit(place, values, 1)

@@ -1,6 +1,6 @@
-"""The settings of a training run. What they mean together with the files they name is resolved in `specification`.
+"""The settings of a training run, in groups that the study and the simulated federation share.
 
-Groups that other programs share (a study, a simulated federation) are classes of their own.
+`specification` resolves what they mean together with the files they name.
 """
 
 from dataclasses import dataclass, field, fields
@@ -24,11 +24,11 @@ class NetworkSettings(Settings):
     grid_size
         Voxels along each edge of the conformed volume. Default: as the prior or initial network, else 256.
     voxel_size
-        Millimetres. Default: as the prior or initial network, else 1.
+        In millimetres. Default: as the prior or initial network, else 1.
     width
-        Filters of each layer. Default: as the prior or initial network, else 96.
+        Filters per layer. Default: as the prior or initial network, else 96.
     dilations
-        One per 3x3x3 layer, as [1,1,2]. Default: as the prior or initial network, else [1,1,1,2,4,8,1].
+        One per 3x3x3 layer, such as [1,1,2]. Default: as the prior or initial network, else [1,1,1,2,4,8,1].
     """
 
     label_map: str | None = None
@@ -54,16 +54,16 @@ class OptimizerSettings(Settings):
     Parameters
     ----------
     lr
-        Adam's learning rate; its peak under one_cycle.
+        Adam's learning rate; the peak rate under one_cycle.
     rho_lr
-        Learning rate of rho, where sigma = softplus(rho); by default lr. Adam moves log sigma by about this much per
-        step: in a short run at a low rate sigma keeps its prior's value, and consolidation adds up the sites' shifts.
+        Learning rate of rho, where sigma = softplus(rho); lr by default. Adam changes log sigma by about this much per
+        step: in a short run at a low rate sigma stays at its prior's value, and consolidation sums the sites' shifts.
     schedule
-        constant, or one_cycle: up over the first three tenths of the steps, then down to zero, by cosines.
+        constant, or one_cycle: cosine increase over the first 30 % of the steps, then cosine decrease to zero.
     stop_at_plateau
-        Stop at the end of the first epoch after the training loss has levelled off (constant schedule).
+        Stop at the end of the first epoch after the training loss has levelled off (constant schedule only).
     plateau_window
-        Steps over which the plateau is judged, a multiple of 20.
+        Number of steps over which the plateau is judged, a multiple of 20.
     """
 
     lr: float = 1e-3
@@ -88,14 +88,14 @@ class CubeSettings(Settings):
     Parameters
     ----------
     cubes
-        random: anywhere, with a margin of their real neighbours. paper: the fixed sub-volumes that tile each volume,
-        zeros around them; the settings below do not apply.
+        random: anywhere, with a margin of real neighbours. paper: the fixed, zero-padded sub-volumes that tile each
+        volume; the settings below do not apply.
     margin
-        Voxels of neighbours on each side, which the loss does not count.
+        Voxels of neighbours on each side, which the loss ignores.
     air_share
-        Share of the cubes whose centre lies anywhere in the volume; that of the others lies in the head's box.
+        Share of the cubes centred anywhere in the volume; the others are centred in the head's bounding box.
     augmentation
-        How strongly cubes are varied.
+        Strength of the augmentation.
     """
 
     cubes: Literal["random", "paper"] = "random"
@@ -109,7 +109,7 @@ class CubeSettings(Settings):
         self._require("air_share", 0 <= self.air_share <= 1, "give a share, 0 to 1")
 
     def decisive_cubes(self) -> dict[str, Any]:
-        """The cubes' settings as plain values; none with the paper's, so that those runs keep header and key."""
+        """These settings as plain values; none for the paper's cubes, whose runs keep their header and fingerprint."""
         if self.cubes == "paper":
             return {}
         return {field.name: self.to_json()[field.name] for field in fields(CubeSettings)}
@@ -124,13 +124,13 @@ class ComputeSettings(CubeSettings):
     batch_size
         Sub-volumes of 32x32x32 voxels per step, over all processes.
     validation_sub_volumes
-        Held-out sub-volumes scored after each epoch, at most; drawn once by the seed.
+        Maximum number of held-out sub-volumes scored after each epoch; drawn once from the seed.
     test_fraction
-        Share of the subjects held out, where a manifest has no split column.
+        Share of the subjects held out if the manifest has no split column.
     seed
-        Fixes the initial weights, the order of the data, the noise and the split.
+        Determines the initial weights, the order of the data, the noise and the split.
     workers
-        Processes that load data, per training process; the result does not depend on them.
+        Data-loading processes per training process; they do not affect the result.
     device
         auto (a GPU if there is one), cpu or cuda.
     precision
@@ -155,33 +155,32 @@ class ComputeSettings(CubeSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(ComputeSettings, OptimizerSettings, NetworkSettings):
-    """One training run: what to train, on what, and where to.
+    """One training run: what to train, on which data, and the output folder.
 
     Parameters
     ----------
     mode
         map: plain network, N(0, 1) prior. vi: first Bayesian network, N(0, 1) prior, means from the initial network.
         vcl (variational continual learning): a site's network, starting from its prior. finetune: as vcl, with the
-        likelihood weighted as one example volume.
+        likelihood weighted as one volume.
     data
         Manifest CSV (image,label[,subject,site,split]) or BIDS-derivatives folder.
     out
-        Run folder; made if need be, empty unless resumed.
+        Run folder; created if needed, must be empty unless resuming.
     prior
-        Bayesian posterior to start from and to stay close to (vcl and finetune).
+        Bayesian posterior to use as prior and starting point (vcl and finetune).
     init
-        Network whose means to start from (map and vi); for vi the paper takes the MAP network.
+        Network whose means to start from (map and vi); for vi, the paper uses the MAP network.
     epochs
-        Epochs at most; each ends with validation, a log line and a checkpoint.
+        Maximum number of epochs; each ends with validation, a log line and a checkpoint.
     steps_per_epoch
-        By default one pass over the training sub-volumes.
+        Default: one pass over the training sub-volumes.
     stream
-        Noise stream under the same seed, so that sites that train from one prior draw different noise.
+        Noise stream for this seed, so that sites that start from the same prior draw different noise.
     cache_dir
-        Folder for the conformed volumes; may be shared between runs. By default OUT/cache.
+        Folder for conformed volumes; runs may share it. Default: OUT/cache.
     activation_checkpointing
-        Recompute hidden layers in the backward pass, with the same noise and the same result: less memory, one extra
-        forward pass.
+        Recompute hidden layers in the backward pass, with the same result: less memory, one extra forward pass.
     """
 
     mode: Literal["map", "vi", "vcl", "finetune"] = "map"
@@ -207,15 +206,14 @@ class TrainSettings(ComputeSettings, OptimizerSettings, NetworkSettings):
 
     @property
     def bayesian(self) -> bool:
-        """Whether the mode trains a Bayesian network."""
         return self.mode != "map"
 
     @property
     def has_learned_prior(self) -> bool:
-        """Whether the mode's prior is a posterior file, rather than N(0, 1)."""
+        """Whether the prior is a posterior file rather than N(0, 1)."""
         return self.mode in ("vcl", "finetune")
 
     @property
     def base(self) -> Path | None:
-        """The network that training starts from: the prior, the initial network or none."""
+        """The network to start from, if any: the prior or the initial network."""
         return self.prior if self.has_learned_prior else self.init

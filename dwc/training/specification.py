@@ -1,7 +1,6 @@
-"""Everything a training run needs to know before its first step, resolved once from settings and the files they name.
+"""Resolve settings and the files they name into one specification of a training run, before its first step.
 
-`resolve` refuses whatever does not fit together, before any work. One thing answers whether a run may resume: the
-specification's identity, which is all that decides the bits of the result.
+Whether a run may resume is decided by its identity: everything that determines the bits of the result.
 """
 
 import hashlib
@@ -41,22 +40,10 @@ _FREE = {
 
 @dataclass(frozen=True)
 class RunSpecification:
-    """A run with nothing left open.
+    """A fully resolved run.
 
-    Attributes
-    ----------
-    settings : TrainSettings
-        With nothing left to a prior or to the machine.
-    base : Posterior or None
-        The prior (vcl, finetune) or the initial network (map, vi).
-    label_map, grid
-        Classes and grid of the data.
-    train_scans, test_scans : list of Scan
-        All with labels.
-    device : torch.device
-        Where it runs.
-    data : dict or None
-        SHA-256 of the prepared training and test data, once they are prepared.
+    `base` is the prior (vcl, finetune) or the initial network (map, vi). All scans have labels. `data` holds the
+    SHA-256 of the training and test data once they are prepared.
     """
 
     settings: TrainSettings
@@ -70,12 +57,11 @@ class RunSpecification:
 
     @property
     def cache_dir(self) -> Path:
-        """Folder of the conformed volumes."""
         return self.settings.cache_dir or self.settings.out / "cache"
 
     @cached_property
     def header(self) -> dict[str, Any]:
-        """The part of the posterior's header that a prior must share: all but what training adds."""
+        """The part of the posterior's header that must equal the prior's."""
         settings = self.settings
         return {
             "architecture": describe(
@@ -92,7 +78,7 @@ class RunSpecification:
 
     @cached_property
     def decisive_settings(self) -> dict[str, Any]:
-        """The settings that decide the result; the posterior's header holds them. No paths."""
+        """The settings that determine the result, without paths; they go into the posterior's header."""
         values = {name: value for name, value in self.settings.to_json().items() if name not in _FREE}
         if self.settings.schedule != "constant":
             values["epochs"] = self.settings.epochs  # the length of a cycle decides every step of it
@@ -104,7 +90,7 @@ class RunSpecification:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """All that decides the bits of the result; a run and its resumption share it."""
+        """Everything that determines the bits of the result; a run and its resumption share it."""
         return {
             **self.decisive_settings,
             "label_map_sha256": self.label_map.sha256,
@@ -114,7 +100,7 @@ class RunSpecification:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, hex, of the identity."""
+        """SHA-256 of the identity, in hex."""
         return hashlib.sha256(canonical_json(self.identity).encode()).hexdigest()
 
     def with_data(self, train: SubVolumes, test: SubVolumes) -> "RunSpecification":
@@ -122,10 +108,7 @@ class RunSpecification:
         return replace(self, data={"train": train.digest, "test": test.digest})
 
     def check_resumes(self, checkpoint: Checkpoint | None) -> None:
-        """Refuse to go on from the checkpoint of another run.
-
-        What differs is named; data are compared once they are prepared.
-        """
+        """Refuse the checkpoint of a different run, naming the differences; data are compared once prepared."""
         if checkpoint is None:
             return
         ours, theirs = dict(self.identity), dict(checkpoint.identity)
@@ -148,7 +131,7 @@ class RunSpecification:
             )
 
     def check_config(self) -> None:
-        """Refuse to start over, without a checkpoint, in the folder of a run with other settings or with a result."""
+        """Without a checkpoint, refuse to restart in the folder of a run with a result or with other settings."""
         out = self.settings.out
         if (out / "posterior.safetensors").exists():
             raise InputError(f"{out}: has a posterior but no checkpoint to resume from; give another `out`")
@@ -165,14 +148,14 @@ class RunSpecification:
             raise InputError(f"{out}: the run was started with {'; '.join(sorted(differing))}; give another `out`")
 
     def write_config(self) -> None:
-        """Write the run folder's config.yaml and remove unfinished files that a killed run has left."""
+        """Write config.yaml and remove temporary files left by a killed run."""
         text = yaml.safe_dump(self.settings.to_json(), sort_keys=False)
         write_whole(self.settings.out / "config.yaml", text.encode())
         sweep(self.settings.out)
 
 
 def resolve(settings: TrainSettings, *, resume: bool = False) -> tuple[RunSpecification, Checkpoint | None]:
-    """Resolve settings and the files that they name, and the checkpoint to go on from; writes nothing."""
+    """Resolve settings and the files they name, and load the checkpoint to resume from; writes nothing."""
     _check_folder(settings.out, resume=resume)
     device = choose_device(settings.device)
     base = None if settings.base is None else Posterior.load(settings.base)
@@ -199,7 +182,7 @@ def resolve(settings: TrainSettings, *, resume: bool = False) -> tuple[RunSpecif
 
 
 def labelled_scans(settings: TrainSettings) -> tuple[list[Scan], list[Scan]]:
-    """The scans to train on and those held out, all of which must have labels."""
+    """The training scans and the held-out scans; all must have labels."""
     scans = read_manifest(settings.data, seed=settings.seed, test_fraction=settings.test_fraction)
     scans = labelled(scans, settings.data, "training needs one for each scan")
     train_scans, test_scans = ([scan for scan in scans if scan.split == part] for part in ("train", "test"))
@@ -235,7 +218,7 @@ def _check_folder(out: Path, *, resume: bool) -> None:
 
 
 def _inherit(settings: TrainSettings, base: Posterior | None) -> TrainSettings:
-    """Fill in what is left open: from the prior or the initial network, else the paper's."""
+    """Fill in open settings from the prior or the initial network, else with the paper's."""
     metadata = base.metadata if base else {}
     architecture = checked_architecture(base) if base else {}
     preprocessing = metadata.get("preprocessing") or {}
@@ -254,7 +237,7 @@ def _inherit(settings: TrainSettings, base: Posterior | None) -> TrainSettings:
 
 
 def _label_map(name_or_path: str, base: Posterior | None) -> LabelMap:
-    """The label map; under the base's name for it where it is the same table, whatever its file is called here."""
+    """The label map, named as in the base if both are the same table."""
     label_map = LabelMap.load(name_or_path)
     theirs = (base.metadata.get("label_map") or {}) if base else {}
     return replace(label_map, name=theirs["name"]) if theirs.get("sha256") == label_map.sha256 else label_map
@@ -265,7 +248,7 @@ def _base_parameter(settings: TrainSettings) -> str:
 
 
 def _check_base(specification: RunSpecification) -> None:
-    """The network that training starts from must have this run's architecture, classes and grid."""
+    """The base must have this run's architecture, classes and grid."""
     base, settings = specification.base, specification.settings
     if base is None:
         return
@@ -283,7 +266,7 @@ def _check_base(specification: RunSpecification) -> None:
 
 
 def _check_split(specification: RunSpecification) -> None:
-    """Where seed and fraction split the data, they must be the base's: what it trained on is not held out later."""
+    """Seed and fraction of the split must be the base's, so that scans it was trained on are not held out here."""
     base, settings = specification.base, specification.settings
     training = (base.metadata.get("training") or {}) if base else {}
     if base is None or not training or has_split_column(settings.data):

@@ -1,7 +1,4 @@
-"""Where a training run stands, on disk: the network, Adam's moments and the run's state in one safetensors file.
-
-It is written whole or not at all, so that a run killed at any moment finds its last checkpoint.
-"""
+"""Checkpoints of a training run: network, Adam's moments and the run's state in one file, written atomically."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,20 +18,10 @@ _FORMAT = 1
 
 @dataclass
 class State:
-    """Where a run stands between two steps; plain values, so that it goes through JSON.
+    """The state of a run between two steps, as JSON values.
 
-    Attributes
-    ----------
-    plateau : Plateau
-        The rule that watches the training loss.
-    step : int
-        Steps taken.
-    epoch : int
-        Epochs closed: validated, logged and saved.
-    loss_sum, nll_sum : float
-        Over the steps of the open epoch.
-    identity : dict
-        Of the run, see `RunSpecification`.
+    `epoch` counts the epochs that are validated, logged and saved; the sums run over the steps since then; `identity`
+    is that of `RunSpecification`.
     """
 
     plateau: Plateau
@@ -47,7 +34,7 @@ class State:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it was read."""
+    """A loaded checkpoint."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
@@ -58,11 +45,10 @@ class Checkpoint:
         return self.values["identity"]
 
     def state(self) -> State:
-        """The run's state."""
         return State(**{**self.values, "plateau": Plateau(**self.values["plateau"])})
 
     def restore(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put the tensors into the network and the optimizer that they came from."""
+        """Load the tensors into the network and the optimizer."""
         network.load_state_dict(
             {
                 name.removeprefix("network."): tensor
@@ -79,7 +65,7 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Write network, optimizer and state; where that fails, the previous file is untouched."""
+    """Write network, optimizer and state; if that fails, the previous file is unchanged."""
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{slot}": tensor for slot, tensor in slots.items()}
@@ -87,7 +73,6 @@ def save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optim
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint."""
     tensors, header = load_tensors(path)
     if header.get("checkpoint_version") != _FORMAT:
         raise InputError(f"{path}: is no checkpoint of this version of dwc; start anew in another `out`")

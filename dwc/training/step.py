@@ -1,4 +1,4 @@
-"""One optimizer step, as the trainer takes it and as the study measures it."""
+"""One optimizer step, shared by the trainer and the study's measurements."""
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,13 @@ __all__ = ["Optimization", "inner", "logits_of", "penalty_of"]
 
 
 def logits_of(network: nn.Module, images: Tensor, precision: str, *, sample: bool | None = None) -> Tensor:
-    """Logits [N, n_classes, D, H, W] of images [N, 1, D, H, W], under autocast where the precision is bf16."""
+    """Logits [N, n_classes, D, H, W] of images [N, 1, D, H, W], with autocast if the precision is bf16."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return network(images, sample=sample)
 
 
 def inner(logits: Tensor, labels: Tensor) -> Tensor:
-    """The logits of the voxels that have labels: the middle, where the images have a margin."""
+    """The logits of the labelled voxels, without the images' margin."""
     margin = (logits.shape[-1] - labels.shape[-1]) // 2
     for axis in (2, 3, 4):
         logits = logits.narrow(axis, margin, labels.shape[axis - 1])
@@ -25,23 +25,14 @@ def inner(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def penalty_of(network: MeshNet) -> Tensor:
-    """In nats over the network: the KL from the prior (Eq. 5), or -log p(w) of a plain network (Eq. 2)."""
+    """The KL from the prior (Eq. 5), or -log p(w) of a plain network (Eq. 2), in nats over the network."""
     return network.kl_loss() if network.bayesian else negative_log_prior(network)
 
 
 class Optimization:
-    """Adam over means and rho, each with its learning rate, and sigma kept at or below the prior's.
+    """Adam with one learning rate for the means and one for rho; keeps sigma at or below the prior's.
 
-    Parameters
-    ----------
-    network : MeshNet
-        On its device, its prior set.
-    settings : OptimizerSettings
-        Learning rates.
-    objective : Objective
-        What is minimised.
-    precision : str
-        fp32 or bf16.
+    The network must be on its device, with its prior set.
     """
 
     def __init__(self, network: MeshNet, settings: OptimizerSettings, objective: Objective, precision: str) -> None:
@@ -58,23 +49,16 @@ class Optimization:
     def step(
         self, network: nn.Module, images: Tensor, labels: Tensor, *, factor: float = 1.0, share: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Take a step.
+        """Take a step; returns loss and mean negative log-likelihood before it, scalars in nats per voxel.
 
         Parameters
         ----------
         network : nn.Module
-            What computes the logits: the network itself, or its replica among several ranks.
+            Computes the logits: the network itself, or its replica if there are several ranks.
         images, labels : Tensor
-            A batch, on the network's device; images may have a margin around the voxels that have labels.
-        factor : float
-            Of the learning rates.
-        share : float
-            See `Objective`.
-
-        Returns
-        -------
-        tuple of Tensor
-            Loss and mean negative log-likelihood before the step, scalars in nats per voxel.
+            A batch, on the network's device; images may have a margin around the labelled voxels.
+        factor, share : float
+            Factor of the learning rates; see `Objective` for `share`.
         """
         for group, rate in zip(self.adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor

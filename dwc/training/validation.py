@@ -1,7 +1,6 @@
-"""The score a trainer watches: Dice of the network at its means on a fixed draw of held-out sub-volumes.
+"""The trainer's validation score: Dice of the network at its means on a fixed draw of held-out sub-volumes.
 
-Its cost is bounded and it draws no noise, so that epochs compare. Scoring whole volumes, sites and uncertainty is the
-work of `prediction` and `metrics`.
+It draws no noise, so that epochs can be compared.
 """
 
 from collections.abc import Callable
@@ -22,7 +21,7 @@ __all__ = ["draw_sub_volumes", "validation_confusion", "validation_cubes", "vali
 
 
 def draw_sub_volumes(n_sub_volumes: int, at_most: int, seed: int) -> list[int]:
-    """Indices of the sub-volumes to score: all, or `at_most` drawn without replacement, in order."""
+    """Indices of the sub-volumes to score, sorted: all, or `at_most` drawn without replacement."""
     if n_sub_volumes <= at_most:
         return list(range(n_sub_volumes))
     drawn = np.random.default_rng([seed, 2]).choice(n_sub_volumes, at_most, replace=False)
@@ -32,7 +31,7 @@ def draw_sub_volumes(n_sub_volumes: int, at_most: int, seed: int) -> list[int]:
 def validation_cubes(
     held_out: SubVolumes, settings: ComputeSettings, network: MeshNet
 ) -> Dataset[tuple[Tensor, Tensor]]:
-    """The held-out sub-volumes as the network sees them: the paper's alone, others with all their neighbours."""
+    """The held-out sub-volumes as the network should see them: the paper's without neighbours, others with them."""
     if settings.cubes == "paper":
         return held_out
     return SurroundedCubes(held_out, sum(network.architecture["dilations"]))
@@ -49,25 +48,17 @@ def validation_confusion(
     device: torch.device,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> Tensor | None:
-    """Count voxels by true class (row) and predicted class (column).
+    """Count voxels by true class (row) and predicted class (column): int64 [n_classes, n_classes].
 
     Parameters
     ----------
-    logits_of : callable
+    logits_of
         Logits [N, n_classes, D, H, W] of images [N, 1, D, H, W].
-    dataset : Dataset
-        Of (image [1, D, H, W], labels int64 [D, H, W]); images may have a margin around the voxels that have labels.
-    indices : list of int
-        The items to score.
-    n_classes, batch_size, device
-        Of the network and where it runs.
-    keep_going : callable
-        Asked before each batch.
-
-    Returns
-    -------
-    Tensor or None
-        int64 [n_classes, n_classes]; None if told to stop.
+    dataset, indices
+        Items (image [1, D, H, W], labels int64 [D, H, W]) and which of them to score; images may have a margin around
+        the labelled voxels.
+    keep_going
+        Called before each batch; if it returns False, the result is None.
     """
     confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
     for start in range(0, len(indices), batch_size):
@@ -83,7 +74,7 @@ def validation_confusion(
 def validation_dice(
     network: MeshNet, data: SubVolumes, settings: ComputeSettings, device: torch.device
 ) -> float | None:
-    """Dice without background that training logs for a network: at its means, on its draw of held-out sub-volumes."""
+    """The Dice without background that training logs: network at its means, on its draw of held-out sub-volumes."""
     network = network.to(device).eval()
     confusion = validation_confusion(
         lambda images: logits_of(network, images, settings.precision, sample=False),
