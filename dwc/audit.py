@@ -20,13 +20,13 @@ from dwc.meshnet import MeshNet
 from dwc.prediction import Ensemble
 from dwc.training.validation import draw_sub_volumes
 
-__all__ = ["attack", "auc_interval", "audit", "scan_log_likelihoods", "wilson_interval"]
+__all__ = ["attack", "auc_interval", "audit_posterior", "scan_log_likelihoods", "wilson_interval"]
 
 _Z = 1.959964  # of a two-sided 95 % interval
 _FALSE_POSITIVES = 0.01
 
 
-def audit(
+def audit_posterior(
     networks: Ensemble, manifest: Path, cache_dir: Path, sub_volumes: int, seed: int, device: torch.device
 ) -> str:
     """Attack the first network of an ensemble, with the others as references; a report for people."""

@@ -28,14 +28,13 @@ from dwc.metrics.calibration import CalibrationCounts
 from dwc.metrics.confusion import confusion_matrix, dice, mean_dice
 from dwc.posterior import Posterior
 from dwc.prediction import Ensemble, load_networks, predict_volume
-from dwc.prediction_settings import PredictionSettings
+from dwc.prediction_settings import RESULTS, PredictionSettings
 
 __all__ = [
-    "RESULTS", "Evaluation", "Score", "calibration", "evaluate", "per_class", "per_site", "per_volume",
+    "Evaluation", "Score", "calibration", "evaluate", "per_class", "per_site", "per_volume",
     "scans_to_score", "score_volumes", "summary",
 ]  # fmt: skip
 
-RESULTS = ("per_class.csv", "per_volume.csv", "per_site.csv", "summary.json")
 _MEANS = {"dice": False, "dice_with_background": True}
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from dwc.base.errors import one_line
 from dwc.base.files import canonical_json
-from dwc.data.labels import SHIPPED
+from dwc.data.constants import SHIPPED
 from dwc.influence import measure
 from dwc.posterior import Posterior
 

@@ -17,10 +17,11 @@ from dwc.base.errors import InputError, brief
 from dwc.base.memory import free_memory
 from dwc.base.seeds import seed_of
 from dwc.blocks import extent, plan_blocks
-from dwc.data.grid import SIDE, Grid
+from dwc.data.constants import SHIPPED, SIDE
+from dwc.data.grid import Grid
 from dwc.data.head import Region, head_box
 from dwc.data.intensity import moments, z_score
-from dwc.data.labels import SHIPPED, LabelMap
+from dwc.data.labels import LabelMap
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
 

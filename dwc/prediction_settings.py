@@ -5,7 +5,9 @@ from typing import Literal
 
 from dwc.base.settings import Settings
 
-__all__ = ["PredictionSettings"]
+__all__ = ["RESULTS", "PredictionSettings"]
+
+RESULTS = ("per_class.csv", "per_volume.csv", "per_site.csv", "summary.json")  # of an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import torch
 from dwc.base.memory import free_memory
 from dwc.blocks import divide, extent, memory, plan_blocks
 from dwc.data.head import head_box
-from dwc.simulation.phantom import phantom
+from dwc.simulation.phantom import make_phantom
 from dwc.simulation.scans import load_sites, simulate
 
 DILATIONS = (1, 1, 1, 2, 4, 8, 1)
@@ -17,7 +17,7 @@ WHOLE = (slice(0, 256),) * 3
 @pytest.mark.parametrize("site", load_sites())
 def test_the_heads_box_holds_all_of_the_brain_and_leaves_air_out(site):
     for seed in range(2):
-        image, codes = simulate(phantom(64, 3.0, seed), site, voxel_size=3.0, seed=seed)
+        image, codes = simulate(make_phantom(64, 3.0, seed), site, voxel_size=3.0, seed=seed)
         box = head_box(image)
         brain = (codes > 0) & (codes < 50)
         assert brain[box].sum() == brain.sum()

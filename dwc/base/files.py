@@ -99,9 +99,9 @@ def check_suffix(path: str | Path) -> Path:
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file")
     if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder; make it or give another --out")
+        raise InputError(f"{path.parent}: no such folder; make it or give another `out`")
     if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path.parent}: is not writable; give another --out")
+        raise InputError(f"{path.parent}: is not writable; give another `out`")
     return path
 
 
@@ -114,7 +114,7 @@ def open_folder(out: Path) -> None:
         sweep(out)
     except OSError as error:
         raise InputError(
-            f"{out}: cannot be written ({error.strerror or error}); give a writable folder with free space as --out"
+            f"{out}: cannot be written ({error.strerror or error}); give a writable folder with free space as `out`"
         ) from error
 
 

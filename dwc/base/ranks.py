@@ -70,7 +70,7 @@ def joined() -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))):
             raise
         raise InputError(
-            "the processes of this run have lost each other; start it again, a training with --resume "
+            "the processes of this run have lost each other; start it again, a training with `resume` "
             f"({textwrap.shorten(str(error), _AT_MOST, placeholder=' ...')})"
         ) from error
     dist.destroy_process_group()  # after an error there is nobody left to agree on it with

@@ -4,6 +4,7 @@ One declaration serves Python callers, YAML files, flags and help. Anything that
 is resolved later.
 """
 
+import os
 import re
 import types
 from collections.abc import Mapping
@@ -72,7 +73,7 @@ def _nested(name: str, cls: Any, value: Any) -> Any:
     if not kinds:
         return value
     names = {each.name for each in fields(kinds[0])}
-    if odd := sorted(value.keys() - names):
+    if odd := sorted(value.keys() - names, key=str):
         raise InputError(f"`{name}.{odd[0]}`: there is no such setting; the settings are {', '.join(sorted(names))}")
     try:
         return kinds[0](**value)
@@ -103,7 +104,7 @@ def _strict(hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         return reduce(or_, arguments)
     if get_origin(hint) is tuple:
-        return Annotated[types.GenericAlias(tuple, arguments), Strict(False)]
+        return Annotated[types.GenericAlias(tuple, arguments), BeforeValidator(_ordered), Strict(False)]
     if get_origin(hint) in (list, dict):
         return types.GenericAlias(get_origin(hint), arguments)
     if _is_model(hint):
@@ -118,17 +119,33 @@ def _strict(hint: Any) -> Any:
 
 
 def _number(cls: type, kind: type) -> Any:
-    return lambda value: cls(value) if isinstance(value, kind) and not isinstance(value, bool) else value
+    def parse(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, kind):
+            return value
+        try:
+            return cls(value)
+        except OverflowError as error:
+            raise ValueError("too large") from error
+
+    return parse
+
+
+def _ordered(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else None  # a set has no order
 
 
 def _path(value: Any) -> Any:
-    return Path(value).expanduser().absolute() if isinstance(value, str | Path) else value
+    return Path(os.path.abspath(os.path.expanduser(value))) if isinstance(value, str | Path) else value
 
 
 def _reason(error: Any) -> str:
     """What pydantic expected, in a few words; for a union, its first member."""
     first = error.errors(include_url=False)[0]
+    if first["type"] == "value_error":
+        return "is too large"
     text = first["msg"].removeprefix("Input should be ")
+    if first["type"] == "is_instance_of":
+        text = "its settings, as a mapping"
     return f"give {_PLAIN_WORDS.get(text, text)}"
 
 
@@ -138,6 +155,7 @@ _PLAIN_WORDS = {
     "a valid string": "text",
     "a valid boolean": "True or False",
     "a valid tuple": "a list",
+    "a valid list": "a list",
     "a valid dictionary": "a mapping",
     "Input is not a path for <class 'pathlib.Path'>": "a path",
     "Input is not a valid path for <class 'pathlib.Path'>": "a path",

@@ -2,12 +2,14 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-__all__ = ["Caught", "catch_signals", "ignore_signals"]
+from dwc.base.errors import Interrupted
+
+__all__ = ["Caught", "catch_signals", "ignore_signals", "interrupted_by_signals"]
 
 
 @dataclass
@@ -18,23 +20,42 @@ class Caught:
 
 
 @contextmanager
-def catch_signals() -> Iterator[Caught]:
-    """Record SIGINT and SIGTERM; a second one ends the process as usual. Does nothing outside the main thread."""
-    caught = Caught()
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM within a block; outside the main thread, where that is impossible, do nothing."""
     if threading.current_thread() is not threading.main_thread():
-        yield caught
+        yield
         return
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def catch_signals() -> Iterator[Caught]:
+    """Note SIGINT and SIGTERM for a loop to see; a second one of a kind ends the process as usual."""
+    caught = Caught()
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: FrameType | None) -> None:
         caught.number = number
-        signal.signal(number, previous[signal.Signals(number)])
+        signal.signal(number, usual[signal.Signals(number)])
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled(note):
         yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+
+
+@contextmanager
+def interrupted_by_signals(remedy: str) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into `Interrupted` at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number, f"stopped by {signal.Signals(number).name}", remedy)
+
+    with _handled(stop):
+        yield
 
 
 def ignore_signals(worker: int = 0) -> None:

@@ -7,18 +7,16 @@ from typing import Any, Literal
 from dwc.base.errors import InputError
 from dwc.commands.arguments import add_settings, new_parser, parse
 from dwc.commands.predict import add_networks, prediction_settings
-from dwc.prediction_settings import PredictionSettings
+from dwc.prediction_settings import RESULTS, PredictionSettings
 
 __all__ = ["main"]
-
-_RESULTS = "per_class.csv, per_volume.csv, per_site.csv, summary.json"
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = new_parser("evaluate", "Score a network or an ensemble on the held-out scans of a manifest.")
     parser.add_argument("--data", type=Path, required=True, help="manifest CSV or BIDS-derivatives folder, with labels")
     add_networks(parser)
-    parser.add_argument("--out", type=Path, required=True, help=f"folder for {_RESULTS}; made")
+    parser.add_argument("--out", type=Path, required=True, help=f"folder for {', '.join(RESULTS)}; made")
     parser.add_argument("--split", type=Literal["test", "train", "all"], default="test", help="which scans")
     parser.add_argument(
         "--split_seed", type=int | None, default=None,
@@ -34,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     settings = prediction_settings(values)
     if values.split_seed is not None and values.split_seed < 0:
         raise InputError(f"`split_seed` {values.split_seed}: give a number >= 0")
-    for path in (values.out / name for name in _RESULTS.split(", ")):
+    for path in (values.out / name for name in RESULTS):
         if path.exists() and not values.overwrite:
             raise InputError(f"{path}: exists already; give another `out`, or `overwrite` to replace it")
 

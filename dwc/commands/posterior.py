@@ -94,14 +94,14 @@ def _audit(values: Namespace) -> None:
         raise InputError(f"`sub_volumes` {values.sub_volumes}: give 1 or more")
     if values.seed < 0:
         raise InputError(f"`seed` {values.seed}: give 0 or more")
-    from dwc.audit import audit
+    from dwc.audit import audit_posterior
     from dwc.base.devices import choose_device
     from dwc.prediction import load_networks
 
     device = choose_device(values.device)
     networks = load_networks([values.file, *values.references], values.label_map)
     cache_dir = values.cache_dir or values.file.absolute().parent / "cache"
-    print(audit(networks, values.data, cache_dir, values.sub_volumes, values.seed, device))
+    print(audit_posterior(networks, values.data, cache_dir, values.sub_volumes, values.seed, device))
 
 
 _STEPS: dict[str, tuple[Callable[[ArgumentParser], None], Callable[[Namespace], None]]] = {

@@ -22,9 +22,10 @@ from dwc.base import launcher, ranks
 from dwc.base.errors import InputError
 from dwc.base.files import write_whole
 from dwc.data.conform import conform_image, conform_labels
+from dwc.data.constants import SIDE
 from dwc.data.cubes import split_volume
 from dwc.data.dataset import MOMENTS, SubVolumes, read_moments
-from dwc.data.grid import SIDE, Grid
+from dwc.data.grid import Grid
 from dwc.data.intensity import moments
 from dwc.data.labels import LabelMap
 from dwc.data.paths import OUT_OF_HANDLES, unreadable

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dwc.data.grid import SIDE
+from dwc.data.constants import SIDE
 
 __all__ = ["join_volume", "split_volume"]
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from dwc.base.errors import InputError
+from dwc.data.constants import SIDE
 from dwc.data.cubes import join_volume
-from dwc.data.grid import SIDE, Grid
+from dwc.data.grid import Grid
 from dwc.data.intensity import z_score
 from dwc.data.labels import LabelMap
 from dwc.data.paths import OUT_OF_HANDLES, unreadable

@@ -6,9 +6,8 @@ import numpy as np
 
 from dwc.base.errors import InputError
 
-__all__ = ["LIA", "SIDE", "Grid"]
+__all__ = ["LIA", "Grid"]
 
-SIDE = 32  # voxels along each edge of a sub-volume
 LIA = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # columns: voxel axes to the left, inferior, anterior
 
 

@@ -21,9 +21,7 @@ from dwc.data.paths import check_printable, unreadable
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-__all__ = ["SHIPPED", "LabelMap", "read_table"]
-
-SHIPPED = ("fifty", "coarse")  # label maps that are loaded by name
+__all__ = ["LabelMap", "read_tsv"]
 
 _COLUMNS = ("index", "class", "name")
 _SIDES = ("Left-", "Right-", "ctx-lh-", "ctx-rh-")
@@ -31,7 +29,7 @@ _MAX_CLASSES = 256  # classes are stored as uint8
 _MAX_ID = 1_000_000  # ids are looked up in a table of this length at most
 
 
-def read_table(path: "str | os.PathLike | Traversable", columns: tuple[str, ...] | None = None) -> list[dict[str, str]]:
+def read_tsv(path: "str | os.PathLike | Traversable", columns: tuple[str, ...] | None = None) -> list[dict[str, str]]:
     """Rows of a tab-separated table with a header; blank lines and lines that start with `#` are skipped."""
     try:
         lines = Path(str(path)).read_text(encoding="utf-8-sig").splitlines()
@@ -94,7 +92,7 @@ class LabelMap:
 
     @classmethod
     def _from_table(cls, name: str, path: "str | os.PathLike | Traversable") -> "LabelMap":
-        rows = read_table(path, _COLUMNS)
+        rows = read_tsv(path, _COLUMNS)
         if not rows:
             raise InputError(f"{path}: the label map has no rows; list index, class and name")
         class_of: dict[int, int] = {}

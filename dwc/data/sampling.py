@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import Dataset
 
 from dwc.data.augmentation import Augmentation, augment, reach_of
+from dwc.data.constants import SIDE
 from dwc.data.dataset import SubVolumes
-from dwc.data.grid import SIDE
 from dwc.data.head import Region, head_box
 
 __all__ = ["PaperCubes", "RandomCubes", "SurroundedCubes"]

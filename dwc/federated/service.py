@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,13 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
-from dwc.base.errors import InputError, Interrupted
+from dwc.base.errors import InputError
 from dwc.base.files import write_whole
 from dwc.base.locks import held
 from dwc.base.processes import end, rotate, start_once
+from dwc.base.signals import interrupted_by_signals
 from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site
 from dwc.federated.project import folder_in
 from dwc.federated.server_state import read_state
@@ -46,7 +45,7 @@ def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
     read_state(folder_in(kit))
     configure(kit)
     words = [sys.executable, "-m", "dwc.cli", "federated", "round", str(kit), "--admin", str(admin_kit)]
-    with _stopped_by_signals(), _kept_running(kit) as keep:
+    with interrupted_by_signals("start it again at any time"), _kept_running(kit) as keep:
         if keep is None:
             raise InputError(f"{kit}: is served already; end that process first")
         keep()
@@ -71,7 +70,7 @@ def join(kit: Path) -> None:
     Its trainers keep running after it has stopped.
     """
     configure(kit)
-    with _stopped_by_signals(), _kept_running(kit) as keep:
+    with interrupted_by_signals("start it again at any time"), _kept_running(kit) as keep:
         if keep is None:
             print(f"{kit.name}: runs already and uses the new settings from now on")
             return
@@ -205,19 +204,6 @@ def _ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
     finally:
         process.kill()
         process.wait()
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    def stop(number: int, frame: Any) -> None:
-        raise Interrupted(number, f"stopped by {signal.Signals(number).name}", "start it again at any time")
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _clear_runs(folder: Path) -> None:

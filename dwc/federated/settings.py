@@ -25,20 +25,6 @@ class SimulationSettings(OptimizerSettings, NetworkSettings):
         Training scans per site and round, new ones in each round.
     n_test
         Test scans per site, the same in all rounds.
-    grid_size
-        Voxels along each edge of the conformed volume.
-    voxel_size
-        Millimetres.
-    label_map
-        fifty, coarse, or a TSV of FreeSurfer ids and classes.
-    width
-        Filters of each layer.
-    dilations
-        One per 3x3x3 layer.
-    lr
-        Adam's learning rate; its peak under one_cycle.
-    rho_lr
-        Learning rate of rho, where sigma = softplus(rho).
     steps
         Steps of each training.
     batch_size
@@ -88,7 +74,6 @@ class SimulationSettings(OptimizerSettings, NetworkSettings):
         self._require_positive("temper", "max_influence", "limit_s", "link_mbit_s")
         self._require("pause_s", self.pause_s >= 0, "give 0 or more")
         self._require("seed", self.seed >= 0, "give 0 or more")
-        self._require("grid_size", self.grid_size % 32 == 0, "give a multiple of 32 voxels")
         self._require("plan_sites", not self.plan_sites or min(self.plan_sites) > 0, "give positive numbers")
 
     def training(self) -> dict[str, Any]:

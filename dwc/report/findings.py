@@ -55,7 +55,7 @@ class Finding:
     evidence: str
 
 
-def findings(results: Results) -> list[Finding]:
+def findings_of(results: Results) -> list[Finding]:
     """The paper's five findings, judged by a study's tables."""
     near = f"{100 * MARGIN:g} point of Dice"
     return [

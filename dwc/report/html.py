@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from dwc.base.files import open_folder, write_whole
 from dwc.metrics.calibration import error_detection_auc, expected_calibration_error
 from dwc.report import plots
-from dwc.report.findings import RULES, findings
+from dwc.report.findings import RULES, findings_of
 from dwc.report.results import AVERAGE, INTEREST, Results, read_results
 from dwc.report.words import DASH, count, number, p_value, points, printed
 
@@ -63,7 +63,7 @@ def write_report(out: str | Path) -> Path:
     page = _template().render(
         title=_TITLE,
         about=_about(results),
-        findings=findings(results),
+        findings=findings_of(results),
         verdicts=RULES,
         sections=[part(results) for part in (_dice, _tests, _seeds, _speed, _slices, _classes, _calibration)]
         + list(_beyond(results)),
@@ -149,7 +149,7 @@ def _tests(results: Results) -> _Section:
 def _seeds(results: Results) -> _Section:
     title = "Differences seed by seed"
     if results.by_seed is None:
-        return _Section(title, ["This is one seed; --pool sets several side by side."])
+        return _Section(title, ["This is one seed; `dwc experiment --pool` compares several."])
     names = ["comparison", "columns"]
     table = results.by_seed.pivot_table(index=names, columns="seed", values="mean_difference", sort=False)
     body = [

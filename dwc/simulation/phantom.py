@@ -11,9 +11,9 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from dwc.data.labels import read_table
+from dwc.data.labels import read_tsv
 
-__all__ = ["phantom"]
+__all__ = ["make_phantom"]
 
 _CENTRE = np.array([0.0, -19.0, 5.0])  # mm, the place in the atlas' coordinates that comes to the middle of the volume
 _HEAD_SCALE = 0.93  # the atlas is larger than a median head
@@ -56,7 +56,7 @@ _VENTRICLES: tuple[tuple[float, _Chain], ...] = (  # radius is multiplied by the
 )
 
 
-def phantom(size: int = 64, voxel_size: float = 3.0, seed: int = 0) -> np.ndarray:
+def make_phantom(size: int = 64, voxel_size: float = 3.0, seed: int = 0) -> np.ndarray:
     """Label volume of a head, all 50 classes at 64^3 voxels of 3 mm and finer.
 
     Parameters
@@ -206,7 +206,7 @@ def _place_cerebellum(codes: np.ndarray, mirrored: np.ndarray, folds: np.ndarray
 
 def _parcel(mirrored: np.ndarray, cortex: np.ndarray) -> np.ndarray:
     """Class of each cortical voxel: the Desikan-Killiany parcel whose mean position is nearest."""
-    rows = read_table(str(files(__package__) / "dk_centroids.tsv"))
+    rows = read_tsv(str(files(__package__) / "dk_centroids.tsv"))
     centroids = np.array([[float(row[c]) for c in ("abs_x", "y", "z")] for row in rows])
     classes = np.array([int(row["class"]) for row in rows], np.uint8)
     return classes[cKDTree(centroids).query(mirrored[:, cortex].T)[1]]

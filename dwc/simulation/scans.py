@@ -25,8 +25,8 @@ from dwc.base.errors import InputError
 from dwc.base.files import write_whole
 from dwc.data.conform import load_labels
 from dwc.data.grid import Grid
-from dwc.data.labels import LabelMap, read_table
-from dwc.simulation.phantom import phantom
+from dwc.data.labels import LabelMap, read_tsv
+from dwc.simulation.phantom import make_phantom
 
 __all__ = ["Site", "load_sites", "mixed_site", "simulate", "write_site"]
 
@@ -78,7 +78,7 @@ def load_sites() -> dict[str, Site]:
     """The five simulated sites that stand for the paper's cohorts, by name."""
     tissues = set(_tissue_of_code())
     sites = {}
-    for row in read_table(str(files(__package__) / "sites.tsv")):
+    for row in read_tsv(str(files(__package__) / "sites.tsv")):
         name = row.pop("site")
         value = {column: float(cell) for column, cell in row.items()}
         means = {column: value.pop(column) for column in list(value) if column in tissues}
@@ -205,7 +205,7 @@ def _seed(seed: int, site: Site, number: int, purpose: int) -> int:
 
 def _phantoms(site: Site, n_train: int, n_test: int, grid: Grid, seed: int) -> Iterator[tuple[str, str, np.ndarray]]:
     for number in range(n_train + n_test):
-        codes = phantom(grid.size, grid.voxel_size, seed=_seed(seed, site, number, 1))
+        codes = make_phantom(grid.size, grid.voxel_size, seed=_seed(seed, site, number, 1))
         yield f"{site.name}{number:03d}", "train" if number < n_train else "test", codes
 
 
@@ -241,7 +241,7 @@ def _load_anatomy(path: Path, grid: Grid) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _tissue_of_code() -> tuple[str, ...]:
-    return tuple(row["tissue"] for row in read_table(str(files(__package__) / "tissues.tsv")))
+    return tuple(row["tissue"] for row in read_tsv(str(files(__package__) / "tissues.tsv")))
 
 
 def _warp(labels: np.ndarray, site: Site, voxel_size: float, rng: np.random.Generator) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dwc.data.grid import SIDE
+from dwc.data.constants import SIDE
 from dwc.meshnet import MeshNet
 from dwc.study.context import Study
 from dwc.study.graph import Network, with_parents

@@ -24,7 +24,6 @@ _COLUMNS = (
     "row", "kind", "network", "round", "sites", "S", "rule", "lambda", "seconds", "weight", "sigma_ratio",
     "log_likelihood", "validation_dice", "chosen",
 )  # fmt: skip
-_SUB_VOLUME = 32  # voxels along its edge; dwc.data.grid.SIDE, whose module imports numpy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +156,6 @@ class StudySettings(ComputeSettings, NetworkSettings):
             self._check_by_site("manifests", self.all_sites)
             self._require("anatomies", self.anatomies is None, "`manifests` are given too; leave one of the two out")
         self._require_positive("n_samples", "rounds")
-        self._require("grid_size", self.grid_size % _SUB_VOLUME == 0, f"give a multiple of {_SUB_VOLUME} voxels")
 
     def _check_by_site(self, name: str, sites: tuple[str, ...]) -> None:
         values = getattr(self, name)
@@ -165,9 +163,10 @@ class StudySettings(ComputeSettings, NetworkSettings):
             *others, last = sites
             given = ", ".join(values)
             raise InputError(f"`{name}` {given}: give one for each of {', '.join(others)} and {last}, no other")
-        for site, n in values.items() if isinstance(values, Mapping) else {"": values}.items():
+        numbers = {f"{name}.{site}": n for site, n in values.items()} if isinstance(values, Mapping) else {name: values}
+        for each, n in numbers.items():
             if isinstance(n, int) and n < 1:
-                raise InputError(f"`{name}{site and '.'}{site}` {n}: give a positive number")
+                raise InputError(f"`{each}` {n}: give a positive number")
 
     @property
     def training_sites(self) -> tuple[str, ...]:

@@ -24,8 +24,8 @@ from dwc.base.seeds import seed_of
 from dwc.base.signals import Caught, catch_signals, ignore_signals
 from dwc.data.admission import check_before_training
 from dwc.data.cache import prepare
+from dwc.data.constants import SIDE
 from dwc.data.dataset import SubVolumes
-from dwc.data.grid import SIDE
 from dwc.data.sampling import PaperCubes, RandomCubes
 from dwc.meshnet import MeshNet
 from dwc.metrics.confusion import mean_dice
@@ -88,10 +88,9 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
                 [*specification.train_scans, *specification.test_scans],
                 specification.label_map, specification.grid, specification.cache_dir,
             )  # fmt: skip
-            data, held_out = (
-                prepare(scans, specification.label_map, specification.grid, specification.cache_dir)
-                for scans in (specification.train_scans, specification.test_scans)
-            )
+            where = specification.label_map, specification.grid, specification.cache_dir
+            data = prepare(specification.train_scans, *where)
+            held_out = prepare(specification.test_scans, *where)
             specification = specification.with_data(data, held_out)
             specification.check_resumes(checkpoint)
             if ranks.is_main():

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, softplus
+from torch.nn.functional import cross_entropy
 
-from dwc_kernels import FFGConv3d, inverse_softplus
-
-__all__ = ["Objective", "SigmaProjection", "negative_log_prior"]
+__all__ = ["Objective", "negative_log_prior"]
 
 
 @dataclass(frozen=True)
@@ -65,35 +63,3 @@ def negative_log_prior(network: nn.Module) -> Tensor:
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv3d)]
     weights = [tensor for module in convolutions for tensor in (module.weight, module.bias) if tensor is not None]
     return torch.stack([weight.square().sum() for weight in weights]).sum() / 2
-
-
-class SigmaProjection:
-    """Keep every sigma at or below its prior's; call it after each optimizer step.
-
-    Clamps rho to the largest value whose softplus is a few units in the last place (2.4e-7 of sigma_0) below sigma_0.
-    Devices' softplus differ in the last bit, and sigma <= sigma_0 must hold exactly in fp32 on all of them. The
-    network's priors must be set already.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self._limits = [
-            (getattr(layer, f"{name}_rho"), _rho_limit(getattr(layer, f"prior_{name}_sigma")))
-            for layer in network.modules()
-            if isinstance(layer, FFGConv3d)
-            for name in ("weight", "bias")
-            if getattr(layer, f"{name}_mu") is not None
-        ]
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        for rho, limit in self._limits:
-            rho.clamp_(max=limit)
-
-
-def _rho_limit(sigma_0: Tensor) -> Tensor:
-    sigma = sigma_0.double()
-    rho = inverse_softplus(sigma).to(sigma_0.dtype)
-    bound = (sigma * (1 - 2.0**-22)).to(sigma_0.dtype)
-    while (above := softplus(rho) > bound).any():
-        rho = torch.where(above, torch.nextafter(rho, torch.full_like(rho, -torch.inf)), rho)
-    return rho

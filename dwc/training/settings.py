@@ -3,12 +3,14 @@
 `specification` resolves what they mean together with the files they name.
 """
 
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from dwc.base.settings import Settings
 from dwc.data.augmentation_settings import Augmentation
+from dwc.data.constants import SHIPPED, SIDE
 
 __all__ = ["ComputeSettings", "CubeSettings", "NetworkSettings", "OptimizerSettings", "TrainSettings"]
 
@@ -40,11 +42,13 @@ class NetworkSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("grid_size", "voxel_size", "width")
+        whole = self.grid_size is None or self.grid_size % SIDE == 0
+        self._require("grid_size", whole, f"give a multiple of {SIDE}, the edge of a sub-volume")
         if self.dilations is not None:
             valid = len(self.dilations) > 0 and min(self.dilations) > 0
             self._require("dilations", valid, "give positive numbers, such as [1,1,1,2,4,8,1]")
-        if self.label_map is not None and Path(self.label_map).is_file():
-            object.__setattr__(self, "label_map", str(Path(self.label_map).absolute()))
+        if self.label_map not in (None, *SHIPPED):  # a file, which a resumed run must find from another folder
+            object.__setattr__(self, "label_map", os.path.abspath(os.path.expanduser(self.label_map)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,10 @@ from dwc.base.devices import choose_device
 from dwc.base.errors import InputError
 from dwc.base.files import PARTS, canonical_json, sweep, write_whole
 from dwc.base.ranks import world_size
+from dwc.data.constants import SHIPPED, SIDE
 from dwc.data.dataset import SubVolumes
-from dwc.data.grid import SIDE, Grid
-from dwc.data.labels import SHIPPED, LabelMap
+from dwc.data.grid import Grid
+from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan, has_split_column, labelled, read_manifest
 from dwc.meshnet import DILATIONS, WIDTH, checked_architecture, describe
 from dwc.posterior import Posterior
@@ -162,8 +163,6 @@ def resolve(settings: TrainSettings, *, resume: bool = False) -> tuple[RunSpecif
     settings = replace(_inherit(settings, base), device="cuda" if device.type == "cuda" else "cpu")
     label_map = _label_map(settings.label_map or SHIPPED[0], base)
     grid = Grid(settings.grid_size or GRID.size, settings.voxel_size or GRID.voxel_size)
-    if grid.size % SIDE:
-        raise InputError(f"`grid_size` {grid.size}: give a multiple of {SIDE}, the edge of a sub-volume")
     if settings.batch_size < world_size():
         raise InputError(
             f"`batch_size` {settings.batch_size}: less than one sub-volume for each of the {world_size()} processes; "

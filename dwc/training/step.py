@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from dwc.meshnet import MeshNet
-from dwc.training.objective import Objective, SigmaProjection, negative_log_prior
+from dwc.training.objective import Objective, negative_log_prior
 from dwc.training.settings import OptimizerSettings
+from dwc_kernels import SigmaProjection
 
 __all__ = ["Optimization", "inner", "logits_of", "penalty_of"]
 

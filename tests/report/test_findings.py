@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dwc.report.findings import DOES_NOT_HOLD, HOLDS, NOT_SHOWN, NOT_TESTED, findings
+from dwc.report.findings import DOES_NOT_HOLD, HOLDS, NOT_SHOWN, NOT_TESTED, findings_of
 from dwc.report.results import read_results
 from dwc.study.statistics import paired_tests
 from tests.report.studies import CHAINS, DWC, ENSEMBLE, write_pooled, write_study
@@ -14,7 +14,7 @@ TRAINED = "H, N, B, W"
 
 
 def judged(out):
-    return findings(read_results(out))
+    return findings_of(read_results(out))
 
 
 def edit(path, where, **values):

@@ -3,30 +3,30 @@ import pytest
 from scipy import ndimage
 
 from dwc.data.labels import LabelMap
-from dwc.simulation.phantom import phantom
+from dwc.simulation.phantom import make_phantom
 
 COARSE = dict(zip(LabelMap.load("fifty").classes, LabelMap.load("coarse").classes, strict=True))
 
 
 @pytest.fixture(scope="module")
 def head() -> np.ndarray:
-    return phantom(64, 3.0, seed=0)
+    return make_phantom(64, 3.0, seed=0)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_head_has_all_fifty_classes_and_tissue_outside_the_brain(seed):
-    codes = phantom(64, 3.0, seed)
+    codes = make_phantom(64, 3.0, seed)
     assert (codes.dtype, codes.shape) == (np.uint8, (64, 64, 64))
     assert set(range(50)) | {52, 53, 55, 58} == set(np.unique(codes).tolist())
 
 
 def test_a_head_is_a_function_of_its_seed(head):
-    np.testing.assert_array_equal(head, phantom(64, 3.0, seed=0))
-    assert np.mean(head != phantom(64, 3.0, seed=1)) > 0.03
+    np.testing.assert_array_equal(head, make_phantom(64, 3.0, seed=0))
+    assert np.mean(head != make_phantom(64, 3.0, seed=1)) > 0.03
 
 
 def test_finer_voxels_show_the_same_head(head):
-    fine = phantom(128, 1.5, seed=0)
+    fine = make_phantom(128, 1.5, seed=0)
     for klass in (1, 2, 5, 7, 9, 4):
         volume = [np.sum(codes == klass) * voxel**3 for codes, voxel in ((head, 3.0), (fine, 1.5))]
         assert volume[0] == pytest.approx(volume[1], rel=0.25)
@@ -53,7 +53,7 @@ def test_the_anatomy_lies_where_lia_voxels_say(head):
 
 
 def test_ventricles_differ_between_people():
-    volumes = [np.sum(phantom(64, 3.0, seed) == 2) for seed in range(8)]
+    volumes = [np.sum(make_phantom(64, 3.0, seed) == 2) for seed in range(8)]
     assert max(volumes) > 1.3 * min(volumes)
 
 

@@ -10,7 +10,7 @@ from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import read_manifest
 from dwc.simulation import scans
-from dwc.simulation.phantom import phantom
+from dwc.simulation.phantom import make_phantom
 from dwc.simulation.scans import load_sites, simulate, write_site
 
 SITES = load_sites()
@@ -19,7 +19,7 @@ GRID = Grid(32, 6.0)
 
 @pytest.fixture(scope="module")
 def head() -> np.ndarray:
-    return phantom(64, 3.0, seed=0)
+    return make_phantom(64, 3.0, seed=0)
 
 
 def test_there_are_five_sites_that_give_every_code_a_tissue():
@@ -135,7 +135,7 @@ def anatomies(tmp_path_factory):
     """Ten heads as label volumes, RAS and off the centre."""
     folder = tmp_path_factory.mktemp("anatomies")
     for n in range(10):
-        codes = np.roll(phantom(48, 4.0, seed=n), 4, axis=2)
+        codes = np.roll(make_phantom(48, 4.0, seed=n), 4, axis=2)
         volume = nib.as_closest_canonical(nib.Nifti1Image(codes, Grid(48, 4.0).affine(np.zeros(3))))
         nib.save(volume, folder / f"sub-{n:02d}.nii.gz")
     return folder

@@ -6,7 +6,7 @@ import yaml
 
 from dwc.base.errors import InputError
 from dwc.cli import main
-from dwc.report.findings import NOT_TESTED, findings
+from dwc.report.findings import NOT_TESTED, findings_of
 from dwc.report.results import read_results
 from dwc.simulation.scans import load_sites
 from dwc.study import beyond, demo, paper
@@ -41,7 +41,7 @@ def test_one_site_and_none_unseen_give_a_whole_study_without_chains(one_site):
 
 
 def test_findings_on_unseen_sites_and_chains_are_untested_where_a_study_has_none(one_site):
-    found = findings(read_results(one_site))
+    found = findings_of(read_results(one_site))
     assert found[1].verdict == found[2].verdict == found[3].verdict == NOT_TESTED
     assert found[1].evidence == "The study has no unseen site."
     page = (one_site / "report.html").read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def test_five_sites_and_two_unseen_have_chains_through_all_and_a_test_on_each_un
     assert table.notna().all(axis=None)
     tests = pd.read_csv(tmp_path / "tests.csv")
     assert set(tests["columns"]) == {", ".join(("Oslo", *FIVE)), "A", "Ulm"}
-    found = findings(read_results(tmp_path))
+    found = findings_of(read_results(tmp_path))
     assert found[1].claim.endswith("on every unseen site (A, Ulm).")
     assert "Ulm (unseen)" in (tmp_path / "report.html").read_text(encoding="utf-8")
 

@@ -7,7 +7,8 @@ from torch.nn.functional import cross_entropy, softplus
 
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
-from dwc.training.objective import Objective, SigmaProjection, negative_log_prior
+from dwc.training.objective import Objective, negative_log_prior
+from dwc_kernels import SigmaProjection
 
 N, M, SIDE = 7, 3, 4
 V = SIDE**3
