@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        return _end(f"dwc {name} needs {error.name}: pip install 'dwc[{extra}]'", 2)
+        return _end(f"dwc {name} needs {error.name}: pip install '.[{extra}]' in the clone of dwc", 2)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return _end("too many open files; raise the limit with `ulimit -n`", 2)

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -287,15 +288,17 @@ class Consolidation:
             )
 
 
-def consolidate(prior: Posterior, posteriors: Iterable[Posterior], *, temper: float = 1.0) -> Posterior:
+def consolidate(
+    prior: Posterior | str | Path, posteriors: Iterable[Posterior | str | Path], *, temper: float = 1.0
+) -> Posterior:
     """Consolidate sites' posteriors into prior^(1 - S lambda) prod_s q_s^lambda; lambda = 1 is Eq. 17.
 
     Parameters
     ----------
-    prior : Posterior
+    prior : Posterior or path
         The posterior from which every site trained.
-    posteriors : iterable of Posterior
-        One per site, read one at a time: a generator keeps memory constant.
+    posteriors : iterable of Posterior or path
+        One per site; files are read one at a time, so that memory does not grow with the number of sites.
     temper : float
         lambda > 0: 1/S takes the geometric mean of S sites, above 1 trusts the sites more than Eq. 17 does.
 
@@ -304,10 +307,20 @@ def consolidate(prior: Posterior, posteriors: Iterable[Posterior], *, temper: fl
     Posterior
         In fp32, computed in fp64. With one site and lambda = 1 it is that site's.
     """
-    consolidation = Consolidation(prior).tempered(temper)
+    consolidation = Consolidation(_read(prior, "prior")).tempered(temper)
+    if isinstance(posteriors, Posterior | str | Path):
+        raise InputError("`posteriors`: give a list of posteriors or of their files, one per site")
     for site in posteriors:
-        consolidation.add(site)
+        consolidation.add(_read(site, "posteriors"))
     return consolidation.posterior()
+
+
+def _read(given: Posterior | str | Path, name: str) -> Posterior:
+    if isinstance(given, str | Path):
+        return Posterior.load(given)
+    if not isinstance(given, Posterior):
+        raise InputError(f"`{name}` {given!r}: give a posterior or its file")
+    return given
 
 
 def _check_power(name: str, power: float) -> None:

@@ -96,7 +96,7 @@ def evaluate(
     progress : bool
         Show progress bars.
     """
-    settings = settings or PredictionSettings()
+    settings = PredictionSettings.check_type(settings or PredictionSettings(), "settings")
     device = choose_device(settings.device)
     ensemble = network if isinstance(network, Ensemble) else load_networks(network, settings.label_map)
     scans = scans_to_score(

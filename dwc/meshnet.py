@@ -47,8 +47,11 @@ def checked_architecture(posterior: Posterior) -> dict[str, Any]:
         what = "unknown" if min(odd) in theirs else "missing"
         raise InputError(f"{posterior.name}: its architecture's {min(odd)!r} is {what}; write it again with dwc train")
     for key, value in theirs.items():
-        numbers = [value] if key != "dilations" else value if isinstance(value, list) and value else [None]
-        if key != "network" and not all(type(number) is int and number > 0 for number in numbers):
+        if key == "network":
+            continue
+        numbers = value if isinstance(value, list) else [value]
+        is_list = isinstance(value, list) == (key == "dilations")
+        if not (numbers and is_list and all(type(number) is int and number > 0 for number in numbers)):
             raise InputError(
                 f"{posterior.name}: its architecture's {key} is {str(value)[:40]!r}; write it again with dwc train"
             )

@@ -56,7 +56,7 @@ def predict(
     progress : bool
         Show a progress bar.
     """
-    settings = settings or PredictionSettings()
+    settings = PredictionSettings.check_type(settings or PredictionSettings(), "settings")
     ensemble = network if isinstance(network, Ensemble) else load_networks(network, settings.label_map)
     path = find_scan(scan)
     image = conform_image(path, ensemble.grid)

@@ -84,7 +84,9 @@ def test_a_missing_extra_is_one_line_that_names_it(module, extra, monkeypatch, c
 
     monkeypatch.setattr(importlib, "import_module", absent)
     assert cli.main(["experiment"]) == 2
-    assert capsys.readouterr().err == f"dwc: dwc experiment needs {module}: pip install 'dwc[{extra}]'\n"
+    assert (
+        capsys.readouterr().err == f"dwc: dwc experiment needs {module}: pip install '.[{extra}]' in the clone of dwc\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ from functools import cache, reduce
 from numbers import Integral, Real
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dwc.base.errors import InputError
 
 __all__ = ["Settings"]
+
+_S = TypeVar("_S", bound="Settings")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ class Settings:
         for name in names:
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "give a positive number")
+
+    @classmethod
+    def check_type(cls: type[_S], value: Any, name: str) -> _S:
+        """Return the value if it is settings of this class, for functions that take them."""
+        if not isinstance(value, cls):
+            raise InputError(f"`{name}` {value!r}: give {cls.__name__}(...)")
+        return value
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain values, from which they can be made again."""

@@ -58,7 +58,7 @@ class Parser(ArgumentParser):
             negated = _declared(re.sub("^--no[-_]", "--", name), actions)
             if name in actions and _is_boolean(actions[name]) and not equals and words[i + 1 : i + 2] not in _WORDS:
                 yield f"{name}=true"
-            elif name not in actions and negated in actions and _is_boolean(actions[negated]):
+            elif name not in actions and negated in actions and _is_boolean(actions[negated]) and not equals:
                 yield f"{negated}=false"
             else:
                 yield name + equals + value
@@ -167,8 +167,18 @@ def _in_short(message: str, parser: ArgumentParser) -> str:
         close = get_close_matches(unknown[1].replace("-", "_").replace("__", "--", 1), known, 1)
         hint = f"; did you mean {close[0].replace('_', '-')}?" if close else ""
         return f"no option {unknown[1]}{hint}"
+    if wrong := re.match(r"""Parser key "config": File does not exist: '(.+)'""", line):
+        return f"--config {wrong[1]}: no such file"
+    if wrong := re.match(r"""Parser key "([\w.]+)": Unable to load config '(.+?)'""", line):
+        name = wrong[1].replace("_", "-")
+        return f"--{name} {wrong[2]}: give its settings, in a YAML file or one by one (--{name}.NAME)"
+    if wrong := re.match(r"Option '(.+)' is not accepted", line):
+        return f"there is no setting {wrong[1]!r}, in the file of --config"
+    if wrong := re.match(r'expected "(\w+)" to be one of \{(.+?)\}', line):
+        return f"give a {wrong[1]}: {wrong[2].replace(',', ', ').replace(',  ...', ' and more')}"
     if wrong := _WRONG_TYPE.match(line):
-        return f"--{wrong[1].replace('_', '-')} {wrong[3]}: expected {wrong[2]}"
+        expected = "a list, such as [1,1,2]" if wrong[2] in ("tuple", "list") else wrong[2]
+        return f"--{wrong[1].replace('_', '-')} {wrong[3]}: expected {expected}"
     if wrong := _WRONG_CHOICE.match(line):
         choices = wrong[2].replace("'", "")
         return f"--{wrong[1].replace('_', '-')} {wrong[3]}: choose one of {choices}"

@@ -64,8 +64,13 @@ def main(arguments: Sequence[str]) -> None:
 
     out = check_suffix(values.out)
     choose = _chooser(values) if values.temper == "auto" else None
-    if choose is None and values.data is not None:
-        raise InputError(f"`data` {values.data}: is for `temper` auto only; leave it out or give `temper` auto")
+    if choose is None:
+        defaults = {"data": None, "validation_sub_volumes": 256, "label_map": None, "cache_dir": None, "device": "auto"}
+        for name, default in defaults.items():
+            if values[name] != default:
+                raise InputError(f"`{name}` {values[name]}: is for `temper` auto only; leave it out or give that")
+    elif values.validation_sub_volumes < 1:
+        raise InputError(f"`validation_sub_volumes` {values.validation_sub_volumes}: give a positive number")
     if values.leave_one_out and choose is None:
         raise InputError("`leave_one_out`: needs the organization's scans; give `temper` auto and `data`")
     prior = Posterior.load(values.prior)

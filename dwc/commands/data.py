@@ -2,19 +2,57 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from dwc.base.errors import InputError
-from dwc.commands.arguments import new_parser, parse
+from dwc.base.settings import Settings
+from dwc.commands.arguments import add_settings, new_parser, parse
+from dwc.data.constants import SIDE
 
 if TYPE_CHECKING:
     from dwc.data.checks import CheckedScan
     from dwc.data.labels import LabelMap
 
 __all__ = ["main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings(Settings):
+    """What scans are checked against.
+
+    Parameters
+    ----------
+    label_map
+        fifty, coarse, or a TSV of FreeSurfer ids and classes.
+    grid_size
+        Voxels along each edge of the conformed volume.
+    voxel_size
+        Millimetres.
+    split_seed
+        Seed of the split, where the manifest has no split column.
+    test_fraction
+        Share of the subjects held out then.
+    threads
+        By default one per core, up to 8.
+    """
+
+    label_map: str = "fifty"
+    grid_size: int = 256
+    voxel_size: float = 1.0
+    split_seed: int = 0
+    test_fraction: float = 0.1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("grid_size", "voxel_size", "threads")
+        self._require("grid_size", self.grid_size % SIDE == 0, f"give a multiple of {SIDE}, the edge of a sub-volume")
+        self._require("split_seed", self.split_seed >= 0, "give a number >= 0")
+        self._require("test_fraction", 0 <= self.test_fraction < 1, "give a share in [0, 1)")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,12 +67,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help="manifest CSV, BIDS data set or folder of volumes")
-    parser.add_argument("--label_map", type=str, default="fifty", help="fifty, coarse or a TSV, as for training")
-    parser.add_argument("--grid_size", type=int, default=256, help="voxels along each edge of the grid")
-    parser.add_argument("--voxel_size", type=float, default=1.0, help="edge of the grid's voxels, mm")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, where the manifest has no split column")
-    parser.add_argument("--test_fraction", type=float, default=0.1, help="part of the subjects held out")
-    parser.add_argument("--workers", type=int | None, default=None, help="threads; by default one per core, up to 8")
+    add_settings(parser, CheckSettings)
     parser.add_argument("--json", type=bool, default=False, help="print JSON instead of a table")
 
 
@@ -44,9 +77,10 @@ def _check(values: Namespace) -> None:
     from dwc.data.labels import LabelMap
     from dwc.data.manifest import read_manifest
 
-    grid, label_map = Grid(values.grid_size, values.voxel_size), LabelMap.load(values.label_map)
-    scans = read_manifest(values.data, seed=values.seed, test_fraction=values.test_fraction)
-    checked = check_scans(scans, grid, label_map, workers=values.workers)
+    settings = CheckSettings(**{name: values[name] for name in CheckSettings.__dataclass_fields__})
+    grid, label_map = Grid(settings.grid_size, settings.voxel_size), LabelMap.load(settings.label_map)
+    scans = read_manifest(values.data, seed=settings.split_seed, test_fraction=settings.test_fraction)
+    checked = check_scans(scans, grid, label_map, workers=settings.threads)
     n_refused = sum(one.is_refused for one in checked)
     n_odd = sum(bool(one.findings) and not one.is_refused for one in checked)
     n_labelled = sum(one.scan.label is not None for one in checked)

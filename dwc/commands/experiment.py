@@ -67,6 +67,6 @@ def parse_study(
 def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--study", type=Literal[STUDIES], default="paper", help="the paper's, or one beyond it")
     parser.add_argument("--preset", default="cpu", help=f"settings that ship with dwc: {', '.join(PRESETS)}")
-    parser.add_argument("--only", nargs="*", default=[], metavar="ROW", help="rows to train and score, as printed")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="rows to train and score, as printed")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long; write nothing")
-    parser.add_argument("--pool", type=Path, nargs="*", default=[], metavar="OUT", help="folders of other seeds")
+    parser.add_argument("--pool", type=Path, nargs="+", default=[], metavar="OUT", help="folders of other seeds")

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
         steps.add_subcommand(name, step, help=step.description)
     values = parse(parser, arguments)
     if find_spec("nvflare") is None:
-        raise InputError("NVIDIA FLARE is not installed: pip install '.[federated]' in the clone of dwc")
+        raise ModuleNotFoundError("NVIDIA FLARE is not installed", name="nvflare")
     own = values[values.step]
     own.pop("config", None)
     _STEPS[values.step][1](own)

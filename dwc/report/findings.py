@@ -25,7 +25,7 @@ __all__ = [
     "SMALLEST",
     "UNIT",
     "Finding",
-    "findings",
+    "findings_of",
 ]
 
 MARGIN = 0.01  # Dice; "not below" allows for less than that

@@ -76,6 +76,7 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
     Interrupted
         After SIGINT or SIGTERM, with a complete checkpoint on disk.
     """
+    TrainSettings.check_type(settings, "settings")
     with ranks.joined():
         specification, checkpoint = resolve(settings, resume=resume)
         ranks.barrier()  # before any rank writes where another still looks

@@ -3,7 +3,6 @@
 Whether a run may resume is decided by its identity: everything that determines the bits of the result.
 """
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,7 +15,7 @@ import yaml
 
 from dwc.base.devices import choose_device
 from dwc.base.errors import InputError
-from dwc.base.files import PARTS, canonical_json, sweep, write_whole
+from dwc.base.files import PARTS, sweep, write_whole
 from dwc.base.ranks import world_size
 from dwc.data.constants import SHIPPED, SIDE
 from dwc.data.dataset import SubVolumes
@@ -26,7 +25,7 @@ from dwc.data.manifest import Scan, has_split_column, labelled, read_manifest
 from dwc.meshnet import DILATIONS, WIDTH, checked_architecture, describe
 from dwc.posterior import Posterior
 from dwc.training.settings import CubeSettings, TrainSettings
-from dwc.training.state import Checkpoint, load_checkpoint
+from dwc.training.state import Checkpoint, fingerprint_of, load_checkpoint
 
 __all__ = ["LOCK", "RunSpecification", "labelled_scans", "resolve"]
 
@@ -102,7 +101,7 @@ class RunSpecification:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the identity, in hex."""
-        return hashlib.sha256(canonical_json(self.identity).encode()).hexdigest()
+        return fingerprint_of(self.identity)
 
     def with_data(self, train: SubVolumes, test: SubVolumes) -> "RunSpecification":
         """The specification with the digests of its prepared data."""
@@ -110,7 +109,7 @@ class RunSpecification:
 
     def check_resumes(self, checkpoint: Checkpoint | None) -> None:
         """Refuse the checkpoint of a different run, naming the differences; data are compared once prepared."""
-        if checkpoint is None:
+        if checkpoint is None or checkpoint.fingerprint == self.fingerprint:
             return
         ours, theirs = dict(self.identity), dict(checkpoint.identity)
         our_data, their_data = ours.pop("data", None), theirs.pop("data", None) or {}

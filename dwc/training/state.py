@@ -1,5 +1,7 @@
 """Checkpoints of a training run: network, Adam's moments and the run's state in one file, written atomically."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dwc.base.errors import InputError
-from dwc.base.files import load_tensors, save_tensors
+from dwc.base.files import canonical_json, load_tensors, save_tensors
 from dwc.training.plateau import Plateau
 
-__all__ = ["Checkpoint", "State", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "State", "fingerprint_of", "load_checkpoint", "save_checkpoint"]
 
 _FORMAT = 1
 
@@ -44,6 +46,11 @@ class Checkpoint:
         """The identity of the run that wrote it."""
         return self.values["identity"]
 
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the run that wrote it."""
+        return fingerprint_of(self.identity)
+
     def state(self) -> State:
         return State(**{**self.values, "plateau": Plateau(**self.values["plateau"])})
 
@@ -62,6 +69,11 @@ class Checkpoint:
                 _, index, slot = name.split(".")
                 moments.setdefault(int(index), {})[slot] = tensor
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
+    """SHA-256, hex, of a run's identity."""
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
 
 
 def save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
