@@ -65,7 +65,7 @@ def test_values_of_other_libraries_and_of_yaml_become_the_declared_types():
         ({"dilations": [1, "x"]}, "`dilations` .*: give a whole number"),
         ({"counts": {"a": "b"}}, "`counts` .*: give a whole number"),
         ({"temper": "x"}, "`temper` 'x': give a number"),
-        ({"part": 3}, "`part` 3: give an instance of Part"),
+        ({"part": 3}, "`part` 3: give its settings, as a mapping"),
         ({"other": {"steps": 0}}, "`other.steps` 0: give a positive number"),
         ({"other": {"stepz": 1}}, "`other.stepz`: there is no such setting; the settings are steps"),
     ],
