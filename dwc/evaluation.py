@@ -153,8 +153,8 @@ def scans_to_score(
         training = posterior.metadata.get("training") or {}
         if split_is_open and not training:
             raise InputError(
-                f"{posterior.name}: does not tell the split that it was trained on, as consolidated networks do not; "
-                f"give {manifest} a split column, or `split_seed` and `test_fraction` as its sites had them"
+                f"{posterior.name}: does not say which split it was trained on, as consolidated networks never do; "
+                f"add a split column to {manifest}, or give the `split_seed` and `test_fraction` of its sites"
             )
         seed = training.get("seed", 0) if split_seed is None else split_seed
         fraction = training.get("test_fraction", 0.1) if test_fraction is None else test_fraction
@@ -164,7 +164,7 @@ def scans_to_score(
     for name, others in splits[1:]:
         if {scan.image for scan in others} != {scan.image for scan in scans}:
             raise InputError(
-                f"{manifest}: {name} was trained on another split of it than {first}; give the manifest a split column"
+                f"{manifest}: {name} was trained on another split of it than {first}; add a split column to it"
             )
     if not scans:
         raise InputError(f"{manifest}: has no scan to {split} on; set split to {split} for some, or give `split` all")
@@ -193,7 +193,7 @@ def score_volumes(
         )  # fmt: skip
         counts = CalibrationCounts(data.label_map.n_classes)
         counts.add(prediction.confidence, prediction.entropy, prediction.labels == truth)
-        assert truth is not None  # `scans_to_score` has refused scans without labels
+        assert truth is not None  # `scans_to_score` refuses scans without labels
         confusion = confusion_matrix(truth, prediction.labels, data.label_map.n_classes)
         scores.append(Score(scan, confusion, counts.frame()))
     return scores

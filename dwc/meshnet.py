@@ -47,8 +47,10 @@ def checked_architecture(posterior: Posterior) -> dict[str, Any]:
         what = "unknown" if min(odd) in theirs else "missing"
         raise InputError(f"{posterior.name}: its architecture's {min(odd)!r} is {what}; write it again with dwc train")
     for key, value in theirs.items():
-        numbers = [value] if key != "dilations" else value if isinstance(value, list) and value else [None]
-        if key != "network" and not all(type(number) is int and number > 0 for number in numbers):
+        if key == "network":
+            continue
+        numbers = value if key == "dilations" else [value]
+        if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n > 0 for n in numbers):
             raise InputError(
                 f"{posterior.name}: its architecture's {key} is {str(value)[:40]!r}; write it again with dwc train"
             )
@@ -95,7 +97,7 @@ class MeshNet(nn.Module):
             in_channels = width
         self.layers.append(convolution(in_channels, n_classes, 1))
         for layer in self.layers:
-            # He et al. 2015: keeps the variance of activations from layer to layer under ReLU; the last has none.
+            # He et al. 2015: preserves the variance of activations under ReLU; the last layer has none.
             gain: Literal["linear", "relu"] = "linear" if layer is self.layers[-1] else "relu"
             nn.init.kaiming_normal_(getattr(layer, mean), nonlinearity=gain)
             nn.init.zeros_(getattr(layer, "bias_mu" if bayesian else "bias"))
@@ -115,7 +117,7 @@ class MeshNet(nn.Module):
         again = self.activation_checkpointing and torch.is_grad_enabled()
 
         def hidden(layer: nn.Module, x: Tensor) -> Tensor:
-            return relu(layer(x, **options), inplace=True)  # neither layer keeps its output for the backward
+            return relu(layer(x, **options), inplace=True)  # safe: no layer needs its output in the backward pass
 
         for layer in self.layers[:-1]:
             x = checkpoint(hidden, layer, x, use_reentrant=False) if again else hidden(layer, x)

@@ -26,8 +26,8 @@ from dwc.posterior import Posterior
 
 __all__ = ["Ensemble", "Prediction", "load_networks", "predict_volume"]
 
-_SLAB = 1 << 16  # voxels whose classes are told at a time
-_FREE_PART = 0.5  # of the memory that is free, for a block where no limit is given
+_SLAB = 1 << 16  # voxels classified at a time
+_FREE_PART = 0.5  # of the free memory, for a block, by default
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def load_networks(
                 theirs, ours = posterior.metadata.get(key), first.metadata[key]
                 raise InputError(
                     f"{posterior.name}: its {key.replace('_', ' ')} {brief(theirs)} is not {brief(ours)} as in "
-                    f"{first.name}; give an ensemble networks trained alike"
+                    f"{first.name}; give networks that share it"
                 )
         if network.architecture["n_classes"] != classes.n_classes:
             raise InputError(
@@ -165,7 +165,7 @@ def predict_volume(
                     probability = _classify(features[part], *weights[-1]).softmax(dim=-1)
                     count += torch.bincount(probability.max(dim=-1).indices.flatten(), minlength=n_classes).cpu()
                     mean[part].add_(probability, alpha=share)
-                del features  # before the next pass needs the memory
+                del features  # frees memory for the next pass
                 bar.update()
             for part in _slabs(block):
                 highest, chosen = mean[part].max(dim=-1)
@@ -210,7 +210,7 @@ def _label_map(posterior: Posterior, path: str | None) -> LabelMap:
     label_map = LabelMap.load(path or str(name))
     if label_map.sha256 != trained_on.get("sha256"):
         raise InputError(
-            f"{posterior.name}: was trained on another table of label map {name!r} than {path or 'the one of this dwc'}"
+            f"{posterior.name}: was trained on another table of label map {name!r} than {path or 'the shipped one'}"
             "; give the TSV it was trained on as `label_map`"
         )
     return label_map
@@ -221,8 +221,10 @@ def _grid(posterior: Posterior) -> Grid:
     try:
         grid = Grid(theirs["grid_size"], theirs["voxel_size"])
     except (KeyError, TypeError) as error:
-        raise InputError(f"{posterior.name}: names no preprocessing grid; give a network of dwc train") from error
+        raise InputError(f"{posterior.name}: names no preprocessing grid; give a network from dwc train") from error
     known = {"sub_volume": SIDE, "intensity": "z-score per volume"}
     if any(theirs.get(key) != value for key, value in known.items()) or grid.size % SIDE:
-        raise InputError(f"{posterior.name}: this dwc cannot preprocess {brief(theirs)}; use the dwc that trained it")
+        raise InputError(
+            f"{posterior.name}: this dwc cannot preprocess {brief(theirs)}; use the version that trained it"
+        )
     return grid

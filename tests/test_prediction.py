@@ -40,7 +40,7 @@ def image(edge: int = 64) -> np.ndarray:
 
 @torch.no_grad()
 def probabilities(net: MeshNet, volume: np.ndarray) -> np.ndarray:
-    """[n_classes, D, H, W] of a network at its means, in one pass, by a z-score of the test's own."""
+    """Probabilities [n_classes, D, H, W] of a network at its means, in one pass, with the test's own z-score."""
     return net(z_scored(volume), sample=False)[0].softmax(dim=0).numpy()
 
 
@@ -53,7 +53,7 @@ def entropy_of(p: np.ndarray) -> np.ndarray:
 
 
 def drawn(net: MeshNet) -> MeshNet:
-    """A plain network whose weights are drawn from a Bayesian one's, by PyTorch's generator."""
+    """A plain network with weights drawn from a Bayesian one, using PyTorch's generator."""
     plain = MeshNet(*list(net.architecture.values())[1:4], bayesian=False, weight_norm=False)
     for ours, theirs in zip(plain.layers, net.layers, strict=True):
         ours.weight.data = torch.normal(theirs.weight_mu, theirs.weight_sigma)

@@ -10,7 +10,7 @@ from dwc.base.locks import held
 __all__ = ["claimed"]
 
 _T = TypeVar("_T")
-_LOOK_S = 0.2
+_POLL_S = 0.2
 
 
 def claimed(
@@ -33,7 +33,8 @@ def claimed(
     lock
         A piece's lock file, held until the next piece is requested.
     """
-    left, told = list(work), False
+    left = list(work)
+    announced = False
     while left := [piece for piece in left if not is_done(piece)]:
         for piece in filter(is_ready, left):
             with held(lock(piece)) as mine:
@@ -41,7 +42,7 @@ def claimed(
                     yield piece
                     break
         else:
-            if not told:
-                print("waiting for what another process is at", flush=True)
-            told = True
-            time.sleep(_LOOK_S)
+            if not announced:
+                print("waiting for work that another process holds", flush=True)
+            announced = True
+            time.sleep(_POLL_S)

@@ -7,7 +7,7 @@ import pandas as pd
 
 __all__ = ["BINS", "CalibrationCounts", "error_detection_auc", "expected_calibration_error"]
 
-BINS = 20  # of confidence and of entropy
+BINS = 20  # of confidence, and of entropy
 
 
 class CalibrationCounts:
@@ -32,7 +32,7 @@ class CalibrationCounts:
             bool, whether the prediction is correct.
         """
         if not confidence.shape == entropy.shape == correct.shape:
-            raise ValueError(f"shapes {confidence.shape}, {entropy.shape} and {correct.shape} are not one")
+            raise ValueError(f"shapes {confidence.shape}, {entropy.shape} and {correct.shape} differ")
         for kind, values in (("confidence", confidence), ("entropy", entropy)):
             values = values.ravel()
             places = np.clip(values * (BINS / self._highest[kind]), 0, BINS - 1).astype(np.intp)

@@ -49,12 +49,12 @@ def paired_test(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if first.shape != second.shape or first.ndim != 1:
-        raise ValueError(f"paired scores are two lists of one length, not of shapes {first.shape} and {second.shape}")
+        raise ValueError(f"paired scores must be two lists of equal length, not shapes {first.shape}, {second.shape}")
     both = np.isfinite(first) & np.isfinite(second)
     first, second = first[both], second[both]
     difference = first - second
     n, mean = len(difference), float(difference.mean()) if len(difference) else math.nan
-    if n < 2 or np.ptp(difference) <= 1e-12 * np.abs(difference).max():  # no spread but that of rounding
+    if n < 2 or np.ptp(difference) <= 1e-12 * np.abs(difference).max():  # nothing but rounding
         return PairedTest(n, mean, *[math.nan] * 5)
     test = stats.ttest_rel(first, second)
     effect_size = mean / difference.std(ddof=1)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows_of(out: Path) -> list[dict]:
-    """The log without what a clock says."""
+    """The log without its timings."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
@@ -128,7 +128,7 @@ def test_a_run_folder_is_one_runs_at_a_time(settings, tmp_path, monkeypatch):
 
 
 def test_a_run_that_waited_for_another_in_its_folder_does_not_overwrite_it(settings, tmp_path, monkeypatch):
-    """Both found the folder empty; the second one gets the lock when the first has ended."""
+    """Both runs found the folder empty; the second gets the lock when the first ends."""
     first, second = (replace(settings, epochs=1, out=tmp_path / "run", seed=seed) for seed in (0, 1))
     alone = loop._alone_in
 
@@ -362,7 +362,7 @@ def test_a_base_whose_header_makes_no_network_is_refused_by_name(settings, netwo
     base = networks["map"]
     for architecture in ("MeshNet", {**base.metadata["architecture"], "dilations": 3}):
         odd = Posterior(base.mu, {}, {**base.metadata, "architecture": architecture})
-        save_tensors(path, dict(odd._tensors()), odd.metadata)  # which `save` would refuse
+        save_tensors(path, dict(odd._tensors()), odd.metadata)  # `save` would refuse this
         with pytest.raises(InputError, match=r"odd\.safetensors: its .*architecture"):
             train_network(replace(settings, init=path, out=tmp_path / "run", dilations=None))
 
