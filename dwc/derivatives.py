@@ -32,21 +32,16 @@ _GEOMETRY = (
 
 @dataclass(frozen=True)
 class Derivatives:
-    """Result files of one scan, all on its own grid.
+    """Result files of one scan, on its own grid.
 
     Attributes
     ----------
-    labels : Path
-        `<stem>_dseg.nii.gz`, label ids.
-    table : Path
-        `<stem>_dseg.tsv`, index (label id) and name of each class.
-    entropy : Path
-        `<stem>_entropy.nii.gz`, float32, nats.
+    labels, table, entropy, picture : Path
+        `<stem>_dseg.nii.gz`, label ids; `<stem>_dseg.tsv`, index (label id) and name of each class;
+        `<stem>_entropy.nii.gz`, float32, nats; `<stem>_overlay.png`.
     volumes : Path
         `<stem>_volumes.tsv`, index, name and volume_mm3 of each class, and sd_mm3, its standard deviation over the
         draws, which is counted on the conformed grid; n/a with fewer than two draws.
-    picture : Path
-        `<stem>_overlay.png`.
     """
 
     labels: Path

@@ -88,14 +88,10 @@ def evaluate(
         A posterior or its file, several for an ensemble, or the result of `load_networks`.
     data : path
         Manifest or BIDS folder, with labels.
-    settings : PredictionSettings, optional
-        Samples, seed, device, precision, memory.
     split, split_seed, test_fraction
         Which scans, see `scans_to_score`.
     cache_dir : path, optional
         Folder for conformed scans; a temporary one by default.
-    progress : bool
-        Show progress bars.
     """
     settings = settings or PredictionSettings()
     device = choose_device(settings.device)
@@ -132,20 +128,11 @@ def scans_to_score(
     split_seed: int | None = None,
     test_fraction: float | None = None,
 ) -> list[Scan]:
-    """The labelled scans in one part of a manifest's split, as the networks were trained on it.
+    """The labelled scans in a part of a manifest's split ("test", "train" or "all") as the networks were trained on it.
 
     A split column in the manifest decides. Without one, the split is made again from the seed and test fraction in the
-    networks' headers, on which they must agree.
-
-    Parameters
-    ----------
-    manifest, posteriors
-        The data, and the networks to score.
-    split : {"test", "train", "all"}
-        Which part.
-    split_seed, test_fraction
-        Override the headers. A consolidated network's header has neither, so that the seed must be given; the fraction
-        is then 0.1 by default.
+    networks' headers, on which they must agree, or from `split_seed` and `test_fraction`. A consolidated network's
+    header has neither, so that the seed must be given; the fraction is then 0.1 by default.
     """
     split_is_open = split != "all" and split_seed is None and not has_split_column(manifest)
     splits: list[tuple[str, list[Scan]]] = []

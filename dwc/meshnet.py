@@ -62,12 +62,8 @@ class MeshNet(nn.Module):
 
     Parameters
     ----------
-    n_classes, in_channels : int
-        Output and input channels.
     width : int
         Filters of each hidden layer.
-    dilations : sequence of int
-        Dilation of each hidden layer.
     bayesian : bool
         Use `FFGConv3d` with an N(0, 1) prior and sigma = 1e-3, instead of `torch.nn.Conv3d`.
     weight_norm : bool
@@ -136,18 +132,10 @@ class MeshNet(nn.Module):
     def block_features(self, image: Tensor, block: Region, weights: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         """The last layer's input in a block, [d, h, w, width]; equal to a pass over the whole image but for rounding.
 
-        Each layer is computed on the margin that the next layers need. Along an axis where the margin reaches the
-        image's edge, every layer keeps that extent and is zero-padded. That is correct at the edge, and errors from the
-        margin's other side do not reach the block.
-
-        Parameters
-        ----------
-        image : Tensor
-            The whole image, [in_channels, D, H, W].
-        block : Region
-            Three slices of it, of shape d, h, w.
-        weights : sequence of (Tensor, Tensor or None)
-            From `convolutions`.
+        `image` is the whole one, [in_channels, D, H, W]; `weights` come from `convolutions`. Each layer is computed on
+        the margin that the next layers need. Along an axis where the margin reaches the image's edge, every layer keeps
+        that extent and is zero-padded. That is correct at the edge, and errors from the other side do not reach the
+        block.
         """
         dilations = self.architecture["dilations"]
         reach = sum(dilations)

@@ -36,12 +36,9 @@ class Prediction:
 
     Attributes
     ----------
-    labels : ndarray
-        uint8, the most probable class.
-    entropy : ndarray
-        float32, entropy of the predictive distribution in nats, from 0 to ln n_classes.
-    confidence : ndarray
-        float32, the probability of the predicted class, from 1 / n_classes to 1.
+    labels, entropy, confidence : ndarray
+        uint8, the most probable class; float32, entropy of the predictive distribution, 0 to ln n_classes nats;
+        float32, probability of the predicted class.
     draws : ndarray
         int64 [n_draws, n_classes], voxels of each class in the segmentation of each draw alone: every draw of a
         Bayesian network, and each MAP network once. Their spread is the uncertainty of the volumes.
@@ -66,14 +63,10 @@ class Ensemble:
 def load_networks(
     networks: str | Path | Posterior | Sequence[str | Path | Posterior], label_map: str | None = None
 ) -> Ensemble:
-    """Read networks and check that they can predict together.
+    """Read networks from `dwc train` or `dwc consolidate` and check that they can predict together.
 
-    Parameters
-    ----------
-    networks : path, Posterior, or sequence of them
-        From `dwc train` or `dwc consolidate`; widths and dilations may differ, MAP and Bayesian networks may be mixed.
-    label_map : str, optional
-        The TSV that the networks were trained on, if it is not one shipped with dwc.
+    Widths and dilations may differ, and MAP and Bayesian networks may be mixed. `label_map` is the TSV that the
+    networks were trained on, if it is not one shipped with dwc.
     """
     given = [networks] if isinstance(networks, str | Path | Posterior) else networks
     if not given:

@@ -22,16 +22,9 @@ def claimed(
     """Yield the pieces of work that this process should do, one at a time, until every piece is done.
 
     Processes given the same work share it. A piece held by another process is skipped, and taken over if that process
-    ends without finishing it.
-
-    Parameters
-    ----------
-    work
-        The pieces, in order of preference.
-    is_done, is_ready
-        Whether a piece is done, as seen from any process; whether it can be started.
-    lock
-        A piece's lock file, held until the next piece is requested.
+    ends without finishing it. Pieces are in order of preference; `is_done` and `is_ready` say whether a piece is done,
+    as seen from any process, and can be started; `lock` names its lock file, which is held until the next piece is
+    requested.
     """
     left = list(work)
     announced = False

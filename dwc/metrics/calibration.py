@@ -24,12 +24,8 @@ class CalibrationCounts:
     def add(self, confidence: np.ndarray, entropy: np.ndarray, correct: np.ndarray) -> None:
         """Count the voxels of a volume; all arrays have the same shape, else ValueError.
 
-        Parameters
-        ----------
-        confidence, entropy : ndarray
-            Probability of the predicted class; entropy of the predictive distribution in nats.
-        correct : ndarray
-            bool, whether the prediction is correct.
+        `confidence` is the probability of the predicted class, `entropy` that of the predictive distribution in nats,
+        and `correct` (bool) whether the prediction is right.
         """
         if not confidence.shape == entropy.shape == correct.shape:
             raise ValueError(f"shapes {confidence.shape}, {entropy.shape} and {correct.shape} differ")

@@ -46,7 +46,7 @@ _WORKERS_END_S = 10.0  # a killed run's data workers keep its lock until they no
 
 
 def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior:
-    """Train a network and leave its run folder.
+    """Train a network and leave its run folder; returns what is in ``out/posterior.safetensors``.
 
     The folder holds config.yaml, checkpoint.safetensors, tensorboard/, posterior.safetensors and log.jsonl, whose lines
     are epochs: ``loss`` and ``nll`` (nats per voxel, means over the epoch's steps), ``penalty`` (nats; the KL, or -log
@@ -55,24 +55,11 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
     falling learning rate flattens any loss), and per Bayesian layer the medians of sigma/sigma_0 (``sigma_ratio``) and
     |mu - mu_0|/sigma_0 (``shift``).
 
-    Parameters
-    ----------
-    settings : TrainSettings
-        What to train, on which data, and the output folder.
-    resume : bool
-        Continue from the run folder's checkpoint, or from the start if it has none. The result is bitwise the same as
-        without the interruption, on the same machine with the same number of processes and threads.
-
-    Returns
-    -------
-    Posterior
-        The content of ``out/posterior.safetensors``; without standard deviations in mode map.
+    With `resume`, it continues from the folder's checkpoint, or from the start if there is none. The result is bitwise
+    the same as without the interruption, on the same machine with the same number of processes and threads.
 
     Raises
     ------
-    InputError
-        Before any work if the input is bad or another process is using the run folder; later if the loss diverges or
-        the disk is full.
     Interrupted
         After SIGINT or SIGTERM, with a complete checkpoint on disk.
     """
