@@ -62,8 +62,9 @@ def find_scan(path: str | Path) -> Path:
         is_folder = path.is_dir()
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
-    what = "is a folder; give scans" if is_folder else f"no such file, with or without {', '.join(_EXTENSIONS[:3])}"
-    raise InputError(f"{path}: {what}; check the path")
+    if is_folder:
+        raise InputError(f"{path}: is a folder; give scans")
+    raise InputError(f"{path}: no such file, with or without {', '.join(_EXTENSIONS[:3])}; check the path")
 
 
 def name_derivatives(scans: Sequence[Path], out: Path, *, overwrite: bool = False) -> list[Derivatives]:

@@ -84,8 +84,8 @@ def load_networks(
                 )
         if network.architecture["n_classes"] != classes.n_classes:
             raise InputError(
-                f"{posterior.name}: has {network.architecture['n_classes']} classes, its label map {classes.name} "
-                f"{classes.n_classes}; train it again"
+                f"{posterior.name}: has {network.architecture['n_classes']} classes, but its label map "
+                f"{classes.name} has {classes.n_classes}; train it again"
             )
         for twin in posteriors[:position]:
             if twin.sha256 == posterior.sha256:

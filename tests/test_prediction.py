@@ -284,7 +284,7 @@ def test_networks_of_another_label_map_or_grid_are_refused_naming_both(networks,
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"label_map": None}, "was trained on label map None; give its TSV as --label_map"),
+        ({"label_map": None}, "was trained on label map None; give its TSV as `label_map`"),
         ({"label_map": {"name": "mine", "sha256": "0"}}, "was trained on label map 'mine'; give its TSV"),
         ({"label_map": {"name": "fifty", "sha256": "0"}}, "another table of label map 'fifty'"),
         ({"preprocessing": None}, "names no preprocessing grid"),
@@ -292,7 +292,7 @@ def test_networks_of_another_label_map_or_grid_are_refused_naming_both(networks,
             {"preprocessing": {"grid_size": 32, "voxel_size": 1.0, "sub_volume": 16, "intensity": "z-score"}},
             "this dwc cannot preprocess",
         ),
-        ({"label_map": {"name": "fifty", "sha256": LabelMap.load("fifty").sha256}}, "has 9 classes, its label map"),
+        ({"label_map": {"name": "fifty", "sha256": LabelMap.load("fifty").sha256}}, "has 9 classes, but its label map"),
         ({"architecture": None}, "holds no MeshNet"),
     ],
 )

@@ -70,7 +70,7 @@ def joined() -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))):
             raise
         raise InputError(
-            "the processes of this run have lost each other; start it again, with `resume` if it is a training run "
+            "the processes of this run have lost contact; start it again, with `resume` if it is a training run "
             f"({textwrap.shorten(str(error), _MAX_CAUSE, placeholder=' ...')})"
         ) from error
     dist.destroy_process_group()  # not after an error, when other ranks may be gone

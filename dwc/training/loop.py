@@ -99,7 +99,7 @@ def _alone_in(out: Path) -> Iterator[None]:
         return
     with held(out / LOCK, _WORKERS_END_S) as alone:
         if not alone:
-            raise InputError(f"{out}: another dwc train is at work in it; wait until it has ended, or end it")
+            raise InputError(f"{out}: another dwc train is using it; wait until it ends, or stop it")
         yield
 
 

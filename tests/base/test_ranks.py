@@ -118,7 +118,7 @@ def test_a_killed_rank_ends_all_and_resuming_is_exact_to_the_bit(settings, tmp_p
 
     _, _, error = torchrun(PROGRAM, "mishap", 5, "SIGKILL", 0, *cut, n=3)
     remedy = "start it again, with --resume if it is a training run"
-    ends_in(error, rf"the processes of this run have lost each other; {remedy} \(.*gloo")
+    ends_in(error, rf"the processes of this run have lost contact; {remedy} \(.*gloo")
     assert exit_codes(error) <= {2, -9, -15}
     assert load_tensors(tmp_path / "cut" / "checkpoint.safetensors")[1]["state"]["step"] == 4
 
@@ -138,7 +138,7 @@ def test_ranks_that_outlive_their_launcher_keep_their_run_folder(settings, tmp_p
         assert len(orphans) == 2
         with monkeypatch.context() as patch:
             patch.setattr(loop, "_WORKERS_END_S", 0.0)
-            with pytest.raises(InputError, match="another dwc train is at work in it"):
+            with pytest.raises(InputError, match="another dwc train is using it"):
                 train_network(run, resume=True)
     finally:
         for pid in orphans:

@@ -121,7 +121,7 @@ def test_a_run_folder_is_one_runs_at_a_time(settings, tmp_path, monkeypatch):
     train_network(run)
     with held(tmp_path / "run" / ".lock"):
         before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
-        with pytest.raises(InputError, match=r"run: another dwc train is at work in it; wait until it has ended"):
+        with pytest.raises(InputError, match=r"run: another dwc train is using it; wait until it ends"):
             train_network(replace(run, epochs=2), resume=True)
         assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
     train_network(replace(run, epochs=2), resume=True)
@@ -428,7 +428,7 @@ def test_bf16_autocast_trains_close_to_fp32(settings, tmp_path):
     [
         ({"data": None}, "`data` None: give a path"),
         ({"out": None}, "`out` None: give a path"),
-        ({"mode": "vcl"}, "`mode` vcl: needs the posterior that it starts from; give `prior`"),
+        ({"mode": "vcl"}, "`mode` vcl: needs a posterior to start from; give `prior`"),
         ({"mode": "vi", "prior": "{vi}"}, "`mode` vi has the prior N.0, 1.; leave `prior` out"),
         ({"mode": "finetune", "prior": "{vi}", "init": "{map}"}, "starts from its prior; leave `init` out"),
         ({"mode": "vcl", "prior": "{map}"}, "is a MAP network; train one with `mode` vi"),
