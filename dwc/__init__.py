@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dwc.training.loop import train_network
     from dwc.training.settings import TrainSettings
 
-_HOME = {
+_MODULES = {
     "Consolidation": "dwc.consolidation",
     "Evaluation": "dwc.evaluation",
     "InputError": "dwc.base.errors",
@@ -60,10 +60,10 @@ __version__ = _version()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'dwc' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_MODULES})

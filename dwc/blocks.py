@@ -38,14 +38,7 @@ def plan_blocks(
 ) -> list[Region]:
     """The division of a region that computes the fewest voxels within a memory limit, or single voxels if none fits.
 
-    Parameters
-    ----------
-    region, shape
-        Where to predict, and the volume's shape.
-    dilations, width, n_classes
-        The network's; for several networks, the largest reach and width.
-    limit : float
-        Bytes.
+    `shape` is the volume's, `limit` in bytes; for several networks give the largest reach and width.
     """
     sizes = [side.stop - side.start for side in region]
     choices = [sorted({-(-size // edge) for edge in range(1, size + 1)}) for size in sizes]

@@ -16,17 +16,17 @@ from dwc.base.errors import InputError, Interrupted, printable
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
-    "data": "check scans and labels before anything runs: data check",
-    "train": "train a network: MAP, variational, a site's from a prior, fine-tuning",
+    "data": "check scans and labels before a run: data check",
+    "train": "train a network: MAP, variational, from a prior at a site, or fine-tuned",
     "consolidate": "consolidate the posteriors of several sites into one",
     "posterior": "sign, verify, inspect and audit posterior files",
     "federated": "run the cycle over many sites on NVIDIA FLARE: init, serve, join, status, amend, ...",
     "predict": "segment scans with one network or an ensemble",
     "evaluate": "score networks on the held-out scans of a manifest",
     "experiment": "run the paper's study: every row of its table, its figures, one report",
-    "demo": "run the whole cycle on simulated sites, minutes on two CPU cores",
+    "demo": "run the whole cycle on simulated sites; takes minutes on two CPU cores",
 }
-_SHARED = ("train", "predict")  # those that torchrun may start many processes of
+_SHARED = ("train", "predict")  # may be started in several processes by torchrun
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _EXTRAS = {
     "nvflare": "federated",
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hint = f"did you mean {close[0]}? " if close else ""
             raise InputError(f"no command {name!r}; {hint}the commands are {', '.join(COMMANDS)}")
         if launcher.processes() > 1 and name not in _SHARED:
-            raise InputError(f"dwc {name} is one process; start it without torchrun")
+            raise InputError(f"dwc {name} runs in one process; start it without torchrun")
         importlib.import_module(f"dwc.commands.{name}").main(rest)
     except InputError as error:
         from dwc.commands.arguments import in_flags
@@ -96,7 +96,7 @@ def _end(line: str, code: int) -> int:
     """Print why the command ended, in one line without control characters, and return the exit code."""
     line = printable(line)
     if launcher.processes() > 1:
-        from dwc.base.ranks import say_once  # here, so that one process says it without PyTorch
+        from dwc.base.ranks import say_once  # here, so that a single process does not import PyTorch
 
         say_once(f"dwc: {line}")
     else:

@@ -32,21 +32,16 @@ _GEOMETRY = (
 
 @dataclass(frozen=True)
 class Derivatives:
-    """Result files of one scan, all on its own grid.
+    """Result files of one scan, on its own grid.
 
     Attributes
     ----------
-    labels : Path
-        `<stem>_dseg.nii.gz`, label ids.
-    table : Path
-        `<stem>_dseg.tsv`, index (label id) and name of each class.
-    entropy : Path
-        `<stem>_entropy.nii.gz`, float32, nats.
+    labels, table, entropy, picture : Path
+        `<stem>_dseg.nii.gz`, label ids; `<stem>_dseg.tsv`, index (label id) and name of each class;
+        `<stem>_entropy.nii.gz`, float32, nats; `<stem>_overlay.png`.
     volumes : Path
         `<stem>_volumes.tsv`, index, name and volume_mm3 of each class, and sd_mm3, its standard deviation over the
         draws, which is counted on the conformed grid; n/a with fewer than two draws.
-    picture : Path
-        `<stem>_overlay.png`.
     """
 
     labels: Path
@@ -67,8 +62,9 @@ def find_scan(path: str | Path) -> Path:
         is_folder = path.is_dir()
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
-    what = "is a folder; give scans" if is_folder else f"no such file, also not with {', '.join(_EXTENSIONS[:3])}"
-    raise InputError(f"{path}: {what}; check the path")
+    if is_folder:
+        raise InputError(f"{path}: is a folder; give scans")
+    raise InputError(f"{path}: no such file, with or without {', '.join(_EXTENSIONS[:3])}; check the path")
 
 
 def name_derivatives(scans: Sequence[Path], out: Path, *, overwrite: bool = False) -> list[Derivatives]:
@@ -134,10 +130,10 @@ def _stem(scan: Path) -> str:
 def _nifti(voxels: np.ndarray, source: ScanFile) -> nib.Nifti1Image:
     """A NIfTI image on the grid of `source`: the bits of its geometry, and nothing else from its header."""
     header = source.header
-    affine = header.get_best_affine()  # in the header's own unit
+    affine = header.get_best_affine()  # in the header's unit
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(voxels, affine, dtype=voxels.dtype)
-    if isinstance(header, nib.Nifti1Header):  # the base of NIfTI-2's, too
+    if isinstance(header, nib.Nifti1Header):  # NIfTI-2 headers included
         for field in _GEOMETRY:
             image.header[field] = header[field]
     else:
@@ -147,7 +143,7 @@ def _nifti(voxels: np.ndarray, source: ScanFile) -> nib.Nifti1Image:
 
 
 def _compressed(image: nib.Nifti1Image) -> bytes:
-    return gzip.compress(image.to_bytes(), compresslevel=5, mtime=0)  # no date: the same result has the same bytes
+    return gzip.compress(image.to_bytes(), compresslevel=5, mtime=0)  # no date, so that equal results are equal files
 
 
 def _tsv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:

@@ -87,14 +87,10 @@ def evaluate(
         A posterior or its file, several for an ensemble, or the result of `load_networks`.
     data : path
         Manifest or BIDS folder, with labels.
-    settings : PredictionSettings, optional
-        Samples, seed, device, precision, memory.
     split, split_seed, test_fraction
         Which scans, see `scans_to_score`.
     cache_dir : path, optional
         Folder for conformed scans; a temporary one by default.
-    progress : bool
-        Show progress bars.
     """
     settings = PredictionSettings.check_type(settings or PredictionSettings(), "settings")
     device = choose_device(settings.device)
@@ -131,20 +127,11 @@ def scans_to_score(
     split_seed: int | None = None,
     test_fraction: float | None = None,
 ) -> list[Scan]:
-    """The labelled scans in one part of a manifest's split, as the networks were trained on it.
+    """The labelled scans in a part of a manifest's split ("test", "train" or "all") as the networks were trained on it.
 
     A split column in the manifest decides. Without one, the split is made again from the seed and test fraction in the
-    networks' headers, on which they must agree.
-
-    Parameters
-    ----------
-    manifest, posteriors
-        The data, and the networks to score.
-    split : {"test", "train", "all"}
-        Which part.
-    split_seed, test_fraction
-        Override the headers. A consolidated network's header has neither, so that the seed must be given; the fraction
-        is then 0.1 by default.
+    networks' headers, on which they must agree, or from `split_seed` and `test_fraction`. A consolidated network's
+    header has neither, so that the seed must be given; the fraction is then 0.1 by default.
     """
     split_is_open = split != "all" and split_seed is None and not has_split_column(manifest)
     splits: list[tuple[str, list[Scan]]] = []
@@ -152,8 +139,8 @@ def scans_to_score(
         training = posterior.metadata.get("training") or {}
         if split_is_open and not training:
             raise InputError(
-                f"{posterior.name}: does not tell the split that it was trained on, as consolidated networks do not; "
-                f"give {manifest} a split column, or `split_seed` and `test_fraction` as its sites had them"
+                f"{posterior.name}: does not say which split it was trained on, as consolidated networks never do; "
+                f"add a split column to {manifest}, or give the `split_seed` and `test_fraction` of its sites"
             )
         seed = training.get("seed", 0) if split_seed is None else split_seed
         fraction = training.get("test_fraction", 0.1) if test_fraction is None else test_fraction
@@ -163,7 +150,7 @@ def scans_to_score(
     for name, others in splits[1:]:
         if {scan.image for scan in others} != {scan.image for scan in scans}:
             raise InputError(
-                f"{manifest}: {name} was trained on another split of it than {first}; give the manifest a split column"
+                f"{manifest}: {name} was trained on another split of it than {first}; add a split column to it"
             )
     if not scans:
         raise InputError(f"{manifest}: has no scan to {split} on; set split to {split} for some, or give `split` all")
@@ -192,7 +179,7 @@ def score_volumes(
         )  # fmt: skip
         counts = CalibrationCounts(data.label_map.n_classes)
         counts.add(prediction.confidence, prediction.entropy, prediction.labels == truth)
-        assert truth is not None  # `scans_to_score` has refused scans without labels
+        assert truth is not None  # `scans_to_score` refuses scans without labels
         confusion = confusion_matrix(truth, prediction.labels, data.label_map.n_classes)
         scores.append(Score(scan, confusion, counts.frame()))
     return scores

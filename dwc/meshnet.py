@@ -49,9 +49,8 @@ def checked_architecture(posterior: Posterior) -> dict[str, Any]:
     for key, value in theirs.items():
         if key == "network":
             continue
-        numbers = value if isinstance(value, list) else [value]
-        is_list = isinstance(value, list) == (key == "dilations")
-        if not (numbers and is_list and all(type(number) is int and number > 0 for number in numbers)):
+        numbers = value if key == "dilations" else [value]
+        if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n > 0 for n in numbers):
             raise InputError(
                 f"{posterior.name}: its architecture's {key} is {str(value)[:40]!r}; write it again with dwc train"
             )
@@ -63,12 +62,8 @@ class MeshNet(nn.Module):
 
     Parameters
     ----------
-    n_classes, in_channels : int
-        Output and input channels.
     width : int
         Filters of each hidden layer.
-    dilations : sequence of int
-        Dilation of each hidden layer.
     bayesian : bool
         Use `FFGConv3d` with an N(0, 1) prior and sigma = 1e-3, instead of `torch.nn.Conv3d`.
     weight_norm : bool
@@ -98,7 +93,7 @@ class MeshNet(nn.Module):
             in_channels = width
         self.layers.append(convolution(in_channels, n_classes, 1))
         for layer in self.layers:
-            # He et al. 2015: keeps the variance of activations from layer to layer under ReLU; the last has none.
+            # He et al. 2015: preserves the variance of activations under ReLU; the last layer has none.
             gain: Literal["linear", "relu"] = "linear" if layer is self.layers[-1] else "relu"
             nn.init.kaiming_normal_(getattr(layer, mean), nonlinearity=gain)
             nn.init.zeros_(getattr(layer, "bias_mu" if bayesian else "bias"))
@@ -118,7 +113,7 @@ class MeshNet(nn.Module):
         again = self.activation_checkpointing and torch.is_grad_enabled()
 
         def hidden(layer: nn.Module, x: Tensor) -> Tensor:
-            return relu(layer(x, **options), inplace=True)  # neither layer keeps its output for the backward
+            return relu(layer(x, **options), inplace=True)  # safe: no layer needs its output in the backward pass
 
         for layer in self.layers[:-1]:
             x = checkpoint(hidden, layer, x, use_reentrant=False) if again else hidden(layer, x)
@@ -137,18 +132,10 @@ class MeshNet(nn.Module):
     def block_features(self, image: Tensor, block: Region, weights: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         """The last layer's input in a block, [d, h, w, width]; equal to a pass over the whole image but for rounding.
 
-        Each layer is computed on the margin that the next layers need. Along an axis where the margin reaches the
-        image's edge, every layer keeps that extent and is zero-padded. That is correct at the edge, and errors from the
-        margin's other side do not reach the block.
-
-        Parameters
-        ----------
-        image : Tensor
-            The whole image, [in_channels, D, H, W].
-        block : Region
-            Three slices of it, of shape d, h, w.
-        weights : sequence of (Tensor, Tensor or None)
-            From `convolutions`.
+        `image` is the whole one, [in_channels, D, H, W]; `weights` come from `convolutions`. Each layer is computed on
+        the margin that the next layers need. Along an axis where the margin reaches the image's edge, every layer keeps
+        that extent and is zero-padded. That is correct at the edge, and errors from the other side do not reach the
+        block.
         """
         dilations = self.architecture["dilations"]
         reach = sum(dilations)

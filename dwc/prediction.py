@@ -27,8 +27,8 @@ from dwc.posterior import Posterior
 
 __all__ = ["Ensemble", "Prediction", "load_networks", "predict_volume"]
 
-_SLAB = 1 << 16  # voxels whose classes are told at a time
-_FREE_PART = 0.5  # of the memory that is free, for a block where no limit is given
+_SLAB = 1 << 16  # voxels classified at a time
+_FREE_PART = 0.5  # of the free memory, for a block, by default
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,9 @@ class Prediction:
 
     Attributes
     ----------
-    labels : ndarray
-        uint8, the most probable class.
-    entropy : ndarray
-        float32, entropy of the predictive distribution in nats, from 0 to ln n_classes.
-    confidence : ndarray
-        float32, the probability of the predicted class, from 1 / n_classes to 1.
+    labels, entropy, confidence : ndarray
+        uint8, the most probable class; float32, entropy of the predictive distribution, 0 to ln n_classes nats;
+        float32, probability of the predicted class.
     draws : ndarray
         int64 [n_draws, n_classes], voxels of each class in the segmentation of each draw alone: every draw of a
         Bayesian network, and each MAP network once. Their spread is the uncertainty of the volumes.
@@ -67,14 +64,10 @@ class Ensemble:
 def load_networks(
     networks: str | Path | Posterior | Sequence[str | Path | Posterior], label_map: str | None = None
 ) -> Ensemble:
-    """Read networks and check that they can predict together.
+    """Read networks from `dwc train` or `dwc consolidate` and check that they can predict together.
 
-    Parameters
-    ----------
-    networks : path, Posterior, or sequence of them
-        From `dwc train` or `dwc consolidate`; widths and dilations may differ, MAP and Bayesian networks may be mixed.
-    label_map : str, optional
-        The TSV that the networks were trained on, if it is not one shipped with dwc.
+    Widths and dilations may differ, and MAP and Bayesian networks may be mixed. `label_map` is the TSV that the
+    networks were trained on, if it is not one shipped with dwc.
     """
     given = [networks] if isinstance(networks, str | Path | Posterior) else networks
     if not given:
@@ -88,12 +81,12 @@ def load_networks(
                 theirs, ours = posterior.metadata.get(key), first.metadata[key]
                 raise InputError(
                     f"{posterior.name}: its {key.replace('_', ' ')} {brief(theirs)} is not {brief(ours)} as in "
-                    f"{first.name}; give an ensemble networks trained alike"
+                    f"{first.name}; give networks that share it"
                 )
         if network.architecture["n_classes"] != classes.n_classes:
             raise InputError(
-                f"{posterior.name}: has {network.architecture['n_classes']} classes, its label map {classes.name} "
-                f"{classes.n_classes}; train it again"
+                f"{posterior.name}: has {network.architecture['n_classes']} classes, but its label map "
+                f"{classes.name} has {classes.n_classes}; train it again"
             )
         for twin in posteriors[:position]:
             if twin.sha256 == posterior.sha256:
@@ -166,7 +159,7 @@ def predict_volume(
                     probability = _classify(features[part], *weights[-1]).softmax(dim=-1)
                     count += torch.bincount(probability.max(dim=-1).indices.flatten(), minlength=n_classes).cpu()
                     mean[part].add_(probability, alpha=share)
-                del features  # before the next pass needs the memory
+                del features  # frees memory for the next pass
                 bar.update()
             for part in _slabs(block):
                 highest, chosen = mean[part].max(dim=-1)
@@ -211,7 +204,7 @@ def _label_map(posterior: Posterior, path: str | None) -> LabelMap:
     label_map = LabelMap.load(path or str(name))
     if label_map.sha256 != trained_on.get("sha256"):
         raise InputError(
-            f"{posterior.name}: was trained on another table of label map {name!r} than {path or 'the one of this dwc'}"
+            f"{posterior.name}: was trained on another table of label map {name!r} than {path or 'the shipped one'}"
             "; give the TSV it was trained on as `label_map`"
         )
     return label_map
@@ -222,8 +215,10 @@ def _grid(posterior: Posterior) -> Grid:
     try:
         grid = Grid(theirs["grid_size"], theirs["voxel_size"])
     except (KeyError, TypeError) as error:
-        raise InputError(f"{posterior.name}: names no preprocessing grid; give a network of dwc train") from error
+        raise InputError(f"{posterior.name}: names no preprocessing grid; give a network from dwc train") from error
     known = {"sub_volume": SIDE, "intensity": "z-score per volume"}
     if any(theirs.get(key) != value for key, value in known.items()) or grid.size % SIDE:
-        raise InputError(f"{posterior.name}: this dwc cannot preprocess {brief(theirs)}; use the dwc that trained it")
+        raise InputError(
+            f"{posterior.name}: this dwc cannot preprocess {brief(theirs)}; use the version that trained it"
+        )
     return grid

@@ -51,10 +51,6 @@ def predict(
         A posterior or its file, several for an ensemble, or the result of `load_networks`.
     scan : path
         NIfTI or mgz; the extension may be left out.
-    settings : PredictionSettings, optional
-        Samples, seed, device, precision, memory.
-    progress : bool
-        Show a progress bar.
     """
     settings = PredictionSettings.check_type(settings or PredictionSettings(), "settings")
     ensemble = network if isinstance(network, Ensemble) else load_networks(network, settings.label_map)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-# Triton decides at its first import whether kernels are compiled or interpreted, and several libraries import it.
+# Triton decides at its first import whether to compile or interpret kernels, and several libraries import it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import nibabel as nib
@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, settings
 
 from dwc.data.grid import Grid
 
-# Drawing examples takes as long as the machine is busy; no test judges time.
+# Drawing examples is slow on a busy machine, and no test depends on time.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
 
 @pytest.fixture
 def poisoned_memory():
-    """Fill fresh memory with NaN, so that an element nobody wrote is seen."""
+    """Fill new memory with NaN, so that elements that are never written show up."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -47,7 +47,7 @@ def save(tmp_path):
 
 @pytest.fixture
 def scan_pair(save):
-    """scan_pair(name, seed): an image and labels of it, conformed at 64^3 and 3 mm."""
+    """scan_pair(name, seed): an image and its labels, conformed at 64^3 and 3 mm."""
 
     def scan_pair(name: str, seed: int = 0) -> tuple[Path, Path]:
         rng = np.random.default_rng(seed)
@@ -89,7 +89,7 @@ socket.socket.connect_ex = refuse_others(socket.socket.connect_ex)
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """Processes started from here reach loopback only; afterwards, nothing else may have been tried."""
+    """Processes started here can reach loopback only; afterwards, check that nothing else was attempted."""
     (tmp_path / "guard").mkdir()
     (tmp_path / "guard" / "sitecustomize.py").write_text(GUARD)
     calls = tmp_path / "calls"

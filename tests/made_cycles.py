@@ -1,4 +1,4 @@
-"""What sites would send to a cycle's books, at a time that stands still."""
+"""What sites would send to a cycle, with a fixed clock."""
 
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,14 +12,14 @@ NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
 def file_of(posterior: Posterior, folder: Path) -> bytes:
-    """The file of any posterior, also of one that `save` would refuse to write."""
+    """The file of any posterior, even one that `save` would refuse."""
     path = folder / "made.safetensors"
     save_tensors(path, dict(posterior._tensors()), posterior.metadata)
     return path.read_bytes()
 
 
 def trained(cycle: Cycle, seed: int, number: int = 1, **changes) -> dict:
-    """A site's answer with a posterior trained from the prior of a round."""
+    """A site's answer: a posterior trained from a round's prior."""
     prior = Posterior.load(cycle.folder / f"q{number - 1}.safetensors")
     content = file_of(a_site(prior, seed, **changes), cycle.folder)
     return {"state": "trained", "round": number, "prior_sha256": prior.sha256, "posterior": content}

@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 
 def write_keys(folder: Path, name: str, key: Any = None) -> Path:
-    """NAME.key, private, and trusted/NAME.pem, public, as OpenSSL writes them."""
+    """Write NAME.key (private) and trusted/NAME.pem (public), as OpenSSL does."""
     key = key or ed25519.Ed25519PrivateKey.generate()
     (folder / "trusted").mkdir(exist_ok=True)
     private = key.private_bytes(

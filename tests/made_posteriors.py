@@ -1,4 +1,4 @@
-"""Made-up priors and sites' posteriors of a few weights, for tests of what consolidation does with them."""
+"""Made-up priors and sites' posteriors with a few weights, for tests of consolidation."""
 
 import torch
 

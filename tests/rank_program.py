@@ -1,7 +1,7 @@
-"""What the tests of many processes start by torchrun: `dwc train` with a mishap in it, or facts on record.
+"""The program that tests start with torchrun: `dwc train` with a signal in one rank, or facts about the ranks.
 
-torchrun ... tests/ranks.py mishap STEP SIGNAL RANK ARGUMENTS_OF_DWC_TRAIN
-torchrun ... tests/ranks.py facts FILE BATCH_SIZE DRAWS ARGUMENTS_OF_DWC_TRAIN
+torchrun ... tests/rank_program.py mishap STEP SIGNAL RANK ARGUMENTS_OF_DWC_TRAIN
+torchrun ... tests/rank_program.py facts FILE BATCH_SIZE DRAWS ARGUMENTS_OF_DWC_TRAIN
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def mishap(step: str, name: str, rank: str, *arguments: str) -> int:
 
 
 def seeds_of_the_steps(settings: TrainSettings) -> list[int]:
-    """Train, and tell which seed each step has drawn its noise from."""
+    """Train, and return the seed of each step's noise."""
     seeds, original = [], step.logits_of
 
     def note(*arguments, **options):
@@ -52,10 +52,10 @@ def seeds_of_the_steps(settings: TrainSettings) -> list[int]:
 
 
 def gradients(batch_size: int, n_draws: int) -> Tensor:
-    """Of the negative ELBO, without noise first and then with each step's, [1 + n_draws, parameters].
+    """Gradients of the negative ELBO, without noise first, then with each draw's: [1 + n_draws, parameters].
 
-    The batch holds one small volume again and again, so that its noise alone decides how much the gradient varies, and
-    the KL weighs as much as it does. Ranks share the batch.
+    The batch repeats one small volume and N is 1, so that only the noise makes the gradient vary and the KL carries
+    weight. Ranks share the batch.
     """
     torch.manual_seed(3)
     network = MeshNet(4, width=2, dilations=(1,), activation_checkpointing=True)
@@ -76,7 +76,7 @@ def gradients(batch_size: int, n_draws: int) -> Tensor:
 
 
 def facts(path: str, batch_size: str, n_draws: str, *arguments: str) -> int:
-    """Write down what the ranks see of each other, the gradients, and the seeds of a short training."""
+    """Write the ranks' exchanged values, the gradients, and the seeds of a short training run to a file."""
     with ranks.joined():
         rows = gradients(int(batch_size), int(n_draws))
         seen = {
@@ -91,7 +91,7 @@ def facts(path: str, batch_size: str, n_draws: str, *arguments: str) -> int:
 
 
 def settings_of(arguments: tuple[str, ...]) -> TrainSettings:
-    """The settings that the arguments of `dwc train` give."""
+    """The settings from arguments of `dwc train`."""
     parser = new_parser("train", "")
     parser.add_class_arguments(TrainSettings)
     return TrainSettings(**parse(parser, arguments).as_dict())

@@ -15,7 +15,7 @@ from tests.made_posteriors import HEADER, TENSORS, a_prior, a_site
 
 
 def equation_17(prior: Posterior, sites: list[Posterior], name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eq. 17 as it stands in the paper, with sums over S and S-1, in fp64."""
+    """Eq. 17 as in the paper, with sums over S and S-1, in fp64."""
     mu_0, var_0 = prior.mu[name].double(), prior.sigma[name].double() ** 2
     less_one = len(sites) - 1
     precision = sum(1 / site.sigma[name].double() ** 2 for site in sites) - less_one / var_0
@@ -94,7 +94,7 @@ def test_a_consolidated_posterior_takes_a_site_later_and_gives_one_back():
 @settings(max_examples=20, deadline=None)
 @given(seed=seeds, n_sites=st.integers(1, 4))
 def test_in_linear_regression_with_diagonal_design_it_is_the_pooled_posterior(seed, n_sites):
-    """y = X w + noise, X^T X diagonal: every site's posterior is an exact FFG, and so is the pooled one."""
+    """With X^T X diagonal, the sites' and the pooled posterior are exact fully factorized Gaussians (FFG)."""
     generator = torch.Generator().manual_seed(seed)
     n_weights, noise = 6, 0.7
     mu_0 = torch.randn(n_weights, generator=generator, dtype=torch.float64)
@@ -111,7 +111,7 @@ def test_in_linear_regression_with_diagonal_design_it_is_the_pooled_posterior(se
     sites = []
     for design, target in zip(designs, targets, strict=True):
         mu, sigma = exact(design, target)
-        # fp32 rounding may lift a sigma that learned nothing an ulp above the prior's
+        # fp32 rounding may raise an unchanged sigma one ulp above the prior's
         sigma = torch.minimum(sigma.float(), prior.sigma["w"])
         metadata = {**HEADER, "prior_sha256": prior.sha256}
         sites.append(Posterior({"w": mu}, {"w": sigma}, metadata, name=f"site {len(sites)}"))
@@ -122,7 +122,7 @@ def test_in_linear_regression_with_diagonal_design_it_is_the_pooled_posterior(se
 
 
 def test_two_sites_on_disjoint_halves_equal_one_site_on_both_in_a_conjugate_model():
-    """The mean of a Gaussian with known variance: each half's posterior and the whole's are exact."""
+    """The mean of a Gaussian with known variance: the posteriors of both halves and of all data are exact."""
     data, variance = torch.randn(40, dtype=torch.float64) + 2, 1.5
     prior = Posterior({"w": torch.tensor([0.5])}, {"w": torch.tensor([2.0])}, HEADER)
 
@@ -198,7 +198,7 @@ def test_memory_does_not_grow_with_the_sites_for_none_is_held_once_it_is_added()
 
     def sites() -> Iterator[Posterior]:
         for s in range(20):
-            assert all(site() is None for site in gone[:-1])  # but for the one that the loop still names
+            assert all(site() is None for site in gone[:-1])  # all but the one that the loop variable refers to
             site = a_site(prior, s)
             gone.append(weakref.ref(site))
             yield site
@@ -286,7 +286,7 @@ def test_a_removal_that_leaves_no_precision_names_tensor_site_and_count_and_chan
     prior = a_prior()
     site = a_site(prior, 1)
     wider = consolidate(prior, [site, a_site(prior, 2, shrink=0.0)])
-    wider.sigma["layers.0.bias"][:3] = prior.sigma["layers.0.bias"][:3]  # as if a file had been tampered with
+    wider.sigma["layers.0.bias"][:3] = prior.sigma["layers.0.bias"][:3]  # as in a file that was tampered with
     site.sigma["layers.0.bias"][:3] /= 100
     members = [{"sha256": site.sha256, "n_volumes": 1}]
     forged = Posterior(wider.mu, wider.sigma, {**wider.metadata, "n_volumes": 1, "sites": members})
@@ -339,7 +339,7 @@ def test_a_file_of_which_a_site_was_removed_is_weighed_no_more():
 @settings(max_examples=25, deadline=None)
 @given(seed=seeds, sure=st.sampled_from([0.5, 1e-1, 1e-4, 1e-6]))
 def test_taking_a_site_out_of_a_file_is_exact_to_the_stated_bound_or_refused(seed, sure):
-    """The file is rounded to fp32; the surer the site that leaves, the more of the others' means was rounded away."""
+    """Files are fp32: the more precise the removed site, the more of the others' means was lost to rounding."""
     prior = a_prior(seed)
     kept, gone = a_site(prior, seed), a_site(prior, seed + 1)
     gone = Posterior(gone.mu, {name: sure * sigma for name, sigma in prior.sigma.items()}, gone.metadata, "gone")

@@ -19,7 +19,7 @@ OBLIQUE = np.array([[0.0, 2.5, 0.3, -40], [-1.9, 0.1, 0.8, 50], [0.2, -0.5, 3.1,
 
 
 def scan_of(path: Path, kind=nib.Nifti1Image, shape=(40, 30, 25), affine=OBLIQUE) -> Path:
-    """A scan of a bright block, with a description of the patient in its header."""
+    """A scan of a bright block, with a patient description in its header."""
     voxels = np.zeros(shape, np.int16)
     voxels[10:25, 8:20, 5:15] = 1000
     image = kind(voxels, affine)
@@ -32,7 +32,7 @@ def scan_of(path: Path, kind=nib.Nifti1Image, shape=(40, 30, 25), affine=OBLIQUE
 
 
 def thresholded(scan: Path, klass: int = 4) -> Prediction:
-    """The block as a class, with an entropy and a confidence of 1 in it; two draws of class 1, 10 voxels apart."""
+    """The block as a class, with entropy and confidence 1 inside; two draws of class 1, 10 voxels apart."""
     block = conform_image(scan, GRID) > 127
     draws = np.zeros((2, COARSE.n_classes), np.int64)
     draws[:, 1] = 90, 100
@@ -71,7 +71,7 @@ def test_labels_are_freesurfer_ids_where_the_scan_shows_them(tmp_path):
     block = np.asarray(nib.load(scan).dataobj) > 0
     name = COARSE.names[4]
     assert set(np.unique(ids)) == {0, COARSE.to_ids(np.array([4]))[0]}
-    assert 2 * ((ids > 0) & block).sum() / ((ids > 0).sum() + block.sum()) > 0.85  # there and back on 2 mm voxels
+    assert 2 * ((ids > 0) & block).sum() / ((ids > 0).sum() + block.sum()) > 0.85  # a round trip through 2 mm voxels
     rows = [line.split("\t") for line in files.table.read_text().splitlines()]
     assert rows[0] == ["index", "name"]
     assert [str(ids.max()), name] in rows
@@ -141,7 +141,7 @@ def test_results_are_named_after_the_scan(tmp_path, name, stem):
 def test_a_scan_is_found_without_its_extension(tmp_path):
     scan = scan_of(tmp_path / "sub-01_T1w.nii.gz")
     assert find_scan(tmp_path / "sub-01_T1w") == find_scan(scan) == scan
-    with pytest.raises(InputError, match=r"sub-02: no such file, also not with \.nii\.gz"):
+    with pytest.raises(InputError, match=r"sub-02: no such file, with or without \.nii\.gz"):
         find_scan(tmp_path / "sub-02")
     with pytest.raises(InputError, match="is a folder; give scans"):
         find_scan(tmp_path)

@@ -26,7 +26,7 @@ COARSE = LabelMap.load("coarse")
 
 
 def score(site: str, subject: str, right: int, wrong: int, klass: int = 1) -> Score:
-    """A truth of background and one class, of which `right` voxels are found and `wrong` are called class 2."""
+    """Background and one class in the truth, with `right` voxels correct and `wrong` voxels predicted as class 2."""
     confusion = torch.zeros(COARSE.n_classes, COARSE.n_classes, dtype=torch.int64)
     confusion[0, 0], confusion[klass, klass], confusion[klass, 2] = 100, right, wrong
     counts = CalibrationCounts(COARSE.n_classes)
@@ -120,7 +120,7 @@ def test_the_calibration_of_a_site_adds_up_that_of_its_volumes(scores):
 
 
 def manifest(folder: Path, split: bool = False) -> Path:
-    """Twenty subjects with empty files; without a split column but where asked for."""
+    """Twenty subjects with empty files; without a split column unless asked for."""
     lines = ["image,label,subject" + ",split" * split]
     for n in range(20):
         for kind in ("T1w", "dseg"):
@@ -156,7 +156,9 @@ def test_without_a_split_column_the_scans_are_those_that_the_network_was_not_tra
 def test_without_a_split_column_a_network_that_names_no_split_needs_one(tmp_path, posteriors):
     data = manifest(tmp_path)
     for split in ("test", "train"):
-        with pytest.raises(InputError, match=r"consolidated: does not tell the split .* split column, or `split_seed`"):
+        with pytest.raises(
+            InputError, match=r"consolidated: does not say which split .* column .* or give the `split_seed`"
+        ):
             scans_to_score(data, posteriors, split=split)
     assert len(scans_to_score(data, posteriors, split="all")) == 20
     assert scans_to_score(data, posteriors, split_seed=4, test_fraction=0.2)
@@ -168,7 +170,7 @@ def test_a_split_column_decides_whatever_the_seeds(tmp_path):
 
 
 def test_networks_trained_on_different_splits_are_refused_naming_both(tmp_path):
-    with pytest.raises(InputError, match="b was trained on another split of it than a; give the manifest a split"):
+    with pytest.raises(InputError, match="b was trained on another split of it than a; add a split column"):
         scans_to_score(manifest(tmp_path), [trained(4, name="a"), trained(5, name="b")])
 
 

@@ -1,4 +1,4 @@
-"""The examples run as a user would type them."""
+"""Run the examples as a user would."""
 
 import os
 import subprocess

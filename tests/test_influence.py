@@ -91,7 +91,7 @@ def test_a_thousand_copies_of_one_file_are_a_line_each():
 
 
 def test_a_site_that_moves_against_the_others_is_named():
-    """Sites that learned much the same, and one that unlearned it."""
+    """Sites that learned nearly the same, and one that unlearned it."""
     base = a_site(PRIOR, 1)
     influences = {}
     for seed in range(5):

@@ -65,7 +65,7 @@ def test_a_network_made_from_a_posterior_gives_that_posterior_back(network):
     posterior = Posterior.from_model(network)
     again = Posterior.from_model(MeshNet.from_posterior(posterior))
     torch.testing.assert_close(again.mu, posterior.mu, rtol=3e-7, atol=0)
-    torch.testing.assert_close(again.sigma, posterior.sigma, rtol=1e-6, atol=0)  # rho's ulp is sigma's 5e-7
+    torch.testing.assert_close(again.sigma, posterior.sigma, rtol=1e-6, atol=0)  # an ulp of rho is 5e-7 of sigma
     assert again.metadata == posterior.metadata
 
 
@@ -205,7 +205,7 @@ def test_a_diverged_network_is_not_saved(network, tmp_path):
 
 
 def in_format_1(posterior: Posterior, path) -> None:
-    """The file as the version before wrote it: without a digest."""
+    """The file as the previous version wrote it, without a digest."""
     tensors = {f"{name}.mu": mu for name, mu in posterior.mu.items()}
     tensors |= {f"{name}.sigma": sigma for name, sigma in posterior.sigma.items()}
     header = {**posterior.metadata, "format_version": 1}

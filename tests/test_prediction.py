@@ -40,7 +40,7 @@ def image(edge: int = 64) -> np.ndarray:
 
 @torch.no_grad()
 def probabilities(net: MeshNet, volume: np.ndarray) -> np.ndarray:
-    """[n_classes, D, H, W] of a network at its means, in one pass, by a z-score of the test's own."""
+    """Probabilities [n_classes, D, H, W] of a network at its means, in one pass, with the test's own z-score."""
     return net(z_scored(volume), sample=False)[0].softmax(dim=0).numpy()
 
 
@@ -53,7 +53,7 @@ def entropy_of(p: np.ndarray) -> np.ndarray:
 
 
 def drawn(net: MeshNet) -> MeshNet:
-    """A plain network whose weights are drawn from a Bayesian one's, by PyTorch's generator."""
+    """A plain network with weights drawn from a Bayesian one, using PyTorch's generator."""
     plain = MeshNet(*list(net.architecture.values())[1:4], bayesian=False, weight_norm=False)
     for ours, theirs in zip(plain.layers, net.layers, strict=True):
         ours.weight.data = torch.normal(theirs.weight_mu, theirs.weight_sigma)
@@ -284,7 +284,7 @@ def test_networks_of_another_label_map_or_grid_are_refused_naming_both(networks,
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"label_map": None}, "was trained on label map None; give its TSV as --label_map"),
+        ({"label_map": None}, "was trained on label map None; give its TSV as `label_map`"),
         ({"label_map": {"name": "mine", "sha256": "0"}}, "was trained on label map 'mine'; give its TSV"),
         ({"label_map": {"name": "fifty", "sha256": "0"}}, "another table of label map 'fifty'"),
         ({"preprocessing": None}, "names no preprocessing grid"),
@@ -292,7 +292,7 @@ def test_networks_of_another_label_map_or_grid_are_refused_naming_both(networks,
             {"preprocessing": {"grid_size": 32, "voxel_size": 1.0, "sub_volume": 16, "intensity": "z-score"}},
             "this dwc cannot preprocess",
         ),
-        ({"label_map": {"name": "fifty", "sha256": LabelMap.load("fifty").sha256}}, "has 9 classes, its label map"),
+        ({"label_map": {"name": "fifty", "sha256": LabelMap.load("fifty").sha256}}, "has 9 classes, but its label map"),
         ({"architecture": None}, "holds no MeshNet"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What others import and type: names, import costs, help, and errors in words."""
+"""The public interface: names, import costs, help, and errors in terms of parameters."""
 
 import importlib
 import inspect
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_python(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in an empty folder with the source tree on its path and, with -S, nothing installed."""
+    """Run Python in an empty folder with the source tree on its path and, with -S, without site-packages."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([sys.executable, *options, "-c", code], env=variables, capture_output=True, text=True)
 

@@ -1,7 +1,7 @@
-"""The whole path on a real 256^3 scan: conform, cache, train, predict, evaluate, look; skipped where it is absent.
+"""The whole path on a real 256^3 scan: conform, cache, train, predict, evaluate, look; skipped without the scan.
 
-On a grid of 64^3 about the centre of the head a tiny network learns white matter in seconds (256^3 are mostly air),
-and the results have a way to go back to the grid of the scan.
+A tiny network learns white matter in seconds on a 64^3 grid around the centre of the head (256^3 is mostly air), and
+its results are mapped back to the scan's grid.
 """
 
 import csv
@@ -47,7 +47,7 @@ def test_a_real_scan_goes_the_whole_way_from_file_to_scores_and_picture(tmp_path
         "evaluate", "--data", str(tmp_path / "test.csv"), "--network", network, "--cache_dir", str(cache),
         "--out", str(tmp_path / "e"), "--device", "cpu",
     ]) == 0  # fmt: skip
-    assert len(list(cache.glob("[!.]*"))) == 1  # evaluation has found what training prepared
+    assert len(list(cache.glob("[!.]*"))) == 1  # evaluation has used what training prepared
 
     coarse = LabelMap.load("coarse")
     segmented = nibabel.load(tmp_path / "p" / "S1_dseg.nii.gz")
@@ -64,6 +64,6 @@ def test_a_real_scan_goes_the_whole_way_from_file_to_scores_and_picture(tmp_path
 
     entropy = np.asarray(nibabel.load(tmp_path / "p" / "S1_entropy.nii.gz").dataobj)
     image = conform_image(SCAN, Grid())
-    assert entropy[truth > 0].mean() > 2 * entropy[image == 0].mean()  # surer of air than of the brain
+    assert entropy[truth > 0].mean() > 2 * entropy[image == 0].mean()  # more certain about air than about the brain
     picture = overlay(image, truth, {"MAP": predicted}, tmp_path / "S1.png", names=coarse.names, title="S1")
     assert picture.stat().st_size > 100_000

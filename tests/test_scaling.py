@@ -1,4 +1,4 @@
-"""`benchmarks.scaling` without what it times."""
+"""`benchmarks.scaling` without the timed runs."""
 
 import json
 from argparse import Namespace
@@ -13,7 +13,7 @@ VALUES = Namespace(width=2, epochs=2, steps=1, device="cuda", batch_size=4)
 
 @pytest.fixture
 def started(monkeypatch) -> list[tuple[list[str], dict[str, str]]]:
-    """Words and environment of each process that would have been started; all end well."""
+    """Arguments and environment of each process that would be started; all of them succeed."""
     calls = []
 
     class Ended:

@@ -1,4 +1,4 @@
-"""Tempering a consolidation, taking sites out of it one by one, and choosing the power on the origin's data."""
+"""Tempering a consolidation, leaving sites out one by one, and choosing the power on the organization's data."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ powers = st.floats(0.01, 4.0)
 
 
 def tempered_equation(prior: Posterior, sites: list[Posterior], powers: list[float], name: str):
-    """q0^(1 - sum lambda_s) prod q_s^lambda_s as it stands, in fp64."""
+    """q0^(1 - sum lambda_s) prod q_s^lambda_s, computed directly in fp64."""
     mu_0, var_0 = prior.mu[name].double(), prior.sigma[name].double() ** 2
     etas = [(1 - sum(powers), mu_0, var_0)]
     etas += [(p, s.mu[name].double(), s.sigma[name].double() ** 2) for p, s in zip(powers, sites, strict=True)]
@@ -162,7 +162,7 @@ def test_a_power_that_leaves_no_precision_names_tensor_power_and_count():
     prior = a_prior()
     site = a_site(prior, 1, shrink=0.0)
     site.sigma["layers.0.bias"][:3] = prior.sigma["layers.0.bias"][:3] / 1.1
-    # As if a file had been tampered with: it says that the site is in it, but is no surer than the prior.
+    # As in a file that was tampered with: it claims to include the site, but is no more precise than the prior.
     metadata = {**HEADER, "prior_sha256": prior.sha256}
     members = [{"sha256": site.sha256, "n_volumes": 1}, {"sha256": "cd", "n_volumes": 1}]
     forged = Posterior(prior.mu, prior.sigma, {**metadata, "sites": members}, name="forged")
@@ -269,7 +269,7 @@ def test_a_choice_at_the_end_of_the_grid_is_said_to_be_one():
 
 
 def test_sites_that_learned_what_the_origin_forgot_are_trusted_and_sites_that_unlearned_it_are_not(settings, networks):
-    """The prior's means are moved away from the origin's own; one site moves them back, the other on."""
+    """The prior's means are moved away from the organization's own; one site moves them back, the other moves on."""
     data, prior = held_out(settings), networks["vi"]
     away = {name: sigma * torch.sign(prior.mu[name]) for name, sigma in prior.sigma.items()}
     header = {key: prior.metadata[key] for key in ("architecture", "label_map", "preprocessing")}

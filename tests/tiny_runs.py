@@ -1,6 +1,6 @@
-"""Fixtures for tests that train: a tiny site on disk, and the paper's chain of networks trained on it in a second each.
+"""Fixtures for tests that train: a tiny site on disk, and the paper's chain of networks, each trained in a second.
 
-A test module asks for them by ``pytest_plugins = ["tests.tiny_runs"]``.
+Use them with ``pytest_plugins = ["tests.tiny_runs"]``.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ LIA = np.array([[-1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
 
 @pytest.fixture(scope="session")
 def one_thread():
-    """PyTorch on one thread: volumes this small only lose by more."""
+    """PyTorch with one thread, which is faster for volumes this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,7 +30,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
-    """Four conformed 32^3 volumes of two boxes, a thalamus beside a hippocampus; the last one is held out."""
+    """Four conformed 32^3 volumes of two boxes, a thalamus beside a hippocampus; the last is held out."""
     folder = tmp_path_factory.mktemp("site")
     rng = np.random.default_rng(0)
     lines = ["image,label,subject,split"]
@@ -49,7 +49,7 @@ def site(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def settings(site) -> TrainSettings:
-    """Three epochs of two steps; callers say where to."""
+    """Three epochs of two steps; callers set the output folder."""
     return TrainSettings(
         mode="map", data=site / "manifest.csv", out=site / "run", cache_dir=site / "cache", label_map="coarse",
         grid_size=32, width=2, dilations=(1,), lr=1e-2, batch_size=1, epochs=3, steps_per_epoch=2, device="cpu",
@@ -58,7 +58,7 @@ def settings(site) -> TrainSettings:
 
 @pytest.fixture(scope="session")
 def networks(settings, one_thread, tmp_path_factory) -> dict[str, Posterior]:
-    """The paper's chain by name: MAP, variational, two sites from it, consolidated, fine-tuned."""
+    """The paper's chain by name: MAP, variational, two sites trained from it, consolidated, fine-tuned."""
     folder = tmp_path_factory.mktemp("chain")
     short = replace(settings, epochs=1, label_map=None, grid_size=None, width=None, dilations=None)
 

@@ -5,9 +5,7 @@ import torch
 from dwc.base import launcher
 from dwc.base.errors import InputError
 
-__all__ = [
-    "choose_device",
-]
+__all__ = ["choose_device"]
 
 
 def choose_device(name: str) -> torch.device:

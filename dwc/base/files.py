@@ -37,7 +37,7 @@ __all__ = [
 _HEADER, DIGEST = "dwc", "dwc_sha256"  # entries of a file's metadata
 _MAX_HEADER = 2**28  # characters; a training log of a million steps fits
 _MAX_DIMENSIONS = 16
-PARTS = ".*.part"  # temporary names, which a kill -9 in the middle of a write leaves behind
+PARTS = ".*.part"  # temporary files; kill -9 during a write leaves one behind
 
 
 def canonical_json(value: Any) -> str:
@@ -77,7 +77,7 @@ def _new_part(path: Path) -> tuple[int, str]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.path.exists(temporary):
             return descriptor, temporary
-        os.close(descriptor)  # swept away before it was locked
+        os.close(descriptor)  # swept before it was locked
 
 
 def sweep(folder: Path) -> None:
@@ -87,7 +87,7 @@ def sweep(folder: Path) -> None:
             with part.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 part.unlink(missing_ok=True)
-        except OSError:  # in use, gone already, or not ours to remove
+        except OSError:  # in use, already gone, or owned by someone else
             continue
 
 
@@ -97,9 +97,9 @@ def check_suffix(path: str | Path) -> Path:
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: an output network ends in .safetensors; name it {path.name}.safetensors")
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; give the name of a file")
+        raise InputError(f"{path}: is a folder; give a file name")
     if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder; make it or give another `out`")
+        raise InputError(f"{path.parent}: no such folder; create it or give another `out`")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path.parent}: is not writable; give another `out`")
     return path
@@ -114,7 +114,7 @@ def open_folder(out: Path) -> None:
         sweep(out)
     except OSError as error:
         raise InputError(
-            f"{out}: cannot be written ({error.strerror or error}); give a writable folder with free space as `out`"
+            f"{out}: cannot be written ({error.strerror or error}); give a writable folder with free space"
         ) from error
 
 
@@ -149,7 +149,7 @@ def _in_order(content: bytes) -> bytes:
     head = json.loads(content[8 : 8 + size])
     head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
     text = json.dumps(head, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
@@ -177,10 +177,8 @@ def load_entries(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
             f"{path}: truncated or not a safetensors file ({one_line(str(error))}); copy or write it again"
         ) from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # PyTorch and safetensors raise many kinds of errors for tensors that they cannot hold.
-        raise InputError(
-            f"{path}: holds a tensor that cannot be read ({one_line(str(error))}); write it again"
-        ) from error
+        # PyTorch and safetensors raise many kinds of errors for tensors they do not support.
+        raise InputError(f"{path}: a tensor in it cannot be read ({one_line(str(error))}); write it again") from error
     header = _header(path, metadata)
     recorded = metadata.get(DIGEST)
     if recorded is not None and recorded != content_sha256(tensors, header):
@@ -200,7 +198,7 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise InputError(f"{path}: its header has {len(text)} characters, more than {_MAX_HEADER}; write it again")
     try:
         header = json.loads(text or "")
-        canonical_json(header)  # refuses the NaN and infinity that Python's JSON lets in
+        canonical_json(header)  # refuses NaN and infinity, which Python's JSON accepts
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: has no dwc header that is JSON; give a file written by dwc") from error
     if not isinstance(header, dict):

@@ -11,17 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from dwc.base.errors import InputError
 
-__all__ = [
-    "held",
-    "hold",
-]
+__all__ = ["held", "hold"]
 
-_T = TypeVar("_T")
-_LOOK_S = 0.2
+_POLL_S = 0.2
 
 
 def hold(path: Path, patience_s: float = 0.0) -> int | None:
@@ -37,10 +32,10 @@ def hold(path: Path, patience_s: float = 0.0) -> int | None:
                 if time.monotonic() >= until:
                     os.close(descriptor)
                     return None
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be locked ({error.strerror}); give a writable folder on a file system that keeps locks"
+            f"{path}: cannot be locked ({error.strerror}); give a writable folder on a file system that supports locks"
         ) from error
 
 

@@ -6,8 +6,8 @@ import torch
 
 __all__ = ["free_memory"]
 
-_UNKNOWN = 4 << 30  # bytes, where the system does not say
-_CGROUPS = (  # limit and use of a container, version 2 and version 1
+_UNKNOWN = 4 << 30  # bytes, if the system does not report them
+_CGROUPS = (  # limit and usage of a container, cgroups v2 and v1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )

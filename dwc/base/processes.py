@@ -34,7 +34,7 @@ def start_once(words: Sequence[str | Path], lock: Path, log: Path, **options: An
         os.close(descriptor)
         raise InputError(f"{log}: cannot be written ({error.strerror}); make it writable") from error
     try:
-        _note(descriptor, 0)  # nobody takes the last one's id for this one's
+        _note(descriptor, 0)  # so that the previous process id is not taken for this one's
         process = subprocess.Popen(
             [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             start_new_session=True, pass_fds=[descriptor], **options,
@@ -45,7 +45,7 @@ def start_once(words: Sequence[str | Path], lock: Path, log: Path, **options: An
         raise InputError(f"{words[0]}: cannot be started ({error.strerror}); give a program that can") from error
     finally:
         output.close()
-        os.close(descriptor)  # the child's copy holds it from here on
+        os.close(descriptor)  # from here on the child's copy holds the lock
 
 
 def end(lock: Path, patience_s: float) -> None:

@@ -27,10 +27,10 @@ __all__ = [
 ]  # fmt: skip
 
 _T = TypeVar("_T")
-# Ranks wait for each other while a cohort is prepared; a rank that dies is noticed at once, by torchrun and by gloo.
-_PATIENCE = timedelta(hours=12)
-_A_MOMENT = timedelta(seconds=10)
-_AT_MOST = 400  # characters of a library's error: its cause, not the stack below
+# Preparing a cohort can take hours; torchrun and gloo notice at once if a rank dies.
+_TIMEOUT = timedelta(hours=12)
+_SHORT_TIMEOUT = timedelta(seconds=10)
+_MAX_CAUSE = 400  # characters of a library's error, without the stack trace that follows
 _BUFFERS = "forward_sync_buffers"  # what newer versions of PyTorch call broadcast_buffers
 
 
@@ -63,17 +63,17 @@ def joined() -> Iterator[None]:
     if has_gpu:
         torch.cuda.set_device(launcher.local_rank())
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=_TIMEOUT)
         yield
-        barrier()  # what the first rank writes last is there before any rank returns
+        barrier()  # no rank returns before rank 0 has finished writing
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))):
             raise
         raise InputError(
-            "the processes of this run have lost each other; start it again, a training with `resume` "
-            f"({textwrap.shorten(str(error), _AT_MOST, placeholder=' ...')})"
+            "the processes of this run have lost contact; start it again, with `resume` if it is a training run "
+            f"({textwrap.shorten(str(error), _MAX_CAUSE, placeholder=' ...')})"
         ) from error
-    dist.destroy_process_group()  # after an error there is nobody left to agree on it with
+    dist.destroy_process_group()  # not after an error, when other ranks may be gone
 
 
 def share(items: Sequence[_T]) -> list[_T]:
@@ -149,12 +149,12 @@ def say_once(line: str) -> None:
     """Print a line on stderr, on the first rank that calls this only, so that an error is reported once."""
     store = None
     if launcher.processes() > 1:
-        with contextlib.suppress(RuntimeError):  # from the store: better said twice than not at all
-            store, _, _ = next(iter(rendezvous("env://", timeout=_A_MOMENT)))
+        with contextlib.suppress(RuntimeError):  # no store: print twice rather than not at all
+            store, _, _ = next(iter(rendezvous("env://", timeout=_SHORT_TIMEOUT)))
             if store.add("dwc/speakers", 1) > 1:
-                store.wait(["dwc/said"], _A_MOMENT)  # the launcher ends all ranks when one has ended
+                store.wait(["dwc/said"], _SHORT_TIMEOUT)  # the launcher ends all ranks once one has ended
                 return
-    # The first rank may be drawing its progress bar: others begin a line of their own.
+    # Rank 0 may be drawing its progress bar, so other ranks start a new line.
     print(f"\n{line}" if launcher.rank() else line, file=sys.stderr, flush=True)
     if store is not None:
         store.set("dwc/said", "")

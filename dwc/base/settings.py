@@ -32,7 +32,7 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        # Numbers and words by default are right: help, which shows them, is printed without pydantic.
+        # Trust default numbers and strings, so that help, which shows them, does not import pydantic.
         trusted = {each.name: each.default for each in fields(self) if isinstance(each.default, int | float | str)}
         given = [each.name for each in fields(self) if getattr(self, each.name) is not trusted.get(each.name, MISSING)]
         if not given:

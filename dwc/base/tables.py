@@ -39,7 +39,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         table = pd.read_csv(path, dtype=_WORDS, keep_default_na=False, na_values=[""])
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); run the study again") from error
-    except ValueError as error:  # what pandas and a wrong encoding raise
+    except ValueError as error:  # from pandas, or a wrong encoding
         raise InputError(f"{path}: is not a table ({str(error).splitlines()[0]}); run the study again") from error
     for name in _WORDS.keys() & set(table.columns):
         table[name] = table[name].map(from_text, na_action="ignore")

@@ -10,7 +10,7 @@ from dwc.base.locks import held
 __all__ = ["claimed"]
 
 _T = TypeVar("_T")
-_LOOK_S = 0.2
+_POLL_S = 0.2
 
 
 def claimed(
@@ -22,18 +22,12 @@ def claimed(
     """Yield the pieces of work that this process should do, one at a time, until every piece is done.
 
     Processes given the same work share it. A piece held by another process is skipped, and taken over if that process
-    ends without finishing it.
-
-    Parameters
-    ----------
-    work
-        The pieces, in order of preference.
-    is_done, is_ready
-        Whether a piece is done, as seen from any process; whether it can be started.
-    lock
-        A piece's lock file, held until the next piece is requested.
+    ends without finishing it. Pieces are in order of preference; `is_done` and `is_ready` say whether a piece is done,
+    as seen from any process, and can be started; `lock` names its lock file, which is held until the next piece is
+    requested.
     """
-    left, told = list(work), False
+    left = list(work)
+    announced = False
     while left := [piece for piece in left if not is_done(piece)]:
         for piece in filter(is_ready, left):
             with held(lock(piece)) as mine:
@@ -41,7 +35,7 @@ def claimed(
                     yield piece
                     break
         else:
-            if not told:
-                print("waiting for what another process is at", flush=True)
-            told = True
-            time.sleep(_LOOK_S)
+            if not announced:
+                print("waiting for work that another process holds", flush=True)
+            announced = True
+            time.sleep(_POLL_S)

@@ -24,8 +24,8 @@ _S = TypeVar("_S", bound=Settings)
 _MISFIT = re.compile(r'Parser key "([\w.]+)": Does not validate .*?Errors: - (.+?) - Expected .*Given value: (.+)')
 _WRONG_TYPE = re.compile(r"""Parser key "([\w.]+)": Expected an? <class '(\w+)'>. Got value: (.+)""")
 _WRONG_CHOICE = re.compile(r"""Parser key "([\w.]+)": Expected an? typing.Literal\[(.+)\]. Got value: (.+)""")
-_BOOLEANS = ("true", "false", "yes", "no")
-_known: set[str] = set()  # the parameters that are options of the command at work
+_BOOLEANS = (["true"], ["false"], ["yes"], ["no"])
+_known: set[str] = set()  # the options of the running command
 
 
 class Parser(ArgumentParser):
@@ -56,15 +56,12 @@ class Parser(ArgumentParser):
             name, equals, value = word.partition("=")
             name = _declared(name, actions)
             negated = _declared(re.sub("^--no[-_]", "--", name), actions)
-            if name in actions and _is_boolean(actions[name]) and not equals and words[i + 1 : i + 2] not in _WORDS:
+            if name in actions and _is_boolean(actions[name]) and not equals and words[i + 1 : i + 2] not in _BOOLEANS:
                 yield f"{name}=true"
             elif name not in actions and negated in actions and _is_boolean(actions[negated]) and not equals:
                 yield f"{negated}=false"
             else:
                 yield name + equals + value
-
-
-_WORDS = [[word] for word in _BOOLEANS]
 
 
 def new_parser(command: str, description: str) -> Parser:

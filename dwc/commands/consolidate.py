@@ -20,9 +20,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str]) -> None:
     """Consolidate the given files, with one in memory at a time, and print each site's weight per layer."""
     parser = new_parser("consolidate", "Consolidate the posteriors of several sites, trained from one prior (Eq. 17).")
-    parser.add_argument(
-        "sites", type=Path, nargs="+", help="posterior.safetensors of each site; also consolidated files"
-    )
+    parser.add_argument("sites", type=Path, nargs="+", help="posterior.safetensors of each site, or consolidated files")
     parser.add_argument("--prior", type=Path, required=True, help="the posterior that every site started from")
     parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     parser.add_argument(
@@ -56,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="for --temper auto")
     values = parse(parser, arguments)
 
-    from dwc.base.files import check_suffix  # here, so that help is quick
+    from dwc.base.files import check_suffix  # here, so that help does not import PyTorch
     from dwc.consolidation import Consolidation
     from dwc.influence import limit_powers, measure, verdicts
     from dwc.posterior import Posterior
@@ -86,9 +84,9 @@ def main(arguments: Sequence[str]) -> None:
         return site, earlier.get(str(site.metadata.get("prior_sha256")))
 
     influences = []
-    for path in values.sites:  # twice, so that one site at a time is in memory
+    for path in values.sites:  # read twice, so that only one site at a time is in memory
         site, its_prior = load(path)
-        Consolidation(prior).add(site, prior=its_prior)  # refuses what does not belong before it is measured
+        Consolidation(prior).add(site, prior=its_prior)  # refuses a wrong file before it is measured
         influences.append(measure(site, its_prior or prior))
     powers = limit_powers(influences, values.max_influence)
     entered = [path for path, power in zip(values.sites, powers, strict=True) if power > 0]

@@ -16,17 +16,17 @@ def main(arguments: Sequence[str]) -> None:
     parser = new_parser("evaluate", "Score a network or an ensemble on the held-out scans of a manifest.")
     parser.add_argument("--data", type=Path, required=True, help="manifest CSV or BIDS-derivatives folder, with labels")
     add_networks(parser)
-    parser.add_argument("--out", type=Path, required=True, help=f"folder for {', '.join(RESULTS)}; made")
+    parser.add_argument("--out", type=Path, required=True, help=f"folder for {', '.join(RESULTS)}; created")
     parser.add_argument("--split", type=Literal["test", "train", "all"], default="test", help="which scans")
     parser.add_argument(
         "--split_seed", type=int | None, default=None,
-        help="seed of the split, where the manifest has no split column; by default the networks' own",
+        help="seed of the split, if the manifest has no split column; default: the networks' own",
     )  # fmt: skip
     parser.add_argument(
-        "--test_fraction", type=float | None, default=None, help="share of the subjects held out; by default the same"
+        "--test_fraction", type=float | None, default=None, help="held-out share of the subjects; default as above"
     )
-    parser.add_argument("--cache_dir", type=Path | None, default=None, help="of conformed scans; default OUT/cache")
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace results that are there already")
+    parser.add_argument("--cache_dir", type=Path | None, default=None, help="for conformed scans; default OUT/cache")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace existing results")
     add_settings(parser, PredictionSettings)
     values = parse(parser, arguments)
     settings = prediction_settings(values)
@@ -36,13 +36,13 @@ def main(arguments: Sequence[str]) -> None:
         if path.exists() and not values.overwrite:
             raise InputError(f"{path}: exists already; give another `out`, or `overwrite` to replace it")
 
-    from dwc.base.files import open_folder  # after the arguments, so that help is quick
+    from dwc.base.files import open_folder  # here, so that help does not import PyTorch
     from dwc.evaluation import evaluate, scans_to_score
     from dwc.prediction import load_networks
 
     ensemble = load_networks(values.network, settings.label_map)
     which = {"split": values.split, "split_seed": values.split_seed, "test_fraction": values.test_fraction}
-    scans_to_score(values.data, ensemble.posteriors, **which)  # before the folder is made
+    scans_to_score(values.data, ensemble.posteriors, **which)  # before the folder is created
     open_folder(values.out)
     cache = values.cache_dir or values.out / "cache"
     evaluation = evaluate(ensemble, values.data, settings, **which, cache_dir=cache, progress=True)

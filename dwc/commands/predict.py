@@ -15,19 +15,19 @@ __all__ = ["add_networks", "main", "prediction_settings"]
 
 def main(arguments: Sequence[str]) -> None:
     """Check arguments, networks and all scans, then segment the scans one at a time; ranks share them."""
-    parser = new_parser("predict", "Segment T1 scans: labels, entropy and volumes on each scan's own grid, a picture.")
+    parser = new_parser("predict", "Segment T1 scans: labels, entropy, volumes and a picture, on each scan's own grid.")
     parser.add_argument("scans", type=Path, nargs="*", help="NIfTI or mgz files; .nii.gz may be left out")
     add_networks(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder for <stem>_dseg.nii.gz and the rest; made")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results, <stem>_dseg.nii.gz and so on")
     parser.add_argument(
         "--picture", type=bool | None, default=None,
-        help="also write <stem>_overlay.png; by default where the extra `study` is installed",
+        help="also write <stem>_overlay.png; by default if the extra `study` is installed",
     )  # fmt: skip
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace results that are there already")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace existing results")
     add_settings(parser, PredictionSettings)
     values = parse(parser, arguments)
     settings = prediction_settings(values)
-    # `--network n.safetensors scan.nii.gz`: what the flag has taken too many of are scans.
+    # In `--network n.safetensors scan.nii.gz` the flag takes the scans too.
     networks = [path for path in values.network if path.suffix == ".safetensors"]
     scans = [*values.scans, *(path for path in values.network if path.suffix != ".safetensors")]
     if not networks:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     if not scans:
         raise InputError("no scan: give one or more NIfTI files after the networks")
 
-    from dwc.base import ranks  # after the arguments, so that help is quick
+    from dwc.base import ranks  # here, so that help does not import PyTorch
 
     with ranks.joined():
         _predict(networks, scans, values, settings)
@@ -59,7 +59,7 @@ def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace,
     names = name_derivatives(found, values.out, overwrite=values.overwrite)
     ours, derivatives = ranks.share(found), ranks.share(names)
     tell(check_scans([Scan(scan, None, "", "", "test") for scan in ours], ensemble.grid, progress=ranks.is_main()))
-    ranks.barrier()  # before any rank writes where another still looks
+    ranks.barrier()  # before any rank writes to the folder that others are checking
     open_folder(values.out)
     for scan, files in zip(ours, derivatives, strict=True):
         segmentation = predict(ensemble, scan, settings, progress=ranks.is_main())
@@ -74,7 +74,7 @@ def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace,
 def add_networks(parser: Parser) -> None:
     """Add the flag `--network`."""
     parser.add_argument(
-        "--network", type=Path, nargs="+", required=True, help="posterior.safetensors; several are an ensemble"
+        "--network", type=Path, nargs="+", required=True, help="posterior.safetensors; several form an ensemble"
     )
 
 

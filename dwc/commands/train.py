@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     resume = values.pop("resume")
     settings = TrainSettings(**values)
 
-    from dwc.base import ranks  # after the arguments, so that help does not import PyTorch
+    from dwc.base import ranks  # here, so that help does not import PyTorch
     from dwc.training.loop import train_network
 
     with ranks.joined():

@@ -14,8 +14,8 @@ from dwc.data.augmentation_settings import Augmentation
 
 __all__ = ["Augmentation", "augment", "reach_of"]
 
-_NODES = 4  # of the bias field and of the elastic field, along each axis of a cube
-_TAILS = 3  # standard deviations that a displacement may reach; it is clipped there
+_NODES = 4  # of the bias and elastic fields, along each axis of a cube
+_TAILS = 3  # standard deviations at which displacements are clipped
 
 
 def reach_of(settings: Augmentation, side: int) -> int:

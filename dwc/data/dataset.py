@@ -84,7 +84,7 @@ class SubVolumes(torch.utils.data.Dataset):
 
     def _cubes(self, v: int, name: str) -> np.ndarray:
         if name == "label" and self.scans[v].label is None:
-            raise InputError(f"{self.scans[v].image}: has no label; name one in the manifest to train or score on it")
+            raise InputError(f"{self.scans[v].image}: has no label; add one to the manifest to train or score on it")
         return _memory_map(self._folders[v] / f"{name}.npy")
 
 
@@ -99,7 +99,7 @@ def _memory_map(path: Path) -> np.ndarray:
     except OSError as error:
         if error.errno not in OUT_OF_HANDLES:
             raise
-    _opened.cache_clear()  # fewer at a time, then
+    _opened.cache_clear()  # free file handles and try again
     try:
         return _opened(path)
     except OSError as error:

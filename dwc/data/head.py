@@ -6,7 +6,7 @@ __all__ = ["Region", "head_box"]
 
 Region = tuple[slice, ...]  # one slice per axis
 
-# A plane belongs to the head if more than this part of it is brighter than half of Otsu's threshold.
+# A plane belongs to the head if more than this share of it is brighter than half of Otsu's threshold.
 _LEAST_PART = 0.002
 
 
@@ -35,4 +35,4 @@ def _otsu(image: np.ndarray) -> int:
     above = below[-1] - below
     with np.errstate(divide="ignore", invalid="ignore"):
         between = np.nan_to_num(below * above * (total / below - (total[-1] - total) / above) ** 2)
-    return int(np.flatnonzero(between == between.max()).mean())  # where no voxel lies between the two, the middle
+    return int(np.flatnonzero(between == between.max()).mean())  # the middle, if several thresholds are equally good

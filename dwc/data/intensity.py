@@ -4,12 +4,12 @@ import numpy as np
 
 __all__ = ["SIGNAL", "moments", "to_uint8", "z_score"]
 
-SIGNAL = 25  # of 255: brighter voxels are not air, a tenth of the range as in FSL's BET
+SIGNAL = 25  # of 255: brighter voxels are not air; a tenth of the range, as in FSL's BET
 
-_RARE = 0.001  # share of the voxels that may be darker than the rest without setting the scale
-_LIFTED = 8  # grey levels; rare voxels that would lift everything else by more are ignored
-_FEW_BINS = 64  # of the histogram; a head in fewer is looked at more closely
-_PLAIN = (1e-30, 1e30)  # spans that float32 arithmetic holds
+_RARE = 0.001  # share of the darkest voxels that may be ignored in scaling
+_LIFTED = 8  # grey levels; rare dark voxels that would raise all others by more are ignored
+_FEW_BINS = 64  # of the histogram; it is taken again if the head fills fewer bins
+_PLAIN = (1e-30, 1e30)  # ranges that float32 can scale
 
 
 def to_uint8(data: np.ndarray, n_bins: int = 1000, clipped: float = 0.001) -> np.ndarray:

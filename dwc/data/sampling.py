@@ -59,13 +59,8 @@ class RandomCubes(Dataset[Item]):
     """
 
     def __init__(self, data: SubVolumes, seed: int, margin: int, air_share: float, augmentation: Augmentation) -> None:
-        self.data, self.seed, self.margin, self.air_share, self.augmentation = (
-            data,
-            seed,
-            margin,
-            air_share,
-            augmentation,
-        )
+        self.data, self.seed, self.margin = data, seed, margin
+        self.air_share, self.augmentation = air_share, augmentation
         self._boxes: dict[int, Region] = {}
 
     def __getitem__(self, position: int) -> Item:
@@ -98,7 +93,7 @@ def _in_turn(position: int, n: int, seed: int) -> int:
     return int(_order(n, seed, turn)[place])
 
 
-@lru_cache(maxsize=2)  # a batch may straddle two passes
+@lru_cache(maxsize=2)  # a batch may span two passes
 def _order(n: int, seed: int, turn: int) -> np.ndarray:
     return np.random.default_rng([seed, 1, turn]).permutation(n)
 

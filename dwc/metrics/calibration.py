@@ -7,7 +7,7 @@ import pandas as pd
 
 __all__ = ["BINS", "CalibrationCounts", "error_detection_auc", "expected_calibration_error"]
 
-BINS = 20  # of confidence and of entropy
+BINS = 20  # of confidence, and of entropy
 
 
 class CalibrationCounts:
@@ -24,15 +24,11 @@ class CalibrationCounts:
     def add(self, confidence: np.ndarray, entropy: np.ndarray, correct: np.ndarray) -> None:
         """Count the voxels of a volume; all arrays have the same shape, else ValueError.
 
-        Parameters
-        ----------
-        confidence, entropy : ndarray
-            Probability of the predicted class; entropy of the predictive distribution in nats.
-        correct : ndarray
-            bool, whether the prediction is correct.
+        `confidence` is the probability of the predicted class, `entropy` that of the predictive distribution in nats,
+        and `correct` (bool) whether the prediction is right.
         """
         if not confidence.shape == entropy.shape == correct.shape:
-            raise ValueError(f"shapes {confidence.shape}, {entropy.shape} and {correct.shape} are not one")
+            raise ValueError(f"shapes {confidence.shape}, {entropy.shape} and {correct.shape} differ")
         for kind, values in (("confidence", confidence), ("entropy", entropy)):
             values = values.ravel()
             places = np.clip(values * (BINS / self._highest[kind]), 0, BINS - 1).astype(np.intp)

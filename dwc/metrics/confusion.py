@@ -4,10 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "confusion_matrix", "dice",
-    "mean_dice", "volumes",
-]  # fmt: skip
+__all__ = ["confusion_matrix", "dice", "mean_dice", "volumes"]
 
 
 def confusion_matrix(truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, n_classes: int) -> Tensor:

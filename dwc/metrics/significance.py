@@ -16,12 +16,10 @@ class PairedTest:
 
     Attributes
     ----------
-    n : int
-        Number of pairs.
     mean_difference, ci_low, ci_high : float
         Mean of a - b and its 95 % confidence interval, which in a family of tests is simultaneous.
-    t, p : float
-        The statistic and its two-tailed p-value, of this test alone.
+    p : float
+        Two-tailed, of this test alone.
     effect_size : float
         Cohen's d_z, the mean difference in standard deviations of the differences.
     """
@@ -38,23 +36,18 @@ class PairedTest:
 def paired_test(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, *, n_tests: int = 1) -> PairedTest:
     """Two-tailed paired t-test of scores of the same volumes under two networks; ValueError if the lengths differ.
 
-    With fewer than two pairs, or if all differences are equal, everything but n and the mean difference is NaN.
-
-    Parameters
-    ----------
-    a, b : sequence of float
-        One score per volume, in the same order; volumes where either is NaN or None are left out.
-    n_tests : int
-        Size of the family of tests; all its intervals hold together with 95 % (Bonferroni).
+    Volumes where either score is NaN or None are left out. In a family of `n_tests`, all intervals hold together with
+    95 % (Bonferroni). With fewer than two pairs, or if all differences are equal, all but n and the mean difference is
+    NaN.
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if first.shape != second.shape or first.ndim != 1:
-        raise ValueError(f"paired scores are two lists of one length, not of shapes {first.shape} and {second.shape}")
+        raise ValueError(f"paired scores must be two lists of equal length, not shapes {first.shape}, {second.shape}")
     both = np.isfinite(first) & np.isfinite(second)
     first, second = first[both], second[both]
     difference = first - second
     n, mean = len(difference), float(difference.mean()) if len(difference) else math.nan
-    if n < 2 or np.ptp(difference) <= 1e-12 * np.abs(difference).max():  # no spread but that of rounding
+    if n < 2 or np.ptp(difference) <= 1e-12 * np.abs(difference).max():  # nothing but rounding
         return PairedTest(n, mean, *[math.nan] * 5)
     test = stats.ttest_rel(first, second)
     effect_size = mean / difference.std(ddof=1)

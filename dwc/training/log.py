@@ -81,7 +81,7 @@ def _board(folder: Path, first_step: int) -> Any:
     """A TensorBoard writer, if tensorboard is installed."""
     if find_spec("tensorboard") is None:
         return None
-    from torch.utils.tensorboard import SummaryWriter  # not part of a core installation
+    from torch.utils.tensorboard import SummaryWriter  # not in the core installation
 
     return SummaryWriter(folder, purge_step=first_step)
 

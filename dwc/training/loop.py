@@ -42,11 +42,11 @@ from dwc_kernels import FFGConv3d
 
 __all__ = ["TrainSettings", "train_network"]
 
-_WORKERS_END_S = 10.0  # the data workers of a killed run hold its lock too; they notice within this time
+_WORKERS_END_S = 10.0  # a killed run's data workers keep its lock until they notice, within this time
 
 
 def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior:
-    """Train a network and leave its run folder.
+    """Train a network and leave its run folder; returns what is in ``out/posterior.safetensors``.
 
     The folder holds config.yaml, checkpoint.safetensors, tensorboard/, posterior.safetensors and log.jsonl, whose lines
     are epochs: ``loss`` and ``nll`` (nats per voxel, means over the epoch's steps), ``penalty`` (nats; the KL, or -log
@@ -55,35 +55,22 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
     falling learning rate flattens any loss), and per Bayesian layer the medians of sigma/sigma_0 (``sigma_ratio``) and
     |mu - mu_0|/sigma_0 (``shift``).
 
-    Parameters
-    ----------
-    settings : TrainSettings
-        What to train, on which data, and the output folder.
-    resume : bool
-        Continue from the run folder's checkpoint, or from the start if it has none. The result is bitwise the same as
-        without the interruption, on the same machine with the same number of processes and threads.
-
-    Returns
-    -------
-    Posterior
-        The content of ``out/posterior.safetensors``; without standard deviations in mode map.
+    With `resume`, it continues from the folder's checkpoint, or from the start if there is none. The result is bitwise
+    the same as without the interruption, on the same machine with the same number of processes and threads.
 
     Raises
     ------
-    InputError
-        Before any work if the input is bad or another process is using the run folder; later if the loss diverges or
-        the disk is full.
     Interrupted
         After SIGINT or SIGTERM, with a complete checkpoint on disk.
     """
     TrainSettings.check_type(settings, "settings")
     with ranks.joined():
         specification, checkpoint = resolve(settings, resume=resume)
-        ranks.barrier()  # before any rank writes where another still looks
+        ranks.barrier()  # before any rank writes to the folder that others are checking
         open_folder(settings.out)
         with _alone_in(settings.out):
             ranks.barrier()
-            # Again: another run may have been in the folder between the checks and the lock.
+            # Check again: another run may have used the folder before it was locked.
             specification, checkpoint = resolve(settings, resume=resume)
             check_before_training(
                 [*specification.train_scans, *specification.test_scans],
@@ -95,7 +82,7 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
             specification = specification.with_data(data, held_out)
             specification.check_resumes(checkpoint)
             if ranks.is_main():
-                specification.write_config()  # only now, when no bad input is left, does the folder hold a run
+                specification.write_config()  # only now: bad input must not leave a run behind
             device = specification.device
             with (
                 torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -112,7 +99,7 @@ def _alone_in(out: Path) -> Iterator[None]:
         return
     with held(out / LOCK, _WORKERS_END_S) as alone:
         if not alone:
-            raise InputError(f"{out}: another dwc train is at work in it; wait until it has ended, or end it")
+            raise InputError(f"{out}: another dwc train is using it; wait until it ends, or stop it")
         yield
 
 
@@ -190,14 +177,14 @@ class _Run:
             "layers": drift(self.network),
             "seconds": round(time.monotonic() - began, 3),
         }
-        self.journal.epoch(row)  # before the checkpoint: a line too many is cut when resuming
+        self.journal.epoch(row)  # before the checkpoint: an extra line is removed when resuming
         state.epoch, state.loss_sum, state.nll_sum = state.epoch + 1, 0.0, 0.0
         self._save()
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         settings, state, device = self.settings, self.state, self.specification.device
         factor = learning_rate_factor(settings.schedule, state.step, self.total_steps)
-        # The first rank's seed is that of a run in one process: seed_of ignores zeros at the end.
+        # Rank 0 has the seed of a single-process run, since seed_of ignores trailing zeros.
         torch.manual_seed(seed_of(settings.seed, state.step, ranks.rank(), settings.stream))
         images, labels = (tensor.to(device, non_blocking=True) for tensor in (images, labels))
         share = len(images) * ranks.world_size() / settings.batch_size

@@ -50,7 +50,7 @@ class Objective:
         """
         if (voxels := labels.shape[1:].numel()) != self.voxels_per_sub_volume:
             raise ValueError(f"labels have {voxels} voxels per sub-volume, not {self.voxels_per_sub_volume}")
-        # reduction="none" then a mean: the reduction inside sums with atomics on GPUs, in an order of their own.
+        # Not reduction="mean", which on GPUs sums with atomics, in an arbitrary order.
         nll = cross_entropy(logits.float(), labels, reduction="none").mean() * share
         return nll + penalty / self.scale, nll
 

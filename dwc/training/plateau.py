@@ -21,12 +21,8 @@ TOLERANCE = 0.005
 class Plateau:
     """The rule's state, updated with one loss per step; its fields are JSON values.
 
-    Attributes
-    ----------
-    window : int
-        Number of steps considered, a multiple of `BLOCKS`; block means smooth the noise of single batches.
-    began_at : int or None
-        Number of steps taken when the plateau began; None while the loss still falls.
+    `window` is the number of steps considered, a multiple of `BLOCKS`. `began_at` is the number of steps taken when the
+    plateau began, None while the loss still falls.
     """
 
     window: int = 400

@@ -203,7 +203,7 @@ class TrainSettings(ComputeSettings, OptimizerSettings, NetworkSettings):
         self._require_positive("epochs", "steps_per_epoch")
         self._require("stream", self.stream >= 0, "give a number >= 0")
         if self.has_learned_prior:
-            self._require("mode", self.prior is not None, "needs the posterior that it starts from; give `prior`")
+            self._require("mode", self.prior is not None, "needs a posterior to start from; give `prior`")
             self._require("init", self.init is None, f"`mode` {self.mode} starts from its prior; leave `init` out")
         else:
             self._require("prior", self.prior is None, f"`mode` {self.mode} has the prior N(0, 1); leave `prior` out")

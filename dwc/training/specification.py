@@ -29,9 +29,9 @@ from dwc.training.state import Checkpoint, fingerprint_of, load_checkpoint
 
 __all__ = ["LOCK", "RunSpecification", "labelled_scans", "resolve"]
 
-GRID = Grid()  # FreeSurfer's, where nothing says otherwise
-LOCK = ".lock"  # in a run folder, held by the process that writes there
-# May change between a run and its resumption: where things are, where it runs and for how long.
+GRID = Grid()  # FreeSurfer's, by default
+LOCK = ".lock"  # in the run folder, held by the process that writes there
+# May change when a run is resumed: paths, the machine's settings and the length of the run.
 _FREE = {
     "data", "prior", "init", "out", "label_map", "cache_dir", "workers", "epochs", "stop_at_plateau",
     "activation_checkpointing",
@@ -81,11 +81,11 @@ class RunSpecification:
         """The settings that determine the result, without paths; they go into the posterior's header."""
         values = {name: value for name, value in self.settings.to_json().items() if name not in _FREE}
         if self.settings.schedule != "constant":
-            values["epochs"] = self.settings.epochs  # the length of a cycle decides every step of it
+            values["epochs"] = self.settings.epochs  # every step depends on the length of the cycle
         cubes = {field.name for field in fields(CubeSettings)}
         values = {name: value for name, value in values.items() if name not in cubes} | self.settings.decisive_cubes()
         if not self.settings.stream:
-            del values["stream"]  # so that a run without one has the header that it always had
+            del values["stream"]  # so that the header of a run without one stays the same
         return values
 
     @cached_property
@@ -126,8 +126,8 @@ class RunSpecification:
         other = [part for part, digest in (our_data or {}).items() if their_data.get(part) != digest]
         if other:
             raise InputError(
-                f"`data` {self.settings.data}: its {' and '.join(other)} scans are not those that the run in "
-                f"{self.settings.out} began with; give the same scans, or another `out` to start anew"
+                f"`data` {self.settings.data}: its {' and '.join(other)} scans are not those of the run in "
+                f"{self.settings.out}; give the same scans, or another `out` for a new run"
             )
 
     def check_config(self) -> None:

@@ -87,8 +87,8 @@ def save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optim
 def load_checkpoint(path: Path) -> Checkpoint:
     tensors, header = load_tensors(path)
     if header.get("checkpoint_version") != _FORMAT:
-        raise InputError(f"{path}: is no checkpoint of this version of dwc; start anew in another `out`")
+        raise InputError(f"{path}: is not a checkpoint of this version of dwc; start a new run in another `out`")
     values = dict(header["state"])
-    if "binding" in values:  # what version 0.1 called it
+    if "binding" in values:  # its name in version 0.1
         values["identity"] = values.pop("binding")
     return Checkpoint(tensors, values)

@@ -52,14 +52,8 @@ class Optimization:
     ) -> tuple[Tensor, Tensor]:
         """Take a step; returns loss and mean negative log-likelihood before it, scalars in nats per voxel.
 
-        Parameters
-        ----------
-        network : nn.Module
-            Computes the logits: the network itself, or its replica if there are several ranks.
-        images, labels : Tensor
-            A batch, on the network's device; images may have a margin around the labelled voxels.
-        factor, share : float
-            Factor of the learning rates; see `Objective` for `share`.
+        `network` computes the logits: the network itself, or its replica if there are several ranks. The images may
+        have a margin around the labelled voxels. `factor` scales the learning rates; for `share` see `Objective`.
         """
         for group, rate in zip(self.adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor

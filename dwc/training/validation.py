@@ -55,8 +55,7 @@ def validation_confusion(
     logits_of
         Logits [N, n_classes, D, H, W] of images [N, 1, D, H, W].
     dataset, indices
-        Items (image [1, D, H, W], labels int64 [D, H, W]) and which of them to score; images may have a margin around
-        the labelled voxels.
+        Items (image [1, D, H, W], labels int64 [D, H, W]), and which to score; images may have a margin.
     keep_going
         Called before each batch; if it returns False, the result is None.
     """

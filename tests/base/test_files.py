@@ -66,13 +66,13 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path, name, wor
 
 
 def test_sweeping_removes_what_a_kill_left_and_not_what_is_being_written(tmp_path):
-    """As when two processes write into one folder: the second one's start must not break the first one's write."""
+    """Two processes may write to one folder; the start of the second must not break the first one's write."""
     (tmp_path / ".old.csv.x.part").write_bytes(b"half")
     descriptor, part = files._new_part(tmp_path / "new.csv")
     sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [Path(part).name]
     os.close(descriptor)
-    open_folder(tmp_path)  # what every command does with its output folder
+    open_folder(tmp_path)  # as every command does with its output folder
     assert list(tmp_path.iterdir()) == []
 
 
@@ -90,6 +90,6 @@ def test_one_flipped_bit_anywhere_in_the_tensors_is_seen(tmp_path):
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path):
-    for number in range(20):  # the library keeps metadata in a map whose order differs from call to call
+    for number in range(20):  # the order of the library's metadata varies from call to call
         save_tensors(tmp_path / f"{number}", {"a": torch.ones(3)}, {"n": 1}, signature="s", other="o")
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1

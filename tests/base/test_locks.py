@@ -1,4 +1,4 @@
-"""Processes that share a work do each piece once, in order, and take over what a dead one left."""
+"""Processes that share work do each piece once, in order, and take over the pieces of one that died."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +11,7 @@ PARENT = {2: 0, 3: 1, 4: 3, 5: 4}
 
 
 def share(folder: Path, pieces=range(8), fail=None) -> list[int]:
-    """Do a share of the work; a file says that a piece is done. An flock tells threads apart as it does processes."""
+    """Do a share of the work and mark each piece with a file. flock separates threads as it does processes."""
     mine = []
     pieces = claimed(
         pieces,
@@ -23,9 +23,9 @@ def share(folder: Path, pieces=range(8), fail=None) -> list[int]:
         if piece == fail:
             raise RuntimeError("killed")
         assert piece not in PARENT or (folder / f"{PARENT[piece]}.done").exists()
-        (folder / f"{piece}.done").touch(exist_ok=False)  # fails if another one did it
+        (folder / f"{piece}.done").touch(exist_ok=False)  # fails if another thread did it
         mine.append(piece)
-    assert len(list(folder.glob("*.done"))) == 8  # all is done when the work ends
+    assert len(list(folder.glob("*.done"))) == 8  # everything is done when the loop ends
     return mine
 
 

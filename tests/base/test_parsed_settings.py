@@ -1,4 +1,4 @@
-"""Settings are right once they are made, whoever makes them."""
+"""Settings refuse bad types and values when they are made, for every caller."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

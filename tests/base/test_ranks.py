@@ -1,4 +1,4 @@
-"""Many processes on one machine, started as a user starts them; a start costs seconds, so each proves much."""
+"""Runs in several processes, started as a user starts them; each start takes seconds, so each test checks a lot."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ PROGRAM = ROOT / "tests" / "rank_program.py"
 
 
 def torchrun(*words, n: int = 2) -> tuple[int, str, str]:
-    """`torchrun` as a user types it, apart from the name of the interpreter."""
+    """Run `torchrun` as a user types it, except for the interpreter's path."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
     process = subprocess.run(
@@ -44,13 +44,13 @@ def torchrun(*words, n: int = 2) -> tuple[int, str, str]:
 
 
 def flags(settings: TrainSettings) -> list[str]:
-    """The settings as arguments of the command."""
+    """The settings as command-line arguments."""
     values = {key: value for key, value in settings.to_json().items() if value is not None}
     return [word for key, value in values.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
 
 
 def ends_in(error: str, message: str) -> None:
-    """Our processes have said one line, and it is this one."""
+    """Assert that the run printed exactly one line of ours, matching `message`."""
     lines = [line for line in re.split(r"[\r\n]+", error) if line.startswith("dwc: ")]
     assert len(lines) == 1, error
     assert re.search(message, lines[0])
@@ -61,12 +61,12 @@ def rows_of(out: Path) -> list[dict]:
 
 
 def exit_codes(error: str) -> set[int]:
-    """Of our processes, as torchrun reports them."""
+    """The exit codes of the ranks, as torchrun reports them."""
     return {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", error)}
 
 
 def test_the_loss_curve_is_that_of_one_process_and_a_run_goes_on_with_another_number(settings, tmp_path):
-    run = replace(settings, batch_size=3, cache_dir=tmp_path / "cache")  # two sub-volumes here, one there
+    run = replace(settings, batch_size=3, cache_dir=tmp_path / "cache")  # two sub-volumes on one rank, one on the other
     many = replace(run, out=tmp_path / "many", epochs=1)
     train_network(many)
     shutil.rmtree(tmp_path / "cache")
@@ -104,7 +104,7 @@ def test_ranks_draw_noise_of_their_own_and_leave_the_gradient_of_the_whole_batch
     standard_error = ((two_ranks.var(0) + one_rank.var(0)) / 250).sqrt()[noisy]
     assert noisy.sum() > 50
     assert ((two_ranks.mean(0) - one_rank.mean(0)).abs()[noisy] / standard_error).max() < 4.5
-    # Three draws of the noise. If both ranks drew the same, (2 eps_1 + eps_2) / 3, these would be 5/3 and 5/9.
+    # Three draws of the noise. If both ranks drew the same, (2 eps_1 + eps_2) / 3, the ratios would be 5/3 and 5/9.
     assert 0.8 < (two_ranks.var(0) / one_rank.var(0))[noisy].median() < 1.25
     assert 0.27 < (two_ranks.var(0) / a_third.var(0))[noisy].median() < 0.42
 
@@ -117,7 +117,8 @@ def test_a_killed_rank_ends_all_and_resuming_is_exact_to_the_bit(settings, tmp_p
     assert printed == f"{tmp_path / 'whole' / 'posterior.safetensors'}  (steps 6, no plateau seen)\n"
 
     _, _, error = torchrun(PROGRAM, "mishap", 5, "SIGKILL", 0, *cut, n=3)
-    ends_in(error, r"the processes of this run have lost each other; start it again, a training with --resume \(.*gloo")
+    remedy = "start it again, with --resume if it is a training run"
+    ends_in(error, rf"the processes of this run have lost contact; {remedy} \(.*gloo")
     assert exit_codes(error) <= {2, -9, -15}
     assert load_tensors(tmp_path / "cut" / "checkpoint.safetensors")[1]["state"]["step"] == 4
 
@@ -137,12 +138,12 @@ def test_ranks_that_outlive_their_launcher_keep_their_run_folder(settings, tmp_p
         assert len(orphans) == 2
         with monkeypatch.context() as patch:
             patch.setattr(loop, "_WORKERS_END_S", 0.0)
-            with pytest.raises(InputError, match="another dwc train is at work in it"):
+            with pytest.raises(InputError, match="another dwc train is using it"):
                 train_network(run, resume=True)
     finally:
         for pid in orphans:
             os.kill(pid, signal.SIGKILL)
-    train_network(replace(run, epochs=1), resume=True)  # their lock went with them
+    train_network(replace(run, epochs=1), resume=True)  # the lock was released with them
 
 
 def test_a_signal_to_the_launcher_leaves_a_whole_checkpoint(settings, tmp_path):
@@ -156,7 +157,7 @@ def test_a_signal_to_the_launcher_leaves_a_whole_checkpoint(settings, tmp_path):
 
 
 def training_ranks(run: TrainSettings, log: Path) -> subprocess.Popen:
-    """torchrun with two ranks that have come to their first checkpoint."""
+    """torchrun with two ranks that have reached their first checkpoint."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dwc.train"]
     with log.open("wb") as output:
@@ -170,7 +171,7 @@ def training_ranks(run: TrainSettings, log: Path) -> subprocess.Popen:
 
 
 def processes_with(word: str) -> list[int]:
-    """Those that were started with this word."""
+    """The processes started with this argument."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -248,8 +249,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     assert choose_device("cpu").type == "cpu"
 
 
-def test_a_command_that_is_one_process_refuses_many(monkeypatch, capsys):
+def test_a_command_that_runs_in_one_process_refuses_many(monkeypatch, capsys):
     monkeypatch.setattr(launcher, "processes", lambda: 2)
     monkeypatch.setattr(ranks, "say_once", print)
     assert cli.main(["evaluate"]) == 2
-    assert capsys.readouterr().out == "dwc: dwc evaluate is one process; start it without torchrun\n"
+    assert capsys.readouterr().out == "dwc: dwc evaluate runs in one process; start it without torchrun\n"

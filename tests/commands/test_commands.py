@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def start(*arguments) -> subprocess.Popen:
-    """`dwc` as a user types it, apart from the name of the interpreter."""
+    """Start `dwc` as a user types it, except for the interpreter's path."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""`dwc consolidate` as a person types it: sites in, tempered by a number or on the origin's scans, sites out again."""
+"""`dwc consolidate` as a user types it: sites added, tempered by a number or on held-out scans, and removed."""
 
 import csv
 import re
@@ -72,7 +72,7 @@ def test_a_site_is_taken_out_of_a_consolidated_file(words, result, networks, tmp
 
 
 def without_split(settings, folder) -> str:
-    """The site's manifest, its scans beside it, without the column that tells the split."""
+    """The site's manifest without its split column, next to its scans."""
     for file in settings.data.parent.glob("*.nii.gz"):
         shutil.copy(file, folder)
     rows = list(csv.reader(settings.data.read_text().splitlines()))
@@ -128,7 +128,7 @@ def test_taking_out_the_last_site_leaves_nothing_to_write(words, networks, tmp_p
 
 
 def test_a_consolidated_prior_without_a_split_column_asks_for_one(networks, settings, tmp_path, capsys):
-    site = networks["finetune"]  # trained from the consolidated network, whose header tells no split
+    site = networks["finetune"]  # trained from the consolidated network, whose header names no split
     prior = site.name.replace("finetune", "dwc")
     words = ["consolidate", site.name, "--prior", prior, "--out", str(tmp_path / "c.safetensors")]
     assert main([*words, "--temper", "auto", "--data", without_split(settings, tmp_path)]) == 2

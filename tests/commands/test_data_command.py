@@ -16,7 +16,7 @@ GRID = ("--grid-size", "64", "--voxel-size", "2")
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three scans with labels and a manifest of them."""
+    """Three labelled scans and their manifest."""
     rows = ["image,label,subject,split"]
     for number in range(3):
         rng = np.random.default_rng(number)

@@ -1,4 +1,4 @@
-"""Every command runs with the network cut off: connections other than to loopback fail, and none is even tried."""
+"""Every command runs without a network: connections other than to loopback fail, and none is even attempted."""
 
 import subprocess
 import sys
@@ -13,13 +13,13 @@ pytestmark = pytest.mark.usefixtures("one_thread", "offline")
 
 COVERED_ELSEWHERE = {  # by tests with the same guard
     "federated",  # tests/federated/test_federated_simulation.py
-    "experiment", "demo",  # minutes; what they call is what the other commands call
+    "experiment", "demo",  # take minutes, and call what the other commands call
 }  # fmt: skip
 
 
 @pytest.fixture
 def words(networks, settings, tmp_path) -> dict[str, list[str]]:
-    """Each command on the tiny site."""
+    """The arguments of each command, for the tiny site."""
     data, prior, out = str(settings.data), networks["vi"].name, str(tmp_path / "out")
     scan = str(next(Path(data).parent.glob("*_T1w.nii.gz")))
     train = ["--data", data, "--out", out, "--label-map", "coarse", "--grid-size", "32", "--width", "2"]

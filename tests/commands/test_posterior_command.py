@@ -1,4 +1,4 @@
-"""`dwc posterior sign|verify|inspect|audit`, and where signatures are asked for."""
+"""`dwc posterior sign|verify|inspect|audit`, and commands that require signatures."""
 
 import json
 import re

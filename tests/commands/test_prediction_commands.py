@@ -24,7 +24,7 @@ LIA = Grid(32).affine(np.zeros(3))
 
 
 def dwc(*words) -> tuple[int, str, str]:
-    """`dwc` as a user types it, apart from the name of the interpreter."""
+    """Run `dwc` as a user types it, except for the interpreter's path."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "dwc.cli", *map(str, words)]
     process = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
@@ -32,7 +32,7 @@ def dwc(*words) -> tuple[int, str, str]:
 
 
 def refused(capsys, *words) -> str:
-    """The one line of a command that ends with exit code 2 and has written nothing."""
+    """The one line of a command that exits with code 2 and writes nothing."""
     assert cli.main([str(word) for word in words]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -224,7 +224,7 @@ def test_bad_arguments_are_one_line_and_nothing_is_written(network, scan, site, 
 
 def test_a_full_disk_ends_predict_in_one_line_and_leaves_no_part_of_a_file(network, scan, tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # the folder takes files, the entropy does not fit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # the folder is writable, but the entropy does not fit
     try:
         line = refused(capsys, "predict", "--network", network, scan, "--out", tmp_path / "out")
     finally:

@@ -13,7 +13,7 @@ from dwc.metrics.significance import paired_test
 
 @pytest.fixture
 def volume_pair():
-    """Class 3 is predicted and never true, class 2 true and never predicted, class 4 neither."""
+    """Class 3 is predicted but never true, class 2 true but never predicted, class 4 neither."""
     torch.manual_seed(0)
     return torch.randint(3, (6, 7, 9)), torch.tensor([0, 1, 3])[torch.randint(3, (6, 7, 9))]
 
@@ -122,7 +122,7 @@ def test_one_pair_and_equal_differences_have_a_mean_and_no_test(a, b, n, mean):
 
 
 def test_scores_that_are_not_pairs_are_refused():
-    with pytest.raises(ValueError, match="two lists of one length"):
+    with pytest.raises(ValueError, match="two lists of equal length"):
         paired_test([1.0, 2.0], [1.0])
 
 
@@ -151,7 +151,7 @@ def test_counts_of_volumes_add_up():
     for v in range(2):
         counts.add(confidence[v], entropy[v], correct[v])
     pd.testing.assert_frame_equal(counts.frame(), counted(confidence, entropy, correct))
-    with pytest.raises(ValueError, match="are not one"):
+    with pytest.raises(ValueError, match=r"shapes .* differ"):
         counts.add(confidence, entropy, correct[0])
 
 

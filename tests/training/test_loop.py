@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows_of(out: Path) -> list[dict]:
-    """The log without what a clock says."""
+    """The log without its timings."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
@@ -121,14 +121,14 @@ def test_a_run_folder_is_one_runs_at_a_time(settings, tmp_path, monkeypatch):
     train_network(run)
     with held(tmp_path / "run" / ".lock"):
         before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
-        with pytest.raises(InputError, match=r"run: another dwc train is at work in it; wait until it has ended"):
+        with pytest.raises(InputError, match=r"run: another dwc train is using it; wait until it ends"):
             train_network(replace(run, epochs=2), resume=True)
         assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
     train_network(replace(run, epochs=2), resume=True)
 
 
 def test_a_run_that_waited_for_another_in_its_folder_does_not_overwrite_it(settings, tmp_path, monkeypatch):
-    """Both found the folder empty; the second one gets the lock when the first has ended."""
+    """Both runs found the folder empty; the second gets the lock when the first ends."""
     first, second = (replace(settings, epochs=1, out=tmp_path / "run", seed=seed) for seed in (0, 1))
     alone = loop._alone_in
 
@@ -362,7 +362,7 @@ def test_a_base_whose_header_makes_no_network_is_refused_by_name(settings, netwo
     base = networks["map"]
     for architecture in ("MeshNet", {**base.metadata["architecture"], "dilations": 3}):
         odd = Posterior(base.mu, {}, {**base.metadata, "architecture": architecture})
-        save_tensors(path, dict(odd._tensors()), odd.metadata)  # which `save` would refuse
+        save_tensors(path, dict(odd._tensors()), odd.metadata)  # `save` would refuse this
         with pytest.raises(InputError, match=r"odd\.safetensors: its .*architecture"):
             train_network(replace(settings, init=path, out=tmp_path / "run", dilations=None))
 
@@ -428,7 +428,7 @@ def test_bf16_autocast_trains_close_to_fp32(settings, tmp_path):
     [
         ({"data": None}, "`data` None: give a path"),
         ({"out": None}, "`out` None: give a path"),
-        ({"mode": "vcl"}, "`mode` vcl: needs the posterior that it starts from; give `prior`"),
+        ({"mode": "vcl"}, "`mode` vcl: needs a posterior to start from; give `prior`"),
         ({"mode": "vi", "prior": "{vi}"}, "`mode` vi has the prior N.0, 1.; leave `prior` out"),
         ({"mode": "finetune", "prior": "{vi}", "init": "{map}"}, "starts from its prior; leave `init` out"),
         ({"mode": "vcl", "prior": "{map}"}, "is a MAP network; train one with `mode` vi"),

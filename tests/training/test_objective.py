@@ -58,7 +58,7 @@ def test_the_map_loss_is_equation_2_up_to_a_constant(batch):
 
 
 def test_the_expected_minibatch_loss_is_the_full_loss(batch):
-    """Eq. 7's N / M: the mean over all single-example batches is the loss of the whole set."""
+    """N / M in Eq. 7: the mean over all single-example batches is the loss of the whole set."""
     images, labels = batch
     network = MeshNet(n_classes=5, width=3, dilations=(1,), bayesian=False)
     objective, penalty = Objective(M, V), negative_log_prior(network)
@@ -111,7 +111,7 @@ def test_the_projection_leaves_smaller_sigmas_and_plain_networks_alone():
 
 
 def test_the_projection_holds_for_every_rho_below_its_limit():
-    """softplus in fp32 need not be monotone to the last bit; the limit leaves room for that."""
+    """softplus in fp32 need not be monotone in the last bit; the limit allows for that."""
     from dwc.training.objective import _rho_limit
 
     for sigma_0 in (1e-6, 1e-3, 0.5, 1.0, 19.0):

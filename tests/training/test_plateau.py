@@ -26,7 +26,7 @@ def decay(steps: int, time: float, noise: float, seed: int) -> np.ndarray:
 def test_the_plateau_begins_when_the_fall_is_over_whatever_the_noise(time, noise):
     for seed in range(5):
         began = run(decay(8000, time, noise, seed)).began_at
-        assert 2 * np.exp(-began / time) < 0.15  # of the 2 there were to fall, at a stable value of 0.3
+        assert 2 * np.exp(-began / time) < 0.15  # of a fall of 2, to a stable value of 0.3
         assert began < 12 * time
 
 
