@@ -164,7 +164,7 @@ def test_a_study_stopped_in_a_network_goes_on_there_and_ends_with_the_same_bits(
 
     with monkeypatch.context() as patch:
         patch.setattr(_Run, "_save", stop_after_an_epoch)
-        with pytest.raises(Interrupted, match="the same command goes on"):
+        with pytest.raises(Interrupted, match="the same command continues"):
             whole.get(network)
     assert whole.steps(network) == 2
     assert not whole.is_done(network)
