@@ -204,7 +204,7 @@ def test_the_command_runs_a_study_from_flags_and_a_preset(run, tiny, capsys):
     ("flags", "message"),
     [
         (["--study", "few-sites"], "few-sites"),
-        (["--study", "rounds", "--dry-run"], "--study rounds: --only, --dry-run and --pool serve the paper's study"),
+        (["--study", "rounds", "--dry-run"], "--study rounds: --only, --dry-run and --pool are for the paper's study"),
         (["--study", "many-sites", "--preset", "small", "--many_sites.counts", "[4,2]"], "ascending"),
         (["--study", "rounds", "--preset", "small", "--rounds", "none"], "rounds"),
     ],
