@@ -56,19 +56,10 @@ def overlay(
 ) -> Path:
     """Write a PNG with a row per plane (axial, sagittal, coronal): scan, truth, and each prediction with its errors.
 
-    The slices are those with the most labelled voxels. Anterior or superior is up; anterior is right in the sagittal
-    plane, the patient's left is right in the others (radiological convention).
-
-    Parameters
-    ----------
-    image : ndarray
-        [size, size, size], conformed: voxel axes run to the left, to inferior and to anterior.
-    truth : ndarray or None
-        Classes on the same grid; without it no errors or Dice are shown.
-    predictions : mapping of str to ndarray
-        Classes by the caption of their column.
-    names : sequence of str, optional
-        Name of each class; 16 classes or fewer get a legend.
+    All volumes are [size, size, size] on one conformed grid, whose axes run to the left, to inferior and to anterior.
+    The predicted classes are keyed by caption; without `truth` no errors or Dice are shown. `names` are those of the
+    classes; 16 classes or fewer get a legend. The slices are those with the most labelled voxels. Anterior or superior
+    is up; anterior is right in the sagittal plane, the patient's left is right in the others (radiological convention).
     """
     n_classes = _n_classes((truth, *predictions.values()), names)
     scores = {name: _dice(truth, classes, n_classes) for name, classes in predictions.items()}

@@ -1,7 +1,6 @@
 """Which of the paper's findings (McClure et al. 2018, section 3.2) hold in a study's tables, in words.
 
-A claim about a difference is judged by its interval across subjects, corrected for the number of comparisons: it holds
-above a line, does not hold below it, and is not shown if the interval crosses it; page.html explains the rules.
+Verdicts follow from intervals across subjects, corrected for the number of comparisons; page.html explains the rules.
 """
 
 from collections.abc import Iterable

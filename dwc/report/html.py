@@ -1,7 +1,4 @@
-"""A study's report: one self-contained HTML page, without scripts or links to other files.
-
-The tables and pictures are made here, from the study's tables; titles, order and all text around them are in page.html.
-"""
+"""A study's report: one self-contained HTML page. Tables and pictures are made here; all other text is in page.html."""
 
 import base64
 from collections.abc import Callable, Collection, Sequence

@@ -1,8 +1,4 @@
-"""Simulated T1 scans of sites with different scanners and people, for data that cannot be shared.
-
-The sites of `sites.tsv` differ in contrast, noise, bias field, resolution and anatomy. Heads are label volumes from
-`dwc.simulation.phantom` or from a folder.
-"""
+"""Simulated T1 scans of sites whose scanners and people differ (`sites.tsv`), made from label volumes of heads."""
 
 import csv
 import gzip

@@ -59,7 +59,7 @@ def _show_weights(networks: Networks, joint: Network) -> None:
     medians = weights.groupby("site")["weight"].median()
     words = ", ".join(f"{site} {weight:.2f}" for site, weight in medians.items())
     print(f"weight of each site's means, median over layers: {words}")
-    print(f"  (at 1/{len(medians)} each the shifts are averaged, at 1 each they are added up)", flush=True)
+    print(f"  (1/{len(medians)} each would average the sites, 1 each would add up their shifts)", flush=True)
 
 
 def _report(study: Study, table: pd.DataFrame, volumes: pd.DataFrame) -> str:

@@ -1,7 +1,4 @@
-"""The hash that names a network's run folder, of the settings, scans and parents that its weights depend on.
-
-If a change to the code or to PyTorch changes the weights, increase `_FORMAT` or delete the study's networks/.
-"""
+"""The hash that names a network's run folder, of the settings, scans and parents that its weights depend on."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,7 +13,7 @@ from dwc.training.settings import ComputeSettings, CubeSettings, NetworkSettings
 
 __all__ = ["digest_of", "network_key"]
 
-_FORMAT = 1
+_FORMAT = 1  # increase if a change to the code or to PyTorch changes the weights
 _BY_CONTENT = {"label_map", "workers", "device"} | {field.name for field in fields(CubeSettings)}  # see `network_key`
 
 
