@@ -1,7 +1,4 @@
-"""Lines of the two packages by kind: code, docstrings, comments, blanks and imports.
-
-python -m benchmarks.code_size [FOLDER ...]
-"""
+"""Count code, docstring, comment, blank and import lines: `python -m benchmarks.code_size [FOLDER ...]`."""
 
 import ast
 import io
@@ -14,7 +11,7 @@ KINDS = ("code", "docstring", "comment", "blank", "import")
 
 
 def kinds_of_lines(source: str) -> Counter[str]:
-    """Count the lines of a module by kind; a line with code and a comment is code."""
+    """Count the lines of a module by kind; a line of code with a comment is code."""
     lines = source.splitlines()
     kind = {number: "code" if line.strip() else "blank" for number, line in enumerate(lines, 1)}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -32,7 +29,6 @@ def kinds_of_lines(source: str) -> Counter[str]:
 
 
 def main(folders: list[str]) -> None:
-    """Print a line per folder and their sum."""
     total: Counter[str] = Counter()
     print(f"{'':<24}" + "".join(f"{kind:>11}" for kind in KINDS))
     for folder in folders:

@@ -1,11 +1,11 @@
-"""What training cubes teach: fixed ones of the paper, and random ones with margins, at equal CPU time.
+"""Fixed training cubes, as in the paper, against random ones with margins, at equal CPU time.
 
     python -m benchmarks.cubes --anatomies label_maps --out cubes
 
 Trains one MAP network per kind of cube on simulated scans of real anatomies (64^3 at 3 mm, coarse classes, width 12,
-dilations 1 2 4 8, one cycle of 600 steps of 2 paper cubes, and as many of the others as take the same CPU time), and
-scores it on held-out scans: whole, cut into the paper's cubes, cut 16 voxels further, and with the head moved by 18 mm.
-Writes cubes.csv and cubes.png, and goes on where it stopped.
+dilations 1 2 4 8, one cycle; 600 steps of 2 paper cubes, or as many of the others as take the same CPU time). Scores it
+on held-out scans: whole, cut into the paper's cubes, cut 16 voxels further, and with the head moved by 18 mm. Writes
+cubes.csv and cubes.png; a second call continues where the first stopped.
 """
 
 import argparse
@@ -61,9 +61,8 @@ ARMS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, score and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--anatomies", type=Path, default=None, help="label volumes; by default procedural heads")
+    parser.add_argument("--anatomies", type=Path, help="folder of label volumes; by default procedural heads")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     values = parser.parse_args(arguments)
@@ -83,11 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _settings(values: argparse.Namespace, seed: int) -> TrainSettings:
-    """The common settings, and the scans: all anatomies under site H's scanner, in one manifest."""
+    """The common settings, and a manifest of all anatomies scanned at site H."""
     manifest = values.out / f"scans-{seed}" / "manifest.csv"
     if not manifest.exists():
         lines = ["image,label,subject,site,split"]
-        for name in load_sites():  # one scanner, each site's anatomies, so that all are there
+        for name in load_sites():  # site H's scanner for every site's anatomies
             folder, site = manifest.parent / name, replace(load_sites()["H"], name=name)
             write_site(folder, site, n_train=8, n_test=3, grid=GRID, seed=seed, anatomies=values.anatomies)
             for line in (folder / "manifest.csv").read_text().splitlines()[1:]:
@@ -102,7 +101,7 @@ def _settings(values: argparse.Namespace, seed: int) -> TrainSettings:
 
 
 def _equal_steps(base: TrainSettings, path: Path) -> dict[str, int]:
-    """Steps of each arm that take the CPU time of the paper's, by 20 steps of each, after as many to warm up."""
+    """Steps of each arm that take the paper's CPU time, from 20 timed steps after 20 for warm-up."""
     if not path.exists():
         seconds: dict[str, list[float]] = {arm.name: [] for arm in ARMS}
         for turn in range(2):
@@ -129,7 +128,7 @@ def _run(arm: Arm, base: TrainSettings, steps: int) -> dict[str, float]:
 
 
 def position_scores(network: MeshNet, held_out: SubVolumes) -> dict[str, float]:
-    """Mean Dice over volumes, without background, of each way to predict."""
+    """Mean Dice over volumes, without background, for each way to predict."""
     scores: dict[str, list[float | None]] = {name: [] for name in ("cubes", "cubes shifted", "whole", "head moved")}
     for v in range(held_out.n_volumes):
         image, truth = held_out.volume(v)
@@ -148,7 +147,7 @@ def position_scores(network: MeshNet, held_out: SubVolumes) -> dict[str, float]:
 
 
 def moved(volume: np.ndarray, voxels: int) -> np.ndarray:
-    """A volume moved along its second axis, from head to feet; what leaves it comes back on the other side."""
+    """A volume moved along its second axis (head to feet), wrapping around."""
     return np.roll(volume, voxels, axis=1)
 
 
@@ -164,7 +163,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 @torch.inference_mode()
 def _cube_by_cube(network: MeshNet, image: np.ndarray) -> np.ndarray:
-    """The paper's prediction: each sub-volume alone, zeros around it."""
+    """The paper's prediction: each sub-volume alone, padded with zeros."""
     cubes = torch.from_numpy(z_score(split_volume(image), *moments(image)))[:, None]
     labels = torch.cat([network(part, sample=False).argmax(dim=1) for part in cubes.split(4)])
     return join_volume(labels.to(torch.uint8).numpy(), image.shape)

@@ -1,8 +1,7 @@
 """What bad sites do to the consolidated network under several rules: `python -m benchmarks.robust_consolidation`.
 
-Simulated sites train from one prior; then a share of them is replaced by bad ones of one kind, and every rule combines
-them. Printed are Dice and log-likelihood per voxel on scans of honest sites. Takes minutes on a CPU; networks are kept
-in the output folder, so that a second call only scores.
+Simulated sites train from one prior; a share of them is replaced by bad ones, and each rule combines them. Prints Dice
+and log-likelihood per voxel on scans of honest sites. Takes minutes on a CPU; a second call reuses the networks.
 """
 
 import argparse
@@ -28,11 +27,10 @@ from dwc.training.settings import TrainSettings
 
 N_SITES = 5
 GRID = Grid(32, 6.0)
-Shifts = dict[str, tuple[Tensor, Tensor]]  # per tensor, of all sites: natural-parameter shifts [S, ...], fp64
+Shifts = dict[str, tuple[Tensor, Tensor]]  # per tensor: natural-parameter shifts of all sites [S, ...], fp64
 
 
 def main() -> None:
-    """Train or reuse the networks, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("robust-consolidation"))
     parser.add_argument("--steps", type=int, default=150)
@@ -46,7 +44,8 @@ def main() -> None:
     print("| bad sites | kind | " + " | ".join(RULES) + " |")
     print("| --- " * (2 + len(RULES)) + "|")
     for n_bad in (0, 1, 2):
-        for kind, spoil in KINDS.items() if n_bad else [("none", lambda prior, site, seed: site)]:
+        kinds = KINDS if n_bad else {"none": lambda prior, site, seed: site}
+        for kind, spoil in kinds.items():
             all_sites = [spoil(prior, sites[s], s) if s < n_bad else sites[s] for s in range(N_SITES)]
             if kind == "copies" and n_bad:
                 all_sites[:n_bad] = [spoil(prior, sites[-1], s) for s in range(n_bad)]
@@ -55,7 +54,7 @@ def main() -> None:
 
 
 def _scans(out: Path, number: int) -> Path:
-    """The manifest of the organization (0) or of a site, with two scans to train on and one to score."""
+    """The manifest of the organization (0) or of a site: two training scans and one held-out scan."""
     kinds = list(load_sites())
     folder = out / "scans" / str(number)
     if (folder / "manifest.csv").exists():
@@ -86,7 +85,7 @@ def _trained(settings: TrainSettings) -> Posterior:
 
 
 def _changed(prior: Posterior, site: Posterior, mu: Callable[[Tensor], Tensor], sigma: float) -> Posterior:
-    """A site whose shifts (in sigma_0) and sigmas are changed."""
+    """A site with changed shifts (in units of sigma_0) and scaled sigmas."""
     means = {
         name: prior.mu[name] + prior.sigma[name] * mu((site.mu[name] - prior.mu[name]) / prior.sigma[name])
         for name in prior.mu
@@ -126,12 +125,12 @@ def _equation_17(prior: Posterior, sites: list[Posterior]) -> Tensor:
 
 
 def _limited(multiple: float) -> Callable[[Posterior, list[Posterior]], Tensor]:
-    """Powers under a limit of each site's influence."""
+    """Powers that limit each site's influence."""
     return lambda prior, sites: torch.tensor(limit_powers([measure(s, prior) for s in sites], multiple)).double()
 
 
 def _clipped(shift: Tensor) -> Tensor:
-    """Coordinate by coordinate, no further than three robust standard deviations from the median site."""
+    """Each coordinate clipped to within three robust standard deviations of the median site."""
     median = shift.quantile(0.5, dim=0)
     spread = 3 * 1.4826 * (shift - median).abs().quantile(0.5, dim=0)
     return torch.minimum(torch.maximum(shift, median - spread), median + spread).sum(dim=0)
@@ -151,12 +150,12 @@ RULES: dict[str, Callable] = {
 
 
 def _combined(prior: Posterior, sites: list[Posterior], rule: Callable) -> Posterior:
-    """prior + 1/S times the shifts as the rule combines them; means are shifts relative to the prior's mean."""
+    """The prior plus 1/S times the combined shifts."""
     weights = rule(prior, sites) if rule not in (_clipped, _median) else None
     mu, sigma = {}, {}
     for name, (eta_1, eta_2) in _shifts(prior, sites).items():
         ours = prior.sigma[name].double().pow(-2)
-        # Relative to the prior's mean, so that a coordinate's two parameters are combined on one scale.
+        # Relative to the prior's mean, so that both natural parameters of a coordinate have the same scale.
         pull = eta_1 - prior.mu[name].double() * eta_2
         if weights is None:
             pull, added = rule(pull), rule(eta_2)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.scaling [--processes 1 2] [--device cpu] [--width 16] [--batch-size 4]
 
-Times `torchrun -m dwc.train` as it is used, by its own log: loading, forward, backward, exchange of gradients, Adam; no
-validation. The global batch stays the same (strong scaling), each process has one CPU thread, the kinds of run take
-turns, and the median over their epochs counts, without each run's first. "Apart" means as many processes at once that
-train alone on their part of the batch and exchange nothing, which shows what the shared machine costs; the rest of the
-difference is the cost of the exchange.
+Runs `torchrun -m dwc.train` and reads its log: data loading, forward, backward, gradient exchange and Adam, without
+validation. The global batch is fixed (strong scaling), each process has one CPU thread, the kinds of run alternate, and
+the median over epochs is reported, without each run's first epoch. "Apart" runs as many processes at once, each alone
+on its share of the batch and without exchange: the difference to one process is the cost of the shared machine, the
+difference to the joint run the cost of the exchange.
 """
 
 import argparse
@@ -28,18 +28,17 @@ __all__ = ["main", "table"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--batch-size", "--batch_size", type=int, default=4, help="a multiple of the processes")
-    parser.add_argument("--steps", type=int, default=4, help="in an epoch")
-    parser.add_argument("--epochs", type=int, default=3, help="of a run, the first left out")
+    parser.add_argument("--batch-size", "--batch_size", type=int, default=4, help="a multiple of all --processes")
+    parser.add_argument("--steps", type=int, default=4, help="per epoch")
+    parser.add_argument("--epochs", type=int, default=3, help="per run; the first is not counted")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind")
     values = parser.parse_args(arguments)
     if odd := [n for n in values.processes if n < 1 or values.batch_size % n]:
-        parser.error(f"--batch-size {values.batch_size}: is not shared evenly by {odd[0]} processes; give a multiple")
+        parser.error(f"--batch-size {values.batch_size}: cannot be split evenly by {odd[0]} processes; give a multiple")
     if values.device == "cuda" and max(values.processes) > torch.cuda.device_count():
         parser.error(f"--processes {max(values.processes)}: PyTorch finds {torch.cuda.device_count()} GPUs here")
     kinds = [(n, together) for n in values.processes for together in (True, False) if together or n > 1]
@@ -57,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def table(seconds: dict[tuple[int, bool], float], batch_size: int) -> str:
-    """A line per number of processes and kind of run; efficiency is that of n processes over one, divided by n."""
+    """One line per number of processes and kind of run; efficiency is the speedup divided by the processes."""
     alone = seconds[min(seconds)[0], True] * min(seconds)[0]
     lines = [f"{'processes':<12}{'s/step':>9}{'sub-volumes/s':>15}{'speedup':>9}{'efficiency':>12}"]
     for (n, together), step in sorted(seconds.items(), key=lambda item: (item[0][0], not item[0][1])):
@@ -67,7 +66,7 @@ def table(seconds: dict[tuple[int, bool], float], batch_size: int) -> str:
 
 
 def _run(manifest: Path, out: Path, n: int, together: bool, values: argparse.Namespace) -> list[float]:
-    """Seconds per step of each epoch but the first; of the slowest process."""
+    """Seconds per step of the slowest process in each epoch except the first."""
     flags = {
         "mode": "vi", "data": manifest, "cache-dir": manifest.parent / "cache", "label-map": "coarse", "grid-size": 64,
         "voxel-size": 4.0, "width": values.width, "epochs": values.epochs, "steps-per-epoch": values.steps,
@@ -86,13 +85,13 @@ def _run(manifest: Path, out: Path, n: int, together: bool, values: argparse.Nam
     ]  # fmt: skip
     codes = [process.wait() for process in processes]
     if any(codes):
-        sys.exit(f"a run has failed; see it with: {' '.join(['python -m', *launch, *words, '--out', str(outs[0])])}")
+        sys.exit(f"a run failed; to see why, run: {' '.join(['python -m', *launch, *words, '--out', str(outs[0])])}")
     logs = [read_log(folder / "log.jsonl") for folder in outs]
     return [max(row["seconds"] for row in rows) / values.steps for rows in zip(*logs, strict=True)][1:]
 
 
 def _environment(gpu: int | None) -> dict[str, str]:
-    """One thread, and the one GPU of a process apart; `torchrun` gives each of those together its own."""
+    """One thread, and for a process that runs apart its own GPU, which torchrun assigns otherwise."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

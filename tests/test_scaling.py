@@ -48,7 +48,7 @@ def test_processes_together_see_all_gpus(tmp_path, monkeypatch, started):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--processes", "1", "8"], "--batch-size 4: is not shared evenly by 8 processes"),
+        (["--processes", "1", "8"], "--batch-size 4: cannot be split evenly by 8 processes"),
         (["--processes", "0"], "by 0 processes"),
         (["--processes", "1", "2", "--device", "cuda"], "--processes 2: PyTorch finds 1 GPUs here"),
     ],

@@ -1,4 +1,4 @@
-"""`dwc demo`: the whole cycle on simulated sites, minutes on two CPU cores."""
+"""`dwc demo`: the whole cycle on simulated sites, in minutes on two CPU cores."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,12 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the study `demo` at the preset `demo`."""
     settings, _ = parse_study(
         "demo",
-        "Run the whole cycle on simulated sites: train apart, consolidate, fine-tune, compare.",
+        "Run the whole cycle on simulated sites: train at each site, consolidate, fine-tune, compare.",
         arguments,
         "demo",
     )
-    from dwc.study.demo import run  # here: help is printed without PyTorch
+    from dwc.study.demo import run  # imported here so that help does not wait for PyTorch
 
     run(settings)

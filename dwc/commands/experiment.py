@@ -1,4 +1,4 @@
-"""`dwc experiment`: the paper's study and those beyond it, each from one declarative file; the pooling of seeds."""
+"""`dwc experiment`: run the paper's study or one beyond it from a settings file, or pool several seeds."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -15,7 +15,6 @@ __all__ = ["main", "parse_study"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run a study, say what it would do, or pool several runs of it."""
     chosen = [value for flag, value in pairwise(arguments) if flag == "--preset"]
     chosen += [word.removeprefix("--preset=") for word in arguments if word.startswith("--preset=")]
     preset = chosen[-1] if chosen else "cpu"
@@ -23,10 +22,10 @@ def main(arguments: Sequence[str]) -> None:
     settings, options = parse_study("experiment", about, arguments, preset, add=_add_options)
     study, only, dry_run, folders = (options[name] for name in ("study", "only", "dry_run", "pool"))
     if study != "paper" and (only or dry_run or folders):
-        raise InputError(f"`study` {study}: `only`, `dry_run` and `pool` serve the paper's study; leave them out")
+        raise InputError(f"`study` {study}: `only`, `dry_run` and `pool` are for the paper's study; leave them out")
     if folders and (only or dry_run):
-        raise InputError("`pool`: reads what is there; leave `only` and `dry_run` out")
-    # Imported here, so that help is printed without PyTorch.
+        raise InputError("`pool`: reads finished studies; leave `only` and `dry_run` out")
+    # Imported here so that help does not wait for PyTorch.
     if folders:
         from dwc.study.pooling import pool
 
@@ -53,7 +52,7 @@ def parse_study(
     *,
     add: Callable[[ArgumentParser], None] = lambda _: None,
 ) -> tuple[StudySettings, dict[str, Any]]:
-    """The settings of a study, those not given from a preset, and the values of the options that `add` adds."""
+    """The settings of a study, with defaults from a preset, and the values of the options that `add` adds."""
     parser = new_parser(command, about)
     add(parser)
     add_settings(parser, StudySettings)
@@ -65,8 +64,10 @@ def parse_study(
 
 
 def _add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--study", type=Literal[STUDIES], default="paper", help="the paper's, or one beyond it")
-    parser.add_argument("--preset", default="cpu", help=f"settings that ship with dwc: {', '.join(PRESETS)}")
-    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="rows to train and score, as printed")
-    parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long; write nothing")
-    parser.add_argument("--pool", type=Path, nargs="+", default=[], metavar="OUT", help="folders of other seeds")
+    parser.add_argument("--study", type=Literal[STUDIES], default="paper", help="the paper's study or another one")
+    parser.add_argument("--preset", default="cpu", help=f"default settings: {', '.join(PRESETS)}")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="names of the rows to train and score")
+    parser.add_argument(
+        "--dry_run", type=bool, default=False, help="print what would run and for how long; write nothing"
+    )
+    parser.add_argument("--pool", type=Path, nargs="+", default=[], metavar="OUT", help="studies of several seeds")

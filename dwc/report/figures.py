@@ -1,7 +1,4 @@
-"""Pictures of volumes: the scan, its true and predicted classes, and the errors in red.
-
-Nothing is computed here but the Dice in the titles.
-"""
+"""Pictures of volumes: the scan, its true and predicted classes, and the errors in red."""
 
 import colorsys
 import io
@@ -25,16 +22,16 @@ from dwc.metrics.confusion import confusion_matrix, mean_dice
 __all__ = ["class_colours", "overlay", "save", "site_slices"]
 
 _PLANES = ("axial", "sagittal", "coronal")
-_LEGEND_AT_MOST = 16  # classes; more names than that are no help
+_LEGEND_AT_MOST = 16  # classes; longer legends are not readable
 _PANEL = 2.4  # inches
 _RED = (1.0, 0.1, 0.1)
-# Told apart by most colour-blind eyes, and none of them the red of errors.
+# Distinguishable with most kinds of colour blindness, and from the red of errors.
 _FIRST = ("#4477dd", "#e6a817", "#aa4fb0", "#14c6a4", "#f2ec6b", "#8fd3ff", "#5f8f2f", "#ffb3c6")
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of panels, RGB [rows, columns, 3], all of one shape, each with a note in its corner or none."""
+    """A row of RGB panels [rows, columns, 3] of equal shape, each with a note in its corner or None."""
 
     panels: list[np.ndarray]
     notes: list[str | None]
@@ -42,8 +39,8 @@ class _Row:
 
 
 def class_colours(n_classes: int) -> np.ndarray:
-    """RGB in 0..1 of each class, [n_classes, 3]: black, eight for colour-blind eyes, then hues a golden angle apart."""
-    lights = ((0.65, 0.95), (0.95, 0.85), (0.45, 0.75))  # saturation and value, in turn, so that neighbours differ
+    """RGB in 0..1 of each class, [n_classes, 3]: black, eight colour-blind-safe, then hues a golden angle apart."""
+    lights = ((0.65, 0.95), (0.95, 0.85), (0.45, 0.75))  # saturation and value, alternating so that neighbours differ
     hues = [colorsys.hsv_to_rgb(k * 0.618034 % 1, *lights[k % 3]) for k in range(len(_FIRST) + 1, n_classes)]
     return np.array([(0.0, 0.0, 0.0), *map(to_rgb, _FIRST), *hues])[:n_classes]
 
@@ -59,23 +56,10 @@ def overlay(
 ) -> Path:
     """Write a PNG with a row per plane (axial, sagittal, coronal): scan, truth, and each prediction with its errors.
 
-    The slices are those with the most labelled voxels. Anterior or superior is up; anterior is right in the sagittal
-    plane, elsewhere the patient's left is right, as radiologists look at it.
-
-    Parameters
-    ----------
-    image : ndarray
-        [size, size, size], conformed: voxel axes run to the left, to inferior and to anterior.
-    truth : ndarray or None
-        Classes on the same grid; without it there are no errors and no Dice.
-    predictions : mapping of str to ndarray
-        Classes by the name that titles them.
-    path : path
-        PNG to write.
-    names : sequence of str, optional
-        Name of each class; 16 classes or fewer get a legend.
-    title : str, optional
-        Above it all.
+    All volumes are [size, size, size] on one conformed grid, whose axes run to the left, to inferior and to anterior.
+    The predicted classes are keyed by caption; without `truth` no errors or Dice are shown. `names` are those of the
+    classes; 16 classes or fewer get a legend. The slices are those with the most labelled voxels. Anterior or superior
+    is up; anterior is right in the sagittal plane, the patient's left is right in the others (radiological convention).
     """
     n_classes = _n_classes((truth, *predictions.values()), names)
     scores = {name: _dice(truth, classes, n_classes) for name, classes in predictions.items()}
@@ -92,12 +76,8 @@ def site_slices(
 ) -> Path:
     """Write a PNG with an axial and a sagittal row per site: scan, truth, and each prediction with its errors in red.
 
-    Parameters
-    ----------
-    pictures : mapping of str to (image, truth, predictions, title)
-        A volume of each site, as for `overlay`, and the title beside its rows. All sites have the same predictions.
-    path, names
-        As for `overlay`.
+    `pictures` maps each site to (image, truth, predictions, title beside its rows), with the arguments of `overlay`;
+    all sites must have the same predictions.
     """
     volumes = (classes for _, truth, predictions, _ in pictures.values() for classes in (truth, *predictions.values()))
     n_classes = _n_classes(volumes, names)
@@ -112,7 +92,7 @@ def site_slices(
 
 
 def _n_classes(volumes: Iterable[np.ndarray | None], names: Sequence[str] | None) -> int:
-    """How many classes need a colour: those named, or up to the highest in any truth or prediction."""
+    """How many classes need a colour: the named ones, or up to the highest in any volume."""
     return max(*(int(classes.max()) + 1 for classes in volumes if classes is not None), len(names or ()))
 
 
@@ -133,7 +113,7 @@ def _rows(
     box, places = _box(image), _busiest(reference if reference.any() else image)
     window = np.percentile(image[image > 0], 99.5) if (image > 0).any() else 1
     red = np.array([_RED, _RED])
-    layers: list[tuple[np.ndarray | None, np.ndarray]] = [(None, colours)]  # classes over the scan, and their colours
+    layers: list[tuple[np.ndarray | None, np.ndarray]] = [(None, colours)]  # classes to overlay, and their colours
     layers += [] if truth is None else [(truth, colours)]
     for classes in predictions.values():
         layers += [(classes, colours)] if truth is None else [(classes, colours), (classes != truth, red)]
@@ -157,14 +137,14 @@ def _draw(
     title: str | None = None,
     sides: Sequence[str] = (),
 ) -> Path:
-    """Lay rows of panels out on black; `sides` stand beside as many rows each, columns' titles above the first row."""
+    """Lay out rows of panels on black, with column titles on top; each of `sides` labels an equal share of the rows."""
     heights = [row.panels[0].shape[0] / row.panels[0].shape[1] for row in rows]
     margin, legend_names = 0.4 if sides else 0.0, list(names or ())[1:]
     width = _PANEL * len(columns) + margin
     per_line = int(width / 2.0)
     lines = -(-len(legend_names) // per_line) if len(legend_names) < _LEGEND_AT_MOST else 0
     legend = 0.3 * lines
-    top = 0.3 + 0.22 * max(caption.count("\n") for caption in columns) + 0.35 * bool(title)
+    top = 0.3 + 0.22 * max(caption.count("\n") for caption in columns) + (0.35 if title else 0)
     height = _PANEL * sum(heights) + top + legend
     figure = Figure(figsize=(width, height), facecolor="black")
     FigureCanvasAgg(figure)
@@ -196,13 +176,13 @@ def _draw(
 
 
 def _write(axis: Axes, x: float, y: float, text: str, **alignment: Any) -> None:
-    """A word in a panel's corner, legible on any background."""
+    """Write text in a panel's corner, legible on any background."""
     paper = dict(facecolor="black", alpha=0.6, edgecolor="none", pad=1.5)
     axis.text(x, y, text, color="white", fontsize=11, bbox=paper, transform=axis.transAxes, **alignment)
 
 
 def _name_sides(figure: Figure, axes: np.ndarray, sides: Sequence[str], x: float) -> None:
-    """Write each name beside its rows, and rule a line between one name's rows and the next one's."""
+    """Write each name beside its rows, with a line between the rows of different names."""
     blocks: list[np.ndarray] = np.array_split(axes, len(sides)) if sides else []
     for above, name in zip(blocks, sides, strict=True):
         high, low = above[0].get_position().y1, above[-1].get_position().y0
@@ -213,7 +193,7 @@ def _name_sides(figure: Figure, axes: np.ndarray, sides: Sequence[str], x: float
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as a PNG, whole, and the same bytes for the same figure."""
+    """Write a figure as a PNG atomically; equal figures give equal bytes."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
     write_whole(path, png.getvalue())
@@ -221,7 +201,7 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def _painted(grey: np.ndarray, classes: np.ndarray | None, colours: np.ndarray) -> np.ndarray:
-    """A grey slice as RGB, with the colour of each class other than 0 laid over it."""
+    """A grey slice as RGB, overlaid with the colours of all classes except 0."""
     picture = np.repeat(grey[..., None], 3, axis=2)
     if classes is None:
         return picture
@@ -242,12 +222,12 @@ def _busiest(volume: np.ndarray) -> dict[str, int]:
 
 
 def _box(image: np.ndarray) -> tuple[slice, ...]:
-    """The part of the volume that the head fills, and a margin."""
+    """The bounding box of the head plus a margin."""
     head = image >= 0.2 * image.max()
     box = []
     for axis, size in enumerate(image.shape):
         profile = head.sum(axis=tuple({0, 1, 2} - {axis}))
-        filled = np.flatnonzero(profile >= 0.03 * profile.max())  # more than some noise
+        filled = np.flatnonzero(profile >= 0.03 * profile.max())  # ignores noise
         margin = size // 24
         box.append(slice(max(filled[0] - margin, 0), min(filled[-1] + 1 + margin, size)))
     return tuple(box)

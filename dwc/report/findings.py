@@ -1,9 +1,6 @@
-"""Which of the paper's findings (McClure et al. 2018, section 3.2) hold in a study's numbers, in words.
+"""Which of the paper's findings (McClure et al. 2018, section 3.2) hold in a study's tables, in words.
 
-Each finding is a claim, a verdict and the numbers behind it, all from the study's tables; without these numbers it
-names the rows that would give them. A claim about a difference is judged by the interval across subjects, corrected for
-the number of comparisons: above a line it holds, below the line it does not, across the line nothing is shown. `RULES`
-explains this to readers.
+Verdicts follow from intervals across subjects, corrected for the number of comparisons; page.html explains the rules.
 """
 
 from collections.abc import Iterable
@@ -15,40 +12,20 @@ from dwc.report.results import AVERAGE, Results
 from dwc.report.words import number, p_value, points, printed
 
 __all__ = [
-    "DOES_NOT_HOLD",
-    "FLOOR",
-    "HOLDS",
-    "MARGIN",
-    "NOT_SHOWN",
-    "NOT_TESTED",
-    "RULES",
-    "SMALLEST",
-    "UNIT",
-    "Finding",
+    "DOES_NOT_HOLD", "FLOOR", "HOLDS", "MARGIN", "NOT_SHOWN", "NOT_TESTED", "SMALLEST", "UNIT", "Finding",
     "findings_of",
-]
+]  # fmt: skip
 
-MARGIN = 0.01  # Dice; "not below" allows for less than that
-SMALLEST = 0.005  # Dice; a smaller difference does not matter
-FLOOR = 0.1  # Dice above the untrained network; below it, networks have not learnt enough to be compared
+MARGIN = 0.01  # Dice; "not below" tolerates a smaller loss
+SMALLEST = 0.005  # Dice; smaller differences do not matter
+FLOOR = 0.1  # Dice above the untrained network; networks below it have learnt too little to be compared
 UNIT = "subject"  # volumes of one subject are not independent
 HOLDS, DOES_NOT_HOLD, NOT_SHOWN, NOT_TESTED = "holds", "does not hold", "not shown", "not tested"
-RULES = (
-    "Verdicts on differences follow from intervals of paired t-tests across subjects, each with the mean Dice over its "
-    "volumes; they hold together with 95 % over all comparisons of the study (Bonferroni). Above: the interval lies "
-    f"above 0. Not below: it lies above {points(-MARGIN)} points. Not shown: it reaches over that line, or the "
-    f"difference is less than {points(SMALLEST).lstrip('+')} points, too small to matter. Does not hold: it lies below "
-    "that line. Order matters if an interval, on the training sites or on an unseen one, does not reach over 0; "
-    "otherwise that is not shown. Between: by the means, unless the intervals against both chains lie on one side of "
-    f"0. No verdict (not tested) where a network is not yet {points(FLOOR).lstrip('+')} points above the untrained "
-    "one, or above 0 where that is not scored. By steps: not tested. No test accounts for chance in training, which a "
-    "seed's volumes share."
-)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the paper found, whether it holds here, and the sentences with the numbers that say so."""
+    """A finding of the paper, whether it holds here, and the sentences with the numbers behind the verdict."""
 
     claim: str
     verdict: str
@@ -73,7 +50,7 @@ def findings_of(results: Results) -> list[Finding]:
 
 
 def _against_the_ensemble(results: Results, claim: str, columns: list[str], *, line: float) -> Finding:
-    """Holds if it does in every column, does not if it does not in one."""
+    """Holds if it holds in every column, does not hold if it fails in one."""
     if missing := _missing(results, dwc=1, ensemble=1):
         return Finding(claim, NOT_TESTED, missing)
     if not columns:
@@ -141,7 +118,7 @@ def _between_the_chains(results: Results) -> Finding:
 
 
 def _vcl_is_faster(results: Results) -> Finding:
-    claim, table = "VCL is ahead of MAP {} (the paper: a plateau in about 3, 2 and 4 times fewer steps).", results.speed
+    claim, table = "VCL is ahead of MAP {} (paper: plateaus after about 3, 2 and 4 times fewer steps).", results.speed
     if table is None:
         evidence = "No site's MAP, VCL and control networks have all been trained."
         return Finding(claim.format("by steps"), NOT_TESTED, evidence)
@@ -156,7 +133,7 @@ def _vcl_is_faster(results: Results) -> Finding:
         known &= table[["map_dice", "vcl_dice"]].max(axis=1) >= FLOOR
         small = known & ((ours - theirs).abs() < SMALLEST)
     if missing := _places(table[~known]):
-        sentences.append(f"Not to be compared on {missing}.")
+        sentences.append(f"Not comparable on {missing}.")
     if level := _places(table[small]):
         sentences.append(f"Less than {points(SMALLEST).lstrip('+')} points apart on {level}.")
     verdict = NOT_SHOWN if missing or level else HOLDS
@@ -171,7 +148,7 @@ def _vcl_is_faster(results: Results) -> Finding:
 def _to_the_plateau(table: pd.DataFrame) -> str:
     ratio = table["map_plateau_step"] / table["vcl_plateau_step"]
     times = _by_site(table.assign(ratio=ratio), "{ratio:.1f} times")
-    return f"Steps of MAP to its plateau over those of VCL, constant learning rates, one window: {times}."
+    return f"Steps to the plateau, MAP over VCL, with constant learning rates and the same window: {times}."
 
 
 def _at_equal_steps(table: pd.DataFrame) -> str:
@@ -179,30 +156,30 @@ def _at_equal_steps(table: pd.DataFrame) -> str:
         table.assign(map=100 * table["map_dice"], vcl=100 * table["vcl_dice"], start=100 * table["vcl_start_dice"]),
         "VCL {vcl:.1f} (at step 0 {start:.1f}) and MAP {map:.1f} after {steps:.0f}",
     )
-    return f"At equal steps, Dice on held-out sub-volumes, MAP from scratch under its own learning rates: {shown}."
+    return f"Dice on held-out sub-volumes at equal steps, MAP from scratch with its own learning rates: {shown}."
 
 
 def _by_site(table: pd.DataFrame, words: str) -> str:
-    """Words on each site's numbers, means over seeds."""
+    """A sentence part per site, formatted with its means over seeds."""
     means = table.groupby("site", sort=False).mean(numeric_only=True)
     return ", ".join(f"{site} {words.format(**row)}" for site, row in means.iterrows())
 
 
 def _places(table: pd.DataFrame) -> str:
-    """The sites of some lines, and their seeds where several are pooled."""
+    """The sites of some lines, with their seeds if several are pooled."""
     seeds = [f" (seed {seed})" for seed in table["seed"]] if "seed" in table else [""] * len(table)
     return ", ".join(f"{site}{seed}" for site, seed in zip(table["site"], seeds, strict=True))
 
 
 def _missing(results: Results, **wanted: int) -> str:
-    """A sentence on the kinds of rows that are not there in these numbers; empty where all are."""
+    """A sentence that names the missing kinds of rows; empty if none is missing."""
     names = {"dwc": "DWC", "ensemble": "the ensemble", "chain": "both chains"}
     lacking = [names[kind] for kind, n in wanted.items() if len(results.of_kind(kind)) != n]
     return f"It needs the scores of {' and '.join(lacking)}." if lacking else ""
 
 
 def _compared(results: Results, a: str, b: str, column: str) -> tuple[pd.Series | None, str]:
-    """The study's paired test of row a against row b across subjects in a column, and a sentence on it."""
+    """The paired test of rows a and b across subjects in a column, and a sentence about it."""
     name = f"{printed(a)} against {printed(b)} on {_sites(results, column)}"
     tests = _of(results.tests, results, a, b, column)
     tests = tests[tests["unit"] == UNIT] if len(tests) else tests
@@ -223,7 +200,7 @@ def _compared(results: Results, a: str, b: str, column: str) -> tuple[pd.Series 
 
 
 def _of(table: pd.DataFrame | None, results: Results, a: str, b: str, column: str) -> pd.DataFrame:
-    """The lines of a comparison in a table; none where there is no table."""
+    """The lines of a comparison; empty without a table."""
     if table is None:
         return pd.DataFrame()
     return table[(table["comparison"] == f"{a} - {b}") & (table["columns"] == _sites(results, column))]
@@ -234,7 +211,7 @@ def _sites(results: Results, column: str) -> str:
 
 
 def _unlearnt(results: Results, rows: list[str], columns: Iterable[str]) -> str:
-    """A sentence on the rows that have not clearly left the untrained network behind in a column; empty without."""
+    """A sentence that names the rows not clearly above the untrained network; empty if there are none."""
     if results.table is None:
         return ""
     start = results.table.loc["untrained"] if "untrained" in results.table.index else 0 * results.table.iloc[0]
@@ -248,12 +225,12 @@ def _unlearnt(results: Results, rows: list[str], columns: Iterable[str]) -> str:
 
 
 def _is_small(test: pd.Series) -> bool:
-    """Whether a difference, the middle of its interval, is too small to matter."""
+    """Whether the difference, the middle of its interval, is too small to matter."""
     return abs(test["ci_low"] + test["ci_high"]) / 2 < SMALLEST
 
 
 def _side(test: pd.Series | None) -> int:
-    """1 or -1 where a difference that matters has its interval above or below 0, else 0."""
+    """1 or -1 if the interval of a relevant difference is above or below 0, else 0."""
     if test is None or not _has_interval(test) or _is_small(test):
         return 0
     return int(test["ci_low"] > 0) - int(test["ci_high"] < 0)

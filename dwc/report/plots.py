@@ -1,8 +1,4 @@
-"""Charts of a study: the table as dots, Dice per class, calibration, training curves.
-
-Colours and markers go with a row's kind, so that a row looks the same in every chart; colour-blind readers can tell
-them apart.
-"""
+"""Charts of a study; each kind of row has the same colour-blind-safe colour and marker in every chart."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +17,7 @@ from dwc.report.words import printed
 
 __all__ = ["calibration_plot", "class_plot", "table_plot", "training_plot"]
 
-# Colour, from the palette of Okabe and Ito, and marker by kind of row.
+# Colour (palette of Okabe and Ito) and marker of each kind of row.
 STYLE = {
     "map": ("#8c8c8c", "s"),
     "vi": ("#8c8c8c", "o"),
@@ -33,7 +29,7 @@ STYLE = {
     "dwc": ("#0072b2", "o"),
     "pooled": ("#000000", "s"),
 }
-FEWEST = 100  # voxels in a bin that is drawn
+FEWEST = 100  # voxels in a bin, or it is not drawn
 
 
 def table_plot(
@@ -45,18 +41,11 @@ def table_plot(
     *,
     table_sd: pd.DataFrame | None = None,
 ) -> Path:
-    """Write a PNG with a panel per column of the table: each row's mean Dice, over a faint tick for each volume.
+    """Write a PNG with a panel per column of the table: each row's mean Dice, and a faint tick for each volume.
 
-    Parameters
-    ----------
-    table, table_sd : DataFrame
-        Mean Dice, 0..1, by row and column; its standard deviation over seeds, drawn as bars.
-    kinds : mapping of str to str
-        The kind of each row.
-    volumes : DataFrame
-        row, site, dice of each held-out volume.
-    groups : mapping of str to sequence of str
-        The sites of each column that is not a site itself.
+    `table` holds mean Dice, 0..1, `table_sd` its standard deviation over seeds, drawn as bars. `kinds` has the kind of
+    each row, `volumes` row, site and dice of each held-out volume, `groups` the sites of each column that averages
+    several.
     """
     n_rows, n_columns = table.shape
     figure, axes = _figure(1, n_columns, (3.0 + 1.65 * n_columns, 1.3 + 0.31 * n_rows), sharex=True, sharey=True)
@@ -93,14 +82,8 @@ def class_plot(
 ) -> Path:
     """Write a PNG with a panel per group of sites: Dice of each class under each row, mean and sd over volumes.
 
-    Parameters
-    ----------
-    classes : DataFrame
-        row, site, class, name, dice, one line per volume and class; class 0 is left out.
-    kinds : mapping of str to str
-        Rows to draw, in this order, and their kinds.
-    groups : mapping of str to sequence of str
-        Sites by the title of their panel.
+    `classes` has row, site, class, name, dice and truth_mm3 per volume and class; class 0 is not drawn. `kinds` maps
+    the rows to draw, in order, to their kinds, and `groups` the panels' titles to sites.
     """
     classes = classes[(classes["class"] > 0) & classes["row"].isin(kinds)]
     sizes = classes.groupby("name")["truth_mm3"].mean().sort_values(ascending=False)
@@ -137,7 +120,7 @@ def calibration_plot(
 ) -> Path:
     """Write a PNG with a row of panels per group of sites: accuracy against confidence, error rate against entropy.
 
-    `calibration` has row, site, and the columns of `CalibrationCounts.frame`; the rest is as for `class_plot`.
+    `calibration` has row, site and the columns of `CalibrationCounts.frame`; otherwise as `class_plot`.
     """
     figure, axes = _figure(len(groups), 2, (11, 0.6 + 4.4 * len(groups)))
     for (reliability, errors), (title, sites) in zip(axes, groups.items(), strict=True):
@@ -171,9 +154,9 @@ def calibration_plot(
 def training_plot(
     pairs: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], speed: pd.DataFrame, path: str | Path, *, origin: str
 ) -> Path:
-    """Write a PNG with a column per site: training loss and validation Dice of its MAP and of its VCL network.
+    """Write a PNG with a column per site: training loss and validation Dice of its MAP and VCL networks.
 
-    `pairs` are these networks' logs (step, nll, dice) by site; VCL starts from the network of the site `origin`.
+    `pairs` are the logs of these networks (step, nll, dice) by site; VCL starts from the network of `origin`.
     """
     figure, axes = _figure(2, len(pairs), (1 + 3.6 * len(pairs), 6), sharex="col", sharey="row")
     began = speed.set_index("site")
@@ -201,7 +184,7 @@ def training_plot(
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, np.ndarray]:
-    """A figure without a display, and its panels [rows, columns] in plain style."""
+    """A plain figure without a display, and its panels [rows, columns]."""
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **shared)

@@ -1,8 +1,4 @@
-"""The tables in a study's folder, read once, for its charts and its report.
-
-A study of one seed and one that pools several have files of the same names; pooled ones have a column ``seed`` and a
-table of standard deviations. A table that a study has not written, as after running only some rows, is None here.
-"""
+"""The tables in a study's folder (one seed or several pooled), for its charts and report; missing ones are None."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +13,9 @@ from dwc.training.log import read_log
 
 __all__ = ["AVERAGE", "INTEREST", "Results", "column_groups", "read_results"]
 
-AVERAGE = "Avg."  # of all sites that networks are trained on
-INTEREST = ("pooled", "ensemble", "dwc")  # kinds of rows whose classes and calibration are shown
-_TABLES = {  # and the columns without which they say nothing
+AVERAGE = "Avg."  # over all training sites
+INTEREST = ("pooled", "ensemble", "dwc")  # kinds of rows with charts of classes and calibration
+_TABLES = {  # and their required columns
     "rows": ("row", "kind", "networks", "steps", "total_steps"),
     "volumes": ("row", "site", "subject", "image", "dice"),
     "classes": ("row", "site", "class", "name", "dice", "truth_mm3"),
@@ -27,26 +23,17 @@ _TABLES = {  # and the columns without which they say nothing
     "table": ("row", AVERAGE),
     "table_sd": ("row", AVERAGE),
     "tests": (
-        "comparison",
-        "columns",
-        "unit",
-        "n",
-        "mean_difference",
-        "ci_low",
-        "ci_high",
-        "t",
-        "p",
+        "comparison", "columns", "unit", "n", "n_tests", "mean_difference", "ci_low", "ci_high", "t", "p",
         "effect_size",
-        "n_tests",
     ),
     "by_seed": ("comparison", "columns", "seed", "n", "mean_difference"),
     "speed": ("site", "steps", "map_dice", "vcl_dice", "map_plateau_step", "vcl_plateau_step"),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Results:
-    """The tables in the folder ``out``, each as its CSV has it or None, and the settings of its config.yaml.
+    """The tables in the folder ``out``, as in the CSV or None, and the settings in config.yaml.
 
     ``table`` and ``table_sd`` hold mean Dice, 0..1, by row and column, and its standard deviation over pooled seeds.
     """
@@ -65,12 +52,12 @@ class Results:
 
     @property
     def seeds(self) -> list[Any]:
-        """The seeds that were pooled; empty for a study of one seed."""
+        """The pooled seeds; empty for a study of one seed."""
         return list(self.volumes["seed"].unique()) if self.volumes is not None and "seed" in self.volumes else []
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """Sites by the table's column that averages them, see `column_groups`; empty without a table."""
+        """Sites by the column of the table that averages them, see `column_groups`; empty without a table."""
         return {} if self.table is None else column_groups(list(self.table))
 
     @property
@@ -79,14 +66,14 @@ class Results:
         return list(self.groups)[1:]
 
     def of_kind(self, *kinds: str) -> list[str]:
-        """The names of the scored rows of these kinds, in the order of the kinds."""
+        """The names of the scored rows of these kinds, in the order given."""
         if self.rows is None or self.table is None:
             return []
         names = [row for kind in kinds for row in self.rows.loc[self.rows["kind"] == kind, "row"]]
         return [name for name in names if name in self.table.index]
 
     def log(self, row: str) -> pd.DataFrame | None:
-        """The training log of a row's network, a line per epoch; None where there is none, as for an ensemble."""
+        """The training log of a row's (first) network, one line per epoch; None for computed networks."""
         if self.rows is None:
             return None
         files = self.rows.loc[self.rows["row"] == row, "networks"]
@@ -95,13 +82,12 @@ class Results:
 
 
 def column_groups(columns: Sequence[str]) -> dict[str, list[str]]:
-    """Sites by the column that averages them: Avg. of all columns before it, then each unseen site behind it."""
+    """Sites by the column that averages them: Avg. of all columns before it, then each unseen site."""
     place = list(columns).index(AVERAGE)
     return {AVERAGE: list(columns[:place])} | {site: [site] for site in columns[place + 1 :]}
 
 
 def read_results(out: str | Path) -> Results:
-    """Read a study's folder."""
     out = Path(out)
     if not out.is_dir():
         raise InputError(f"{out}: no such folder; give the folder of a study")

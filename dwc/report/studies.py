@@ -1,4 +1,4 @@
-"""Pictures of the studies beyond the paper's: curves and bars from their tables."""
+"""Pictures of the studies beyond the paper, drawn from their tables."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +46,7 @@ def many_sites(table: pd.DataFrame, origin: str, unseen: Sequence[str], path: Pa
 
 
 def rounds(table: pd.DataFrame, origin: str, path: Path) -> Path:
-    """Dice of every column against the round: the consolidated networks, and the same fine-tuned."""
+    """Dice of every column against the round, before and after fine-tuning."""
     figure, panels = _figure(2, sharey=True)
     start = table[table["round"] == 0]
     tuned = table["row"].astype(str).str.endswith("FT")
@@ -61,7 +61,7 @@ def rounds(table: pd.DataFrame, origin: str, path: Path) -> Path:
 
 
 def leave_one_out(tests: pd.DataFrame, columns: Sequence[str], path: Path) -> Path:
-    """What each site contributes to columns: Dice of all sites less Dice without it, in points, with 95 % intervals."""
+    """Each site's contribution: Dice with all sites minus Dice without it, in points, with 95 % intervals."""
     figure, (panel,) = _figure(1, width=7)
     tests = tests[tests["against"].str.startswith("without ")]
     sites = tests["against"].unique()
@@ -76,26 +76,26 @@ def leave_one_out(tests: pd.DataFrame, columns: Sequence[str], path: Path) -> Pa
     panel.axhline(0, color="black", linewidth=0.8)
     panel.set_xticks(range(len(columns)), columns)
     panel.set_xlabel("held-out scans of")
-    _titled(panel, "what each site brought: Dice with it less Dice without it", "points of Dice, 95 % interval")
+    _titled(panel, "contribution of each site: Dice with it minus Dice without it", "points of Dice, 95 % interval")
     panel.legend(fontsize=8)
     return save(figure, path)
 
 
 def tempering(table: pd.DataFrame, origin: str, n_sites: int, path: Path) -> Path:
-    """What the origin sees of lambda, and what the held-out volumes say; marks 1/S, 1 and the lambda chosen."""
+    """Log-likelihood on the scans that choose lambda and Dice on the others; marks the lambda chosen."""
     figure, (left, right) = _figure(2, width=5)
     prior, grid = table[table["lambda"] == 0].iloc[0], table[table["lambda"] > 0]
     left.plot(grid["lambda"], grid["log_likelihood"], color="black", marker="o", markersize=4)
     left.axhline(prior["log_likelihood"], color="grey", linestyle="--", label="the prior")
-    _titled(left, f"{origin}'s scans that choose", "log-likelihood, nats per voxel")
+    _titled(left, f"{origin}'s scans that choose λ", "log-likelihood, nats per voxel")
     _columns(right, grid, "lambda")
     for column, colour in _colours(grid).items():
         right.axhline(100 * prior[column], color=colour, linestyle="--", linewidth=0.8)
     _titled(right, "held-out scans (dashed: the prior)", _DICE)
-    marks = {"1/S": 1 / n_sites, "1": 1.0, "chosen": grid[grid["chosen"]]["lambda"].iloc[0]}
+    chosen = grid[grid["chosen"]]["lambda"].iloc[0]
     for panel in (left, right):
         panel.set_xscale("log", base=2)
-        panel.axvline(marks["chosen"], color="grey", linewidth=5, alpha=0.25, label="chosen")
+        panel.axvline(chosen, color="grey", linewidth=5, alpha=0.25, label="chosen")
         panel.set_xticks([1 / (4 * n_sites), 1 / n_sites, 0.5, 1, 2], ["1/4S", "1/S", "1/2", "1", "2"])
         panel.minorticks_off()
         panel.set_xlabel("λ")
@@ -111,7 +111,7 @@ def _columns(panel: Axes, table: pd.DataFrame, x: str) -> None:
 
 
 def _colours(table: pd.DataFrame) -> dict[str, str]:
-    """The table's columns of Dice, each with a colour."""
+    """The colour of each column of Dice."""
     sites = [column for column in table if column not in (*_NO_DICE, AVERAGE)]
     return {column: "black" if column == AVERAGE else f"C{sites.index(column) % 10}"
             for column in table if column not in _NO_DICE}  # fmt: skip

@@ -8,27 +8,27 @@ DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"  # a dash: no number
 
 
 def printed(row: str) -> str:
-    """A row's name, or a difference of two, with proper arrows and minus."""
+    """A row's name, or a difference of two, with typographic arrows and minus."""
     return row.replace("->", " → ").replace(" - ", f" {_MINUS} ")
 
 
 def number(value: float) -> str:
-    """A number with two digits."""
+    """A number with two decimals."""
     return DASH if pd.isna(value) else f"{value:.2f}".replace("-", _MINUS)
 
 
 def points(difference: float) -> str:
-    """A difference in Dice, 0..1, in points of per cent, with its sign."""
+    """A difference in Dice, 0..1, in signed percentage points."""
     return DASH if pd.isna(difference) else f"{100 * difference:+.2f}".replace("-", _MINUS)
 
 
 def p_value(p: float) -> str:
-    """p with three digits, or in powers of ten if smaller."""
+    """p with three decimals, or in scientific notation if smaller."""
     if pd.isna(p):
         return DASH
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}".replace("-", _MINUS)
 
 
 def count(value: float | None) -> str:
-    """A whole number, its thousands apart."""
+    """A whole number with separated thousands."""
     return DASH if pd.isna(value) else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")

@@ -1,1 +1,1 @@
-"""Simulated heads and scans; nothing in training imports it."""
+"""Simulated heads and scans; `dwc.training` never imports them."""

@@ -1,7 +1,4 @@
-"""A procedural head of ellipsoids and tubes: label volumes with all 50 classes and the tissues outside the brain.
-
-It serves tests and demonstrations without data. It is not an atlas; sizes and positions are about right.
-"""
+"""A procedural head of ellipsoids and tubes, for tests and demos without data; its anatomy is only approximate."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -15,7 +12,7 @@ from dwc.data.labels import read_tsv
 
 __all__ = ["make_phantom"]
 
-_CENTRE = np.array([0.0, -19.0, 5.0])  # mm, the place in the atlas' coordinates that comes to the middle of the volume
+_CENTRE = np.array([0.0, -19.0, 5.0])  # mm, atlas coordinates of the middle of the volume
 _HEAD_SCALE = 0.93  # the atlas is larger than a median head
 _CORTEX = 3.2  # mm
 _SULCUS_DEPTH = 18.0  # mm
@@ -25,7 +22,7 @@ _SOFT_TISSUE, _EYE, _SKIN, _SKULL = 52, 53, 55, 58  # codes outside the brain, a
 
 _Chain = tuple[tuple[float, float, float], ...]  # mm
 
-# Deep structures: class -> tubes (radius mm, points (|x|, y, z) mm), and ellipsoids (centre, radii); later ones win.
+# Deep structures: (class, radius, points (|x|, y, z)) and (class, centre, radii), mm; later ones overwrite earlier.
 _TUBES: tuple[tuple[int, float, _Chain], ...] = (
     (9, 13.0, ((0, -20, -14), (0, -24, -26))),
     (9, 10.0, ((0, -26, -30), (0, -36, -52), (0, -46, -78))),
@@ -46,7 +43,7 @@ _ELLIPSOIDS = (
     (13, (10, 11, -7), (5, 5, 4.5)),
     (11, (24, -3, -19), (7.5, 7, 7)),
 )
-_VENTRICLES: tuple[tuple[float, _Chain], ...] = (  # radius is multiplied by the size of the ventricles
+_VENTRICLES: tuple[tuple[float, _Chain], ...] = (  # radii, to be multiplied by the size of the ventricles
     (3.4, ((9, 34, 4), (9, 22, 12), (9, 2, 19), (11, -18, 20), (18, -38, 13))),
     (4.2, ((18, -38, 13), (24, -44, 4), (20, -62, 4))),
     (2.2, ((24, -44, 4), (33, -30, -10), (33, -14, -18))),
@@ -57,20 +54,17 @@ _VENTRICLES: tuple[tuple[float, _Chain], ...] = (  # radius is multiplied by the
 
 
 def make_phantom(size: int = 64, voxel_size: float = 3.0, seed: int = 0) -> np.ndarray:
-    """Label volume of a head, all 50 classes at 64^3 voxels of 3 mm and finer.
+    """Label volume of a head, uint8 [size, size, size]; it has all 50 classes at 64^3 voxels of 3 mm and finer.
+
+    Codes: classes 0..49 (12: CSF around the brain); outside the brain 52 soft tissue, 53 eyes, 55 skin, 58 skull.
 
     Parameters
     ----------
     size, voxel_size : int, float
-        A cube of `size`^3 voxels of `voxel_size` mm in LIA orientation, centred on the brain; the head measures about
-        150 x 185 x 200 mm, and what exceeds the cube is cut off.
+        The cube, in voxels and mm per voxel, in LIA orientation and centred on the brain. The head measures about
+        150 x 185 x 200 mm; the cube cuts off the rest.
     seed : int
-        Which person: proportions of the head, size of the ventricles, course of the sulci.
-
-    Returns
-    -------
-    codes : ndarray, uint8 [size, size, size]
-        Classes 0..49 (12 is the CSF around the brain); outside the brain 52 soft tissue, 53 eyes, 55 skin, 58 skull.
+        The person: proportions of the head, size of the ventricles, course of the sulci.
     """
     rng = np.random.default_rng(seed)
     point = _coordinates(size, voxel_size, rng)
@@ -101,7 +95,7 @@ def _coordinates(size: int, voxel_size: float, rng: np.random.Generator) -> np.n
     point = np.stack([np.broadcast_to(a / np.float32(s), shape) for a, s in zip(axes, scale, strict=True)])
     point += _CENTRE.astype(np.float32)[:, None, None, None]
     x, y, z = point
-    for axis, others in enumerate(((y, z), (x, z), (x, y))):  # every person bends a little, slowly over the head
+    for axis, others in enumerate(((y, z), (x, z), (x, y))):  # a slight, slowly varying bend for each person
         phase = rng.uniform(0, 2 * np.pi, 2)
         bend = sum(np.sin(o / np.float32(30) + np.float32(p)) for o, p in zip(others, phase, strict=True))
         point[axis] += np.float32(0.8) * bend
@@ -111,7 +105,7 @@ def _coordinates(size: int, voxel_size: float, rng: np.random.Generator) -> np.n
 def _folds(point: np.ndarray, voxel_size: float, rng: np.random.Generator) -> np.ndarray:
     """A field that crosses zero along the sulci: interfering waves of 20 to 30 mm, bent by slower ones.
 
-    On voxels above 2 mm the waves are longer in proportion, so that gyri stay several voxels wide.
+    Above 2 mm voxels the waves are proportionally longer, so that gyri stay several voxels wide.
     """
     field = np.zeros(point.shape[1:], np.float32)
     for _ in range(5):
@@ -124,7 +118,7 @@ def _folds(point: np.ndarray, voxel_size: float, rng: np.random.Generator) -> np
 
 
 def _ellipsoid(mirrored: np.ndarray, centre: Sequence[float], radii: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Squared distance from the centre in units of the radii: below 1 inside."""
+    """Squared distance from the centre in units of the radii; below 1 inside."""
     terms = ((m - np.float32(c)) / np.float32(r) for m, c, r in zip(mirrored, centre, radii, strict=True))
     return sum(np.square(term) for term in terms)
 
@@ -143,7 +137,7 @@ def _tube(mirrored: np.ndarray, points: Sequence[Sequence[float]]) -> np.ndarray
 
 
 def _outside(point: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """Air, skin, soft tissue, eyes, skull, and CSF wherever the brain may be."""
+    """Air, skin, soft tissue, eyes, skull, and CSF in the whole space of the brain."""
     _, y, z = point
     vault = _ellipsoid(mirrored, (0, -17, 8), (72, 91, 74))
     base = _ellipsoid(mirrored, (0, -54, -36), (55, 46, 32))  # the space for the cerebellum
@@ -151,7 +145,7 @@ def _outside(point: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
     face = _ellipsoid(mirrored, (0, 42, -58), (56, 54, 62))
     jaw = np.where(z < -8, np.minimum(face, neck), np.inf)
     codes = np.zeros(point.shape[1:], np.uint8)
-    skull_radius, skin_radius = 1.17, 1.32  # squared: 6 and 11 mm outside the brain's space
+    skull_radius, skin_radius = 1.17, 1.32  # squared: 6 and 11 mm outside the brain
     codes[(vault < skin_radius) & (z > -50)] = _SKIN
     codes[jaw < 1] = _SKIN
     codes[jaw < 0.88] = _SOFT_TISSUE
@@ -166,7 +160,7 @@ def _outside(point: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
 
 
 def _cerebrum(mirrored: np.ndarray, folds: np.ndarray, voxel_size: float) -> tuple[np.ndarray, np.ndarray]:
-    """Both hemispheres with sulci, and the Sylvian fissure with what lies below it that is not temporal lobe."""
+    """Masks of both hemispheres with sulci, and of the Sylvian fissure."""
     x, y, z = mirrored
     hull = np.maximum(_ellipsoid(mirrored, (0, -17, 10), (68, 87, 68)), 0)
     floor = np.where(y > 10, np.float32(-22), np.float32(-14) + np.float32(0.12) * np.clip(y + 60, -40, 60))
@@ -205,7 +199,7 @@ def _place_cerebellum(codes: np.ndarray, mirrored: np.ndarray, folds: np.ndarray
 
 
 def _parcel(mirrored: np.ndarray, cortex: np.ndarray) -> np.ndarray:
-    """Class of each cortical voxel: the Desikan-Killiany parcel whose mean position is nearest."""
+    """Class of each cortical voxel: the Desikan-Killiany parcel with the nearest mean position."""
     rows = read_tsv(str(files(__package__) / "dk_centroids.tsv"))
     centroids = np.array([[float(row[c]) for c in ("abs_x", "y", "z")] for row in rows])
     classes = np.array([int(row["class"]) for row in rows], np.uint8)
@@ -216,8 +210,8 @@ def _place_deep(codes: np.ndarray, mirrored: np.ndarray, ventricles: float, voxe
     x, y, z = mirrored
     near = (x < 50) & (y > -95) & (y < 45) & (z > -95) & (z < 40)  # all deep structures; saves most of the time
     box = ndimage.find_objects(near.view(np.uint8))[0]
-    codes, mirrored = codes[box], mirrored[(slice(None), *box)]  # views: what is placed is placed in the whole
-    at_least = 0.55 * voxel_size  # thinner tubes would fall between the voxels
+    codes, mirrored = codes[box], mirrored[(slice(None), *box)]  # views, so writing changes the whole volume
+    at_least = 0.55 * voxel_size  # thinner tubes would miss the voxel centres
     for code, radius, points in _TUBES:
         inside = _tube(mirrored, points) < max(radius, at_least) ** 2
         codes[inside & (codes != _CEREBELLAR_CORTEX)] = code

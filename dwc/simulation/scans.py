@@ -1,9 +1,4 @@
-"""Simulated sites: T1 scans of different scanners and populations, made from label volumes of heads.
-
-They stand in for data that cannot be shared: the sites of `sites.tsv` differ in contrast, noise, bias field,
-resolution, and in the people they scan. Label volumes come from `dwc.simulation.phantom` or from a folder of real
-anatomies.
-"""
+"""Simulated T1 scans of sites whose scanners and people differ (`sites.tsv`), made from label volumes of heads."""
 
 import csv
 import gzip
@@ -33,44 +28,28 @@ __all__ = ["Site", "load_sites", "mixed_site", "simulate", "write_site"]
 _N_CODES = 61  # classes 0..49 and 50..60 outside the brain
 _N_CLASSES = 50
 _VENTRICLE = 2
-_REGION_SD = 3.0  # intensity offset of a region from its tissue, drawn for each scan
+_REGION_SD = 3.0  # sd of the intensity offset of a region from its tissue, drawn for each scan
 _ELASTIC_SPACING = 40.0  # mm between the nodes of the elastic field
 _BIAS_NODES = 3  # along each axis
 _FWHM_TO_SD = 0.4247
-_VENTRICLE_REACH = 12.0  # mm over which tissue is displaced by grown ventricles
-_MIXED = ("N", "B", "W")  # the sites that others are mixed from
+_VENTRICLE_REACH = 12.0  # mm, decay length of the displacement around grown ventricles
+_MIXED = ("N", "B", "W")  # sources of mixed sites
 
 
 @dataclass(frozen=True)
 class Site:
-    """A simulated scanner and population: a row of `sites.tsv`, or a mixture of rows.
-
-    Attributes
-    ----------
-    tissue_means : dict[str, float]
-        Mean intensity of each tissue, 0..255.
-    sd : float
-        Standard deviation of intensity within a region, 0..255.
-    noise, bias : float
-        Rician noise as a fraction of white matter; amplitude of the log of the bias field.
-    resolution : tuple[float, float, float]
-        Voxels of the scanner, mm, along the axes of the volume.
-    scale, ventricle, elastic : float
-        Size of heads; growth of the ventricles, mm; amplitude of the elastic deformation, mm.
-    log_gamma : float
-        Log of the exponent of the intensities.
-    """
+    """A simulated scanner and population: a row of `sites.tsv`, or a mixture of rows."""
 
     name: str
-    tissue_means: dict[str, float]
-    sd: float
-    noise: float
-    bias: float
-    resolution: tuple[float, float, float]
-    scale: float
-    ventricle: float
-    elastic: float
-    log_gamma: float
+    tissue_means: dict[str, float]  # intensity, 0..255
+    sd: float  # of intensity within a region, 0..255
+    noise: float  # Rician, as a fraction of white matter
+    bias: float  # amplitude of the log of the bias field
+    resolution: tuple[float, float, float]  # scanner voxels along the axes of the volume, mm
+    scale: float  # of heads
+    ventricle: float  # growth, mm
+    elastic: float  # amplitude of the deformation, mm
+    log_gamma: float  # log of the exponent of the intensities
 
 
 @lru_cache(maxsize=1)
@@ -88,7 +67,7 @@ def load_sites() -> dict[str, Site]:
 
 
 def mixed_site(name: str, rng: np.random.Generator) -> Site:
-    """A site whose scanner and people are mixed from those of N, B and W, with random shares."""
+    """A site with a random mixture of the scanners and people of N, B and W."""
     parts = [load_sites()[site] for site in _MIXED]
     shares = rng.dirichlet(np.ones(len(parts)))
 
@@ -105,24 +84,13 @@ def mixed_site(name: str, rng: np.random.Generator) -> Site:
 def simulate(labels: np.ndarray, site: Site | str, *, voxel_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Deform a head and scan it at a site; a pure function of its arguments.
 
-    The labels are warped (scale, rotation by a few degrees, a coarse random elastic field, growth of the ventricles),
-    nearest neighbour. Each voxel of the image is the site's mean of the tissue + an offset of the region + noise within
-    it, blurred by a voxel (full width at half maximum), sampled at the site's resolution where that is coarser, times
-    exp(a smooth bias field), with Rician noise, clipped at the 99.9th percentile and raised to gamma.
+    The labels are warped, nearest neighbour, by scale, a small rotation, a coarse random elastic field and growth of
+    the ventricles. The image is the tissue's mean at the site + an offset per region + noise per voxel, blurred by one
+    voxel (FWHM), sampled at the site's resolution if that is coarser, multiplied by exp(a smooth bias field), with
+    Rician noise, clipped at the 99.9th percentile and raised to gamma.
 
-    Parameters
-    ----------
-    labels : ndarray, uint8 [D, H, W]
-        Codes: classes 0..49, and 50..60 outside the brain.
-    site : Site or str
-        A site, or the name of one in `load_sites()`.
-    voxel_size, seed : float, int
-        Of `labels`, mm; which scan.
-
-    Returns
-    -------
-    image, labels : ndarray, uint8 [D, H, W]
-        The scan, and the warped codes that it shows.
+    `labels` has codes 0..60, uint8 [D, H, W] (classes 0..49, then tissues outside the brain), with voxels of
+    `voxel_size` mm. Returns the scan and the warped labels, both like `labels`.
     """
     site = site if isinstance(site, Site) else _known(site)
     rng = np.random.default_rng(seed)
@@ -141,25 +109,21 @@ def write_site(
     anatomies: str | os.PathLike[str] | None = None,
     shared_by: Sequence[str] = (),
 ) -> Path:
-    """Write scans of a simulated site, their labels and, last, their manifest, which is returned.
+    """Write a simulated site's scans, labels and, last, the manifest, whose path is returned.
 
     Parameters
     ----------
     out_dir : path
         Gets `<site>-<number>_T1w.nii.gz` (uint8, conformed, LIA), `..._dseg.nii.gz` (FreeSurfer ids), `manifest.csv`.
-    site : Site or str
-        Which site; no two sites share a subject.
     n_train, n_test : int
-        Scans for training and for testing, of different subjects.
-    grid : Grid
-        Of the volumes.
+        Numbers of training and test scans, of different subjects; no two sites share a subject.
     seed : int
-        Another seed gives other scans and other heads, and assigns anatomies to sites and splits anew.
+        Determines scans and heads, which anatomies a site gets, and their split.
     anatomies : path
-        A folder of label volumes (`*.nii.gz`, codes as in `simulate`) instead of the phantom, each centred on its
-        brain. If a site has fewer than scans, an anatomy is one subject scanned and deformed several times.
+        A folder of label volumes (`*.nii.gz`, codes as in `simulate`) to use instead of the phantom, each centred on
+        its brain. If a site needs more scans than it has anatomies, some subjects are scanned and deformed repeatedly.
     shared_by : sequence of str
-        Names of the sites, this one among them, that the anatomies are divided among; by default `load_sites`.
+        Names of all sites that share the anatomies, including this one; by default those of `load_sites`.
     """
     site, out_dir = site if isinstance(site, Site) else _known(site), Path(out_dir)
     if min(n_train, n_test, seed) < 0 or n_train + n_test < 1:
@@ -198,7 +162,7 @@ def _known(name: str) -> Site:
 
 
 def _seed(seed: int, site: Site, number: int, purpose: int) -> int:
-    """A seed for each scan (purpose 0) and each head (1) of each site."""
+    """A seed for each scan (purpose 0) and each head (purpose 1) of each site."""
     words = [seed, int.from_bytes(site.name.encode(), "little"), number, purpose]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
@@ -213,10 +177,10 @@ def _anatomies(
     site: str, sites: Sequence[str], n_train: int, n_test: int, grid: Grid, folder: Path, seed: int
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     paths = sorted(folder.glob("*.nii.gz"))
-    order = np.random.default_rng(seed).permutation(len(paths))  # the same at all sites, so that they share none
+    order = np.random.default_rng(seed).permutation(len(paths))  # the same at all sites, so no two share an anatomy
     mine = [paths[i] for i in order[sites.index(site) :: len(sites)]]
     n_for_test = min(n_test, max(1, len(mine) // 3)) if n_test else 0
-    if len(mine) - n_for_test < bool(n_train) or not mine:
+    if not mine or (n_train and len(mine) <= n_for_test):
         raise InputError(f"{folder}: {len(mine)} label volumes for site {site}; put at least {2 * len(sites)} there")
     parts = {"train": (mine[n_for_test:], n_train), "test": (mine[:n_for_test], n_test)}
     for split, (anatomies, n) in parts.items():
@@ -268,7 +232,7 @@ def _nodes(shape: tuple[int, ...], voxel_size: float) -> tuple[int, ...]:
 
 
 def _push(source: np.ndarray, labels: np.ndarray, growth: float, voxel_size: float) -> None:
-    """Move the places in `source`, where voxels are looked up, towards the ventricles, which so grow by `growth` mm."""
+    """Shift the lookup positions `source` towards the ventricles, which thus grow by `growth` mm."""
     reach = int(3 * _VENTRICLE_REACH / voxel_size)
     found = ndimage.find_objects((labels == _VENTRICLE).view(np.uint8))[0]
     box = tuple(
@@ -276,7 +240,7 @@ def _push(source: np.ndarray, labels: np.ndarray, growth: float, voxel_size: flo
     )
     ventricles = labels[box] == _VENTRICLE
     distance = ndimage.distance_transform_edt(~ventricles, sampling=voxel_size).astype(np.float32)
-    distance = np.maximum(distance - np.float32(voxel_size / 2), 0)  # from the surface, not from the nearest centre
+    distance = np.maximum(distance - np.float32(voxel_size / 2), 0)  # from the surface, not from a voxel's centre
     amount = np.minimum(growth * np.exp(-distance / _VENTRICLE_REACH), distance + voxel_size / 2)
     direction = np.stack(np.gradient(ndimage.gaussian_filter(distance, 1)))
     length = np.sqrt(np.square(direction).sum(0)) + np.float32(1e-6)
@@ -289,16 +253,15 @@ def _push(source: np.ndarray, labels: np.ndarray, growth: float, voxel_size: flo
 
 
 def _smooth_field(shape: tuple[int, ...], nodes: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Values uniform in -1..1 on a coarse lattice, interpolated by cubic splines to `shape`; float32."""
+    """Uniform values in -1..1 on a coarse lattice, interpolated to `shape` by cubic splines; float32."""
     field = rng.uniform(-1, 1, nodes).astype(np.float32)
-    for size, n in zip(shape, nodes, strict=True):  # separable: one small matrix per axis, the axes take turns
+    for size, n in zip(shape, nodes, strict=True):  # separable: one small matrix per axis; each step rotates the axes
         spline = _zoom(np.eye(n, dtype=np.float32), (size, n), order=3)
         field = np.tensordot(field, spline, axes=(0, 1))
     return field
 
 
 def _scan(labels: np.ndarray, site: Site, voxel_size: float, rng: np.random.Generator) -> np.ndarray:
-    """The image of labels at a site, uint8."""
     tissues = _tissue_of_code()
     mean = np.array([site.tissue_means[tissue] for tissue in tissues], np.float32)
     mean[1:] += rng.normal(0, _REGION_SD, len(mean) - 1).astype(np.float32)
@@ -321,7 +284,7 @@ def _scan(labels: np.ndarray, site: Site, voxel_size: float, rng: np.random.Gene
 
 
 def _sample(image: np.ndarray, resolution: tuple[float, float, float], voxel_size: float) -> np.ndarray:
-    """What is left of an image scanned with these voxels (mm), on its own grid; finer voxels leave it as it is."""
+    """An image as scanned with voxels of this size (mm), on its own grid; finer voxels leave it unchanged."""
     coarser = [max(r / voxel_size, 1.0) for r in resolution]
     if max(coarser) == 1.0:
         return image

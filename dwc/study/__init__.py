@@ -1,1 +1,1 @@
-"""Studies: many networks, trained once each, scored and compared, from one declarative file."""
+"""Studies: train many networks once each, score and compare them, all from one settings file."""

@@ -1,9 +1,4 @@
-"""Studies beyond the paper's, each a question about consolidation, answered by a table, a picture and raw scores.
-
-many-sites: how accuracy and time change with the number of sites. rounds: the cycle repeated, each consolidated network
-the next prior. leave-one-out: what each site contributes, by removing it again. tempering: which power lambda is best,
-and whether the origin can find it alone. What is computed from files within seconds is not kept.
-"""
+"""Studies of consolidation beyond the paper; each writes a table, raw scores and a picture."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -40,16 +35,11 @@ _Result = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]  # table, volumes, tes
 
 
 def run(name: str, settings: StudySettings) -> pd.DataFrame:
-    """Run a study, or what of it is not done yet; print its table and return it.
+    """Run or continue a study, print its table and return it; raises Interrupted after a signal.
 
-    OUT/<name>/ gets ``table.csv`` (Dice 0..1, means over volumes), ``volumes.csv`` (a line per row and held-out
-    volume), ``tests.csv`` (paired t-tests across volumes) and a picture. The study uses the paper's networks in the
+    OUT/<name>/ gets ``table.csv`` (mean Dice, 0..1), ``volumes.csv`` (one line per row and held-out volume),
+    ``tests.csv`` (paired t-tests across volumes) and a picture. Networks are shared with the paper's study in the same
     folder.
-
-    Raises
-    ------
-    Interrupted
-        After a signal; called again, the study continues.
     """
     if name not in _STUDIES:
         raise InputError(f"`study` {name}: no such study; choose one of {', '.join(_STUDIES)}")
@@ -76,10 +66,9 @@ def run(name: str, settings: StudySettings) -> pd.DataFrame:
 
 
 def rounds(study: Study, folder: Path) -> _Result:
-    """The cycle several times over the same sites; every round's consolidated network is also fine-tuned and scored.
+    """Repeat the cycle over the same sites; score each round's consolidated network, also after fine-tuning.
 
-    Columns of the table: round, network, those of Dice, weight (with which a site's means entered) and sigma_ratio
-    (sigma_s / sigma_0 of that round), medians over sites and tensors.
+    Columns: round, network, Dice, and medians over sites and tensors of weight and of sigma_ratio (sigma_s / sigma_0).
     """
     networks, held_out = Networks(study), _held_out(study)
     origin = study.settings.origin
@@ -100,10 +89,9 @@ def rounds(study: Study, folder: Path) -> _Result:
 
 
 def leave_one_out(study: Study, folder: Path) -> _Result:
-    """Every site removed from the consolidated posterior in turn; what is lost is what it contributed.
+    """Remove each site in turn from the consolidated posterior; the loss is what it contributed.
 
-    Columns of the table: network, those of Dice, seconds of CPU for the removal (and for training, in the row of all
-    sites).
+    Columns: network, Dice, CPU seconds of the removal (of the training, in the row of all sites).
     """
     networks, held_out, origin = Networks(study), _held_out(study), study.settings.origin
     site_of = {str(networks.file(network)): network for network in cycle(origin, study.settings.sites).sites}
@@ -129,10 +117,10 @@ def leave_one_out(study: Study, folder: Path) -> _Result:
 
 
 def tempering(study: Study, folder: Path) -> _Result:
-    """Every lambda of the grid, chosen on half of the origin's held-out scans and scored on the other volumes.
+    """Score every lambda of the grid; half of the origin's held-out scans choose it, the other half is scored.
 
-    Columns of the table: lambda (0 is the prior), log_likelihood (nats per voxel) and validation_dice on the scans that
-    choose, chosen, and those of Dice, the origin's on the scans that did not choose.
+    Columns: lambda (0: the prior), log_likelihood (nats per voxel) and validation_dice on scans that choose, chosen,
+    Dice.
     """
     settings = study.settings
     held_out = _held_out(study)
@@ -155,11 +143,11 @@ def tempering(study: Study, folder: Path) -> _Result:
 
 
 def many_sites(study: Study, folder: Path) -> _Result:
-    """More and more simulated sites, each a mixture of scanners, each trained once from the origin's network.
+    """Consolidate growing numbers of simulated sites, each a mixture of scanners.
 
-    Columns of the table: sites (S), rule (how lambda is set: 1, 1/S, chosen on the origin), lambda, Dice on the origin
-    (scans that did not choose), on sites (a held-out scan of each of the first ones) and on the unseen sites, seconds
-    of CPU to read and consolidate S files, weight and sigma_ratio (medians over sites and tensors, not tempered).
+    Columns: S (sites), rule (lambda is 1, 1/S or chosen on the origin), lambda, Dice (``sites`` is one held-out scan of
+    each of the first sites), CPU seconds to read and consolidate S files, and untempered medians of weight and
+    sigma_ratio.
     """
     settings = study.settings
     origin, many = variational(settings.origin), settings.many_sites or ManySites()
@@ -211,7 +199,7 @@ def _held_out(study: Study) -> dict[str, SubVolumes]:
 
 
 def _consolidation(study: Study, networks: Networks) -> Consolidation:
-    """The sites' networks, trained from the origin's, consolidated."""
+    """The consolidation of the sites' networks, which are trained first if necessary."""
     _, prior, sites, *_ = cycle(study.settings.origin, study.settings.sites)
     networks.make(sites)
     consolidation = Consolidation(networks.get(prior))
@@ -226,7 +214,7 @@ def _mixed_names(settings: StudySettings) -> list[str]:
 
 
 def _simulate_mixed(study: Study, names: list[str], n_train: int) -> None:
-    """Simulate sites whose scanner and people are mixed at random, and add their manifests to the study."""
+    """Simulate sites with randomly mixed scanners and people; add their manifests to the study."""
     for number, name in enumerate(names, 1):
         site = mixed_site(name, np.random.default_rng([study.settings.seed, number]))
         study.manifests[name] = study.site_folder(f"{name}-{n_train}") / "manifest.csv"
@@ -235,7 +223,7 @@ def _simulate_mixed(study: Study, names: list[str], n_train: int) -> None:
 
 
 def _halves(study: Study) -> tuple[SubVolumes, SubVolumes]:
-    """The origin's held-out scans in turn: those that choose lambda, and those that score."""
+    """The origin's held-out scans, split alternately: those that choose lambda, and those that are scored."""
     origin = study.settings.origin
     scans = study.held_out_scans(origin)
     if len(scans) < 2:
@@ -253,7 +241,7 @@ def _choose(study: Study, consolidation: Consolidation, validation: SubVolumes) 
 
 
 def _score(study: Study, posterior: Posterior, held_out: Mapping[str, SubVolumes], row: str) -> pd.DataFrame:
-    """A line per held-out volume: row, column (of the table), site, subject, image and Dice."""
+    """One line per held-out volume: row, column (of the table), site, subject, image and Dice."""
     print(f"scoring {row}", flush=True)
     networks = [MeshNet.from_posterior(posterior)]
     parts = []
@@ -266,14 +254,14 @@ def _score(study: Study, posterior: Posterior, held_out: Mapping[str, SubVolumes
 
 
 def _joined(study: Study, rows: list[dict[str, Any]], volumes: list[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Table of the rows with the mean Dice of each column, and all volumes."""
+    """The rows with the mean Dice of each column, and all volumes."""
     joined = pd.concat(volumes, ignore_index=True)
     dice = dice_table(joined.assign(site=joined["column"]), study.settings.groups)
     return pd.DataFrame(rows).join(dice, on="row"), joined
 
 
 def _tests(study: Study, volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
-    """Paired t-tests of row a against row b across the volumes of each column, and of all training sites (Avg.)."""
+    """Paired t-tests of row a against row b, for each column and for all training sites (Avg.)."""
     dice = volumes.pivot(index=["column", "site", "subject", "image"], columns="row", values="dice")
     of_column = dice.index.get_level_values("column")
     groups = {column: of_column == column for column in volumes["column"].unique()}
@@ -287,7 +275,7 @@ def _tests(study: Study, volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]]
 
 
 def _for_people(table: pd.DataFrame, settings: StudySettings) -> str:
-    """Dice in per cent, one digit."""
+    """The printed table, with Dice in per cent."""
     shown = table.copy()
     dice = [name for name in (*settings.all_sites, AVERAGE, "sites", "validation_dice") if name in shown]
     shown[dice] = (100 * shown[dice].astype(float)).round(1)

@@ -1,4 +1,4 @@
-"""Networks of a study that take no steps: consolidated, averaged, or before their first step."""
+"""Networks of a study that are computed rather than trained: consolidated, averaged, or freshly initialised."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,7 +14,7 @@ __all__ = ["average_means", "consolidate_sites", "fresh_network"]
 
 
 def consolidate_sites(posteriors: Iterator[Posterior], name: str) -> tuple[Posterior, pd.DataFrame]:
-    """The posterior consolidated from a prior and the sites' posteriors after it, and each site's weights in it."""
+    """Consolidate a prior (first) and the sites' posteriors; also return each site's weights."""
     consolidation = Consolidation(next(posteriors))
     for posterior in posteriors:
         consolidation.add(posterior)
@@ -22,7 +22,7 @@ def consolidate_sites(posteriors: Iterator[Posterior], name: str) -> tuple[Poste
 
 
 def average_means(posteriors: Iterator[Posterior]) -> Posterior:
-    """The mean of the means, in fp64, of networks trained alike."""
+    """Average the means of networks with the same architecture, in fp64."""
     first = next(posteriors)
     total, n, n_volumes = {name: mu.double() for name, mu in first.mu.items()}, 1, first.metadata["n_volumes"]
     for posterior in posteriors:
@@ -33,7 +33,7 @@ def average_means(posteriors: Iterator[Posterior]) -> Posterior:
 
 
 def fresh_network(like: Posterior, seed: int) -> Posterior:
-    """A plain network of the same architecture with its initial weights."""
+    """An untrained deterministic network of the same architecture."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Posterior.from_model(MeshNet.from_architecture(like.metadata["architecture"], bayesian=False))

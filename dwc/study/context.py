@@ -1,4 +1,4 @@
-"""A study's settings and everything they refer to, resolved once: grid, label map, device, manifests, scans."""
+"""A study's settings resolved once: grid, label map, device, manifests, scans."""
 
 import math
 from contextlib import AbstractContextManager
@@ -28,10 +28,7 @@ _SCANS = (  # the settings that the scans in a study's folder depend on
 
 
 class Study:
-    """A study, its files checked and its settings resolved; creating one writes nothing.
-
-    ``manifests`` has each site's, given or to be simulated, and that of all training sites pooled; more may be added.
-    """
+    """A study with its settings and files checked; creating one writes nothing."""
 
     def __init__(self, settings: StudySettings) -> None:
         self.settings, self.out = settings, settings.out
@@ -42,6 +39,7 @@ class Study:
         self.label_map = LabelMap.load(settings.label_map)
         self.grid = Grid(settings.grid_size, settings.voxel_size)
         self.device = choose_device(settings.device)
+        # By site, given or to be simulated, and for all training sites pooled; callers may add more.
         names = (*settings.all_sites, settings.pooled_name)
         self.manifests = {name: self.site_folder(name) / "manifest.csv" for name in names} | (settings.manifests or {})
         self._scans: dict[str, list[Scan]] = {}
@@ -56,42 +54,41 @@ class Study:
         for name in _SCANS:
             if before.get(name, values[name]) != values[name]:
                 raise InputError(
-                    f"{path}: holds a study with other settings: {name} is {before[name]} there and {values[name]} "
-                    f"now, which means other scans; give another `out` or remove the folder"
+                    f"{path}: has scans made with other settings: {name} was {before[name]} and is now "
+                    f"{values[name]}; give another `out` or remove the folder"
                 )
 
     def keep_config(self) -> None:
-        """Write config.yaml."""
         open_folder(self.out)
         write_whole(self.out / "config.yaml", yaml.safe_dump(self.settings.to_json(), sort_keys=False).encode())
 
     @property
     def cache_dir(self) -> Path:
-        """Folder of the conformed volumes, shared by all networks."""
+        """Conformed volumes, shared by all networks."""
         return self.out / "cache"
 
     @property
     def prediction(self) -> dict[str, Any]:
-        """Options of `predict_volume` and `score_volumes`."""
+        """Keyword arguments of `predict_volume` and `score_volumes`."""
         settings = self.settings
         return {"n_samples": settings.n_samples, "seed": settings.seed, "device": self.device,
                 "precision": settings.precision}  # fmt: skip
 
     def site_folder(self, site: str) -> Path:
-        """Where a site is simulated, or its pooled manifest lies."""
+        """The folder of a simulated site or of the pooled manifest."""
         return self.out / "sites" / site
 
     def lock(self, name: str) -> Path:
-        """A lock file by which processes share the study."""
+        """Path of the lock file with which processes share the work `name`."""
         (self.out / ".locks").mkdir(parents=True, exist_ok=True)
         return self.out / ".locks" / name
 
     def scans_held(self) -> AbstractContextManager[bool]:
-        """Hold the lock on the study's scans: one process makes them, others wait for it."""
+        """Lock the study's scans: one process creates them while the others wait."""
         return held(self.lock("scans"), patience_s=math.inf)
 
     def scans(self, site: str) -> list[Scan]:
-        """A site's scans, split as in the networks' training; all have labels."""
+        """A site's scans, all labelled, with the same split as in training."""
         if site not in self._scans:
             settings, manifest = self.settings, self.manifests[site]
             scans = read_manifest(manifest, seed=settings.seed, test_fraction=settings.test_fraction)
@@ -102,7 +99,7 @@ class Study:
         return self._scans[site]
 
     def held_out_scans(self, site: str) -> list[Scan]:
-        """The scans of a site that no network trains on, under the study's name of the site: all of an unseen one."""
+        """The scans of a site that no network trains on (all, if it is unseen)."""
         is_unseen = site in self.settings.unseen
         scans = [replace(scan, site=site) for scan in self.scans(site) if is_unseen or scan.split == "test"]
         if not scans:
@@ -110,20 +107,19 @@ class Study:
         return scans
 
     def prepare(self, scans: list[Scan], *, progress: bool = False) -> SubVolumes:
-        """Conform scans to the study's grid and classes, or find them in its cache."""
+        """Conform scans to the study's grid and classes, through its cache."""
         return prepare(scans, self.label_map, self.grid, self.cache_dir, progress=progress)
 
     def held_out(self, site: str) -> SubVolumes:
-        """The prepared volumes of `held_out_scans`."""
         return self.prepare(self.held_out_scans(site))
 
     def is_prepared(self, site: str) -> bool:
-        """Whether a site's held-out scans exist and are in the cache; writes nothing."""
+        """Whether a site's held-out scans exist and are cached; writes nothing."""
         there = self.manifests[site].exists()
         return there and is_prepared(self.held_out_scans(site), self.label_map, self.grid, self.cache_dir)
 
     def digest(self, site: str) -> str:
-        """SHA-256, hex, of a site's scans, labels and split."""
+        """SHA-256 (hex) of a site's scans, labels and split."""
         if site not in self._digests:
             self._digests[site] = digest_of_scans(self.scans(site), self.cache_dir)
         return self._digests[site]

@@ -1,8 +1,4 @@
-"""What a study will cost before it is run: what is left to train and to score, and about how long that takes here.
-
-Times come from a few steps on noise, taken now with the study's network. They are estimates for the machine as it is
-now; nothing in a study depends on them.
-"""
+"""Estimate the cost of a study before it runs: the work left, and its time, from a few steps timed on noise."""
 
 import os
 import time
@@ -22,27 +18,23 @@ from dwc.training.step import Optimization, logits_of
 
 __all__ = ["Left", "estimate", "what_is_left"]
 
-_PATIENCE = 5.0  # s for the calls that are measured
-_AT_MOST = 3  # of them, after one that warms up
-# On a CPU a batch of two stands for larger ones, whose time is proportional and may be minutes in wide networks. A
-# batch of one would not do: PyTorch takes a slow convolution for it in narrow networks.
+_PATIENCE = 5.0  # s for all timed calls
+_AT_MOST = 3  # timed calls, after a warm-up
+# On a CPU, time batches of two and scale up, because a step of a wide network may take minutes. Batches of one would
+# mislead: PyTorch uses a slow convolution for them in narrow networks.
 _CPU_BATCH = 2
 
 
 @dataclass(frozen=True)
 class Left:
-    """What is left to do.
+    """The remaining work of a study."""
 
-    ``steps`` are those left of each trained network, parents first, 0 where it is done; ``n_rows`` the rows that are
-    not scored everywhere; ``predictions`` those of a volume by a network, plain (False) and Bayesian (True).
-    """
-
-    steps: dict[Network, int]
-    n_rows: int
-    predictions: dict[bool, int]
+    steps: dict[Network, int]  # left of each trained network, parents first; 0 if done
+    n_rows: int  # not yet scored everywhere
+    predictions: dict[bool, int]  # of one volume by one network: deterministic (False), Bayesian (True)
 
     def lines(self, *, each: bool) -> str:
-        """For people; with a line for each network, or without."""
+        """A printable summary; with `each`, one line per network too."""
         left = {network.name: f"{steps} steps" if steps else "done" for network, steps in self.steps.items()}
         listed = [f"  {name:<24}{steps:>14}" for name, steps in left.items()] if each else []
         n_left, n_predictions = sum(map(bool, self.steps.values())), sum(self.predictions.values())
@@ -56,10 +48,7 @@ class Left:
 
 
 def what_is_left(networks: Networks, needed: Sequence[Network], rows: Sequence[Row]) -> Left:
-    """What of a study is left to train and to score; writes nothing, and scans need not be simulated yet.
-
-    `needed` are all networks that are to be made, parents first.
-    """
+    """The remaining work, with all networks to be made given parents first; writes nothing, needs no scans yet."""
     study = networks.study
     sites = study.settings.all_sites
     there = {site: study.manifests[site].exists() for site in sites}
@@ -78,7 +67,7 @@ def what_is_left(networks: Networks, needed: Sequence[Network], rows: Sequence[R
 
 
 def estimate(study: Study, left: Left) -> str:
-    """About how long that takes, for people: optimizer steps and predictions alone, measured now."""
+    """The estimated time as a printable sentence; times optimizer steps and predictions now."""
     steps = {bayesian: sum(n for network, n in left.steps.items() if (network.mode != "map") == bayesian)
              for bayesian in (False, True)}  # fmt: skip
     seconds = {kind: _measure(study, kind) for kind in steps if steps[kind] or left.predictions[kind]}
@@ -89,17 +78,18 @@ def estimate(study: Study, left: Left) -> str:
     n_cubes = (study.grid.size // SIDE) ** 3
     scoring = sum(left.predictions[kind] * n_cubes * passes[kind] * once for kind, (_, once) in seconds.items())
     on_gpu = study.device.type == "cuda"
-    where = torch.cuda.get_device_name(study.device) if on_gpu else f"{torch.get_num_threads()} CPU threads"
+    threads = f"{torch.get_num_threads()} CPU threads of {os.cpu_count()}"
+    where = torch.cuda.get_device_name(study.device) if on_gpu else threads
     names = {False: "MAP", True: "variational"}
     basis = " and ".join(f"{step:.2g} s per {names[kind]} step" for kind, (step, _) in seconds.items())
     return (
-        f"training {_span(training)}, scoring {_span(scoring)}, estimated from {basis}, tried just now on {where} of "
-        f"{os.cpu_count()}; scans to simulate and to conform, validation and figures come on top"
+        f"training {_span(training)}, scoring {_span(scoring)}, estimated from {basis}, measured just now on {where}; "
+        "simulating and conforming scans, validation and figures are not included"
     )
 
 
 def _steps_left(networks: Networks, network: Network) -> int:
-    """Steps that a network still needs; all of them where scans that it depends on are not there yet."""
+    """Steps that a network still needs; all of them if scans it depends on do not exist yet."""
     steps = networks.stage(network).steps
     if not _has_its_scans(networks, [network]):
         return steps
@@ -107,7 +97,7 @@ def _steps_left(networks: Networks, network: Network) -> int:
 
 
 def _sites_left(scores: Scores, row: Row) -> list[str]:
-    """Where a row is to be scored; everywhere that its scans are not there or not prepared yet."""
+    """Sites where a row is not scored, or whose scans do not exist or are not prepared yet."""
     sites = scores.study.settings.all_sites
     if not _has_its_scans(scores.networks, row.networks):
         return list(sites)
@@ -121,7 +111,7 @@ def _has_its_scans(networks: Networks, of: Sequence[Network]) -> bool:
 
 
 def _measure(study: Study, bayesian: bool) -> tuple[float, float]:
-    """Seconds of an optimizer step, and of predicting one sub-volume once."""
+    """Seconds per optimizer step, and per prediction of one sub-volume."""
     settings, device = study.settings, study.device
     batch = settings.batch_size if device.type == "cuda" else min(settings.batch_size, _CPU_BATCH)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -142,7 +132,7 @@ def _measure(study: Study, bayesian: bool) -> tuple[float, float]:
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    """The shortest of a few calls after one that warms up; any may be slowed by other processes."""
+    """The shortest of a few calls after a warm-up call; other processes may slow down any of them."""
     taken: list[float] = []
     while not taken[1:] or (len(taken) <= _AT_MOST and sum(taken) < _PATIENCE):
         began = time.perf_counter()
@@ -154,7 +144,6 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
 
 
 def _span(seconds: float) -> str:
-    """Seconds in a readable unit."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"about {seconds / length:.1f} {unit}"

@@ -1,7 +1,4 @@
-"""The demo: the whole cycle of distributed weight consolidation as a study of few rows with one picture.
-
-Its preset simulates sites at a size that two CPU cores manage in minutes.
-"""
+"""The demo: the whole cycle as a study with few rows and one picture, minutes on two CPU cores."""
 
 import pandas as pd
 
@@ -22,13 +19,7 @@ _PICTURE, _WEIGHTS = "segmentation.png", "consolidation.csv"
 
 
 def run(settings: StudySettings) -> None:
-    """Run the cycle, or what of it is not done yet; print its table and leave table, weights and picture.
-
-    Raises
-    ------
-    Interrupted
-        After a signal; called again, the demo continues.
-    """
+    """Run or continue the cycle; write its table, weights and picture. Raises Interrupted after a signal."""
     study = Study(settings)
     begin(study)
     networks = Networks(study)
@@ -61,26 +52,28 @@ def _rows(settings: StudySettings) -> tuple[list[Row], Network]:
 
 
 def _show_weights(networks: Networks, joint: Network) -> None:
-    """Keep and print the weight of each site in the consolidation."""
+    """Save and print each site's weight in the consolidation."""
     weights = pd.read_csv(networks.folder(joint) / "weights.csv")
     weights["site"] = weights["site"].str.replace("->", "_")
     write_whole(networks.study.out / _WEIGHTS, weights.to_csv(index=False, float_format="%.4f").encode())
     medians = weights.groupby("site")["weight"].median()
     words = ", ".join(f"{site} {weight:.2f}" for site, weight in medians.items())
     print(f"weight of each site's means, median over layers: {words}")
-    print(f"  (1/{len(medians)} each would average the sites, 1 each adds their shifts up)", flush=True)
+    print(f"  (1/{len(medians)} each would average the sites, 1 each would add up their shifts)", flush=True)
 
 
 def _report(study: Study, table: pd.DataFrame, volumes: pd.DataFrame) -> str:
-    """The table for people, and where every file is."""
+    """The printed table, and where each file is."""
     files = {"settings": "config.yaml", "scans": "sites", "networks": "networks", "table": "table.csv"}
     files |= {"weights": _WEIGHTS, "picture": _PICTURE}
-    numbers = sorted(volumes.groupby(["row", "site"]).size().unique())
+    counts = volumes.groupby(["row", "site"]).size()
+    low, high = counts.min(), counts.max()
+    n_scans = f"{low}" if low == high else f"{low} to {high}"
     trained = ", ".join(study.settings.training_sites)
     return "\n".join(
         (
             f"\nDice in %: mean over {study.label_map.n_classes - 1} tissues without background, over "
-            f"{' to '.join(map(str, numbers[:1] + numbers[1:][-1:]))} held-out scans a",
+            f"{n_scans} held-out scans per",
             f"site; Avg. is over all of {trained}{unseen_clause(study.settings)}",
             (100 * table).to_string(float_format="%.1f", na_rep="-"),
             "",
@@ -90,11 +83,11 @@ def _report(study: Study, table: pd.DataFrame, volumes: pd.DataFrame) -> str:
 
 
 def _draw(scores: Scores, shown: dict[str, Row]) -> None:
-    """The first held-out scan of the last site, an unseen one if there is any: truth and predictions, errors in red."""
+    """Draw the first held-out scan of the last site (unseen if there is one): truth, predictions, errors in red."""
     site = scores.sites[-1]
     data = scores.held_out[site]
     image, truth = data.volume(0)
     predictions = {title: scores.predict(row, image) for title, row in shown.items()}
-    is_unseen = site in scores.study.settings.unseen
-    title = f"A scan of site {site}, {'which took no part in training' if is_unseen else 'held out from training'}"
+    status = "unseen in training" if site in scores.study.settings.unseen else "held out from training"
+    title = f"A scan of site {site}, {status}"
     overlay(image, truth, predictions, scores.study.out / _PICTURE, names=data.label_map.names, title=title)

@@ -1,4 +1,4 @@
-"""The networks of a study as a graph: what each is called, how it is made, and which networks it starts from."""
+"""The networks of a study as a graph: their names, how they are made, and which networks they start from."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,66 +14,52 @@ _COMPUTED = ("consolidated", "average", "untrained")
 
 @dataclass(frozen=True)
 class Network:
-    """A network of a study.
+    """A network of a study."""
 
-    Attributes
-    ----------
-    name : str
-        As the paper writes it, such as H->N.
-    mode : str
-        The mode of `dwc train` that trains it, or how it is computed from its parents.
-    site : str or None
-        Whose scans it is trained on; None if it is computed.
-    parents : tuple of Network
-        What it starts from; of a computed network, the prior and the sites' networks.
-    stage : str
-        The study's setting that says how it is trained; by default that of its mode.
-    """
-
-    name: str
+    name: str  # as in the paper, such as H->N
     mode: Literal["map", "vi", "vcl", "finetune", "consolidated", "average", "untrained"]
-    site: str | None = None
-    parents: tuple["Network", ...] = ()
-    stage: str = ""
+    site: str | None = None  # that it is trained on; None if it is computed
+    parents: tuple["Network", ...] = ()  # that it starts from; if computed, the prior and the sites' networks
+    stage: str = ""  # the setting that describes its training; by default the one named like its mode
 
     @property
     def is_trained(self) -> bool:
-        """Whether it takes steps, rather than being computed from its parents."""
+        """Whether it is trained, rather than computed from its parents."""
         return self.mode not in _COMPUTED
 
 
 def map_network(site: str, stage: str = "map") -> Network:
-    """A plain network of a site."""
+    """A site's deterministic network, trained to a maximum a posteriori (MAP) estimate."""
     return Network(f"{site} MAP", "map", site, stage=stage)
 
 
 def control_network(site: str) -> Network:
-    """A plain network of a site that takes as many steps as VCL's."""
+    """A site's MAP network with as many steps as its VCL network."""
     return Network(f"{site} MAP control", "map", site, stage="control")
 
 
 def variational(site: str) -> Network:
-    """The first variational network, its means starting from the site's MAP network."""
+    """The first variational network; its means start from the site's MAP network."""
     return Network(site, "vi", site, (map_network(site),))
 
 
 def vcl(prior: Network, site: str) -> Network:
-    """A site's variational network, trained from its prior."""
+    """A site's network trained from a prior by variational continual learning (VCL)."""
     return Network(f"{prior.name}->{site}", "vcl", site, (prior,))
 
 
 def consolidated(prior: Network, sites: Sequence[Network]) -> Network:
-    """The networks that sites trained from one prior, consolidated (Eq. 17)."""
+    """The consolidation (Eq. 17) of networks that sites trained from one prior."""
     return Network(_joint_name(prior, sites), "consolidated", None, (prior, *sites))
 
 
 def average(prior: Network, sites: Sequence[Network]) -> Network:
-    """The plain mean of the sites' means, without standard deviations, as a MAP network."""
+    """The plain mean of the sites' means, as a MAP network."""
     return Network(f"{_joint_name(prior, sites)} average", "average", None, (prior, *sites))
 
 
 def untrained(like: Network) -> Network:
-    """A plain network of the same architecture before its first step: what chance gives."""
+    """A freshly initialised network of the same architecture: the level of chance."""
     return Network("untrained", "untrained", None, (like,))
 
 
@@ -83,7 +69,7 @@ def finetuned(prior: Network, site: str) -> Network:
 
 
 class Cycle(NamedTuple):
-    """The networks of one cycle: each training site's MAP network, the origin's, the sites', what becomes of these."""
+    """The networks of one cycle: all MAP networks, the origin's, the sites', consolidated, fine-tuned."""
 
     maps: list[Network]
     prior: Network
@@ -93,7 +79,6 @@ class Cycle(NamedTuple):
 
 
 def cycle(origin: str, sites: Sequence[str]) -> Cycle:
-    """The networks of the cycle over an origin and sites."""
     prior = variational(origin)
     trained = [vcl(prior, site) for site in sites]
     joint = consolidated(prior, trained)
@@ -101,7 +86,7 @@ def cycle(origin: str, sites: Sequence[str]) -> Cycle:
 
 
 def with_parents(networks: Iterable[Network]) -> list[Network]:
-    """The networks and all that they start from, each once, parents first."""
+    """Networks and everything they start from, each once, parents first."""
     order: dict[Network, None] = {}
 
     def visit(network: Network) -> None:

@@ -1,8 +1,4 @@
-"""What a network's weights depend on, as a hash that names its run folder: settings, scans, and the networks before it.
-
-The code is not in the hash. After a change of the code, or of PyTorch, that gives other weights, raise `_FORMAT` or
-remove the study's networks/.
-"""
+"""The hash that names a network's run folder, of the settings, scans and parents that its weights depend on."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,15 +13,12 @@ from dwc.training.settings import ComputeSettings, CubeSettings, NetworkSettings
 
 __all__ = ["digest_of", "network_key"]
 
-_FORMAT = 1
+_FORMAT = 1  # increase if a change to the code or to PyTorch changes the weights
 _BY_CONTENT = {"label_map", "workers", "device"} | {field.name for field in fields(CubeSettings)}  # see `network_key`
 
 
 def network_key(study: Study, network: Network, stage: Stage | None, parents: Sequence[str]) -> str:
-    """SHA-256, hex, of everything but the code that the network's weights depend on.
-
-    `stage` says how it is trained, None if it is computed; `parents` are the keys of its parents.
-    """
+    """SHA-256 (hex) of what determines the weights, except code; `stage` is None for a computed network."""
     content: dict[str, Any] = {"format": _FORMAT, "mode": network.mode, "parents": list(parents)}
     if stage is not None and network.site is not None:
         values = shared(study.settings, NetworkSettings, ComputeSettings) | shared(stage, OptimizerSettings)
@@ -40,5 +33,5 @@ def network_key(study: Study, network: Network, stage: Stage | None, parents: Se
 
 
 def digest_of(content: Any) -> str:
-    """SHA-256, hex, of a JSON value."""
+    """SHA-256 (hex) of a JSON value."""
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()

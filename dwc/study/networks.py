@@ -1,8 +1,4 @@
-"""A study's networks on disk: each is made once, with all that it starts from, in a folder named by its key.
-
-Changed settings retrain only what depends on them, and an interrupted study continues where it stopped, within a
-network if need be. How one network trains is up to `dwc.training`.
-"""
+"""A study's networks on disk: each is trained or computed once, in a folder named by its key, and training resumes."""
 
 import re
 from collections.abc import Iterable
@@ -25,30 +21,24 @@ __all__ = ["Networks"]
 
 
 class Networks:
-    """The networks of a study's folder, made when they are asked for."""
+    """The networks of a study, made on demand."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
         self._keys: dict[Network, str] = {}
 
     def get(self, network: Network) -> Posterior:
-        """The network's posterior; made now unless it exists."""
+        """The network's posterior; trained first if it does not exist."""
         self.make([network])
         return Posterior.load(self.file(network))
 
     def make(self, networks: Iterable[Network]) -> None:
-        """Make networks and all that they start from, except those that exist or that another process makes.
-
-        Raises
-        ------
-        Interrupted
-            After a signal; called again, the study continues.
-        """
+        """Make networks and their parents, except those another process makes; raises Interrupted after a signal."""
         for network in claimed(with_parents(networks), self.is_done, self._lock, self._is_ready):
             self._make(network)
 
     def key(self, network: Network) -> str:
-        """SHA-256, hex, of all that the network's weights depend on but the code."""
+        """Its `network_key`."""
         if network not in self._keys:
             stage = self.stage(network) if network.is_trained else None
             parents = [self.key(parent) for parent in network.parents]
@@ -56,20 +46,19 @@ class Networks:
         return self._keys[network]
 
     def folder(self, network: Network) -> Path:
-        """Its run folder: its name without spaces and arrows, and the beginning of its key."""
+        """Its run folder, named by its name and the beginning of its key."""
         readable = re.sub(r"\W+", "_", network.name.replace("+", ""))
         return self.study.out / "networks" / f"{readable}-{self.key(network)[:12]}"
 
     def file(self, network: Network) -> Path:
-        """Its posterior file."""
         return self.folder(network) / "posterior.safetensors"
 
     def is_done(self, network: Network) -> bool:
-        """Whether its posterior file exists; files appear whole."""
+        """Whether its posterior file exists; files are written atomically."""
         return self.file(network).exists()
 
     def log(self, network: Network) -> list[dict[str, Any]]:
-        """The lines of its training log so far, one per epoch; none for computed networks."""
+        """Its training log, one line per epoch; empty for computed networks."""
         return read_log(self.folder(network) / "log.jsonl")
 
     def steps(self, network: Network) -> int:
@@ -77,15 +66,14 @@ class Networks:
         return log[-1]["step"] if (log := self.log(network)) else 0
 
     def total_steps(self, networks: Iterable[Network]) -> int:
-        """Optimizer steps behind networks in all: their own and those of all that they start from, each once."""
+        """Optimizer steps of networks and all their ancestors, each counted once."""
         return sum(map(self.steps, with_parents(networks)))
 
     def seconds(self, network: Network) -> float:
-        """Time its own training took."""
+        """Seconds its own training took."""
         return sum(row["seconds"] for row in self.log(network))
 
     def stage(self, network: Network) -> Stage:
-        """How it is trained."""
         return self.study.settings.stage(network.stage or network.mode)
 
     def _lock(self, network: Network) -> Path:
@@ -109,7 +97,7 @@ class Networks:
             train_network(study.settings.training(network.mode, self.stage(network), **paths), resume=folder.exists())
         except Interrupted as stop:
             where = f"{network.name} {stop.stopped}"
-            raise Interrupted(stop.signal_number, where, "the same command goes on with the study") from None
+            raise Interrupted(stop.signal_number, where, "the same command continues the study") from None
 
     def _compute(self, network: Network) -> None:
         posteriors = (Posterior.load(self.file(parent)) for parent in network.parents)  # one at a time in memory

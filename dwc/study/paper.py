@@ -1,7 +1,4 @@
-"""The paper's study (McClure et al. 2018, sections 3.1 and 3.2): the rows of its Table 2, two more, what is compared.
-
-The plain average has no standard deviations and predicts at its means; variational networks average samples.
-"""
+"""The paper's study (McClure et al. 2018, sections 3.1 and 3.2): Table 2 with two more rows, and its comparisons."""
 
 from collections.abc import Iterable, Sequence
 from functools import reduce
@@ -29,9 +26,10 @@ __all__ = ["choose_rows", "comparisons", "rows_of", "run", "tests_as_text", "uns
 
 
 def rows_of(settings: StudySettings) -> tuple[Row, ...]:
-    """The rows in the paper's order; the origin's variational network and the plain average are not in the paper.
+    """The rows in the paper's order, plus the origin's variational network and the plain average.
 
-    The chains train on one site after another, in the order of the settings and in reverse; a single site has none.
+    The chains train on one site after another, in the order of the settings and in reverse; with one site there are
+    none.
     """
     maps, origin, sites, joint, dwc = cycle(settings.origin, settings.sites)
     orders = (settings.sites, settings.sites[::-1]) if len(sites) > 1 else ()
@@ -53,51 +51,37 @@ def rows_of(settings: StudySettings) -> tuple[Row, ...]:
 
 
 def comparisons(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The pairs of rows that are tested, of rows by name and kind.
-
-    DWC against the chains and the ensemble; the chains against each other, whether their order matters; samples of the
-    consolidated network against the plain average at its means.
-    """
+    """The pairs of row names to test, from (name, kind) of the rows."""
     names: dict[str, list[str]] = {}
     for name, kind in rows:
         names.setdefault(kind, []).append(name)
     chains = names.get("chain", [])
     others = [*chains, *names.get("ensemble", [])]
     pairs = [(dwc, other) for dwc in names.get("dwc", []) for other in others]
-    if len(chains) == 2:
+    if len(chains) == 2:  # does their order matter?
         pairs.append((chains[1], chains[0]))
+    # The consolidated network averages samples, the plain average predicts at its means.
     return pairs + list(zip(names.get("consolidated", []), names.get("average", []), strict=False))
 
 
 def choose_rows(rows: Sequence[Row], names: Sequence[str]) -> tuple[Row, ...]:
-    """The rows of these names, all without any; a name may leave out what follows in brackets."""
+    """The rows with these names (all if none is given); names may omit the part in brackets."""
     chosen = []
     for name in names:
         exact = [row for row in rows if row.name.lower() == name.lower()]
         found = exact or [row for row in rows if row.name.split(" (")[0].lower() == name.lower()]
         if len(found) != 1:
             what = "several rows" if found else "no row"
-            raise InputError(f"`only` {name}: names {what}; choose from: {'; '.join(r.name for r in found or rows)}")
+            raise InputError(f"`only` {name}: matches {what}; choose from: {'; '.join(r.name for r in found or rows)}")
         chosen += found
     return tuple(row for row in rows if row in chosen or not chosen)
 
 
 def run(settings: StudySettings, *, only: Sequence[str] = (), dry_run: bool = False) -> None:
-    """Run the study, or what of it is not done yet, and print its table, which holds every row scored so far.
+    """Run or continue the study and print its table of all rows scored so far; raises Interrupted after a signal.
 
-    Processes that run the same study at the same time share its networks and rows; all print the table.
-
-    Parameters
-    ----------
-    only : sequence of str
-        Rows to train and score; by default all.
-    dry_run : bool
-        Say what would be trained and scored and about how long it would take; write nothing.
-
-    Raises
-    ------
-    Interrupted
-        After a signal; called again, the study continues.
+    `only` names the rows to train and score. `dry_run` prints what is left to do and the estimated time, and writes
+    nothing. Several processes may run the same study and share its work; each prints the table.
     """
     study = Study(settings)
     rows = choose_rows(rows_of(settings), only)
@@ -120,7 +104,7 @@ def run(settings: StudySettings, *, only: Sequence[str] = (), dry_run: bool = Fa
 
 
 def _report(scores: Scores) -> None:
-    """Write and print the tables of all rows that are scored, and the report."""
+    """Write and print the tables of all scored rows, and the report."""
     networks, settings, out = scores.networks, scores.study.settings, scores.study.out
     rows = [row for row in rows_of(settings) if not scores.missing(row)]
     volumes = scores.table("volumes", rows)
@@ -143,7 +127,7 @@ def _report(scores: Scores) -> None:
 
 
 def _keep(path: Path, table: pd.DataFrame) -> None:
-    """Write a table; without any lines, remove the file instead, which may be that of other settings."""
+    """Write a table; if it is empty, delete the file, which may be left from other settings."""
     if len(table):
         write_table(path, table)
     else:
@@ -151,7 +135,7 @@ def _keep(path: Path, table: pd.DataFrame) -> None:
 
 
 def _effort(networks: Networks, rows: Sequence[Row]) -> pd.DataFrame:
-    """What is behind each row: files, steps, the step of its plateau, seconds."""
+    """The cost of each row: files, steps, first step of its plateau, seconds."""
     lines = []
     for row in rows:
         files = ";".join(str(networks.file(network).relative_to(networks.study.out)) for network in row.networks)
@@ -168,7 +152,6 @@ def _effort(networks: Networks, rows: Sequence[Row]) -> pd.DataFrame:
 def _as_text(
     settings: StudySettings, table: pd.DataFrame, tests: pd.DataFrame, speed: pd.DataFrame, volumes: pd.DataFrame
 ) -> str:
-    """The tables for people."""
     counts = volumes.groupby(["row", "site"], sort=False).size().groupby("site", sort=False).first()
     numbers = ", ".join(f"{site} {n}" for site, n in counts.items())
     parts = [
@@ -186,12 +169,12 @@ def _as_text(
 
 
 def unseen_clause(settings: StudySettings) -> str:
-    """The end of a sentence on the table's columns: which sites are unseen; empty where none is."""
+    """A clause that names the unseen sites, empty if there are none."""
     return f"; {', '.join(settings.unseen)} took no part in training" if settings.unseen else ""
 
 
 def tests_as_text(tests: pd.DataFrame) -> str:
-    """The paired tests for people, in points of Dice in %."""
+    """The paired tests for printing, in points of Dice in %."""
     points = {name: 100 * tests[name] for name in ("mean_difference", "ci_low", "ci_high")}
     table = tests.assign(**points).to_string(index=False, float_format="%.3g", na_rep="-")
     return (
@@ -201,7 +184,7 @@ def tests_as_text(tests: pd.DataFrame) -> str:
 
 
 def _pictures(scores: Scores, rows: dict[Kind, Row], volumes: pd.DataFrame) -> None:
-    """Figures 1 to 4, if DWC and the pooled network are scored: of each site the volume nearest its mean Dice."""
+    """Figures 1 to 4, if DWC and the pooled network are scored: each site's volume nearest its mean Dice."""
     if not {"dwc", "pooled"} <= rows.keys():
         return
     pictures = {}

@@ -1,7 +1,4 @@
-"""Several seeds of one study pooled: means and standard deviations over seeds, tests, and what each seed says alone.
-
-Reads the tables in each seed's folder and writes tables of the same names; it trains and scores nothing.
-"""
+"""Pool several seeds of one study from the tables in their folders; nothing is trained or scored."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +17,7 @@ from dwc.study.statistics import dice_table, differences_by_seed, paired_tests
 
 __all__ = ["pool"]
 
-_TABLES = {  # and the columns that they must have; tables without may be absent
+_TABLES = {  # and their required columns; a table that requires none may be missing
     "rows": ("row", "kind", "networks"),
     "volumes": ("row", "site", "subject", "image", "dice"),
     "classes": ("row",),
@@ -30,11 +27,10 @@ _TABLES = {  # and the columns that they must have; tables without may be absent
 
 
 def pool(folders: Sequence[Path], out: Path) -> None:
-    """Pool the folders of a study that was run with several seeds, and print the table.
+    """Pool the folders of a study run with several seeds, write tables with the same names and print the main one.
 
-    volumes.csv, classes.csv, calibration.csv and speed.csv gain a column seed; table.csv is the mean over seeds and
-    table_sd.csv the standard deviation; tests.csv pairs volumes and subjects of all seeds, by_seed.csv has the mean
-    difference under each; rows.csv has means over seeds, config.yaml the settings but the seed.
+    volumes, classes, calibration and speed gain a column seed; table and table_sd are mean and standard deviation over
+    seeds; tests pairs volumes and subjects of all seeds; by_seed has each seed's mean differences; rows has means.
     """
     folders = [Path(folder).expanduser().absolute() for folder in folders]
     if len(folders) < 2:
@@ -45,9 +41,9 @@ def pool(folders: Sequence[Path], out: Path) -> None:
     tables = {name: _read(folders, seeds, name) for name in _TABLES}
     volumes = tables["volumes"]
     if config.get("manifests") is None:
-        if config.get("anatomies") is None:  # another head under the same name
+        if config.get("anatomies") is None:  # each seed simulates different heads under the same names
             volumes["subject"] += " (seed " + volumes["seed"].astype(str) + ")"
-        else:  # each seed assigns the anatomies to sites anew, so one may come from several sites
+        else:  # an anatomy may belong to different sites under different seeds
             names = zip(volumes["subject"], volumes["site"], strict=True)
             volumes["anatomy"] = [subject.removeprefix(f"{site}-") for subject, site in names]
     columns = read_table(folders[0] / "table.csv", ("row", AVERAGE)).columns.drop("row")
@@ -55,7 +51,7 @@ def pool(folders: Sequence[Path], out: Path) -> None:
     averages = [dice_table(part, groups) for _, part in volumes.groupby("seed", sort=False)]
     for folder, table in zip(folders, averages, strict=True):
         if list(table.index) != list(averages[0].index):
-            raise InputError(f"{folder}: has other rows than {folders[0]}; finish the study there")
+            raise InputError(f"{folder}: has other rows than {folders[0]}; finish both studies")
     stacked = pd.concat(averages, keys=seeds).groupby(level=1, sort=False)
     mean, sd = stacked.mean(), stacked.std()
     rows = _rows(tables["rows"])
@@ -74,7 +70,7 @@ def pool(folders: Sequence[Path], out: Path) -> None:
 
 
 def _settings(folders: Sequence[Path]) -> tuple[dict[str, Any], list[int]]:
-    """The settings but the seed, after a check that nothing else differs, and the seed of each folder."""
+    """The settings without the seed, which must otherwise agree, and the seed of each folder."""
     first: dict[str, Any] = {}
     seeds: list[int] = []
     for folder in folders:
@@ -88,7 +84,7 @@ def _settings(folders: Sequence[Path]) -> tuple[dict[str, Any], list[int]]:
                 f"{folder}: differs from {folders[0]} in {', '.join(differing)}; pool studies that differ in the seed"
             )
         if seed in seeds:
-            raise InputError(f"{folder}: has seed {seed} as {folders[seeds.index(seed)]} has; give each seed once")
+            raise InputError(f"{folder}: has the same seed {seed} as {folders[seeds.index(seed)]}; give each seed once")
         seeds.append(seed)
     return first, seeds
 
@@ -111,7 +107,7 @@ def _under(folder: str, files: str) -> str:
 
 
 def _rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """A line per row: the files of all seeds, the means of steps and seconds."""
+    """One line per row: the files of all seeds, mean steps and seconds."""
     by_row = rows.groupby(["row", "kind"], sort=False)
     numbers = by_row[["steps", "total_steps", "plateau_step", "seconds"]].mean()
     return by_row["networks"].agg(";".join).to_frame().join(numbers).reset_index()

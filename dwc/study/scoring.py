@@ -1,8 +1,4 @@
-"""Scores of a study's rows on every site's held-out volumes, kept so that nothing is scored twice.
-
-A row is one network, or several that predict together. Its scores at a site are in a folder named by a hash of all that
-they depend on. Averages and tests are in `statistics`.
-"""
+"""Scores of a study's rows on each site's held-out volumes, in folders named by a hash of what they depend on."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -26,16 +22,13 @@ from dwc.study.networks import Networks
 __all__ = ["Kind", "Row", "Scores"]
 
 Kind = Literal["map", "vi", "vcl", "chain", "consolidated", "average", "ensemble", "dwc", "pooled"]
-_FORMAT = 2  # raise it when the same networks and volumes give other scores
+_FORMAT = 2  # increase when the same networks and volumes give other scores
 _TABLES = ("classes", "calibration", "volumes")  # in the order of writing; the last one marks completion
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a study's table: what it is in the paper's argument, and what predicts.
-
-    Several networks predict by the mean of their probabilities.
-    """
+    """A row of a study's table; several networks predict by the mean of their probabilities."""
 
     name: str
     kind: Kind
@@ -43,7 +36,7 @@ class Row:
 
 
 class Scores:
-    """The scores of rows at some sites of a study; by default at all."""
+    """The scores of rows at some sites of a study (by default all)."""
 
     def __init__(self, networks: Networks, sites: Sequence[str] | None = None) -> None:
         self.networks, self.study = networks, networks.study
@@ -51,7 +44,7 @@ class Scores:
         self.held_out = {site: self.study.held_out(site) for site in self.sites}
 
     def score(self, rows: Iterable[Row]) -> None:
-        """Score rows at every site where they are not scored yet, except those that another process scores."""
+        """Score rows wherever they are not scored yet, except those that another process is scoring."""
         for row in claimed(rows, lambda row: not self.missing(row), self._lock):
             self._score(row)
 
@@ -60,7 +53,7 @@ class Scores:
         return [site for site in self.sites if not (self._folder(row, site) / f"{_TABLES[-1]}.csv").exists()]
 
     def table(self, name: Literal["volumes", "classes", "calibration"], rows: Iterable[Row]) -> pd.DataFrame:
-        """A table over rows and sites: the column row, and those of `dwc.evaluation`."""
+        """A table of all rows and sites: the columns of `dwc.evaluation` after a column row."""
         parts = [
             read_table(self._folder(row, site) / f"{name}.csv").assign(row=row.name)
             for row in rows

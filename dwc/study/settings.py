@@ -1,7 +1,4 @@
-"""Settings of a study: its sites, how each kind of network is trained, and the presets that ship.
-
-Which networks there are and what is compared is decided in `paper`, `demo` and `beyond`.
-"""
+"""Settings of a study (its sites, how each kind of network is trained) and the presets that ship."""
 
 import re
 from collections.abc import Mapping
@@ -18,7 +15,7 @@ __all__ = ["PRESETS", "STUDIES", "ManySites", "Stage", "StudySettings", "preset_
 
 PRESETS = ("smoke", "small", "demo", "cpu", "paper")
 STUDIES = ("paper", "demo", "many-sites", "rounds", "leave-one-out", "tempering")
-# Site names stand in folder names, in network names such as H->N+B, and beside these columns of tables.
+# Site names are used in folder names and in network names such as H->N+B, and as columns next to these in tables.
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)
 _COLUMNS = (
     "row", "kind", "network", "round", "sites", "S", "rule", "lambda", "seconds", "weight", "sigma_ratio",
@@ -33,7 +30,7 @@ class Stage(OptimizerSettings):
     Parameters
     ----------
     steps
-        Optimizer steps, at most.
+        Maximum number of optimizer steps.
     epochs
         Equal parts of the steps; each ends with validation, a log line and a checkpoint.
     """
@@ -56,11 +53,11 @@ class ManySites(Settings):
     Parameters
     ----------
     counts
-        Numbers of sites to consolidate, ascending; the first ones of the same sites each time.
+        Numbers of sites to consolidate, ascending; larger numbers include the smaller ones' sites.
     n_train
         Training scans per site.
     n_scored
-        Score a held-out scan of each of the first so many sites, consolidated or not.
+        Score one held-out scan of each of the first so many sites, consolidated or not.
     """
 
     counts: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
@@ -79,42 +76,42 @@ class ManySites(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings(ComputeSettings, NetworkSettings):
-    """Settings of a study; its folder keeps them as config.yaml. What has no default here has one in each preset.
+    """Settings of a study, kept as config.yaml in its folder. Every preset sets those without a default here.
 
     Parameters
     ----------
     out
-        Folder for scans, networks, scores, tables and report. Called again, the study continues where it stopped and
+        Folder for scans, networks, scores, tables and report. A second run continues where the first stopped and
         retrains only what changed settings affect.
     origin
         Name of the site that trains the prior and fine-tunes the consolidated network.
     sites
-        Names of the sites that train from the prior and are consolidated, one or more.
+        Names of the sites that train from the prior and are consolidated, at least one.
     unseen
         Names of sites that are only scored; may be empty.
     manifests
-        Manifest CSV or BIDS-derivatives folder of each site, by name. By default the sites are simulated: H, N, B, W
-        and A stand for the paper's cohorts, any other name is a scanner mixed at random from those of N, B and W.
+        Manifest CSV or BIDS-derivatives folder of each site, by name. By default sites are simulated: H, N, B, W and A
+        stand for the paper's cohorts; any other name gets a scanner mixed at random from those of N, B and W.
     anatomies
         Folder of label volumes to simulate from. By default the procedural head.
     n_train
-        Simulated training scans of the origin and of each site: one number, or one by name.
+        Simulated training scans of the origin and each site: one number, or one per name.
     n_test
-        Simulated held-out scans of each site, the unseen ones included: one number, or one by name.
+        Simulated held-out scans of each site, including unseen ones: one number, or one per name.
     map
-        How the MAP networks are trained.
+        Training of the MAP networks.
     pooled
-        How the MAP network of all sites' scans is trained; by default as the others.
+        Training of the MAP network on all sites' scans; by default as `map`.
     vi
-        How the origin's variational network is trained.
+        Training of the origin's variational network.
     vcl
-        How the sites' networks are trained, each from its prior (variational continual learning).
+        Training of the sites' networks from the prior (variational continual learning).
     finetune
-        How the consolidated network is trained on the origin.
+        Training of the consolidated network on the origin.
     rounds
-        Rounds of the cycle, in the study rounds.
+        Number of cycles in the study rounds.
     many_sites
-        The sites of the study many-sites: counts, n_train and n_scored. By default 2 to 64 sites of two scans.
+        The sites of the study many-sites: counts, n_train and n_scored. By default 2 to 64 sites with two scans each.
     n_samples
         Monte Carlo samples per prediction.
     """
@@ -170,17 +167,17 @@ class StudySettings(ComputeSettings, NetworkSettings):
 
     @property
     def training_sites(self) -> tuple[str, ...]:
-        """The origin and the sites: all that networks are trained on."""
+        """The origin and the sites."""
         return (self.origin, *self.sites)
 
     @property
     def all_sites(self) -> tuple[str, ...]:
-        """The sites trained on, then the unseen ones."""
+        """The training sites, then the unseen ones."""
         return (*self.training_sites, *self.unseen)
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The sites that comparisons are made on: all that networks are trained on together, each unseen one alone."""
+        """Groups of sites to compare on: the training sites together, each unseen site alone."""
         return (self.training_sites, *((site,) for site in self.unseen))
 
     @property
@@ -189,38 +186,37 @@ class StudySettings(ComputeSettings, NetworkSettings):
         return ("" if max(map(len, self.training_sites)) == 1 else "+").join(self.training_sites)
 
     def n_scans(self, site: str) -> tuple[int, int]:
-        """Simulated training and held-out scans of a site."""
+        """Numbers of simulated training and held-out scans of a site."""
         n_train = 0 if site in self.unseen else _by_site(self.n_train, site)
         return n_train, _by_site(self.n_test, site)
 
     def stage(self, name: str) -> Stage:
-        """How networks of a kind are trained: map, pooled, control, vi, vcl or finetune."""
-        return getattr(self, name) or self.map  # pooled may be left to map
+        """Training of a kind of network: map, pooled, control, vi, vcl or finetune."""
+        return getattr(self, name) or self.map  # pooled defaults to map
 
     @property
     def control(self) -> Stage:
-        """How the MAP networks are trained that VCL's are compared with: as many steps as VCL takes."""
+        """Training of the MAP networks that VCL is compared with, with as many steps as VCL."""
         return replace(self.map, steps=self.vcl.steps, epochs=self.vcl.epochs, stop_at_plateau=False)
 
     def training(self, mode: str, stage: Stage, **paths: Path) -> TrainSettings:
-        """The trainer's settings of a mode; `paths` are data, out, cache_dir, and prior or init."""
+        """The trainer's settings; `paths` are data, out, cache_dir, and prior or init."""
         values = shared(self, NetworkSettings, ComputeSettings) | shared(stage, OptimizerSettings)
         epochs = {"epochs": stage.epochs, "steps_per_epoch": stage.steps // stage.epochs}
         return TrainSettings(mode=mode, **values, **epochs, **paths)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as plain values, without the folder: a config file that gives the same study elsewhere."""
+        """The settings as plain values without `out`, so that the config file works in any folder."""
         return {name: value for name, value in super().to_json().items() if name != "out"}
 
 
 def shared(settings: Settings, *groups: type[Settings]) -> dict[str, Any]:
-    """The values of those settings that belong to groups, by name."""
+    """The settings of `groups`, by name."""
     names = [each.name for group in groups for each in fields(group)]
     return {name: getattr(settings, name) for name in names}
 
 
 def preset_file(name: str) -> Path:
-    """The YAML file of a preset that ships with dwc."""
     if name not in PRESETS:
         raise InputError(f"preset {name!r}: does not exist; choose one of {', '.join(PRESETS)}")
     return Path(str(files(__package__) / "presets" / f"{name}.yaml"))

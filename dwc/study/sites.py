@@ -1,4 +1,4 @@
-"""A study's scans: given manifests are checked, other sites simulated, training sites pooled, all scans conformed."""
+"""A study's scans: check given manifests, simulate the other sites, pool the training sites, conform all scans."""
 
 import csv
 import io
@@ -16,10 +16,7 @@ __all__ = ["begin", "check_manifests", "make_manifests", "simulate"]
 
 
 def begin(study: Study, *, conform: bool = True) -> None:
-    """Check the given manifests, then write config.yaml and make every manifest; conform all scans.
-
-    A bad scan is found here, before the first network trains.
-    """
+    """Check manifests, write config.yaml and missing manifests, and conform all scans, which finds bad ones early."""
     check_manifests(study)
     study.keep_config()
     make_manifests(study)
@@ -30,11 +27,7 @@ def begin(study: Study, *, conform: bool = True) -> None:
 
 
 def check_manifests(study: Study) -> None:
-    """Check the given manifests before anything is written.
-
-    No image may be in two of them, by its resolved path: what one site trains on must not be another's to test on.
-    Copies of a file are not found.
-    """
+    """Check the given manifests before anything is written; no image (by resolved path) may be in two of them."""
     site_of: dict[Path, str] = {}
     for site, manifest in (study.settings.manifests or {}).items():
         scans = study.scans(site)
@@ -47,7 +40,7 @@ def check_manifests(study: Study) -> None:
 
 
 def make_manifests(study: Study) -> None:
-    """Simulate the sites that have no manifest yet, and pool the training sites."""
+    """Simulate sites that have no manifest yet, and pool the training sites."""
     settings = study.settings
     with study.scans_held():
         for site in settings.all_sites if settings.manifests is None else ():
@@ -56,7 +49,7 @@ def make_manifests(study: Study) -> None:
 
 
 def simulate(study: Study, site: Site, manifest: Path, n_train: int, n_test: int) -> None:
-    """Write a site's scans unless its manifest exists; the caller holds the study's scans."""
+    """Write a site's scans unless its manifest exists; the caller must hold the study's scans."""
     if not manifest.exists():
         print(f"simulating site {site.name}", flush=True)
         settings = study.settings
@@ -72,10 +65,7 @@ def _scanner(name: str, seed: int) -> Site:
 
 
 def _pool(study: Study) -> None:
-    """Write the manifest of all training sites' scans, each in its site's part of the split.
-
-    A subject is named by its site too: the same name at two sites of a study means two people.
-    """
+    """Write the manifest of all training sites, with subjects prefixed: one name at two sites is two people."""
     manifest = study.manifests[study.settings.pooled_name]
     open_folder(manifest.parent)
     rows = [("image", "label", "subject", "site", "split")]

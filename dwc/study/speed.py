@@ -1,8 +1,7 @@
-"""How soon VCL gets to where MAP gets on the same site: at equal steps, to a Dice, and to plateaus where those compare.
+"""How many steps VCL (variational continual learning) takes, compared with MAP training on the same site.
 
-A falling learning rate settles every network near the end of its schedule, so steps to a plateau would measure the
-schedule's length. VCL's network is then compared with a control, a MAP network from scratch with as many steps. The
-steps of the prior that VCL starts from are never counted.
+With a falling learning rate, plateaus would measure the length of the schedule, so VCL is compared with a control: a
+MAP network from scratch with as many steps. Steps of the prior that VCL starts from are never counted.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,24 +17,24 @@ from dwc.training.validation import validation_dice
 
 __all__ = ["MARGIN", "compared", "controls", "plateaus_compare", "speed_table"]
 
-MARGIN = 0.05  # of the MAP network's last Dice: nearer than that counts as reached
+MARGIN = 0.05  # relative to the MAP network's last Dice; a Dice this close counts as reached
 _Log = Sequence[Mapping[str, Any]]
 
 
 def plateaus_compare(settings: StudySettings) -> bool:
-    """Whether MAP's and VCL's plateaus are one measure: constant learning rates, judged over one window."""
+    """Whether the plateaus of MAP and VCL are comparable: constant learning rates and the same window."""
     stages = settings.map, settings.vcl
     return len({(stage.schedule, stage.plateau_window) for stage in stages}) == 1 and stages[0].schedule == "constant"
 
 
 def controls(settings: StudySettings, networks: Iterable[Network]) -> list[Network]:
-    """The controls that a study needs: of each site whose MAP and VCL networks are among its networks."""
+    """The controls to train: one for each site whose MAP and VCL networks are both among `networks`."""
     there, trios = set(networks), [_trio(settings, site) for site in settings.sites]
     return [control for full, control, ours in trios if {full, ours} <= there]
 
 
 def speed_table(networks: Networks) -> pd.DataFrame:
-    """A line per site whose networks are all trained: site, and what `compared` gives."""
+    """One line per site whose networks are all trained: site and the values of `compared`."""
     settings, rows = networks.study.settings, []
     for site in settings.sites:
         trio = _trio(settings, site)
@@ -48,17 +47,11 @@ def speed_table(networks: Networks) -> pd.DataFrame:
 
 
 def compared(full: _Log, control: _Log, ours: _Log, *, plateaus: bool) -> dict[str, float | None]:
-    """What the logs of a site's networks say, trained on the same scans and validated on the same sub-volumes.
+    """Compare the logs of a site's MAP network, its control and its VCL network (`ours`, from step 0 on).
 
-    `full`, `control` and `ours` are the lines of log.jsonl of the MAP network, of its control, and of the VCL network,
-    here from step 0; `plateaus` says whether to report the plateaus of the training losses.
-
-    Returns
-    -------
-    dict
-        ``steps``, the last that control and VCL network both logged, with ``map_dice`` and ``vcl_dice`` there;
-        ``vcl_start_dice`` at step 0; ``map_steps`` and ``map_last_dice`` of the MAP network; ``target_dice``, that less
-        `MARGIN` of it, with the first steps that reach it; the plateaus' first steps. None where there is none.
+    All three must be validated on the same sub-volumes. ``steps`` is the last step logged by both control and VCL, with
+    ``map_dice`` and ``vcl_dice``; ``target_dice`` is `MARGIN` below ``map_last_dice``, the last of the MAP network.
+    With `plateaus`, the first steps of the training losses' plateaus are included. Missing values are None.
     """
     theirs, mine = ({line["step"]: line["dice"] for line in log} for log in (control, ours))
     steps = max(theirs.keys() & mine.keys(), default=None)
@@ -73,7 +66,7 @@ def compared(full: _Log, control: _Log, ours: _Log, *, plateaus: bool) -> dict[s
 
 
 def _trio(settings: StudySettings, site: str) -> tuple[Network, Network, Network]:
-    """A site's MAP network, its control and its VCL network; if plateaus compare, the MAP network is the control."""
+    """A site's MAP network, control and VCL network; the MAP network is the control if plateaus compare."""
     full = map_network(site)
     control = full if plateaus_compare(settings) else control_network(site)
     return full, control, vcl(variational(settings.origin), site)
@@ -84,7 +77,7 @@ def _reached(log: _Log, target: float) -> int | None:
 
 
 def _dice_of_prior(networks: Networks, site: str) -> float | None:
-    """The prior's Dice on the held-out sub-volumes that the site's training logs: VCL's before its first step."""
+    """The prior's Dice on the held-out sub-volumes that the site's training logs, that is, VCL's at step 0."""
     study = networks.study
     prior = MeshNet.from_posterior(networks.get(variational(study.settings.origin)))
     return validation_dice(prior, study.held_out(site), study.settings, study.device)

@@ -1,7 +1,4 @@
-"""What a study's scores say: the table, paired tests of its rows, and how far seeds agree.
-
-From data frames to data frames; no network, volume or file is opened here.
-"""
+"""Tables and paired tests computed from a study's scores, data frame to data frame."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -15,20 +12,13 @@ __all__ = ["dice_table", "differences_by_seed", "paired_tests"]
 
 _SUBJECT = ["site", "subject"]
 _TEST = list(PairedTest.__dataclass_fields__)
-_Groups = Sequence[Sequence[str]]  # the sites that comparisons are made on: the training sites, each unseen one
+_Groups = Sequence[Sequence[str]]  # the training sites, then each unseen site alone
 
 
 def dice_table(volumes: pd.DataFrame, groups: _Groups) -> pd.DataFrame:
-    """Mean Dice without background, 0..1, by row (in the order of their first volumes) and site.
+    """Mean Dice without background, 0..1, by row (in order of first appearance) and site.
 
-    The column Avg. is over the volumes of the first group, all training sites, and stands behind these.
-
-    Parameters
-    ----------
-    volumes : DataFrame
-        A line per row and volume: row, site, dice and more.
-    groups : sequence of sequence of str
-        The training sites, then each unseen one.
+    `volumes` has a line per row and volume: row, site, dice. Avg. is the mean over all volumes of the training sites.
     """
     training, *unseen = groups
     by_site = volumes.pivot_table(index="row", columns="site", values="dice", aggfunc="mean")
@@ -40,18 +30,13 @@ def dice_table(volumes: pd.DataFrame, groups: _Groups) -> pd.DataFrame:
 def paired_tests(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], groups: _Groups) -> pd.DataFrame:
     """Two-tailed paired t-tests of rows a against b on each group of sites, across volumes and across subjects.
 
-    Across volumes, as in the paper, each volume under each seed counts. But volumes of one subject are not independent:
-    sessions, deformed copies of one head, one scan segmented by several seeds' networks. Across subjects, each counts
-    once with the mean over its volumes; a column anatomy identifies subjects, or else site and subject do.
+    Across volumes, as in the paper, each volume counts once per seed; but volumes of one subject (sessions, deformed
+    copies of one head, several seeds) are not independent. Across subjects, each counts once with its mean over
+    volumes. A column anatomy identifies subjects if there is one, otherwise site and subject. Pairs with a missing row
+    are skipped.
 
-    `volumes` and `groups` are as for `dice_table`, pooled seeds with a column seed; pairs with a missing row are left
-    out.
-
-    Returns
-    -------
-    DataFrame
-        comparison ("a - b"), columns (the group, such as "H, N, B, W"), unit, the fields of `PairedTest`, and n_tests,
-        the number of comparisons, which are one family.
+    Columns: comparison ("a - b"), columns (the group, such as "H, N, B, W"), unit, the fields of `PairedTest`, and
+    n_tests, the number of comparisons in the family.
     """
     units = {"volume": _volume(volumes), "subject": ["anatomy"] if "anatomy" in volumes else _SUBJECT}
     compared = list(_comparisons(volumes, pairs, groups))
@@ -65,7 +50,7 @@ def paired_tests(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], groups
 
 
 def differences_by_seed(volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], groups: _Groups) -> pd.DataFrame:
-    """Mean difference of rows a and b under each seed: comparison, columns, seed, n (volumes), mean_difference."""
+    """Mean difference of rows a and b by seed: comparison, columns, seed, n (volumes), mean_difference."""
     rows = []
     for names, part in _comparisons(volumes, pairs, groups):
         dice = _paired(part, _volume(volumes))
@@ -82,7 +67,7 @@ def _volume(volumes: pd.DataFrame) -> list[str]:
 def _comparisons(
     volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], groups: _Groups
 ) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
-    """Each comparison's name and its volumes on a group of sites, with the rows renamed to a and b."""
+    """The name of each comparison on each group, and its volumes with the rows renamed to a and b."""
     there = set(volumes["row"])
     for a, b in pairs:
         if {a, b} <= there:
@@ -93,5 +78,5 @@ def _comparisons(
 
 
 def _paired(part: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Mean Dice of a and of b under the same keys."""
+    """Mean Dice of a and b by `keys`."""
     return part.pivot_table(index=keys, columns="row", values="dice", sort=False).reindex(columns=["a", "b"])

@@ -171,7 +171,7 @@ def test_a_signal_ends_the_demo_as_it_ends_training(tmp_path, monkeypatch, capsy
     assert cli.main(["demo", *words]) == 143
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("dwc: H MAP stopped by SIGTERM after step 1 of ")
-    assert last.endswith("; the same command goes on with the study")
+    assert last.endswith("; the same command continues the study")
 
 
 def test_consolidate_writes_a_prior_and_prints_each_sites_weight(networks, tmp_path):

@@ -1,4 +1,4 @@
-"""A made-up study's folder, with numbers as a real one has them; no network stands behind it."""
+"""Folders of made-up studies, with plausible numbers and no networks."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from dwc.study.statistics import dice_table, differences_by_seed, paired_tests
 
 SITES = {"H": 5, "N": 6, "B": 2, "W": 2, "A": 5}
 GROUPS = (("H", "N", "B", "W"), ("A",))
-ROWS = {  # name: kind, skill at training sites and at the unseen one
+ROWS = {  # name: kind, skill on the training sites and on the unseen one
     "H MAP": ("map", 0.70, 0.46), "N MAP": ("map", 0.66, 0.52), "B MAP": ("map", 0.60, 0.44),
     "W MAP": ("map", 0.62, 0.48), "H (variational)": ("vi", 0.69, 0.48), "H->N": ("vcl", 0.72, 0.55),
     "H->B": ("vcl", 0.66, 0.47), "H->W": ("vcl", 0.70, 0.51), "H->N->B->W": ("chain", 0.71, 0.52),
@@ -25,7 +25,7 @@ DWC, ENSEMBLE, CHAINS = "H->N+B+W->H (DWC)", "Ensemble", ("H->N->B->W", "H->W->B
 
 
 def write_study(out: Path, *, skill: dict[str, tuple[float, float]] | None = None, seed: int = 0) -> Path:
-    """Write the tables of a study whose rows have the skill of `ROWS`, or that given instead."""
+    """Write the tables of a study whose rows have the skill of `ROWS`, unless `skill` overrides it."""
     out.mkdir(parents=True, exist_ok=True)
     tables = _tables(skill or {}, seed)
     _write(out, tables)

@@ -10,7 +10,7 @@ from dwc.report.figures import _busiest, _slice, class_colours, overlay, site_sl
 
 @pytest.fixture
 def head():
-    """LIA: a ball whose classes name the sides: 1 left, 2 right; 3 at the top, 4 in front."""
+    """An LIA ball whose classes mark the sides: 1 left, 2 right, 3 top, 4 front."""
     left, inferior, anterior = np.indices((32, 32, 32)) - 15.5
     ball = left**2 + inferior**2 + anterior**2 < 13**2
     classes = np.where(left > 0, 1, 2)
@@ -79,7 +79,7 @@ def test_a_scan_without_truth_is_drawn_beside_its_prediction(head, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"with.png", "without.png"}
 
 
-def test_nothing_predicted_and_an_empty_scan_are_drawn_all_the_same(head, tmp_path):
+def test_empty_predictions_and_empty_scans_are_drawn(head, tmp_path):
     nothing = np.zeros_like(head[1])
     assert overlay(head[0], None, {"a": nothing}, tmp_path / "a.png").stat().st_size > 1000
     assert overlay(nothing, nothing, {"a": nothing}, tmp_path / "b.png").stat().st_size > 1000

@@ -18,7 +18,7 @@ def judged(out):
 
 
 def edit(path, where, **values):
-    """Write other values into the rows of a CSV where a function of the frame says so."""
+    """Overwrite values in the rows of a CSV that `where` selects."""
     table = pd.read_csv(path)
     for name, value in values.items():
         table.loc[where(table), name] = value
@@ -58,7 +58,7 @@ def test_the_evidence_is_the_studys_own_test_across_subjects(tmp_path):
         (0.001, 0.03, HOLDS, HOLDS),
         (-0.001, 0.03, NOT_SHOWN, HOLDS),
         (-0.009, 0.0, NOT_SHOWN, HOLDS),
-        (-0.02, 0.06, NOT_SHOWN, NOT_SHOWN),  # wide: few subjects make nothing sure
+        (-0.02, 0.06, NOT_SHOWN, NOT_SHOWN),  # wide, as with few subjects
         (-0.03, -0.001, DOES_NOT_HOLD, NOT_SHOWN),
         (-0.03, -0.011, DOES_NOT_HOLD, DOES_NOT_HOLD),
         (math.nan, math.nan, NOT_TESTED, NOT_TESTED),
@@ -103,7 +103,7 @@ def test_chains_that_were_not_compared_leave_order_untested(tmp_path):
 
 
 @pytest.mark.parametrize(("skill", "where"), [((0.85, 0.7), "above both"), ((0.5, 0.4), "below both")])
-def test_dwc_outside_the_chains_range_is_told_with_its_side(tmp_path, skill, where):
+def test_dwc_outside_the_chains_range_is_reported_as_above_or_below(tmp_path, skill, where):
     out = write_study(tmp_path, skill={DWC: skill})
     finding = judged(out)[BETWEEN]
     assert finding.verdict == DOES_NOT_HOLD
@@ -119,8 +119,8 @@ def test_dwc_outside_the_chains_range_is_told_with_its_side(tmp_path, skill, whe
     ("ours", "verdict", "sentence"),
     [
         ([0.5, 0.46, 0.44], DOES_NOT_HOLD, "VCL is not above on W."),
-        ([0.5, 0.46, math.nan], NOT_SHOWN, "Not to be compared on W."),
-        ([math.nan] * 3, NOT_TESTED, "Not to be compared on N, B, W."),
+        ([0.5, 0.46, math.nan], NOT_SHOWN, "Not comparable on W."),
+        ([math.nan] * 3, NOT_TESTED, "Not comparable on N, B, W."),
     ],
 )
 def test_vcl_is_ahead_only_where_its_dice_at_equal_steps_says_so(tmp_path, ours, verdict, sentence):
@@ -136,10 +136,10 @@ def test_vcl_is_ahead_only_where_its_dice_at_equal_steps_says_so(tmp_path, ours,
     [
         ([100, 120, 60], HOLDS, "N 3.0 times, B 2.5 times, W 5.0 times"),
         ([100, 120, 300], DOES_NOT_HOLD, "VCL is not sooner on W."),
-        ([100, 120, math.nan], NOT_SHOWN, "Not to be compared on W."),
+        ([100, 120, math.nan], NOT_SHOWN, "Not comparable on W."),
     ],
 )
-def test_plateaus_decide_where_a_study_tells_them(tmp_path, ours, verdict, sentence):
+def test_plateaus_decide_if_a_study_reports_them(tmp_path, ours, verdict, sentence):
     out = write_study(tmp_path)
     everywhere = dict(map_plateau_step=300, vcl_plateau_step=ours, vcl_dice=0.1)
     edit(out / "speed.csv", lambda table: table["site"].notna(), **everywhere)
@@ -163,7 +163,7 @@ def test_rows_that_were_not_scored_leave_their_findings_untested_and_are_named(t
     assert found[BETWEEN].evidence == "It needs the scores of DWC and both chains."
 
 
-def test_seeds_are_counted_one_by_one_and_one_behind_is_named(tmp_path):
+def test_seeds_are_counted_individually_and_one_that_is_behind_is_named(tmp_path):
     out = write_pooled(tmp_path, seeds=3)
     edit(out / "by_seed.csv", lambda table: table["seed"] == 1, mean_difference=-0.3)
     edit(out / "speed.csv", lambda table: (table["seed"] == 2) & (table["site"] == "B"), vcl_dice=0.1)
@@ -188,7 +188,7 @@ def test_networks_that_have_not_left_the_untrained_one_behind_get_no_verdict(tmp
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_difference_too_small_to_matter_shows_nothing_however_sure_it_is(tmp_path, sign):
+def test_a_difference_too_small_to_matter_shows_nothing_however_significant(tmp_path, sign):
     out = write_study(tmp_path)
     low, high = sorted((sign * 0.0003, sign * 0.0005))
     for pair in ((DWC, ENSEMBLE), CHAINS[::-1], (DWC, CHAINS[0]), (DWC, CHAINS[1])):

@@ -32,7 +32,7 @@ def page(study) -> str:
 
 @pytest.fixture
 def quick_pictures(monkeypatch):
-    """Charts as a pixel, for tests that read the words around them."""
+    """Replace charts by one pixel, for tests of the text around them."""
 
     def save(figure, path):
         path.write_bytes(PIXEL)
@@ -41,7 +41,7 @@ def quick_pictures(monkeypatch):
 
 
 def cells(page: str, row: str) -> list[str]:
-    """What is printed in a table's row, by its first cell."""
+    """The printed cells of the table row with this first cell."""
     (line,) = re.findall(rf"<tr[^>]*><td[^>]*>{re.escape(row)}</td>(.*?)</tr>", page)
     return re.findall(r"<td[^>]*>(.*?)</td>", line)
 
@@ -69,19 +69,19 @@ def test_the_table_is_the_studys_in_per_cent(study, page):
     assert best == [f"{100 * dice:.2f}" for dice in table.max()]
 
 
-def test_every_finding_stands_there_with_its_verdict(page):
+def test_every_finding_is_shown_with_its_verdict(page):
     verdicts = re.findall(r'<span class="verdict ([a-z-]+)">([a-z ]+)</span>', page)
     assert verdicts == [("holds", "holds")] * 5
 
 
-def test_every_test_stands_there_with_its_unit_and_their_number_is_told(study, page):
+def test_every_test_is_shown_with_its_unit_and_they_are_counted(study, page):
     tests = pd.read_csv(study / "tests.csv")
     assert f"{len(tests)} two-tailed paired t-tests, not corrected for their number" in page
     lines = re.findall(r'<td class="words">(volume|subject)</td><td>(\d+)</td>', page)
     assert [(unit, int(n)) for unit, n in lines] == list(zip(tests["unit"], tests["n"], strict=True))
 
 
-def test_the_rules_of_the_verdicts_and_their_margin_are_told(page):
+def test_the_rules_of_the_verdicts_and_their_margin_are_shown(page):
     assert f"Not below: it lies above {points(-MARGIN)} points." in page
     assert "predicts at its means" in page
 
@@ -166,7 +166,7 @@ def test_site_pictures_and_further_studies_in_the_folder_are_shown(tmp_path, qui
         ("config.yaml", "a: [", "config.yaml: is not YAML"),
     ],
 )
-def test_a_file_that_is_no_studys_is_refused_by_name(tmp_path, name, content, message):
+def test_a_malformed_file_in_the_folder_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
         write_report(tmp_path)

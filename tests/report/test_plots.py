@@ -17,7 +17,7 @@ def study(tmp_path_factory):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Call a chart and get its figure instead of a file."""
+    """Call a chart and return its figure instead of a file."""
     figures = []
     monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
 

@@ -41,7 +41,7 @@ def test_tissues_have_about_the_volumes_of_a_person(head):
     assert 0.08 < cerebellum < 0.2
 
 
-def test_the_anatomy_lies_where_lia_voxels_say(head):
+def test_the_anatomy_is_oriented_as_lia(head):
     left, inferior, anterior = np.indices(head.shape)
     assert anterior[head == 46].mean() > anterior[head == 16].mean() > anterior[head == 25].mean()  # frontal, occipital
     assert (

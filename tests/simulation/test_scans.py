@@ -151,7 +151,7 @@ def test_real_anatomies_are_divided_among_sites_and_splits(anatomies, tmp_path):
 
 
 def test_another_seed_divides_the_anatomies_anew(anatomies, tmp_path):
-    """So that several seeds of a study do not all test on the same heads."""
+    """Otherwise all seeds of a study would test on the same heads."""
     tested = set()
     for seed in range(8):
         manifest = write_site(tmp_path / str(seed), "H", 1, 1, grid=GRID, seed=seed, anatomies=anatomies)

@@ -1,4 +1,4 @@
-"""Each study beyond the paper's, at a size of seconds: what its table holds, and that it says what it computed."""
+"""Each study beyond the paper's at a tiny size: its table, and that the table holds what was computed."""
 
 from dataclasses import replace
 
@@ -98,7 +98,7 @@ def test_leaving_one_out_scores_the_network_that_the_others_alone_would_give(run
     assert scored["without B"].sha256 == consolidate(prior, others).sha256
 
 
-def test_what_a_site_brought_is_tested_volume_by_volume(run, tiny):
+def test_what_a_site_contributes_is_tested_across_volumes(run, tiny):
     table, raw = run("leave-one-out").set_index("row"), volumes(tiny, "leave-one-out")
     tests = pd.read_csv(tiny.out / "leave-one-out" / "tests.csv").set_index(["against", "column"])
     assert set(tests["row"]) == {"all of N, B, W"}
@@ -168,7 +168,7 @@ def test_a_study_gives_the_same_table_again_and_trains_nothing_twice(run, tiny, 
         ("rounds", {"rounds": 0}, "`rounds` 0: give a positive number"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_made(tiny, tmp_path, name, changes, message):
+def test_bad_settings_are_refused_before_anything_is_made(tiny, tmp_path, name, changes, message):
     out = tmp_path / "out"
     with pytest.raises(InputError, match=message):
         beyond.run(name, replace(tiny, out=out, **changes))
@@ -183,7 +183,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_made(tiny, tmp_path,
         ({"n_train": 0}, "`n_train` 0"),
     ],
 )
-def test_numbers_of_sites_that_cannot_be_meant_are_refused_when_they_are_given(values, message):
+def test_bad_numbers_of_sites_are_refused_when_the_settings_are_made(values, message):
     with pytest.raises(InputError, match=message):
         ManySites(**values)
 
@@ -204,7 +204,7 @@ def test_the_command_runs_a_study_from_flags_and_a_preset(run, tiny, capsys):
     ("flags", "message"),
     [
         (["--study", "few-sites"], "few-sites"),
-        (["--study", "rounds", "--dry-run"], "--study rounds: --only, --dry-run and --pool serve the paper's study"),
+        (["--study", "rounds", "--dry-run"], "--study rounds: --only, --dry-run and --pool are for the paper's study"),
         (["--study", "many-sites", "--preset", "small", "--many_sites.counts", "[4,2]"], "ascending"),
         (["--study", "rounds", "--preset", "small", "--rounds", "none"], "rounds"),
     ],

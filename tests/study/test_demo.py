@@ -1,4 +1,4 @@
-"""`dwc demo` runs the whole cycle, goes on where it stopped, and never mixes two demos."""
+"""`dwc demo` runs the whole cycle, resumes, and refuses another demo's folder."""
 
 import pandas as pd
 import pytest
@@ -41,7 +41,7 @@ def test_it_leaves_picture_networks_and_settings(demo):
     assert yaml.safe_load((demo / "config.yaml").read_text())["map"]["steps"] == 2
 
 
-def test_called_again_it_goes_on_and_gives_the_same_table(demo):
+def test_called_again_it_resumes_and_gives_the_same_table(demo):
     table = (demo / "table.csv").read_bytes()
     (demo / "table.csv").unlink()
     (last,) = (demo / "networks").glob("H_NBW_H-*")
@@ -71,7 +71,7 @@ def test_another_demo_is_refused_in_the_same_folder(demo, capsys):
         (["--label_map", "nope"], "nope"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_named(tmp_path, arguments, message, capsys):
+def test_bad_settings_are_named(tmp_path, arguments, message, capsys):
     assert main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Networks are trained once, by what they depend on, and a study that was stopped goes on."""
+"""Networks are trained once per key, and an interrupted study resumes."""
 
 import shutil
 from dataclasses import replace
@@ -93,7 +93,7 @@ def test_where_a_study_lies_and_computes_does_not_change_its_networks(settings, 
     assert Networks(study).key(DWC) == Networks(elsewhere).key(DWC)
 
 
-def test_networks_that_earlier_versions_trained_on_the_papers_cubes_are_found_again(settings, monkeypatch):
+def test_networks_trained_by_earlier_versions_on_the_papers_cubes_are_found_again(settings, monkeypatch):
     monkeypatch.setattr(Study, "digest", lambda self, site: site)
     study = Study(replace(settings, cubes="paper"))
     assert {network.name: Networks(study).key(network)[:12] for network in with_parents([DWC])} == KEYS
@@ -150,7 +150,7 @@ def test_the_pooled_network_trains_on_the_scans_of_all_training_sites(trained):
     assert trained.get(map_network("HNBW")).metadata["n_volumes"] == 4
 
 
-def test_a_study_stopped_in_a_network_goes_on_there_and_ends_with_the_same_bits(settings, study, monkeypatch):
+def test_a_study_stopped_in_a_network_resumes_there_and_ends_with_the_same_bits(settings, study, monkeypatch):
     slower = replace(settings, map=Stage(steps=4, epochs=2))  # another key than the other tests' network
     network = map_network("B")
     whole = Networks(Study(slower))
@@ -164,7 +164,7 @@ def test_a_study_stopped_in_a_network_goes_on_there_and_ends_with_the_same_bits(
 
     with monkeypatch.context() as patch:
         patch.setattr(_Run, "_save", stop_after_an_epoch)
-        with pytest.raises(Interrupted, match="the same command goes on"):
+        with pytest.raises(Interrupted, match="the same command continues"):
             whole.get(network)
     assert whole.steps(network) == 2
     assert not whole.is_done(network)

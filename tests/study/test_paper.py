@@ -1,4 +1,4 @@
-"""`dwc experiment` runs the paper's study end to end, says beforehand what it costs, and goes on where it stopped."""
+"""`dwc experiment` runs the paper's study end to end, estimates its cost beforehand, and resumes."""
 
 import json
 import os
@@ -28,7 +28,7 @@ pytest_plugins = ["tests.tiny_runs"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DWC = "H->N+B+W->H (DWC)"
-PAPER = {  # Table 2's rows and ours
+PAPER = {  # Table 2's rows and two more
     "H MAP", "N MAP", "B MAP", "W MAP", "H->N", "H->B", "H->W", "H->N->B->W", "H->W->B->N",
     "H->N+B+W (DWC w/o FT)", "Ensemble", DWC, "HNBW MAP", "H->N+B+W (plain average)", "H (variational)",
 }  # fmt: skip
@@ -47,7 +47,7 @@ def smoke(tmp_path_factory, one_thread):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Without what takes long and another test looks at."""
+    """Skip the pictures, which are slow and tested elsewhere."""
     monkeypatch.setattr("dwc.study.paper.write_report", lambda out: out / "report.html")
     monkeypatch.setattr("dwc.study.pooling.write_report", lambda out: out / "report.html")
     monkeypatch.setattr("dwc.study.paper.site_slices", lambda *_, **__: None)
@@ -97,7 +97,7 @@ def test_no_subject_is_in_two_sites_or_in_training_and_test(smoke):
     assert sorted(pooled["split"]) == sorted(scans[scans["site"] != "A"]["split"])
 
 
-def test_the_steps_behind_each_row_are_told(smoke):
+def test_the_steps_behind_each_row_are_reported(smoke):
     rows = pd.read_csv(smoke / "rows.csv", index_col="row")
     preset = yaml.safe_load(preset_file("smoke").read_text())
     steps = {name: preset[name]["steps"] for name in ("map", "vi", "vcl", "finetune")}
@@ -120,7 +120,7 @@ def test_dwc_is_compared_with_the_ensemble_and_both_chains_and_they_with_each_ot
     assert "20 paired two-tailed t-tests" in (smoke / "table.txt").read_text()
 
 
-def test_each_vcl_network_is_set_against_a_map_network_of_as_many_steps(smoke):
+def test_each_vcl_network_is_compared_with_a_map_network_of_as_many_steps(smoke):
     speed = pd.read_csv(smoke / "speed.csv")
     assert speed["site"].tolist() == ["N", "B", "W"]
     preset = yaml.safe_load(preset_file("smoke").read_text())
@@ -179,37 +179,37 @@ def test_only_one_row_trains_and_scores_what_it_needs(tmp_path, capsys):
     assert "1 of 1 networks, 2 steps" in capsys.readouterr().out
 
 
-def test_a_dry_run_tells_what_is_left_and_writes_nothing(smoke, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_reports_what_is_left_and_writes_nothing(smoke, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dwc.study.cost._measure", lambda *_: (1.0, 0.1))
     assert command(tmp_path / "new", "--dry-run") == 0
-    told = capsys.readouterr().out
-    assert "17 of 17 networks" in told
-    assert "15 rows, 144 predictions" in told  # the ensemble's row has four networks; 8 volumes
-    assert "estimated from" in told
+    printed = capsys.readouterr().out
+    assert "17 of 17 networks" in printed
+    assert "15 rows, 144 predictions" in printed  # the ensemble's row has four networks; 8 volumes
+    assert "estimated from" in printed
     assert not (tmp_path / "new").exists()
     before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*")}
     assert command(smoke, "--dry-run", "--vcl.steps", "12") == 0
-    told = capsys.readouterr().out
-    assert "11 of 17 networks" in told  # the seven of VCL, the fine-tuned one and the controls
-    assert "to score: 8 rows, 64 predictions" in told  # those and the two that are computed; MAP and H's are there
+    printed = capsys.readouterr().out
+    assert "11 of 17 networks" in printed  # the seven of VCL, the fine-tuned one and the controls
+    assert "to score: 8 rows, 64 predictions" in printed  # those and the two that are computed; MAP and H's are there
     assert {path: path.stat().st_mtime_ns for path in smoke.rglob("*")} == before
 
 
 def test_a_study_that_is_done_has_nothing_left_and_measures_nothing(smoke, capsys, monkeypatch):
     monkeypatch.setattr("dwc.study.cost._measure", lambda *_: pytest.fail("measured"))
     assert command(smoke, "--dry-run") == 0
-    told = capsys.readouterr().out
-    assert "0 of 17 networks" in told
-    assert "to score: 0 rows" in told
-    assert "nothing is left" in told
+    printed = capsys.readouterr().out
+    assert "0 of 17 networks" in printed
+    assert "to score: 0 rows" in printed
+    assert "nothing is left" in printed
 
 
 def test_the_estimate_adds_steps_and_predictions_of_each_kind(monkeypatch):
     monkeypatch.setattr(cost, "_measure", lambda _, bayesian: (2.0, 0.5) if bayesian else (1.0, 0.25))
     settings, grid = SimpleNamespace(n_samples=3), SimpleNamespace(size=64)
     study = SimpleNamespace(device=torch.device("cpu"), settings=settings, grid=grid)
-    told = cost.estimate(study, cost.Left({map_network("H"): 10, variational("H"): 20}, 2, {False: 1, True: 2}))
-    assert "training about 50 s, scoring about 26 s" in told  # 8 sub-volumes x (0.25 + 2 x 3 samples x 0.5)
+    printed = cost.estimate(study, cost.Left({map_network("H"): 10, variational("H"): 20}, 2, {False: 1, True: 2}))
+    assert "training about 50 s, scoring about 26 s" in printed  # 8 sub-volumes x (0.25 + 2 x 3 samples x 0.5)
 
 
 @pytest.mark.parametrize("slow_first", [0.05, 0.3])
@@ -233,7 +233,7 @@ def test_seeds_are_pooled(smoke, volumes, tmp_path, capsys):
     assert (mean - one - 0.05).abs().max(axis=None) < 1e-5
     assert (sd - 0.1 / 2**0.5).abs().max(axis=None) < 1e-5
     tests = pd.read_csv(out / "tests.csv")
-    assert (tests["n"] == 2 * pd.read_csv(smoke / "tests.csv")["n"]).all()  # a phantom is another head in each seed
+    assert (tests["n"] == 2 * pd.read_csv(smoke / "tests.csv")["n"]).all()  # phantoms are different heads in each seed
     assert set(pd.read_csv(out / "volumes.csv")["seed"]) == {0, 1}
     by_seed = pd.read_csv(out / "by_seed.csv")
     assert set(by_seed["comparison"]) == set(tests["comparison"])
@@ -325,10 +325,10 @@ def test_an_image_in_the_manifests_of_two_sites_is_refused(smoke, tmp_path, caps
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_that_ship_can_be_meant(preset, tmp_path, capsys, monkeypatch):
+def test_shipped_presets_are_valid(preset, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dwc.study.cost._measure", lambda *_: (1.0, 0.1))
     assert main(["experiment", "--preset", preset, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
-    n = 14 if preset == "paper" else 17  # there plateaus compare, and MAP needs no control
+    n = 14 if preset == "paper" else 17  # plateaus compare there, so MAP needs no control
     assert f"{n} of {n} networks" in capsys.readouterr().out
 
 
@@ -341,7 +341,7 @@ def test_site_sizes_are_in_the_papers_proportions(preset, train, test):
     assert PRESETS[-1] != preset or values["n_test"]["A"] == 893
 
 
-def test_a_row_is_chosen_by_its_name_with_or_without_what_stands_in_brackets():
+def test_a_row_is_chosen_by_its_name_with_or_without_the_part_in_brackets():
     rows = rows_of(tiny_settings())
     assert [row.name for row in choose_rows(rows, ["ensemble", "h->n+b+w->h"])] == ["Ensemble", DWC]
     assert choose_rows(rows, []) == rows
@@ -365,7 +365,7 @@ def test_a_row_is_chosen_by_its_name_with_or_without_what_stands_in_brackets():
         (["--pool", "nowhere", "elsewhere"], "no finished study"),
     ],
 )
-def test_what_cannot_be_meant_is_named_in_one_line_before_any_work(tmp_path, arguments, message, capsys, monkeypatch):
+def test_bad_input_is_named_in_one_line_before_any_work(tmp_path, arguments, message, capsys, monkeypatch):
     monkeypatch.setattr("dwc.study.networks.train_network", None)
     monkeypatch.setattr("dwc.study.paper.what_is_left", None)
     start = [] if "--preset" in arguments else ["--preset", "smoke"]
@@ -381,7 +381,7 @@ def test_other_scans_than_those_in_the_folder_are_refused(smoke, capsys):
     assert "other scans" in capsys.readouterr().err
 
 
-def test_the_help_tells_the_values_of_the_preset(capsys):
+def test_the_help_shows_the_values_of_the_preset(capsys):
     with pytest.raises(SystemExit):
         main(["experiment", "--preset", "smoke", "--help"])
     assert "default: {'H': 4, 'N': 5, 'B': 1, 'W': 1}" in " ".join(capsys.readouterr().out.split())

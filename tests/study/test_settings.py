@@ -1,4 +1,4 @@
-"""A study's settings come from a preset and flags, and their help is quick."""
+"""A study's settings come from a preset and flags, and their help is fast."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def test_help_is_printed_without_the_libraries_that_a_study_needs(command):
         ({"lr": "3"}, "`lr` '3': give a number"),
     ],
 )
-def test_how_a_network_trains_is_checked_when_it_is_said(values, message):
+def test_a_stage_is_checked_when_it_is_made(values, message):
     with pytest.raises(InputError, match=message):
         Stage(**values)
 
@@ -63,7 +63,7 @@ def test_settings_go_through_a_config_file_and_come_back_the_same(tmp_path):
     assert tiny_settings(out=tmp_path, **values, **stages, augmentation=augmentation) == settings
 
 
-def test_a_preset_that_does_not_exist_is_named_with_those_that_do():
+def test_an_unknown_preset_is_named_with_the_known_ones():
     with pytest.raises(InputError, match=f"preset 'huge': does not exist; choose one of {', '.join(PRESETS)}"):
         preset_file("huge")
 

@@ -1,4 +1,4 @@
-"""Sites have any names and any number: an origin, one site or more, unseen ones or none."""
+"""Sites may have any names and number: an origin, at least one site, and optional unseen ones."""
 
 import pandas as pd
 import pytest
@@ -120,7 +120,7 @@ def test_manifests_of_other_sites_need_no_numbers_of_simulated_scans(one_site, t
         ({"sites": "N"}, "`sites` 'N'"),
     ],
 )
-def test_sites_that_cannot_be_meant_are_refused_when_they_are_given(changes, message):
+def test_bad_sites_are_refused_when_the_settings_are_made(changes, message):
     with pytest.raises(InputError, match=message):
         tiny_settings(**changes)
 

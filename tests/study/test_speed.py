@@ -1,4 +1,4 @@
-"""VCL is compared with MAP at equal steps, or at plateaus where those are one measure."""
+"""VCL is compared with MAP at equal steps, or at plateaus if those are comparable."""
 
 from dataclasses import replace
 
@@ -31,35 +31,35 @@ def start(dice: float) -> dict:
 def test_logs_of_one_shape_are_compared_at_equal_steps_whatever_their_schedules_length():
     shape = (0.1, 0.2, 0.5, 0.6)
     full, control, ours = log(*shape, every=100), log(0.1, 0.2, 0.2, 0.3), [start(0.05), *log(*shape)]
-    told = compared(full, control, ours, plateaus=False)
-    assert (told["steps"], told["map_dice"], told["vcl_dice"], told["vcl_start_dice"]) == (40, 0.3, 0.6, 0.05)
-    assert (told["map_steps"], told["map_last_dice"]) == (400, 0.6)
-    assert (told["map_target_step"], told["vcl_target_step"]) == (400, 40)
+    speed = compared(full, control, ours, plateaus=False)
+    assert (speed["steps"], speed["map_dice"], speed["vcl_dice"], speed["vcl_start_dice"]) == (40, 0.3, 0.6, 0.05)
+    assert (speed["map_steps"], speed["map_last_dice"]) == (400, 0.6)
+    assert (speed["map_target_step"], speed["vcl_target_step"]) == (400, 40)
 
 
 def test_a_prior_that_is_as_good_already_reaches_the_target_at_step_0():
-    told = compared(log(0.2, 0.4), log(0.1), [start(0.39), *log(0.3)], plateaus=False)
-    assert told["target_dice"] == pytest.approx(0.38)
-    assert told["vcl_target_step"] == 0
+    speed = compared(log(0.2, 0.4), log(0.1), [start(0.39), *log(0.3)], plateaus=False)
+    assert speed["target_dice"] == pytest.approx(0.38)
+    assert speed["vcl_target_step"] == 0
 
 
 def test_a_target_that_is_never_reached_has_no_step_and_a_volume_without_classes_no_dice():
-    told = compared(log(0.1, 0.4), log(0.1), [start(0.1), *log(None, 0.3)], plateaus=False)
-    assert told["vcl_target_step"] is None
-    assert (told["steps"], told["vcl_dice"]) == (10, None)
+    speed = compared(log(0.1, 0.4), log(0.1), [start(0.1), *log(None, 0.3)], plateaus=False)
+    assert speed["vcl_target_step"] is None
+    assert (speed["steps"], speed["vcl_dice"]) == (10, None)
 
 
 def test_the_same_steps_are_those_that_both_have_logged():
-    told = compared(log(0.1, 0.2), log(0.1, 0.2, 0.3), [start(0.1), *log(0.4, 0.5)], plateaus=False)
-    assert (told["steps"], told["map_dice"], told["vcl_dice"]) == (20, 0.2, 0.5)
+    speed = compared(log(0.1, 0.2), log(0.1, 0.2, 0.3), [start(0.1), *log(0.4, 0.5)], plateaus=False)
+    assert (speed["steps"], speed["map_dice"], speed["vcl_dice"]) == (20, 0.2, 0.5)
     assert compared(log(0.1), log(0.1, every=7), [start(0.1), *log(0.4)], plateaus=False)["steps"] is None
 
 
-def test_plateaus_are_told_only_where_they_compare():
+def test_plateaus_are_reported_only_where_they_compare():
     logs = log(0.1, plateau=7), log(0.1), [start(0.1), *log(0.4, plateau=3)]
     for plateaus, steps in ((True, (7, 3)), (False, (None, None))):
-        told = compared(*logs, plateaus=plateaus)
-        assert (told["map_plateau_step"], told["vcl_plateau_step"]) == steps
+        speed = compared(*logs, plateaus=plateaus)
+        assert (speed["map_plateau_step"], speed["vcl_plateau_step"]) == steps
 
 
 @pytest.mark.parametrize(

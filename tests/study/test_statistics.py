@@ -1,4 +1,4 @@
-"""The table and the tests say what the scores say."""
+"""The table and the tests computed from made-up scores."""
 
 import pandas as pd
 import pytest

@@ -1,4 +1,4 @@
-"""Settings of a study whose networks take two steps on volumes of 32^3 voxels."""
+"""Settings of a study with networks of two steps on 32^3 volumes."""
 
 from typing import Any
 
