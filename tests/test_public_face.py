@@ -97,7 +97,7 @@ def test_a_missing_extra_is_one_line_that_names_it(module, extra, monkeypatch, c
         (["train", "--data", "m.csv", "--out", "r", "--batch-size", "0"], "--batch-size 0: give a positive number"),
         (["train", "--data", "m.csv", "--out", "r", "--batch_size=0"], "--batch-size 0: give a positive number"),
         (["train", "--data", "m.csv"], "--out must be given"),
-        (["train", "--data", "m.csv", "--out", "r", "--mode", "vcl"], "--mode vcl: needs the posterior"),
+        (["train", "--data", "m.csv", "--out", "r", "--mode", "vcl"], "--mode vcl: needs a posterior"),
     ],
 )
 def test_bad_input_is_named_as_flags_on_the_command_line(words, line, capsys):

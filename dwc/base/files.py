@@ -178,7 +178,9 @@ def load_entries(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
         ) from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # PyTorch and safetensors raise many kinds of errors for tensors they do not support.
-        raise InputError(f"{path}: a tensor in it cannot be read ({one_line(str(error))}); write it again") from error
+        raise InputError(
+            f"{path}: holds a tensor that cannot be read ({one_line(str(error))}); write it again"
+        ) from error
     header = _header(path, metadata)
     recorded = metadata.get(DIGEST)
     if recorded is not None and recorded != content_sha256(tensors, header):
