@@ -113,7 +113,6 @@ def test_the_projection_leaves_smaller_sigmas_and_plain_networks_alone():
 def test_the_projection_holds_for_every_rho_below_its_limit():
     """softplus in fp32 need not be monotone in the last bit; the limit allows for that."""
     from dwc_kernels.network import _rho_limit
-from dwc_kernels.network import _rho_limit
 
     for sigma_0 in (1e-6, 1e-3, 0.5, 1.0, 19.0):
         limit = _rho_limit(torch.tensor(sigma_0))
