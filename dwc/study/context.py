@@ -54,8 +54,8 @@ class Study:
         for name in _SCANS:
             if before.get(name, values[name]) != values[name]:
                 raise InputError(
-                    f"{path}: has scans made with other settings: {name} was {before[name]} and is now "
-                    f"{values[name]}; give another `out` or remove the folder"
+                    f"{path}: has other scans, made with other settings ({name} {before[name]}, now {values[name]}); "
+                    "give another `out` or remove the folder"
                 )
 
     def keep_config(self) -> None:
