@@ -17,9 +17,9 @@ PRESETS = ("smoke", "small", "demo", "cpu", "paper")
 STUDIES = ("paper", "demo", "many-sites", "rounds", "leave-one-out", "tempering")
 # Site names are used in folder names and in network names such as H->N+B, and as columns next to these in tables.
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)
-_COLUMNS = (
-    "row", "kind", "network", "round", "sites", "S", "rule", "lambda", "seconds", "weight", "sigma_ratio",
-    "log_likelihood", "validation_dice", "chosen",
+_RESERVED = (
+    "untrained", "ensemble", "average", "row", "kind", "network", "round", "sites", "s", "rule", "lambda", "seconds",
+    "weight", "sigma_ratio", "log_likelihood", "validation_dice", "chosen",
 )  # fmt: skip
 
 
@@ -142,10 +142,10 @@ class StudySettings(ComputeSettings, NetworkSettings):
         super().__post_init__()
         self._require("sites", len(self.sites) > 0, "name one site or more")
         for name in self.all_sites:
-            if not _NAME.fullmatch(name) or name in _COLUMNS:
-                raise InputError(f"site name {name!r}: give letters, digits, - and _, and no column of a table")
+            if not _NAME.fullmatch(name) or name.lower() in _RESERVED:
+                raise InputError(f"`sites` {name!r}: give letters, digits, - and _, and no name that tables use")
         if len({*self.all_sites, self.pooled_name}) <= len(self.all_sites):
-            raise InputError(f"sites {', '.join(self.all_sites)}: give each a name of its own")
+            raise InputError(f"`sites` {', '.join(self.all_sites)}: give each a name of its own")
         if self.manifests is None:
             self._check_by_site("n_train", self.training_sites)
             self._check_by_site("n_test", self.all_sites)

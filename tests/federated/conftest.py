@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from dwc.federated import cycle as room
+from dwc.federated import cycle as module
 from dwc.federated.cycle import Cycle
 from dwc.federated.project import Project
 from tests.made_cycles import NOW
@@ -21,7 +21,7 @@ collect_ignore = [] if find_spec("nvflare") else needs_flare  # pip install '.[f
 def clock(monkeypatch):
     """A clock that stands still until it is set."""
     now = [NOW]
-    monkeypatch.setattr(room, "_now", lambda state: now[0])
+    monkeypatch.setattr(module, "_now", lambda state: now[0])
     return now
 
 

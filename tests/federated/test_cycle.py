@@ -7,7 +7,7 @@ import pytest
 
 from dwc import cli
 from dwc.base.errors import InputError
-from dwc.federated import cycle as room
+from dwc.federated import cycle as module
 from dwc.federated.cycle import Cycle
 from dwc.federated.project import Project
 from dwc.federated.server_state import describe
@@ -170,7 +170,7 @@ def test_what_a_site_writes_reaches_terminal_and_books_printable_and_short(cycle
 
 
 def test_a_site_that_sends_junk_does_not_fill_the_books(cycle, monkeypatch):
-    monkeypatch.setattr(room, "_MAX_REFUSALS", 3)
+    monkeypatch.setattr(module, "_MAX_REFUSALS", 3)
     junk = {"state": "trained", "round": 1, "prior_sha256": ""}
     cycle.receive("east", junk | {"posterior": b"east's"})
     for number in range(5):

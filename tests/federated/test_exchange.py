@@ -10,7 +10,7 @@ from nvflare.apis.utils.decomposers import flare_decomposers
 from nvflare.fuel.utils import fobs
 
 from dwc.base.errors import InputError
-from dwc.federated import exchange as room
+from dwc.federated import exchange as module
 from dwc.federated import server_state
 from dwc.federated.cycle import Cycle
 from dwc.federated.exchange import Exchange
@@ -74,13 +74,13 @@ def test_a_frozen_site_holds_up_no_round_that_is_due(cycle, monkeypatch):
             task.completion_status = TaskCompletionStatus.TIMEOUT
         assert len(looks) < 10, "the round waits for the frozen site"
 
-    monkeypatch.setattr(room.time, "sleep", look)
+    monkeypatch.setattr(module.time, "sleep", look)
     one_pass.make(cycle)
     assert cycle.round == 2
 
 
 def test_a_message_or_a_file_that_is_wrong_is_told_and_the_others_are_heard(cycle, monkeypatch):
-    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     answers = {"east": {"state": "patient 17"}, "north": posterior(cycle, 1), "west": posterior(cycle, 2)}
     Pass(answers).make(cycle)
     assert sorted(row["site"] for row in cycle.state["posteriors"]) == ["north", "west"]
@@ -95,7 +95,7 @@ def test_a_message_or_a_file_that_is_wrong_is_told_and_the_others_are_heard(cycl
 
 
 def test_a_round_that_cannot_close_is_told(cycle, monkeypatch):
-    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     Pass({"north": posterior(cycle, 1)}).make(cycle)
     (cycle.folder / "round-1" / "north.safetensors").write_bytes(b"damaged")
     Pass({"west": posterior(cycle, 2)}).make(cycle)
@@ -132,7 +132,7 @@ class SlowLinks(Pass):
 
 def test_priors_go_out_ten_at_a_time_and_reach_every_site(many, monkeypatch):
     one_pass, under_way = SlowLinks(dict.fromkeys(many.project["sites"], NO_PRIOR)), []
-    monkeypatch.setattr(room.time, "sleep", lambda seconds: under_way.append(one_pass.arrive()))
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: under_way.append(one_pass.arrive()))
     one_pass.make(many)
     assert [n for n in under_way if n] == [10, 10, 5]
     assert sorted(site for name, site in one_pass.sent if name == GIVE) == sorted(many.project["sites"])
@@ -141,12 +141,12 @@ def test_priors_go_out_ten_at_a_time_and_reach_every_site(many, monkeypatch):
 
 def test_who_gets_no_prior_while_a_pass_lasts_gets_it_in_the_next(many, monkeypatch):
     now, sites = [0.0], dict.fromkeys(many.project["sites"], NO_PRIOR)
-    monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
     def look(seconds):
         now[0] += 300 if one_pass.arrive() else 1
 
-    monkeypatch.setattr(room.time, "sleep", look)
+    monkeypatch.setattr(module.time, "sleep", look)
     served = []
     while sites:
         one_pass = SlowLinks(sites)
@@ -158,7 +158,7 @@ def test_who_gets_no_prior_while_a_pass_lasts_gets_it_in_the_next(many, monkeypa
 
 
 def test_what_a_full_disk_kept_from_the_books_has_not_happened(cycle, monkeypatch):
-    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     write = server_state.write_whole
 
     def full(path, content):
@@ -180,7 +180,7 @@ def test_what_a_full_disk_kept_from_the_books_has_not_happened(cycle, monkeypatc
 
 
 def test_the_bytes_of_the_messages_are_counted_by_site_and_round(cycle, monkeypatch):
-    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     Pass({"north": NO_PRIOR, "east": NO_PRIOR}).make(cycle)
     prior = (cycle.folder / "q0.safetensors").stat().st_size
     to_north, from_north = cycle.state["traffic"]["north"]["1"]

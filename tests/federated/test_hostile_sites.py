@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from dwc.base.files import canonical_json, content_sha256
-from dwc.federated import exchange as room
+from dwc.federated import exchange as module
 from dwc.federated.cycle import Cycle
 from dwc.federated.project import Project
 from dwc.federated.server_state import describe
@@ -102,7 +102,7 @@ def answer(content: bytes) -> dict:
 
 
 def test_a_pass_enters_exactly_the_honest_sites_and_names_each_of_the_others(cycle, monkeypatch, tmp_path):
-    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     answers = {site: answer(file_of(a_site(a_prior(), 1 + n), tmp_path)) for n, site in enumerate(HONEST)}
     for n, (site, make) in enumerate(HOSTILE.items()):
         answers[site] = answer(make(a_site(a_prior(), 100 + n), tmp_path))
@@ -119,7 +119,7 @@ def test_a_pass_enters_exactly_the_honest_sites_and_names_each_of_the_others(cyc
 
 @pytest.mark.parametrize("fault", [RuntimeError("a tensor"), RecursionError(), KeyError("x"), OverflowError("big")])
 def test_any_exception_over_one_site_is_noted_with_its_name_and_the_pass_goes_on(cycle, monkeypatch, tmp_path, fault):
-    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     receive = Cycle.receive
 
     def failing(self, site, answer):

@@ -217,10 +217,10 @@ def test_a_kill_between_any_two_writes_is_mended_by_resuming(settings, tmp_path,
             raise Killed
         return originals[written](*arguments)
 
-    room = {"write_log": log, "save_checkpoint": loop, "save_tensors": state}[written]
-    originals = {written: getattr(room, written)}
+    module = {"write_log": log, "save_checkpoint": loop, "save_tensors": state}[written]
+    originals = {written: getattr(module, written)}
     with monkeypatch.context() as patch:
-        patch.setattr(room, written, die)
+        patch.setattr(module, written, die)
         with pytest.raises(Killed):
             train_network(replace(settings, out=tmp_path / "cut"))
     (tmp_path / "cut" / ".checkpoint.safetensors.abc.part").write_bytes(b"half")
