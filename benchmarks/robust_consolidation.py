@@ -196,8 +196,8 @@ KINDS: dict[str, Callable[[Posterior, Posterior, int], Posterior]] = {
     "noise of 3 sigma_0": lambda prior, site, seed: _changed(prior, site, _noise(3.0, seed), 1.0),
     "noise, sigma x 0.3": lambda prior, site, seed: _changed(prior, site, _noise(3.0, seed), 0.3),
     "copies": lambda prior, site, seed: _changed(prior, site, lambda shift: shift, 1.0),
-    "copies + noise of 0.3 sigma_0": lambda prior, site, seed: _changed(prior, site, _added(0.3, seed), 1.0),
-    "copies + noise of 1 sigma_0": lambda prior, site, seed: _changed(prior, site, _added(1.0, seed), 1.0),
+    "copies + noise of 0.3 sigma_0": lambda prior, site, seed: _changed(prior, site, _added(0.3, seed), 0.99),
+    "copies + noise of 1 sigma_0": lambda prior, site, seed: _changed(prior, site, _added(1.0, seed), 0.99),
 }
 
 
