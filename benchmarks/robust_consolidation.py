@@ -102,7 +102,7 @@ def _spread(scores: pd.DataFrame) -> str:
 def _rows(values: pd.DataFrame) -> str:
     def cell(case: tuple[int, str, str]) -> str:
         dice, log_likelihood = values.loc[case]
-        return f"{dice:.3f} / {log_likelihood:.3f}" if abs(log_likelihood) < 1e4 else f"{dice:.3f} / {log_likelihood:.0e}"
+        return f"{dice:.3f} / " + (f"{log_likelihood:.3f}" if abs(log_likelihood) < 1e4 else f"{log_likelihood:.0e}")
 
     lines = [f"prior: {cell((0, 'prior', 'prior'))}", "| bad sites | kind | " + " | ".join(RULES) + " |"]
     lines.append("| --- " * (2 + len(RULES)) + "|")
@@ -114,8 +114,7 @@ def _rows(values: pd.DataFrame) -> str:
 
 def _warned(out: Path, n_seeds: int) -> str:
     """How many bad and honest sites are warned of, over all seeds."""
-    lines = ["| bad sites | kind | bad, warned of | honest, warned of | agreement of the bad | of the honest |"]
-    lines.append("| --- " * 6 + "|")
+    lines = ["| bad sites | kind | bad, warned of | honest, warned of |", "| --- " * 4 + "|"]
     for n_bad, kind in _mixes():
         found: dict[bool, list[bool]] = {True: [], False: []}
         for seed in range(n_seeds):
@@ -156,16 +155,15 @@ def _networks(out: Path, manifests: list[Path], steps: int, seed: int) -> tuple[
     shared = {"label_map": None, "grid_size": None, "voxel_size": None, "width": None, "dilations": None}
     _trained(base)
     _trained(start)
+    vcl = replace(base, mode="vcl", prior=prior_file, rho_lr=3e-2, **shared)
     for n, data in enumerate(manifests[1:], 1):
-        _trained(
-            replace(base, mode="vcl", prior=prior_file, data=data, out=out / f"site-{n}", stream=n, rho_lr=3e-2, **shared)
-        )
+        _trained(replace(vcl, data=data, out=out / f"site-{n}", stream=n))
     return _kept(out)
 
 
 def _trained(settings: TrainSettings) -> None:
     if not (settings.out / "posterior.safetensors").exists():
-        train_network(settings)
+        train_network(replace(settings, resume=settings.out.exists()))
 
 
 def _changed(prior: Posterior, site: Posterior, mu: Callable[[Tensor], Tensor], sigma: float) -> Posterior:
