@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -152,7 +153,13 @@ def _networks(out: Path, manifests: list[Path], steps: int, seed: int) -> tuple[
     )  # fmt: skip
     start = replace(base, mode="vi", init=out / "map" / "posterior.safetensors", out=out / "vi", rho_lr=3e-2)
     prior_file = out / "vi" / "posterior.safetensors"
-    shared = {"label_map": None, "grid_size": None, "voxel_size": None, "width": None, "dilations": None}
+    shared: dict[str, Any] = {
+        "label_map": None,
+        "grid_size": None,
+        "voxel_size": None,
+        "width": None,
+        "dilations": None,
+    }
     _trained(base)
     _trained(start)
     vcl = replace(base, mode="vcl", prior=prior_file, rho_lr=3e-2, **shared)
@@ -163,7 +170,7 @@ def _networks(out: Path, manifests: list[Path], steps: int, seed: int) -> tuple[
 
 def _trained(settings: TrainSettings) -> None:
     if not (settings.out / "posterior.safetensors").exists():
-        train_network(replace(settings, resume=settings.out.exists()))
+        train_network(settings, resume=True)
 
 
 def _changed(prior: Posterior, site: Posterior, mu: Callable[[Tensor], Tensor], sigma: float) -> Posterior:
