@@ -170,7 +170,7 @@ def _networks(out: Path, manifests: list[Path], steps: int, seed: int) -> tuple[
 
 def _trained(settings: TrainSettings) -> None:
     if not (settings.out / "posterior.safetensors").exists():
-        train_network(settings, resume=True)
+        train_network(settings, resume=settings.out.exists())
 
 
 def _changed(prior: Posterior, site: Posterior, mu: Callable[[Tensor], Tensor], sigma: float) -> Posterior:
