@@ -188,9 +188,14 @@ def _noise(scale: float, seed: int) -> Callable[[Tensor], Tensor]:
     return lambda shift: scale * torch.randn(shift.shape, generator=generator)
 
 
-def _added(scale: float, seed: int) -> Callable[[Tensor], Tensor]:
-    noise = _noise(scale, seed)
-    return lambda shift: shift + noise(shift)
+def _noisy_copy(scale: float) -> Callable[[Posterior, Posterior, int], Posterior]:
+    """A copy with noise on its means and other sigmas, so that it shares no tensor with its original."""
+
+    def copy(prior: Posterior, site: Posterior, seed: int) -> Posterior:
+        noise = _noise(scale, seed)
+        return _changed(prior, site, lambda shift: shift + noise(shift), 0.99 - 0.01 * seed)
+
+    return copy
 
 
 KINDS: dict[str, Callable[[Posterior, Posterior, int], Posterior]] = {
@@ -201,8 +206,8 @@ KINDS: dict[str, Callable[[Posterior, Posterior, int], Posterior]] = {
     "noise of 3 sigma_0": lambda prior, site, seed: _changed(prior, site, _noise(3.0, seed), 1.0),
     "noise, sigma x 0.3": lambda prior, site, seed: _changed(prior, site, _noise(3.0, seed), 0.3),
     "copies": lambda prior, site, seed: _changed(prior, site, lambda shift: shift, 1.0),
-    "copies + noise of 0.3 sigma_0": lambda prior, site, seed: _changed(prior, site, _added(0.3, seed), 0.99),
-    "copies + noise of 1 sigma_0": lambda prior, site, seed: _changed(prior, site, _added(1.0, seed), 0.99),
+    "copies + noise of 0.3 sigma_0": _noisy_copy(0.3),
+    "copies + noise of 1 sigma_0": _noisy_copy(1.0),
 }
 
 

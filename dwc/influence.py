@@ -30,7 +30,8 @@ _LOUD = 3.0  # times the median, to be warned about
 _FAR = 100.0  # sigma_0, to be warned about
 _SURE = 1e-3  # of sigma_0, likewise
 _OPPOSED = 0.2  # correlation of a site's shift with minus the other sites' pull, likewise
-_ALIKE = 1 / 3  # of the median pair's distance, 1 - |correlation|; honest pairs have at least half of the median
+_ALIKE = 0.8  # correlation of two sites' shifts, likewise, if they are also
+_CLOSER = 1 / 3  # times as far from each other as the median pair, in 1 - |correlation|
 _TUPLES: dict[str, Callable[[str], Any]] = {"shift_sketch": float, "pull_sketch": float, "fingerprints": str}
 
 
@@ -242,7 +243,8 @@ def _alike(everyone: Sequence[Influence]) -> tuple[Tensor, Tensor]:
     distance = 1 - correlation.abs()
     one, other = torch.triu_indices(n_sites, n_sites, 1)
     usual = distance[one, other].median()
-    return correlation, (distance < _ALIKE * usual).fill_diagonal_(False)
+    alike = (distance < _CLOSER * usual) & (distance < 1 - _ALIKE)
+    return correlation, alike.fill_diagonal_(False)
 
 
 def _alone(own: Influence) -> list[str]:

@@ -122,12 +122,14 @@ def test_one_small_tensor_in_common_does_not_make_a_copy():
 WIDE = Posterior({"w": torch.zeros(3000)}, {"w": torch.full((3000,), 0.1)}, {})
 
 
-def learned(number: int, noise: float = 1.0, sign: float = 1.0, of: int | None = None) -> Influence:
+def learned(
+    number: int, noise: float = 1.0, sign: float = 1.0, of: int | None = None, shared: float = 1.0
+) -> Influence:
     """A site that learned what all learn (`WIDE`'s weights moved alike) and something of its own."""
     common = torch.randn(3000, generator=torch.Generator().manual_seed(99))
     own = torch.randn(3000, generator=torch.Generator().manual_seed(number if of is None else of))
     added = noise * torch.randn(3000, generator=torch.Generator().manual_seed(500 + number))
-    shift = sign * (common + own) + (added if of is not None else 0)
+    shift = sign * (shared * common + own) + (added if of is not None else 0)
     sigma = torch.full((3000,), 0.07) * (1 - 0.01 * torch.rand(3000, generator=torch.Generator().manual_seed(number)))
     return measure(Posterior({"w": 0.1 * shift}, {"w": sigma}, {"n_volumes": 2}), WIDE)
 
@@ -206,3 +208,13 @@ def test_a_state_file_with_an_odd_influence_is_an_error_of_one_line():
     for odd in ({**values, "shift_sketch": 3}, {**values, "more": 1}, {**values, "pull_sketch": "a b"}, {"kl": 1.0}):
         with pytest.raises(InputError, match=r"influence of a site in the state file: .*; restore it from a backup"):
             Influence.from_json(odd)
+
+
+def test_honest_sites_among_sites_of_noise_are_not_taken_for_copies_of_each_other():
+    found = {str(number): learned(number, shared=1.7) for number in range(3)}
+    for number in (10, 11):
+        noise = 3 * torch.randn(3000, generator=torch.Generator().manual_seed(number))
+        found[f"noise {number}"] = measure(
+            Posterior({"w": 0.1 * noise}, {"w": torch.full((3000,), 0.07)}, {"n_volumes": 2}), WIDE
+        )
+    assert not any("as a copy" in line for lines in warnings_about(found).values() for line in lines)
