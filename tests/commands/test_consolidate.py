@@ -186,6 +186,7 @@ def test_a_loud_site_is_named_in_a_warning_and_left_out_where_there_is_a_limit(
     assert message in error
     if message:
         assert f"{loud}: is left out, its influence is far above the limit" in error
+        assert "times the influence of the median site for 1 times its volumes, more than its volumes explain" in error
         assert len(Posterior.load(tmp_path / "out.safetensors").metadata["sites"]) == 4
 
 
