@@ -30,7 +30,7 @@ _LOUD = 3.0  # times the median, to be warned about
 _FAR = 100.0  # sigma_0, to be warned about
 _SURE = 1e-3  # of sigma_0, likewise
 _OPPOSED = 0.2  # correlation of a site's shift with minus the other sites' pull, likewise
-_ALIKE = 0.8  # correlation of two sites' shifts, to be warned about if they are also much closer than the median pair,
+_ALIKE = 0.9  # correlation of two sites' shifts, to be warned about if they are also much closer than the median pair,
 _CLOSER = 1 / 3  # which is this multiple of its distance, 1 - |correlation|
 _TUPLES: dict[str, Callable[[str], Any]] = {"shift_sketch": float, "pull_sketch": float, "fingerprints": str}
 
