@@ -6,16 +6,27 @@ BIN := .venv/bin
 
 setup: .venv/ready
 
-.venv/ready: setup.py pyproject.toml constraints.txt
+# By hash where the lock was tried, elsewhere by version. torch and CUDA are by version everywhere, because many machines
+# take torch from PyTorch's own index or from disk, where the same version is another file; `setup-locked` pins them too.
+LOCKED := CPython 3.11 Linux x86_64
+HERE := $(shell $(PYTHON) -c "from platform import *; \
+	print(python_implementation(), python_version()[:4], system(), machine())")
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.venv/ready: setup.py pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+ifeq ($(HERE),$(LOCKED))
+	awk '/^[a-z]/ {keep = !/^(torch|nvidia-|cuda-)/} keep' requirements.lock > .venv/hashed.txt
+	$(PIP) --require-hashes --no-deps -r .venv/hashed.txt
+endif
+	$(PIP) -c constraints.txt -e ".[dev]"
 	touch $@
 
-# The same, from files whose hashes are known, CUDA builds included: for CI and for sites that install from a mirror.
+# The same, torch and CUDA by hash too, from PyPI: for CI and for sites that install from a mirror of it.
 setup-locked:
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP) --require-hashes -r requirements.lock
+	$(PIP) --no-deps -e .
 	touch .venv/ready
 
 # The whole cycle on simulated sites, into ./demo; called again, it goes on where it stopped.

@@ -1,13 +1,14 @@
 """How far each site would move a consolidated posterior, judged before anything is summed.
 
 A site with a tiny sigma or huge means can replace everybody else's result, and Eq. 17 does not notice. Here each site's
-factor q_s / q_0 is measured, compared with the other sites', and, if asked for, limited to a multiple of the median.
+factor q_s / q_0 is measured, compared with the other sites' and with the volumes it claims, and, if asked for, limited
+to a multiple of the median.
 """
 
 import hashlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,17 +18,21 @@ from torch import Tensor
 from dwc.base.errors import InputError
 from dwc.posterior import Posterior
 
-__all__ = ["Influence", "limit_powers", "measure", "verdicts", "warnings_about"]
+__all__ = ["Influence", "limit_powers", "limited_because", "measure", "verdicts", "warnings_about"]
 
 _TELLING = 8  # values of a tensor that two sites do not share by chance
-_SKETCH = 256  # weights, evenly spaced, whose shifts are kept to compare sites
+_SKETCH = 512  # random sums over the weights that are kept to compare sites: correlations are right within 0.04
+_CLIP = 5.0  # sigma_0: single weights further away do not decide how alike two sites are
 _MIN_SITES = 3  # with fewer there is no majority, and no median to compare with
 _EXCLUDED_BELOW = 0.01  # power: a site that would have to be weakened more than this is left out
 _HARMLESS = 1.0  # the prior's own precision, or shifts of one sigma_0: no limit is below these
 _LOUD = 3.0  # times the median, to be warned about
 _FAR = 100.0  # sigma_0, to be warned about
 _SURE = 1e-3  # of sigma_0, likewise
-_OPPOSED = -0.2  # correlation with the other sites' mean shift, likewise
+_OPPOSED = 0.2  # correlation of a site's shift with minus the other sites' pull, likewise
+_ALIKE = 0.9  # correlation of two sites' shifts, to be warned about if they are also much closer than the median pair,
+_CLOSER = 1 / 3  # which is this multiple of its distance, 1 - |correlation|
+_TUPLES: dict[str, Callable[[str], Any]] = {"shift_sketch": float, "pull_sketch": float, "fingerprints": str}
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,9 @@ class Influence:
         Minimum of sigma_s / sigma_0.
     n_volumes : int
         Training volumes that the site claims.
-    sketch : tuple of float
-        (mu_s - mu_0) / sigma_0 of some weights, to compare sites.
+    shift_sketch, pull_sketch : tuple of float
+        Random sums over the weights of (mu_s - mu_0) / sigma_0 and of the same times sigma_0^2 / sigma_s^2: their
+        correlations between sites are those of the whole vectors.
     fingerprints : tuple of str
         Digests of the tensors that differ from the prior's. Two trainings never end at the same values: sites that
         share a tensor share a file.
@@ -61,19 +67,23 @@ class Influence:
     furthest: float
     surest: float
     n_volumes: int
-    sketch: tuple[float, ...]
+    shift_sketch: tuple[float, ...]
+    pull_sketch: tuple[float, ...]
     fingerprints: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        sketch = " ".join(f"{value:.4g}" for value in self.sketch)
-        return {**asdict(self), "sketch": sketch, "fingerprints": " ".join(self.fingerprints)}
+        """Plain values; tuples are text, which a state file shows on one line."""
+        texts = {name: " ".join(map(str, getattr(self, name))) for name in _TUPLES}
+        return {**asdict(self), **texts}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Influence":
         """From `to_json`."""
-        sketch = tuple(map(float, values["sketch"].split()))
-        return cls(**{**values, "sketch": sketch, "fingerprints": tuple(values["fingerprints"].split())})
+        try:
+            tuples = {name: tuple(map(kind, values[name].split())) for name, kind in _TUPLES.items()}
+            return cls(**{**values, **tuples})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"influence of a site in the state file: {error}; restore it from a backup") from error
 
     def copies(self, other: "Influence") -> bool:
         """Whether half of the tensors are the same; after one or two steps a small one may be so by chance."""
@@ -86,7 +96,7 @@ def measure(site: Posterior, prior: Posterior) -> Influence:
     """Measure a site's factor; the site has passed `Consolidation.add`'s checks against the prior."""
     kl = precision = squared_shift = furthest = 0.0
     surest, n_weights = 1.0, 0
-    shifts, fingerprints = [], []
+    shifts, pulls, fingerprints = [], [], []
     for name, sigma_0 in prior.sigma.items():
         ratio = site.sigma[name].double() / sigma_0
         shift = (site.mu[name].double() - prior.mu[name]) / sigma_0
@@ -95,7 +105,8 @@ def measure(site: Posterior, prior: Posterior) -> Influence:
         squared_shift += (shift / ratio**2).square().sum().item()
         furthest, surest = max(furthest, shift.abs().max().item()), min(surest, ratio.min().item())
         n_weights += shift.numel()
-        shifts.append(shift.flatten())
+        shifts.append(shift.clamp(-_CLIP, _CLIP).flatten())
+        pulls.append(shifts[-1] / ratio.clamp(min=_SURE).square().flatten())
         for ours, start in ((site.mu[name], prior.mu[name]), (site.sigma[name], sigma_0)):
             if ours.numel() >= _TELLING and not torch.equal(ours, start):
                 fingerprints.append(hashlib.sha256(ours.numpy().tobytes()).hexdigest()[:16])
@@ -106,7 +117,8 @@ def measure(site: Posterior, prior: Posterior) -> Influence:
         furthest=_finite(furthest),
         surest=surest,
         n_volumes=site.metadata.get("n_volumes") or 0,
-        sketch=_sketch(torch.cat(shifts)),
+        shift_sketch=_sketch(torch.cat(shifts)),
+        pull_sketch=_sketch(torch.cat(pulls)),
         fingerprints=tuple(fingerprints),
     )
 
@@ -134,44 +146,105 @@ def limit_powers(influences: Sequence[Influence], max_influence: float | None) -
         return [1.0] * len(influences)
     powers = [1.0] * len(influences)
     for values in ([x.precision for x in influences], [x.shift for x in influences]):
-        cap = max_influence * max(statistics.median(values), _HARMLESS)
+        cap = max_influence * _usual(values)
         powers = [min(power, _power(value, cap)) for power, value in zip(powers, values, strict=True)]
     return [power if power >= _EXCLUDED_BELOW else 0.0 for power in powers]
+
+
+def limited_because(influences: Sequence[Influence], powers: Sequence[float]) -> list[str]:
+    """Why `limit_powers` weakened a site, and whether its claimed volumes explain its influence; "" where it did not.
+
+    A site with many more volumes than the others is right to have more influence, but volumes are only claimed.
+    """
+    usual = _usual([x.precision for x in influences]), _usual([x.shift for x in influences])
+    volumes = max(statistics.median(x.n_volumes for x in influences), 1)
+    reasons = []
+    for own, power in zip(influences, powers, strict=True):
+        most, claimed = max(own.precision / usual[0], own.shift / usual[1]), own.n_volumes / volumes
+        verdict = "more than its volumes explain"
+        if most <= claimed:
+            verdict = "as its volumes would explain; raise the limit if they are right"
+        reason = f"{most:.3g} times the influence of the median site for {claimed:.3g} times its volumes, {verdict}"
+        reasons.append(reason if power < 1 else "")
+    return reasons
 
 
 def verdicts(influences: Mapping[str, Influence]) -> dict[str, str]:
     """One line per site: how far it moved, what it brings for its claimed volumes, and whether others agree."""
     precision = sum(one.precision for one in influences.values())
     volumes = sum(one.n_volumes for one in influences.values())
-    total = [sum(values) for values in zip(*(one.sketch for one in influences.values()), strict=True)]
-    lines = {}
-    for name, own in influences.items():
-        rest = [whole - part for whole, part in zip(total, own.sketch, strict=True)]
-        agreement = _correlation(own.sketch, rest)
-        lines[name] = (
-            f"moved {_per_volume(own):.3g} nats per volume, brings {_share(own.precision, precision)} of the added "
-            f"precision for {_share(own.n_volumes, volumes)} of the volumes, agreement {agreement:.2f}"
-        )
-    return lines
+    agreement, _ = _agreement(list(influences.values()))
+    return {
+        name: f"moved {_per_volume(own):.3g} nats per volume, brings {_share(own.precision, precision)} of the added "
+        f"precision for {_share(own.n_volumes, volumes)} of the volumes, agreement {agrees:.2f}"
+        for (name, own), agrees in zip(influences.items(), agreement, strict=True)
+    }
 
 
 def warnings_about(influences: Mapping[str, Influence]) -> dict[str, list[str]]:
     """What is suspicious about each site, in plain words; sites without a warning are left out."""
     found: dict[str, list[str]] = {}
-    everyone = list(influences.values())
-    total = [sum(values) for values in zip(*(one.sketch for one in everyone), strict=True)]
-    for name, own in influences.items():
-        lines = [*_alone(own), *_against_median(own, everyone)]
-        copies = [other for other in influences if other != name and own.copies(influences[other])]
+    names, everyone = list(influences), list(influences.values())
+    _, opposed = _agreement(everyone)
+    correlation, alike = _alike(everyone)
+    for index, (name, own) in enumerate(influences.items()):
+        lines = [*_alone(own), *_against_volumes(own, everyone), *_against_median(own, everyone)]
+        copies = [other for other in names if other != name and own.copies(influences[other])]
         if copies:
-            more = f" and {len(copies) - 1} more" if len(copies) > 1 else ""
-            lines.append(f"it has tensors in common with {copies[0]}{more}")
-        rest = [whole - part for whole, part in zip(total, own.sketch, strict=True)]
-        if len(influences) >= _MIN_SITES and _correlation(own.sketch, rest) < _OPPOSED:
+            lines.append(f"it has tensors in common with {_and_more(copies)}")
+        close = [k for k in alike[index].nonzero().flatten().tolist() if names[k] not in copies]
+        if close:
+            closest = max(correlation[index, k].abs().item() for k in close)
+            lines.append(
+                f"its means move like those of {_and_more([names[k] for k in close])} (correlation {closest:.2f}), "
+                "as a copy with noise would"
+            )
+        if opposed[index]:
             lines.append("its means move against those of the other sites")
         if lines:
             found[name] = lines
     return found
+
+
+def _agreement(everyone: Sequence[Influence]) -> tuple[list[float], list[bool]]:
+    """Correlation of each site's shift with the other sites' pull on the means, and which sites are opposed to them.
+
+    The most opposed site is set aside before the others are judged again, and no site's pull counts for more than the
+    median site's: two sites of five with flipped signs do not make the honest ones look opposed.
+    """
+    if not everyone:
+        return [], []
+    shifts = torch.tensor([one.shift_sketch for one in everyone], dtype=torch.float64)
+    pulls = torch.tensor([one.pull_sketch for one in everyone], dtype=torch.float64)
+    norms = pulls.norm(dim=1)
+    pulls = pulls * (norms.median() / norms.clamp(min=1e-30)).clamp(max=1)[:, None]
+    limit = -max(_OPPOSED, 3 / math.sqrt(shifts.shape[1]))  # few weights correlate by chance
+    kept = torch.ones(len(everyone), dtype=torch.bool)
+    while True:
+        rest = pulls[kept].sum(dim=0) - pulls * kept[:, None]
+        agreement = torch.nn.functional.cosine_similarity(shifts, rest)
+        worst = agreement.where(kept, math.inf).argmin()
+        if kept.sum() < _MIN_SITES or agreement[worst] >= limit:
+            return agreement.tolist(), (~kept).tolist()
+        kept[worst] = False
+
+
+def _alike(everyone: Sequence[Influence]) -> tuple[Tensor, Tensor]:
+    """Correlations [S, S] between all sites' shifts, and which pairs are much closer than the median pair.
+
+    Sites that learned the same are close to each other too, but then all of them are.
+    """
+    n_sites = len(everyone)
+    if n_sites < _MIN_SITES:
+        return torch.eye(n_sites), torch.zeros(n_sites, n_sites, dtype=torch.bool)
+    shifts = torch.tensor([one.shift_sketch for one in everyone])
+    shifts = torch.nn.functional.normalize(shifts)
+    correlation = shifts @ shifts.T
+    distance = 1 - correlation.abs()
+    one, other = torch.triu_indices(n_sites, n_sites, 1)
+    usual = distance[one, other].median()
+    alike = (distance < _CLOSER * usual) & (distance < 1 - _ALIKE)
+    return correlation, alike.fill_diagonal_(False)
 
 
 def _alone(own: Influence) -> list[str]:
@@ -184,6 +257,18 @@ def _alone(own: Influence) -> list[str]:
     if own.n_volumes == 0:
         lines.append("it claims no training volumes")
     return lines
+
+
+def _against_volumes(own: Influence, everyone: Sequence[Influence]) -> list[str]:
+    """A warning if a site brings much more precision than its share of the claimed volumes."""
+    precision, volumes = sum(x.precision for x in everyone), sum(x.n_volumes for x in everyone)
+    above_median = own.precision > max(statistics.median(x.precision for x in everyone), _HARMLESS)
+    if not above_median or own.precision * volumes <= _LOUD * own.n_volumes * precision:
+        return []
+    return [
+        f"it brings {_share(own.precision, precision)} of the added precision for {_share(own.n_volumes, volumes)} "
+        "of the claimed volumes"
+    ]
 
 
 def _against_median(own: Influence, everyone: Sequence[Influence]) -> list[str]:
@@ -216,15 +301,23 @@ def _power(value: float, cap: float) -> float:
     return 1.0 if value <= cap else cap / value
 
 
-def _sketch(shifts: Tensor) -> tuple[float, ...]:
-    chosen = shifts[torch.linspace(0, len(shifts) - 1, min(_SKETCH, len(shifts))).round().long()]
-    return tuple(float(f"{_finite(value):.4g}") for value in chosen.tolist())
+def _usual(values: Sequence[float]) -> float:
+    """What the median site has, or the prior itself, whichever is more."""
+    return max(statistics.median(values), _HARMLESS)
 
 
-def _correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Cosine of two sketches; 0 where one does not move."""
-    norms = math.hypot(*one) * math.hypot(*other)
-    return sum(a * b / norms for a, b in zip(one, other, strict=True)) if 0 < norms < math.inf else 0.0
+def _and_more(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _sketch(values: Tensor) -> tuple[float, ...]:
+    """Sums of the values with random signs in `_SKETCH` random groups; the values themselves if they are fewer."""
+    if len(values) > _SKETCH:
+        generator = torch.Generator().manual_seed(0)
+        group = torch.randint(_SKETCH, values.shape, generator=generator)
+        sign = 2 * torch.randint(2, values.shape, generator=generator) - 1
+        values = torch.zeros(_SKETCH, dtype=torch.float64).index_add_(0, group, sign * values)
+    return tuple(float(f"{value:.3g}") for value in values.tolist())
 
 
 def _finite(value: float) -> float:

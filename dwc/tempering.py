@@ -5,7 +5,7 @@ Log-likelihood is a proper score and depends on the standard deviations; Dice is
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,9 @@ from dwc.metrics.confusion import confusion_matrix, mean_dice
 from dwc.posterior import Posterior
 from dwc.training.validation import draw_sub_volumes
 
-__all__ = ["TemperScore", "choose_temper", "format_scores", "score_network", "temper_grid"]
+__all__ = [
+    "LeftOut", "TemperScore", "choose_temper", "format_scores", "score_left_out", "score_network", "temper_grid",
+]  # fmt: skip
 
 _LARGEST = 2.0
 
@@ -98,7 +100,6 @@ def choose_temper(
     return max(scores[1:], key=lambda score: score.log_likelihood).temper, scores
 
 
-@torch.inference_mode()
 def score_network(
     network: MeshNet,
     data: SubVolumes,
@@ -123,10 +124,79 @@ def score_network(
     seed : int
         Also seeds the noise: two networks with the same seed see the same noise.
     """
-    device = torch.device(device)
+    sums, n_voxels, dice = _scored(network, data, n_samples, at_most, seed, torch.device(device))
+    log_likelihood = 0.0
+    for value in sums:
+        log_likelihood += value
+    return log_likelihood / n_voxels, dice
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What the organization's held-out scans say about one site.
+
+    Attributes
+    ----------
+    site : str
+        Its name.
+    log_likelihood : float
+        Per voxel (nats), of the consolidation without it.
+    gain : float
+        The same less that of all sites: above 0, the scans are likelier without the site.
+    standard_error : float
+        Of the gain, over the sub-volumes; NaN with one. Neighbouring sub-volumes are alike, so it is rather too small.
+    """
+
+    site: str
+    log_likelihood: float
+    gain: float
+    standard_error: float
+
+    def __str__(self) -> str:
+        """In plain words; a gain within two standard errors of 0 is no clear difference."""
+        verdict = "better" if self.gain > 0 else "worse"
+        if not abs(self.gain) > 2 * self.standard_error:
+            verdict = "no clear difference"
+        error = "unknown with one sub-volume" if math.isnan(self.standard_error) else f"{self.standard_error:.5f}"
+        return (
+            f"log-likelihood {self.log_likelihood:.5f} without {self.site}: {verdict} without it "
+            f"({self.gain:+.5f}, standard error {error})"
+        )
+
+
+def score_left_out(
+    consolidation: Consolidation,
+    sites: Iterable[Posterior],
+    data: SubVolumes,
+    *,
+    n_samples: int = 10,
+    at_most: int = 256,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[LeftOut]:
+    """Score the consolidation without each of these sites, on the same sub-volumes with the same noise."""
+
+    def scores(posterior: Posterior) -> tuple[Tensor, float]:
+        network = MeshNet.from_posterior(posterior)
+        sums, n_voxels, _ = _scored(network, data, n_samples, at_most, seed, torch.device(device))
+        return torch.tensor(sums, dtype=torch.float64), n_voxels / len(sums)
+
+    with_all, _ = scores(consolidation.posterior())
+    for site, rest in consolidation.leave_one_out(sites):
+        without, n_voxels = scores(rest)
+        gains = (without - with_all) / n_voxels
+        error = gains.std().item() / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+        yield LeftOut(site.name, without.mean().item() / n_voxels, gains.mean().item(), error)
+
+
+@torch.inference_mode()
+def _scored(
+    network: MeshNet, data: SubVolumes, n_samples: int, at_most: int, seed: int, device: torch.device
+) -> tuple[list[float], int, float | None]:
+    """Summed log-likelihood of each sub-volume (nats), number of all voxels, and mean Dice."""
     network = network.to(device)
     n_classes = network.architecture["n_classes"]
-    log_likelihood, n_voxels = 0.0, 0
+    sums, n_voxels = [], 0
     confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for i in draw_sub_volumes(len(data), at_most, seed):
@@ -134,10 +204,10 @@ def score_network(
             torch.manual_seed(seed_of(seed, i))
             log_probability = _log_predictive(network, image.to(device), n_samples)
             of_truth = log_probability.gather(0, truth[None].to(device))
-            log_likelihood += of_truth.sum(dtype=torch.float64).item()
+            sums.append(of_truth.sum(dtype=torch.float64).item())
             n_voxels += truth.numel()
             confusion += confusion_matrix(truth, log_probability.argmax(dim=0).cpu(), n_classes)
-    return log_likelihood / n_voxels, mean_dice(confusion, with_background=False)
+    return sums, n_voxels, mean_dice(confusion, with_background=False)
 
 
 def _log_predictive(network: MeshNet, image: Tensor, n_samples: int) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dwc.base.errors import InputError
-from dwc.influence import Influence, limit_powers, measure, verdicts, warnings_about
+from dwc.influence import Influence, limit_powers, limited_because, measure, verdicts, warnings_about
 from dwc.posterior import Posterior
 from tests.made_posteriors import a_prior, a_site
 
@@ -117,3 +117,104 @@ def test_one_small_tensor_in_common_does_not_make_a_copy():
     assert not many.copies(replace(other, fingerprints=("a", "e", "f", "g")))
     assert many.copies(replace(other, fingerprints=("a", "b", "f", "g")))
     assert not replace(one, fingerprints=()).copies(replace(other, fingerprints=()))
+
+
+WIDE = Posterior({"w": torch.zeros(3000)}, {"w": torch.full((3000,), 0.1)}, {})
+
+
+def learned(
+    number: int, noise: float = 1.0, sign: float = 1.0, of: int | None = None, shared: float = 1.0
+) -> Influence:
+    """A site that learned what all learn (`WIDE`'s weights moved alike) and something of its own."""
+    common = torch.randn(3000, generator=torch.Generator().manual_seed(99))
+    own = torch.randn(3000, generator=torch.Generator().manual_seed(number if of is None else of))
+    added = noise * torch.randn(3000, generator=torch.Generator().manual_seed(500 + number))
+    shift = sign * (shared * common + own) + (added if of is not None else 0)
+    sigma = torch.full((3000,), 0.07) * (1 - 0.01 * torch.rand(3000, generator=torch.Generator().manual_seed(number)))
+    return measure(Posterior({"w": 0.1 * shift}, {"w": sigma}, {"n_volumes": 2}), WIDE)
+
+
+def test_honest_sites_that_learned_much_the_same_are_not_warned_of():
+    assert warnings_about({str(number): learned(number) for number in range(5)}) == {}
+
+
+@pytest.mark.parametrize("n_bad", [1, 2])
+def test_flipped_signs_of_ordinary_size_are_found_and_honest_sites_are_not_accused(n_bad):
+    found = {str(number): learned(number, sign=-1 if number < n_bad else 1) for number in range(5)}
+    expected = {str(number): ["its means move against those of the other sites"] for number in range(n_bad)}
+    assert warnings_about(found) == expected
+    assert limit_powers(list(found.values()), 3.0) == [1.0] * 5  # their size is ordinary
+    assert "agreement -0." in verdicts(found)["0"]
+
+
+def test_a_loud_site_does_not_make_the_others_look_opposed_to_it():
+    honest = {str(number): learned(number) for number in range(4)}
+    opposite = -torch.randn(3000, generator=torch.Generator().manual_seed(99))
+    loud = measure(Posterior({"w": 3 * opposite}, {"w": torch.full((3000,), 1e-4)}, {"n_volumes": 2}), WIDE)
+    assert warnings_about({**honest, "loud": loud}).keys() == {"loud"}
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("n_copies", [1, 2])
+def test_copies_of_another_sites_posterior_are_found_under_added_noise(noise, n_copies):
+    found = {str(number): learned(number) for number in range(4)}
+    for number in range(10, 10 + n_copies):
+        found[f"copy {number}"] = learned(number, noise, of=3)
+    warned = warnings_about(found)
+    assert warned.keys() == {"3", *(f"copy {number}" for number in range(10, 10 + n_copies))}
+    assert all("as a copy with noise would" in lines[0] for lines in warned.values())
+    assert "its means move like those of 3" in warned["copy 10"][0]
+
+
+def test_a_copy_with_noise_and_one_weight_far_away_is_found_as_well():
+    site = learned(3)
+    moved = torch.zeros(3000)
+    moved[17] = 1000.0
+    common = torch.randn(3000, generator=torch.Generator().manual_seed(99))
+    own = torch.randn(3000, generator=torch.Generator().manual_seed(3))
+    copy = measure(Posterior({"w": 0.1 * (common + own + moved)}, {"w": torch.full((3000,), 0.0701)}, {}), WIDE)
+    found = {**{str(number): learned(number) for number in range(3)}, "3": site, "copy": copy}
+    assert any("its means move like those of 3 (" in line for line in warnings_about(found)["copy"])
+
+
+def test_precision_that_the_claimed_volumes_do_not_explain_is_a_warning_and_much_data_is_not():
+    honest = {str(seed): replace(one, precision=2.0, n_volumes=10) for seed, one in enumerate(sites(4).values())}
+    greedy = replace(honest["0"], precision=5.0, n_volumes=3, fingerprints=())
+    said = warnings_about({**honest, "greedy": greedy})["greedy"]
+    assert "it brings 38% of the added precision for 7% of the claimed volumes" in said
+    large = replace(greedy, n_volumes=25, precision=5.0)
+    assert not any("of the claimed volumes" in line for line in warnings_about({**honest, "l": large}).get("l", ()))
+
+
+def test_a_larger_site_that_is_limited_is_said_to_be_with_the_amount_and_what_its_volumes_explain():
+    honest = [replace(one, precision=2.0, shift=1.0, n_volumes=10) for one in sites(4).values()]
+    large, greedy = (replace(honest[0], precision=10.0, n_volumes=n_volumes) for n_volumes in (60, 10))
+    for own, verdict in (
+        (
+            large,
+            "5 times the influence of the median site for 6 times its volumes, as its volumes would explain;",
+        ),
+        (greedy, "5 times the influence of the median site for 1 times its volumes, more than its volumes explain"),
+    ):
+        powers = limit_powers([*honest, own], 3.0)
+        assert powers == [1.0] * 4 + [pytest.approx(0.6)]
+        reasons = limited_because([*honest, own], powers)
+        assert reasons[:4] == [""] * 4
+        assert reasons[4].startswith(verdict)
+
+
+def test_a_state_file_with_an_odd_influence_is_an_error_of_one_line():
+    values = measure(a_site(PRIOR, 1), PRIOR).to_json()
+    for odd in ({**values, "shift_sketch": 3}, {**values, "more": 1}, {**values, "pull_sketch": "a b"}, {"kl": 1.0}):
+        with pytest.raises(InputError, match=r"influence of a site in the state file: .*; restore it from a backup"):
+            Influence.from_json(odd)
+
+
+def test_honest_sites_among_sites_of_noise_are_not_taken_for_copies_of_each_other():
+    found = {str(number): learned(number, shared=1.7) for number in range(3)}
+    for number in (10, 11):
+        noise = 3 * torch.randn(3000, generator=torch.Generator().manual_seed(number))
+        found[f"noise {number}"] = measure(
+            Posterior({"w": 0.1 * noise}, {"w": torch.full((3000,), 0.07)}, {"n_volumes": 2}), WIDE
+        )
+    assert not any("as a copy" in line for lines in warnings_about(found).values() for line in lines)

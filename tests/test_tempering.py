@@ -20,7 +20,15 @@ from dwc.data.manifest import read_manifest
 from dwc.meshnet import MeshNet
 from dwc.metrics.confusion import confusion_matrix, mean_dice
 from dwc.posterior import Posterior
-from dwc.tempering import TemperScore, choose_temper, format_scores, score_network, temper_grid
+from dwc.tempering import (
+    LeftOut,
+    TemperScore,
+    choose_temper,
+    format_scores,
+    score_left_out,
+    score_network,
+    temper_grid,
+)  # fmt: skip
 from tests.made_posteriors import HEADER, TENSORS, a_prior, a_site
 
 pytest_plugins = ["tests.tiny_runs"]
@@ -240,6 +248,55 @@ def test_an_impossible_voxel_costs_much_but_not_infinitely_much(settings, networ
         network.layers[-1].bias_mu[0] += 1000.0  # certain of background everywhere
     log_likelihood, _ = score_network(network, held_out(settings), n_samples=2)
     assert -1000 < log_likelihood < -100
+
+
+class FirstCubes:
+    """Several sub-volumes from one: the held-out volume, shifted."""
+
+    def __init__(self, data: SubVolumes, n: int) -> None:
+        self.image, self.truth = data[0]
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.image.roll(3 * index, -1), self.truth.roll(3 * index, -1)
+
+
+def test_leaving_a_site_out_is_judged_against_its_standard_error_over_the_sub_volumes(settings, networks):
+    prior = networks["vi"]
+    metadata = {**prior.metadata, "prior_sha256": prior.sha256, "n_volumes": 1}
+    harmless = Posterior(prior.mu, {n: 0.99 * sigma for n, sigma in prior.sigma.items()}, metadata, name="harmless")
+    certain = {name: mu.clone() for name, mu in prior.mu.items()}
+    certain[list(certain)[-1]][0] += 30.0  # of background, everywhere
+    ruined = Posterior(certain, prior.sigma, metadata, name="ruined")
+    consolidation = Consolidation(prior)
+    for site in (harmless, ruined):
+        consolidation.add(site)
+    data = FirstCubes(held_out(settings), 4)
+    without_harmless, without_ruined = score_left_out(consolidation, [harmless, ruined], data, n_samples=2)
+    network = MeshNet.from_posterior(consolidation.posterior())
+    with_all = [score_network(network, FirstCubes(held_out(settings), n), n_samples=2)[0] for n in (1, 2, 3, 4)]
+    rest = MeshNet.from_posterior(consolidate(prior, [harmless]))
+    without = [score_network(rest, FirstCubes(held_out(settings), n), n_samples=2)[0] for n in (1, 2, 3, 4)]
+    sums = [n * (a - b) for n, a, b in zip((1, 2, 3, 4), without, with_all, strict=True)]
+    each = torch.tensor(sums).diff(prepend=torch.zeros(1))
+    assert without_ruined.gain == pytest.approx(each.mean().item(), rel=1e-3)
+    assert without_ruined.standard_error == pytest.approx(each.std().item() / 2, rel=1e-2)
+    assert without_ruined.log_likelihood == pytest.approx(without[-1], rel=1e-6)
+    assert "without ruined: better without it (+" in str(without_ruined)
+    assert abs(without_harmless.gain) < without_ruined.gain / 10
+    (alone,) = score_left_out(consolidation, [ruined], FirstCubes(held_out(settings), 1), n_samples=2)
+    assert math.isnan(alone.standard_error)
+    assert "no clear difference without it (+" in str(alone)
+    assert "standard error unknown with one sub-volume)" in str(alone)
+
+
+def test_a_gain_within_two_standard_errors_is_no_clear_difference():
+    assert "no clear difference without it (-0.01000, standard error 0.00600)" in str(LeftOut("a", -1, -0.01, 0.006))
+    assert "worse without it (-0.01000, standard error 0.00400)" in str(LeftOut("a", -1, -0.01, 0.004))
+    assert "better without it (+0.01000, " in str(LeftOut("a", -1, 0.01, 0.004))
 
 
 def trained(networks) -> Consolidation:

@@ -105,7 +105,7 @@ def main(arguments: Sequence[str]) -> None:
     judged = dict(zip(names, influences, strict=True))
     for name, verdict in verdicts(judged).items():
         print(printable(f"{name}: {verdict}"))
-    _warn(_doubts(judged, dict(zip(names, powers, strict=True))))
+    _warn(_doubts(judged, powers))
     _warn(f"{out}: {name}: fp32 rounds {n} means by over 0.1 sigma" for name, n in posterior.coarse().items())
     print(_table(consolidation.report()))
     print(
@@ -121,7 +121,6 @@ def _chooser(values: Namespace) -> "Callable[[Consolidation, Sequence[Path]], fl
     from dwc.data.cache import prepare
     from dwc.data.manifest import has_split_column
     from dwc.evaluation import scans_to_score
-    from dwc.meshnet import MeshNet
     from dwc.posterior import Posterior
     from dwc.prediction import load_networks
 
@@ -147,31 +146,34 @@ def _chooser(values: Namespace) -> "Callable[[Consolidation, Sequence[Path]], fl
         )
         print(tempering.format_scores(scores, chosen))
         if values.leave_one_out:
-            with_all = max(score.log_likelihood for score in scores[1:])
             own = (Posterior.load(path) for path in sites if path not in values.without)
-            for site, rest in consolidation.tempered(chosen).leave_one_out(own):
-                network = MeshNet.from_posterior(rest)
-                without, _ = tempering.score_network(
-                    network, data, at_most=values.validation_sub_volumes, device=device
-                )
-                verdict = "better without it" if without > with_all else "worse without it"
-                print(f"log-likelihood {without:.5f} without {site.name}: {verdict}")
+            for left_out in tempering.score_left_out(
+                consolidation.tempered(chosen), own, data, at_most=values.validation_sub_volumes, device=device
+            ):
+                print(printable(str(left_out)))
         return chosen
 
     return choose
 
 
+<<<<<<< HEAD
 def _doubts(influences: "Mapping[str, Influence]", powers: Mapping[str, float]) -> Iterator[str]:
     """What the user should check before using the result, one line each."""
     from dwc.influence import warnings_about
+=======
+def _doubts(influences: "Mapping[str, Influence]", powers: Sequence[float]) -> Iterator[str]:
+    """What a person should look at before the result is used, one line each."""
+    from dwc.influence import limited_because, warnings_about
+>>>>>>> fed2
 
     warnings = warnings_about(influences)
-    for site in influences:
+    reasons = limited_because(list(influences.values()), powers)
+    for site, power, reason in zip(influences, powers, reasons, strict=True):
         yield from (f"{site}: {line}" for line in warnings.get(site, ()))
-        if powers[site] == 0:
-            yield f"{site}: is left out, its influence is far above the limit"
-        elif powers[site] < 1:
-            yield f"{site}: enters with power {powers[site]:.3g}, its influence is above the limit"
+        if power == 0:
+            yield f"{site}: is left out, its influence is far above the limit: {reason}"
+        elif power < 1:
+            yield f"{site}: enters with power {power:.3g}, its influence is above the limit: {reason}"
 
 
 def _warn(lines: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ from dwc.federated.admission import Refused, admit, blamed_on, check_size
 from dwc.federated.project import Project
 from dwc.federated.server_state import VERSION, n_expected, quorum_since, read_state, steady_time, write_state
 from dwc.federated.wire import ANSWER, check, digest
-from dwc.influence import Influence, limit_powers
+from dwc.influence import Influence, limit_powers, limited_because
 from dwc.posterior import Posterior
 from dwc.signing import TrustedKeys
 
@@ -199,14 +199,15 @@ class Cycle:
         """Consolidate the posteriors that count in a round into the next prior (Eq. 17), and read it back."""
         rows = [row for row in self.state["posteriors"] if row["counted_in"] == number] + waiting
         rows.sort(key=lambda row: (row["round"], row["site"]))
-        powers = [1.0] * len(rows)
+        powers, reasons = [1.0] * len(rows), [""] * len(rows)
         if all(row.get("influence") for row in rows):  # a row from before an upgrade has none
             influences = [Influence.from_json(row["influence"]) for row in rows]
             powers = limit_powers(influences, self.project["max_influence"])
+            reasons = limited_because(influences, powers)
         consolidation = Consolidation(self._prior(number)).tempered(self.project["temper"])
-        for row, power in zip(rows, powers, strict=True):
+        for row, power, reason in zip(rows, powers, reasons, strict=True):
             site = self._posterior(row)
-            row["power"] = power
+            row |= {"power": power, "limited_because": reason}
             if power > 0:
                 trained_from = None if row["round"] == number else self._prior(row["round"])
                 consolidation.add(site, prior=trained_from, power=power)

@@ -131,13 +131,13 @@ def _limited(state: Mapping[str, Any]) -> list[str]:
     lines = []
     for row in state["posteriors"]:
         power = row.get("power", 1.0)
+        if power == 1:
+            continue
+        what, how = "limited", f"above the limit; it enters with power {power:.3g}"
         if power == 0:
-            lines.append(f"left out: {row['site']} in round {row['counted_in']}, its influence is far above the limit")
-        elif power < 1:
-            lines.append(
-                f"limited: {row['site']} in round {row['counted_in']}, its influence is above the limit; "
-                f"it enters with power {power:.3g}"
-            )
+            what, how = "left out", "far above the limit"
+        because = f": {row['limited_because']}" if row.get("limited_because") else ""
+        lines.append(f"{what}: {row['site']} in round {row['counted_in']}, its influence is {how}{because}")
     return lines
 
 

@@ -35,6 +35,7 @@ _LOOK_S = 5.0
 _CONNECT_S = 60.0  # for FLARE's server to come up
 _MAY = ("submit_job", "manage_job", "download_job", "view", "operate")  # the organizer, the only admin
 _MAY_NOT = ("byoc", "shell_commands", "clone_job", "server-predeployed-flwr")
+_ROTATING = {"class": "logging.handlers.RotatingFileHandler", "maxBytes": 10_000_000, "backupCount": 3}
 _RESOURCES = "nvflare.app_common.resource_{0}s.passthrough_resource_{0}.PassthroughResource{1}"
 
 
@@ -56,7 +57,7 @@ def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
                     time.sleep(1)
                     if keep():  # FLARE was restarted: the job that the pass waits for will never end
                         break
-            rotate(kit / "engine.log")
+            _bound_logs(kit)
             _clear_runs(kit)
             _clear_runs(kit / "store" / "jobs")
             while time.monotonic() < began + every_s:
@@ -76,7 +77,7 @@ def join(kit: Path) -> None:
             return
         while True:
             keep()
-            rotate(kit / "engine.log")
+            _bound_logs(kit)
             _clear_runs(kit)
             time.sleep(_LOOK_S)
 
@@ -136,7 +137,8 @@ def configure(kit: Path) -> None:
     """Write a kit's policy, `local/resources.json` and `local/authorization.json`, from FLARE's defaults.
 
     Only the classes in `ALLOWED` may run; no job may bring code, and nobody has a shell. A site sends no logs and
-    leaves its GPUs to its trainer. The server keeps its jobs in the kit instead of /tmp.
+    leaves its GPUs to its trainer. The server keeps its jobs in the kit instead of /tmp. FLARE's own logs are kept to
+    10 MB and three older ones each.
     """
     path = kit / "local" / "resources.json.default"
     try:
@@ -159,6 +161,7 @@ def configure(kit: Path) -> None:
             components[f"resource_{role}"] = {"id": f"resource_{role}", "path": path_of, "args": {}}
     resources["components"] = list(components.values())
     write_whole(kit / "local" / "resources.json", json.dumps(resources, indent=2).encode())
+    _configure_logs(kit / "local")
     permissions = {right: "any" if right in _MAY else "none" for right in (*_MAY, *_MAY_NOT)}
     policy = {"format_version": "1.0", "permissions": {"project_admin": permissions}}
     write_whole(kit / "local" / "authorization.json", json.dumps(policy, indent=2).encode())
@@ -206,6 +209,43 @@ def _ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
+<<<<<<< HEAD
+=======
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(number, f"stopped by {signal.Signals(number).name}", "start it again at any time")
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _configure_logs(local: Path) -> None:
+    """Write `log_config.json` from FLARE's default, with smaller log files: 20 MB and ten older ones of each kind."""
+    path = local / "log_config.json.default"
+    if not path.exists():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for handler in config["handlers"].values():
+            if "filename" in handler:
+                handler |= _ROTATING
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a kit written by dwc federated init") from error
+    write_whole(local / "log_config.json", json.dumps(config, indent=2).encode())
+
+
+def _bound_logs(kit: Path) -> None:
+    """Rotate what FLARE appends to without a limit: what it prints, and one line for each job and command."""
+    rotate(kit / "engine.log")
+    rotate(kit / "audit.log")
+
+
+>>>>>>> fed2
 def _clear_runs(folder: Path) -> None:
     """Remove FLARE's folders of past jobs except the last few."""
     runs = [path for path in folder.glob("*") if path.is_dir() and _is_job_id(path.name)]

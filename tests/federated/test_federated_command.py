@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 from cryptography import x509
+from nvflare.apis.workspace import Workspace
 
 from dwc import cli
+from dwc.base import processes
 from dwc.base.files import load_tensors
 from dwc.base.locks import held
 from dwc.commands import federated as command
@@ -15,7 +17,7 @@ from dwc.federated import service
 from dwc.federated.cycle import Cycle
 from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, own_entries
 from dwc.federated.project import Project, folder_in
-from dwc.federated.service import _clear_runs, configure, write_job
+from dwc.federated.service import _bound_logs, _clear_runs, configure, write_job
 from dwc.federated.spool import Spool
 from dwc.federated.wire import ANSWER, ASK
 from dwc.posterior import Posterior
@@ -250,6 +252,29 @@ def test_only_our_two_classes_may_run_and_nobody_has_a_shell_or_brings_code(kits
     site = json.loads((kits / "north" / "local" / "resources.json").read_text())
     assert site["allow_log_streaming"] is False
     assert "log_streamer" not in json.dumps(site["components"])
+
+
+def test_every_log_of_flare_is_bounded_in_size_and_number(kits, monkeypatch):
+    monkeypatch.setattr(processes, "_LOG_BYTES", 100)
+    for participant in ("localhost", "north"):
+        kit = kits / participant
+        configure(kit)
+        config = json.loads((kit / "local" / "log_config.json").read_text())
+        files = {name: handler for name, handler in config["handlers"].items() if "filename" in handler}
+        assert len(files) >= 4
+        for handler in files.values():
+            assert handler["class"] == "logging.handlers.RotatingFileHandler"
+            assert (handler["maxBytes"], handler["backupCount"]) == (10_000_000, 3)
+        assert config_used_by_flare(kit) == kit / "local" / "log_config.json"
+        for log in ("engine.log", "audit.log"):  # what FLARE appends to without a limit
+            (kit / log).write_text("x" * 101)
+        _bound_logs(kit)
+        assert [(kit / log).read_text() for log in ("engine.log", "audit.log")] == ["", ""]
+
+
+def config_used_by_flare(kit: Path) -> Path:
+    """The logging configuration that FLARE takes from a kit."""
+    return Path(Workspace(str(kit), site_name=kit.name).get_log_config_file_path())
 
 
 def test_a_job_holds_names_and_no_code(tmp_path):

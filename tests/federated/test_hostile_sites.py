@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import struct
 
 import pytest
@@ -174,6 +175,11 @@ def test_a_site_a_little_too_loud_enters_with_less_power(tmp_path):
     assert 0.01 < row["power"] < 1
     assert f"limited: loud in round 1, its influence is above the limit; it enters with power {row['power']:.3g}" in (
         describe(cycle.state)
+    )
+    assert re.search(
+        r"it enters with power [\d.]+: [\d.]+ times the influence of the median site for 1 times its volumes, "
+        r"more than its volumes explain",
+        describe(cycle.state),
     )
     members = {member["sha256"]: member["temper"] for member in Posterior.load(cycle.result).metadata["sites"]}
     assert members[row["sha256"]] == row["power"]
