@@ -156,15 +156,9 @@ def _chooser(values: Namespace) -> "Callable[[Consolidation, Sequence[Path]], fl
     return choose
 
 
-<<<<<<< HEAD
-def _doubts(influences: "Mapping[str, Influence]", powers: Mapping[str, float]) -> Iterator[str]:
-    """What the user should check before using the result, one line each."""
-    from dwc.influence import warnings_about
-=======
 def _doubts(influences: "Mapping[str, Influence]", powers: Sequence[float]) -> Iterator[str]:
-    """What a person should look at before the result is used, one line each."""
+    """What to check before using the result, one line each."""
     from dwc.influence import limited_because, warnings_about
->>>>>>> fed2
 
     warnings = warnings_about(influences)
     reasons = limited_because(list(influences.values()), powers)

@@ -209,21 +209,6 @@ def _ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-<<<<<<< HEAD
-=======
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    def stop(number: int, frame: Any) -> None:
-        raise Interrupted(number, f"stopped by {signal.Signals(number).name}", "start it again at any time")
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _configure_logs(local: Path) -> None:
     """Write `log_config.json` from FLARE's default, with smaller log files: 20 MB and ten older ones of each kind."""
     path = local / "log_config.json.default"
@@ -245,7 +230,6 @@ def _bound_logs(kit: Path) -> None:
     rotate(kit / "audit.log")
 
 
->>>>>>> fed2
 def _clear_runs(folder: Path) -> None:
     """Remove FLARE's folders of past jobs except the last few."""
     runs = [path for path in folder.glob("*") if path.is_dir() and _is_job_id(path.name)]
