@@ -9,6 +9,7 @@ import gzip
 import io
 import logging
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ _MOST_HEADER = 1 << 26  # bytes before the voxels, extensions included
 _MOST_BEHIND = 1 << 24  # bytes behind the voxels: FreeSurfer's tags, padding
 _BEST_COMPRESSION = 1100  # deflate cannot pack better than 1032 : 1
 _GZIP, _BZIP2 = b"\x1f\x8b", b"BZh"
+_PAIR = re.compile(r"(.*)(\.hdr|\.img)(\.gz)?", re.IGNORECASE | re.DOTALL)
 _MOST_HEADER_FIELDS = 544  # bytes of the longest header, NIfTI-2's
 _BLOCK = 1 << 20
 _VOXEL_MM = (0.05, 25.0)
@@ -119,8 +121,9 @@ def open_scan(path: str | os.PathLike) -> ScanFile:
     A 4-D file of one volume counts as 3-D. Headers in metres or micrometres are converted to mm.
     """
     path = existing_file(path)
-    is_voxels_of_a_pair = path.name.lower().removesuffix(".gz").endswith(".img")
-    header_path = _partner(path, ".hdr") if is_voxels_of_a_pair else path
+    named = _PAIR.fullmatch(path.name)
+    with _reading(path):
+        header_path = _partner(path, ".hdr") if named and named[2].lower() == ".img" else path
     with _reading(path), _unpacked(header_path) as stream:
         header, offset, in_pair = _header(stream.read(_MOST_HEADER_FIELDS), path)
         shape = _shape(header, path)
@@ -129,8 +132,13 @@ def open_scan(path: str | os.PathLike) -> ScanFile:
             raise InputError(f"{path}: voxels of type {dtype}; give one real number per voxel")
         affine = _affine(header, path)
     _check_geometry(path, shape, affine)
-    data_path = _partner(header_path, ".img") if in_pair else header_path
+    if in_pair and not named:
+        raise InputError(
+            f"{path}: its header says that the voxels are in an .img file beside it (magic ni1 or ni2); name it .hdr, "
+            f"or convert the pair to .nii.gz"
+        )
     with _reading(path):
+        data_path = _partner(header_path, ".img") if in_pair else header_path
         _check_claim(path, data_path, offset, prod(shape) * dtype.itemsize)
     return ScanFile(path, header, shape, affine, data_path, offset)
 
@@ -183,9 +191,12 @@ def _header(block: bytes, path: Path) -> tuple[Header, int, bool]:
             raise InputError(f"{path}: {what}")
     if block[:4] == b"\0\0\0\1" and len(block) >= 284:
         return MGHHeader(block[:284], check=False), 284, False
-    kinds = ((nib.Nifti1Header, block[344:347], 348), (nib.Nifti2Header, block[4:7], 540))
-    for kind, magic, size in kinds:
-        if magic in (b"n+1", b"ni1", b"n+2", b"ni2") and len(block) >= size:
+    kinds = (
+        (nib.Nifti1Header, block[344:347], (b"n+1", b"ni1"), 348),
+        (nib.Nifti2Header, block[4:7], (b"n+2", b"ni2"), 540),
+    )
+    for kind, magic, known, size in kinds:
+        if magic in known and len(block) >= size:
             header = kind(block[:size], check=False)
             header.check_fix(logger=_SILENT, error_level=40)
             in_pair = magic.startswith(b"ni")
@@ -319,11 +330,12 @@ def _in_ras_order(scan: ScanFile) -> tuple[tuple[int, ...], np.ndarray]:
 
 def _partner(path: Path, extension: str) -> Path:
     """The other file of a .hdr and .img pair, compressed or not, in the same case or another."""
-    stem = path.name[: path.name.lower().rindex("." + {".img": "hdr", ".hdr": "img"}[extension])]
-    for end in (extension, f"{extension}.gz", extension.upper(), f"{extension.upper()}.GZ"):
-        if (partner := path.with_name(stem + end)).exists():
-            return existing_file(partner)
-    raise InputError(f"{path}: there is no {stem}{extension} beside it; a pair needs both files, copy it too")
+    stem = cast(re.Match, _PAIR.fullmatch(path.name))[1]
+    wanted = re.compile(rf"{re.escape(stem)}(?i:{re.escape(extension)}(\.gz)?)")
+    there = [name for name in os.listdir(path.parent) if wanted.fullmatch(name)]
+    if not there:
+        raise InputError(f"{path}: there is no {stem}{extension} beside it; a pair needs both files, copy it too")
+    return existing_file(path.with_name(min(there, key=lambda name: (len(name), name != stem + extension, name))))
 
 
 @contextmanager

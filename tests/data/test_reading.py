@@ -283,3 +283,22 @@ def test_labels_in_another_storage_order_than_the_image_go_where_it_goes(tmp_pat
     grid = Grid(64, 1.0)
     expected = conform_labels(labels, grid, FIFTY, image)
     np.testing.assert_array_equal(conform_labels(tmp_path / "t.nii", grid, FIFTY, image), expected)
+
+
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz", "x.mgz", "x"])
+@pytest.mark.parametrize("magic", [b"ni1", b"ni2", b"n+2"])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_the_magic_of_another_kind_of_file_is_refused_in_one_line(tmp_path, name, magic, kind):
+    if kind is nib.Nifti2Image and magic == b"n+2":
+        magic = b"n+1"
+    assert name in refusal(load_image, written(tmp_path / name, kind=kind, magic=magic))
+
+
+@pytest.mark.parametrize("names", [("P.Hdr", "P.Img"), ("\u0130.hdr", "\u0130.img"), ("u.HDR", "u.Img.gZ")])
+def test_a_pair_is_found_in_any_case_of_its_extensions(tmp_path, names):
+    nib.Nifti1Pair(VOXELS, np.diag([2.0, 2, 2, 1])).to_filename(tmp_path / "x.hdr")
+    for source, name in zip(("x.hdr", "x.img"), names, strict=True):
+        content = (tmp_path / source).read_bytes()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    for name in names:
+        np.testing.assert_array_equal(open_scan(tmp_path / name).read(), VOXELS)
