@@ -14,7 +14,7 @@ from dwc.commands.arguments import add_settings, new_parser, parse
 from dwc.data.constants import SIDE
 
 if TYPE_CHECKING:
-    from dwc.data.checks import CheckedScan
+    from dwc.data.findings import CheckedScan
     from dwc.data.labels import LabelMap
 
 __all__ = ["main"]

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str]) -> None:
 def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace, settings: PredictionSettings) -> None:
     from dwc.base import ranks
     from dwc.base.files import open_folder
-    from dwc.data.checks import check_scans, tell
+    from dwc.data.checks import check_scans
+    from dwc.data.findings import tell
     from dwc.data.scan import Scan
     from dwc.derivatives import find_scan, name_derivatives
     from dwc.prediction import load_networks
@@ -58,7 +59,7 @@ def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace,
     found = [find_scan(scan) for scan in scans]
     names = name_derivatives(found, values.out, overwrite=values.overwrite)
     ours, derivatives = ranks.share(found), ranks.share(names)
-    tell(check_scans([Scan(scan, None, "", "", "test") for scan in ours], ensemble.grid, progress=ranks.is_main()))
+    tell(check_scans([Scan(scan, None, "", "", "test") for scan in found], ensemble.grid))
     ranks.barrier()  # before any rank writes where another still looks
     open_folder(values.out)
     for scan, files in zip(ours, derivatives, strict=True):

@@ -6,6 +6,7 @@ Its preset simulates sites at a size that two CPU cores manage in minutes.
 import pandas as pd
 
 from dwc.base.files import write_whole
+from dwc.base.tables import as_csv, read_table
 from dwc.report.figures import overlay
 from dwc.study.context import Study
 from dwc.study.graph import Network, cycle, untrained
@@ -40,7 +41,7 @@ def run(settings: StudySettings) -> None:
     scores.score(rows)
     volumes = scores.table("volumes", rows)
     table = dice_table(volumes, settings.groups).rename_axis("network")
-    write_whole(study.out / "table.csv", table.to_csv(float_format="%.4f").encode())
+    write_whole(study.out / "table.csv", as_csv(table, index=True, float_format="%.4f").encode())
     _draw(scores, {"DWC": rows[-1], f"MAP {settings.origin}": rows[1]})
     print(_report(study, table, volumes))
 
@@ -62,9 +63,9 @@ def _rows(settings: StudySettings) -> tuple[list[Row], Network]:
 
 def _show_weights(networks: Networks, joint: Network) -> None:
     """Keep and print the weight of each site in the consolidation."""
-    weights = pd.read_csv(networks.folder(joint) / "weights.csv")
+    weights = read_table(networks.folder(joint) / "weights.csv")
     weights["site"] = weights["site"].str.replace("->", "_")
-    write_whole(networks.study.out / _WEIGHTS, weights.to_csv(index=False, float_format="%.4f").encode())
+    write_whole(networks.study.out / _WEIGHTS, as_csv(weights, float_format="%.4f").encode())
     medians = weights.groupby("site")["weight"].median()
     words = ", ".join(f"{site} {weight:.2f}" for site, weight in medians.items())
     print(f"weight of each site's means, median over layers: {words}")

@@ -57,7 +57,7 @@ def test_bad_scans_are_all_told_and_the_exit_code_says_so(folder, capsys):
 
 def test_json_has_what_the_table_has(folder, capsys):
     nib.save(nib.Nifti1Image(np.ones((50, 50, 50), np.int16), np.diag([2.0, 2, 2, 1])), folder / "s1_T1w.nii.gz")
-    assert cli.main(["data", "check", str(folder / "m.csv"), *GRID, "--json", "--workers", "2"]) == 2
+    assert cli.main(["data", "check", str(folder / "m.csv"), *GRID, "--json", "--threads", "2"]) == 2
     report = json.loads(capsys.readouterr().out)
     assert [scan["refused"] for scan in report["scans"]] == [False, True, False]
     assert report["scans"][0]["shape"] == [50, 50, 50]

@@ -10,7 +10,7 @@ from nibabel.orientations import inv_ornt_aff
 from dwc.base.errors import InputError
 from dwc.data.conform import conform_image, conform_labels, place, to_native
 from dwc.data.grid import Grid
-from dwc.data.intensity import to_uint8
+from dwc.data.intensity import SIGNAL, to_uint8
 from dwc.data.labels import LabelMap
 from dwc.data.resampling import resample_image, resample_labels
 
@@ -211,6 +211,34 @@ def test_one_dark_voxel_leaves_air_dark(seed):
     assert scaled[image == 0].max() == 0
     different = np.abs(scaled.astype(int) - expected) > 2
     assert different.sum() <= 1
+
+
+def _head_in_air(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A ball of tissue in faint noise, and where it is."""
+    rng = np.random.default_rng(seed)
+    ball = (np.mgrid[-1:1:24j, -1:1:24j, -1:1:24j] ** 2).sum(axis=0) < 0.5
+    return np.where(ball, rng.normal(600, 80, ball.shape), abs(rng.normal(0, 10, ball.shape))), ball
+
+
+@given(st.integers(0, 1000), st.sampled_from([-100, -1000, -32768, -1e6]), st.integers(1, 12))
+def test_padding_leaves_air_dark_whatever_its_value_and_share(seed, value, planes):
+    image, ball = _head_in_air(seed)
+    image[:planes], ball[:planes] = value, True
+    assert to_uint8(image.astype(np.float32))[~ball].max() <= SIGNAL
+
+
+@given(st.integers(0, 1000), st.sampled_from([0, -500]))
+def test_tissue_in_an_empty_background_keeps_its_distance_from_it(seed, background):
+    image, ball = _head_in_air(seed)
+    image[~ball] = background
+    assert to_uint8(image.astype(np.float32))[ball].mean() > 140
+
+
+@pytest.mark.parametrize("values", [(0, 255), (0, 500, 800), (-1000, 0), (-32768, 0, 32767)])
+def test_images_of_few_values_are_scaled_as_they_are(values):
+    image = np.random.default_rng(0).choice(np.array(values, np.int16), (20, 20, 20))
+    expected = 255 * (np.array(values, float) - values[0]) / (values[-1] - values[0])
+    np.testing.assert_allclose(np.unique(to_uint8(image)), expected, atol=1)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.float32, np.float64])
