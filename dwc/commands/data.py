@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, printable
 from dwc.base.settings import Settings
 from dwc.commands.arguments import add_settings, new_parser, parse
 from dwc.data.constants import SIDE
@@ -88,7 +88,7 @@ def _check(values: Namespace) -> None:
     if values.json:
         print(json.dumps(_as_json(checked, label_map, summary), indent=1))
     else:
-        print("\n".join([*_rows(checked), *_frequencies(checked, label_map), summary]))
+        print("\n".join(map(printable, [*_rows(checked), *_frequencies(checked, label_map), summary])))
     if n_refused:
         raise InputError(f"{values.data}: {summary}")
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from dwc.base.errors import InputError
 from dwc.data.paths import unreadable
 from dwc.data.scan import SPLITS, Scan, is_missing
+from dwc.data.subjects import plain_name, subject_of
 
-__all__ = ["has_split", "scans_in_folder", "subject_of"]
+__all__ = ["has_split", "scans_in_folder"]
 
 _NIFTI = re.compile(r"(.+)\.nii(\.gz)?", re.IGNORECASE)
 _VOLUMES = (".nii.gz", ".nii", ".mgz", ".mgh")
+_SEGMENTATIONS = ("_dseg", "_seg", "_aparc+aseg", "_aseg", "_labels", "_label")  # in a plain folder
 _TEMPLATE = ("space", "cohort", "res")  # entities of what was resampled
 _NOT_MAGNITUDE = ("phase", "real", "imag")  # values of the entity part
 _FIRST_CHOICE = (None, "preproc")  # descriptions of an image: as it was scanned, or prepared; others need a choice
@@ -62,14 +64,6 @@ def has_split(path: Path) -> bool:
     return "split" in _participants(path)[0]
 
 
-def subject_of(image: Path) -> str | None:
-    """`sub-...` in the path of an image."""
-    for part in reversed(image.parts):
-        if part.startswith("sub-"):
-            return part.split("_")[0].split(".")[0]
-    return None
-
-
 def _from_bids(path: Path, subjects: list[Path]) -> list[Scan]:
     images = _group(file for file in _volumes(path, subjects) if file.suffix == "T1w")
     labels = _group(file for file in _volumes(path, subjects) if file.suffix == "dseg")
@@ -87,7 +81,7 @@ def _from_bids(path: Path, subjects: list[Path]) -> list[Scan]:
             beside = next((theirs for theirs, file in found if file.path == label), None)
             image = _choose_image(beside) if beside else image
         subject = subject_of(image) or image.name
-        row = participants.get(subject, {})
+        row = participants.get(plain_name(subject), {})
         site, split = row.get("site", ""), row.get("split", "")
         if "split" in columns and split not in SPLITS:
             raise InputError(f"{path / 'participants.tsv'}: split of {subject} is {split!r}; write train or test")
@@ -97,17 +91,34 @@ def _from_bids(path: Path, subjects: list[Path]) -> list[Scan]:
 
 
 def _from_plain(path: Path) -> list[Scan]:
-    volumes: dict[str, Path] = {}
+    files = defaultdict(list)
     for file in sorted(path.iterdir()):
         extension = next((end for end in _VOLUMES if file.name.lower().endswith(end)), None)
         if extension and not file.name.startswith("."):
-            volumes.setdefault(file.name[: -len(extension)], file)
-    label_of = {stem: volumes.get(f"{stem.removesuffix('_T1w')}_dseg") for stem in volumes}
-    return [
-        Scan(file, label_of[stem], subject_of(Path(file.name)) or stem, path.resolve().name, "train")
-        for stem, file in volumes.items()
-        if not stem.endswith("_dseg")
-    ]
+            files[file.name[: -len(extension)]].append(file)
+    for named in files.values():
+        if len(named) > 1:
+            names = ", ".join(file.name for file in named)
+            raise InputError(f"{path}: several files of one name ({names}); keep one, or write a manifest")
+    volumes = {stem: file for stem, (file,) in files.items()}
+    segmentations = {stem for stem in volumes if stem.endswith("_dseg") or _segmented(stem, volumes)}
+    scans = []
+    for stem, file in volumes.items():
+        if stem in segmentations:
+            continue
+        fit = [volumes[name] for name in sorted(segmentations) if _segmented(name, [stem])]
+        if len(fit) > 1:
+            names = ", ".join(label.name for label in fit)
+            raise InputError(f"{file}: several segmentations fit ({names}); keep one, or write a manifest")
+        subject = subject_of(Path(file.name)) or stem
+        scans.append(Scan(file, fit[0] if fit else None, subject, path.resolve().name, "train"))
+    return scans
+
+
+def _segmented(stem: str, images: Iterable[str]) -> bool:
+    """Whether a file's name says that it is the segmentation of one of the images."""
+    owner = next((stem.removesuffix(end) for end in _SEGMENTATIONS if stem.endswith(end)), None)
+    return owner is not None and any(image.removesuffix("_T1w") == owner.removesuffix("_T1w") for image in images)
 
 
 def _volumes(path: Path, subjects: Iterable[Path]) -> list[_File]:
@@ -176,7 +187,7 @@ def _choose_label(image: Path, files: list[_File]) -> Path | None:
 
 
 def _participants(path: Path) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """Columns and rows by subject of participants.tsv, of a derivatives folder the raw data set's where it has none."""
+    """Columns and rows by `plain_name` of participants.tsv, of a derivatives folder the raw data set's where it has none."""
     file = path / "participants.tsv"
     resolved = path.resolve()
     if not file.is_file() and resolved.parent.name == "derivatives":
@@ -189,14 +200,16 @@ def _participants(path: Path) -> tuple[list[str], dict[str, dict[str, str]]]:
         raise unreadable(file, error) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{file}: not a tab-separated table in UTF-8 ({error}); repair or remove it") from error
-    columns = [name.strip() for name in lines[0]] if lines else []
+    columns = [name.strip().casefold() for name in lines[0]] if lines else []
     if "participant_id" not in columns:
         raise InputError(f"{file}: has no column participant_id; separate columns by tabs, or remove the file")
     rows: dict[str, dict[str, str]] = {}
     for cells in lines[1:]:
         row = dict(zip(columns, (cell.strip() for cell in cells), strict=False))
         if subject := row.get("participant_id"):
-            subject = subject if subject.startswith("sub-") else f"sub-{subject}"
-            if rows.setdefault(subject, row) != row:
-                raise InputError(f"{file}: {subject} is listed twice, and not alike; list each participant once")
+            used = {name: row.get(name, "") for name in ("site", "split")}
+            if rows.setdefault(plain_name(subject), used) != used:
+                raise InputError(
+                    f"{file}: {subject} is listed twice, with other sites or splits; list each participant once"
+                )
     return columns, rows

@@ -29,6 +29,7 @@ from dwc.data.grid import Grid
 from dwc.data.intensity import content_of, moments
 from dwc.data.labels import LabelMap
 from dwc.data.paths import OUT_OF_HANDLES, unreadable
+from dwc.data.reading import enough_memory
 from dwc.data.scan import Scan
 
 __all__ = ["digest_of_scans", "is_prepared", "prepare", "prepared_contents"]
@@ -155,7 +156,8 @@ def _prepare(scan: Scan, label_map: LabelMap, grid: Grid, cache_dir: Path, diges
     """Folder of the cache that holds this scan; built first unless it is there and whole."""
     folder = cache_dir / _key(scan, label_map, grid, digests)
     if not _is_whole(folder, scan, grid):
-        _build(folder, scan, label_map, grid)
+        with enough_memory(scan.image):
+            _build(folder, scan, label_map, grid)
     return folder
 
 

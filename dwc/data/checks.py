@@ -27,6 +27,8 @@ __all__ = ["axes_of", "check_each", "check_scans"]
 
 _FEW_LEVELS = 64  # of 255
 _INNER = 0.99  # of the voxels that are not black
+_HEAD_MM = 80.0  # no head is shorter
+_LEAST_VOLUME = 0.5  # of a voxel, as a share of a box with its edges
 _THICK_MM = 4.0
 _ANISOTROPIC = 3.0  # the longest edge of a voxel over the shortest
 _DISAGREEMENT_MM = 2.0  # between sform and qform
@@ -156,6 +158,16 @@ def _header_findings(opened: ScanFile) -> list[Finding]:
     if sizes.max() > _THICK_MM or sizes.max() > _ANISOTROPIC * sizes.min():
         voxel = " x ".join(f"{size:.3g}" for size in sizes)
         found.append(odd("geometry", opened.path, f"voxels of {voxel} mm are coarse or long; small structures suffer"))
+    extent = sizes * opened.shape
+    if extent.max() < _HEAD_MM:
+        what = f"its longest edge is {extent.max():.3g} mm, no head; look at pixdim, srow_x and xyzt_units"
+        found.append(odd("units", opened.path, what))
+    elif extent.min() < min(_HEAD_MM, extent.max() / 2):
+        found.append(odd("geometry", opened.path, f"its shortest edge is {extent.min():.3g} mm, a slab of a head"))
+    volume = abs(np.linalg.det(opened.affine[:3, :3])) / np.prod(sizes)
+    if volume < _LEAST_VOLUME:
+        what = f"its axes are far from right angles (a voxel has {volume:.2g} of a box's volume); look at its affine"
+        found.append(odd("geometry", opened.path, what))
     if not isinstance(header, nib.Nifti1Header):
         return found
     unit, in_mm = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}.get(int(header["xyzt_units"]) & 7, ("", 1.0))
@@ -184,6 +196,8 @@ def _forms_findings(opened: ScanFile) -> list[Finding]:
         return [odd("geometry", opened.path, "its qform is no rotation; the sform is used")]
     by_sform, by_qform = (apply_affine(form, corners) for form in forms)
     apart = float(np.linalg.norm(by_sform - by_qform, axis=1).max())
+    if not np.isfinite(apart):
+        return [odd("geometry", opened.path, "its qform is not finite; the sform is used")]
     if not apart > _DISAGREEMENT_MM:
         return []
     return [odd("geometry", opened.path, f"sform and qform disagree by up to {apart:.3g} mm; the sform is used")]

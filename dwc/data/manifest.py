@@ -17,16 +17,19 @@ from typing import Any, TypeVar
 
 from dwc.base.cells import as_text, from_text
 from dwc.base.errors import InputError, one_line
-from dwc.data.bids import has_split, scans_in_folder, subject_of
+from dwc.data.bids import has_split, scans_in_folder
 from dwc.data.paths import check_printable, existing_file, unreadable
 from dwc.data.scan import SPLITS, Scan, is_missing
+from dwc.data.subjects import plain_name, subject_of
 
 __all__ = ["Scan", "as_csv", "has_split_column", "labelled", "namesakes", "read_manifest"]
 
 T = TypeVar("T")
 
+
 _COLUMNS = ("image", "label", "subject", "site", "split")
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_EXCEL = re.compile(r"\s*\"?sep=([,;\t])\"?[ \t,;]*\r?\n", re.IGNORECASE)  # Excel's own first line
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a spreadsheet's "Unicode text" begins
 
 
@@ -95,7 +98,7 @@ def labelled(scans: Sequence[Scan], manifest: str | os.PathLike, purpose: str) -
 
 def namesakes(scans: Iterable[Scan]) -> list[list[str]]:
     """Groups of subjects that may be one person: `sub-01`, `01` and `1`, of one site or of several."""
-    spellings = _group(scans, lambda scan: _plain_name(scan.subject), lambda scan: scan.subject)
+    spellings = _group(scans, lambda scan: plain_name(scan.subject), lambda scan: scan.subject)
     return [sorted(set(names)) for names in spellings.values() if len(set(names)) > 1]
 
 
@@ -173,7 +176,9 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
         raise unreadable(path, error, "give a CSV or a BIDS folder") from error
     try:
         text = content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
-        separator = _separator(text)
+        if named := _EXCEL.match(text):
+            text = "\n" + text[named.end() :]
+        separator = named[1] if named else _separator(text)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
         lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))]
     except (UnicodeDecodeError, csv.Error) as error:
@@ -191,7 +196,16 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
             f"commas, semicolons or tabs"
         )
     rows = []
+    n_files = 1 + max(header.index(name) for name in ("image", "label") if name in header)
     for line, cells in lines[1:]:
+        other = max(_SEPARATORS, key=lambda mark: sum(mark in cell for cell in cells))
+        if len(header) > 1 and len([cell for cell in cells if cell]) == 1 and other != separator and other in cells[0]:
+            raise InputError(
+                f"{path}, line {line}: separated by {_SEPARATORS[other]}, its header by {_SEPARATORS[separator]}; "
+                f"write both alike"
+            )
+        if len(cells) >= n_files:  # a spreadsheet may have cut empty cells
+            cells += [""] * (len(header) - len(cells))
         beyond = cells[len(header) :]
         if len(cells) < len(header) or any(beyond):
             raise InputError(
@@ -214,18 +228,13 @@ def _check_split(path: Path, scans: list[Scan]) -> None:
     for subject, splits in _group(scans, lambda scan: scan.subject, lambda scan: scan.split).items():
         if len(set(splits)) > 1:
             raise InputError(f"{path}: subject {subject} is in both train and test; give each subject one split")
-    for group in _group(scans, lambda scan: (scan.site, _plain_name(scan.subject))).values():
+    for group in _group(scans, lambda scan: (scan.site, plain_name(scan.subject))).values():
         if len({scan.split for scan in group}) > 1:
             names = " and ".join(sorted({scan.subject for scan in group}))
             raise InputError(
                 f"{path}: subjects {names} of site {group[0].site} look like one, and are in both train and test; name "
                 f"each subject in one way"
             )
-
-
-def _plain_name(subject: str) -> str:
-    """A subject's name without what spreadsheets and tools add or lose: the prefix sub-, zeros in front of numbers."""
-    return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"^sub[-_]?(?=.)", "", subject.casefold()))
 
 
 def _split_by_subject(scans: list[Scan], seed: int, test_fraction: float) -> list[Scan]:

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import permutations
 from math import prod
 from pathlib import Path
 from typing import IO, TypeAlias, cast
@@ -46,6 +47,8 @@ _FARTHEST_MM = 1e5  # of the first voxel from the origin
 _UNITS = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # mm of a unit, by its code in xyzt_units; 0 says nothing: mm
 _ROUNDING = 0.02  # label values this close to a whole number are that number
 _SAME_GRID = 0.01  # of a voxel
+_DIRECTION_DECIMALS = 5  # float32 headers
+_SLAB = 16  # planes of labels at a time
 _QUATERNION_ROUNDING = 1e-3  # of the squared length of (b, c, d) above 1
 _POINTERS = {
     b"version https://git-lfs": "is a git-LFS pointer, not the scan; fetch it with `git lfs pull`",
@@ -168,7 +171,8 @@ def load_labels(path: str | os.PathLike, image: str | os.PathLike | None = None)
         The labels, and the image whose voxels they must lie on, in any storage order (not checked where None).
     """
     scan = open_scan(path)
-    ids = _whole_numbers(scan, scan.read())
+    with enough_memory(path):
+        ids = _whole_numbers(scan, scan.read())
     if ids.dtype == np.int8 and ids.min() < 0:
         raise InputError(
             f"{path}: label ids in 8 bits, some below 0 ({ids.min()}); they were cut to that type, save them as int16"
@@ -180,8 +184,32 @@ def load_labels(path: str | os.PathLike, image: str | os.PathLike | None = None)
 
 def canonical_affine(shape: tuple[int, ...], affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What brings a volume into RAS order: nibabel's orientation transform [3, 2], and the affine afterwards [4, 4]."""
-    orientation = nib.io_orientation(affine)
+    orientation = _orientation(affine)
     return orientation, affine @ nib.orientations.inv_ornt_aff(orientation, shape)
+
+
+def _orientation(affine: np.ndarray) -> np.ndarray:
+    """Which axis of RAS each of a volume's axes is nearest to, and its sign.
+
+    `nib.io_orientation` takes the axes in storage order, which decides where one lies half-way between two of RAS. Here
+    the set of axes does.
+    """
+    left, _, right = np.linalg.svd(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+    directions = (left @ right).T
+
+    def without_sign(axis: int) -> list[float]:
+        direction = directions[axis].round(_DIRECTION_DECIMALS)
+        return list(direction * np.sign(direction[np.flatnonzero(direction)[0]]))
+
+    ordered = sorted(range(3), key=without_sign)
+    nearest = max(
+        permutations(range(3)),
+        key=lambda targets: np.abs(directions[ordered, targets]).sum().round(_DIRECTION_DECIMALS),
+    )
+    orientation = np.empty((3, 2))
+    orientation[ordered, 0] = nearest
+    orientation[ordered, 1] = np.sign(directions[ordered, nearest])
+    return orientation
 
 
 def _header(block: bytes, path: Path) -> tuple[Header, int, bool]:
@@ -206,7 +234,14 @@ def _header(block: bytes, path: Path) -> tuple[Header, int, bool]:
             return header, int(begin) or (0 if in_pair else size + 4), in_pair
     if len(block) >= 348 and 348 in (int.from_bytes(block[:4], order) for order in ("little", "big")):
         raise InputError(f"{path}: Analyze is not supported, it does not say left from right; convert it to .nii.gz")
-    raise InputError(f"{path}: not a NIfTI or mgz volume (it has neither's header); convert it to .nii.gz")
+    what, remedy = "it has neither's header", "convert it to .nii.gz"
+    if not block:
+        what, remedy = "the file is empty", "copy it again"
+    elif block.lstrip()[:1] == b"<":
+        what, remedy = "it is a web page or XML", "download the scan again"
+    elif len(block) < 348:
+        what, remedy = "it is truncated or damaged", "copy it again"
+    raise InputError(f"{path}: not a NIfTI or mgz volume ({what}); {remedy}")
 
 
 def _shape(header: Header, path: Path) -> tuple[int, int, int]:
@@ -293,17 +328,24 @@ def _check_claim(path: Path, data_path: Path, offset: int, n_bytes: int) -> None
 def _whole_numbers(scan: ScanFile, values: np.ndarray) -> np.ndarray:
     if values.dtype.kind != "f":
         return values
-    whole = np.rint(values)
-    away = np.abs(values - whole) > _ROUNDING
-    far = np.abs(values) > np.iinfo(np.int32).max
-    if away.any() or far.any():
+    ids = np.empty(values.shape, np.int32, order="F")
+    for begin in range(0, values.shape[2], _SLAB):
+        part = values[:, :, begin : begin + _SLAB]
+        whole = np.rint(part)
+        _refuse_values(scan, part, np.abs(part - whole) > _ROUNDING, "not whole numbers")
+        _refuse_values(scan, part, np.abs(part) > np.iinfo(np.int32).max, "too large")
+        ids[:, :, begin : begin + _SLAB] = whole
+    return ids
+
+
+def _refuse_values(scan: ScanFile, values: np.ndarray, bad: np.ndarray, what: str) -> None:
+    if bad.any():
         slope, inter = scan.scaling
-        what, value = ("not whole numbers", values[away][0]) if away.any() else ("too large", values[far][0])
+        remedy = {"too large": "give label ids below 2^31"}.get(what, "resample with nearest, store as integers")
         raise InputError(
-            f"{scan.path}: labels are {what} ({value:.8g}), with scl_slope {slope:g} and scl_inter {inter:g}; resample "
-            f"with nearest, store as integers"
+            f"{scan.path}: labels are {what} ({values[bad][0]:.8g}), with scl_slope {slope:g} and scl_inter {inter:g}; "
+            f"{remedy}"
         )
-    return whole.astype(np.int32)
 
 
 def _check_same_grid(labels: ScanFile, image: ScanFile) -> None:

@@ -10,6 +10,8 @@ __all__ = ["SPLITS", "Scan", "is_missing"]
 
 SPLITS = ("train", "test")
 
+_MISSING = ("n/a", "na", "nan", "none", "null", "unknown", "-")
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -27,5 +29,5 @@ class Scan:
 
 
 def is_missing(cell: str | None) -> bool:
-    """Whether a table's cell says nothing: it is empty, or n/a as BIDS writes it."""
-    return not cell or cell.casefold() == "n/a"
+    """Whether a table's cell says nothing: it is empty, or a word for that: n/a as BIDS writes it, NA, nan, unknown."""
+    return not cell or cell.casefold() in _MISSING

@@ -86,6 +86,19 @@ def test_units_thick_slices_and_headers_at_odds_are_told(scan):
     assert ("warning", "left and right") in found(scan(sform_code=0, qform_code=0))
 
 
+def test_edges_no_head_has_skewed_axes_and_a_qform_that_is_not_finite_are_told(scan):
+    def topics(**fields) -> set[tuple[str, str]]:
+        return found(replace(scan(**fields), label=None))
+
+    assert topics(affine=np.diag([0.4, 0.4, 0.4, 1])) == {("warning", "units")}
+    assert topics(image=head()[0][:, :, 15:20], labels=head()[1][:, :, 15:20]) >= {("warning", "geometry")}
+    skewed = RAS.copy()
+    skewed[:3, 2] = [2, 0, 0.01]
+    assert ("warning", "geometry") in topics(affine=skewed, qform_code=0)
+    assert ("warning", "geometry") in topics(quatern_b=np.nan)
+    assert ("warning", "geometry") in topics(qoffset_x=np.inf)
+
+
 def test_few_grey_levels_are_told(scan):
     image = head()[0] // 100
     assert found(scan(image=image)) == {("warning", "intensity")}

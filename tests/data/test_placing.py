@@ -1,11 +1,15 @@
 """Where scans of any size, spacing and storage order go on the grid, and back."""
 
+from itertools import permutations, product
+
 import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nibabel.affines import from_matvec
 from nibabel.orientations import inv_ornt_aff
+from scipy.spatial.transform import Rotation
 
 from dwc.base.errors import InputError
 from dwc.data.conform import conform_image, conform_labels, place, to_native
@@ -259,3 +263,16 @@ def test_the_scale_of_the_values_does_not_matter(scale):
         image = (levels * np.float64(scale)).astype(np.float64 if scale > 1e30 else np.float32)
     expected = to_uint8(levels.astype(np.float32))
     assert np.abs(to_uint8(image).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("angles", [(45, 0, 0), (0, 0, 45), (45, 0, 45), (54, 45, 45), (45, 45, 45), (44.999, 0, 0)])
+def test_axes_half_way_between_two_of_the_scanners_are_taken_alike_in_any_storage_order(tmp_path, angles):
+    turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    voxels = np.random.default_rng(0).integers(0, 900, (12, 15, 17)).astype(np.int16)
+    scan = nib.Nifti1Image(voxels, from_matvec(4 * turn, [-20, -30, -10]))
+    results = []
+    for axes in permutations(range(3)):
+        for flips in product((1, -1), repeat=3):
+            nib.save(scan.as_reoriented(np.array(list(zip(axes, flips, strict=True)))), tmp_path / "x.nii")
+            results.append(place(tmp_path / "x.nii", Grid(32, 4.0)).affine)
+    np.testing.assert_allclose(results, np.broadcast_to(results[0], (48, 4, 4)), atol=1e-3)

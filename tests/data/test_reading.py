@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dwc.base.errors import InputError
+from dwc.data import cache, conform, reading
 from dwc.data.conform import conform_image, conform_labels, to_native
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.reading import load_image, load_labels, open_scan
+from dwc.data.scan import Scan
 
 FIFTY = LabelMap.load("fifty")
 RNG = np.random.default_rng(0)
@@ -302,3 +304,39 @@ def test_a_pair_is_found_in_any_case_of_its_extensions(tmp_path, names):
         (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
     for name in names:
         np.testing.assert_array_equal(open_scan(tmp_path / name).read(), VOXELS)
+
+
+def test_labels_that_take_more_memory_than_there_is_are_refused_in_one_line(tmp_path, monkeypatch):
+    def fail(*_) -> None:
+        raise MemoryError
+
+    path = written(tmp_path / "x.nii.gz")
+    for owner, name in ((reading, "_whole_numbers"), (conform, "load_labels"), (LabelMap, "apply")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            assert "does not fit into memory" in refusal(conform_labels, path, Grid(32), FIFTY)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "split_volume", fail)
+        scan = Scan(path, None, "s", "H", "train")
+        assert "x.nii.gz: does not fit" in refusal(cache.prepare, [scan], FIFTY, Grid(32), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (gzip.compress(b""), "is empty"),
+        (b"<!DOCTYPE html><html>404", "web page"),
+        (bytes(200), "truncated"),
+    ],
+)
+def test_files_that_are_no_scan_get_advice_that_fits(tmp_path, content, words):
+    (tmp_path / "x.nii.gz").write_bytes(content)
+    assert words in refusal(load_image, tmp_path / "x.nii.gz")
+
+
+def test_large_label_ids_are_named_as_such(tmp_path):
+    labels = written(tmp_path / "l.nii", np.where(VOXELS > 500, 3e9, 2.0))
+    assert "too large (3e+09)" in refusal(load_labels, labels)
+    assert "below 2^31" in refusal(load_labels, labels)
+    assert "nearest" not in refusal(load_labels, labels)
