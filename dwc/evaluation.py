@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dwc.base.devices import choose_device
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, printable
 from dwc.base.files import open_folder, write_whole
 from dwc.base.tables import as_csv
 from dwc.data.admission import admit
@@ -192,7 +192,7 @@ def score_volumes(
         prediction = predict_volume(
             networks, image, n_samples=n_samples, seed=seed, device=device, precision=precision,
             memory_limit=memory_limit,
-            progress=f"{scan.subject} ({v + 1} of {data.n_volumes})" if progress else None,
+            progress=f"{printable(scan.subject)} ({v + 1} of {data.n_volumes})" if progress else None,
         )  # fmt: skip
         counts = CalibrationCounts(data.label_map.n_classes)
         counts.add(prediction.confidence, prediction.entropy, prediction.labels == truth)

@@ -79,7 +79,7 @@ def _check(values: Namespace) -> None:
 
     settings = CheckSettings(**{name: values[name] for name in CheckSettings.__dataclass_fields__})
     grid, label_map = Grid(settings.grid_size, settings.voxel_size), LabelMap.load(settings.label_map)
-    scans = read_manifest(values.data, seed=settings.split_seed, test_fraction=settings.test_fraction)
+    scans = read_manifest(values.data, seed=settings.split_seed, test_fraction=settings.test_fraction, lenient=True)
     checked = check_scans(scans, grid, label_map, workers=settings.threads)
     n_refused = sum(one.is_refused for one in checked)
     n_odd = sum(bool(one.findings) and not one.is_refused for one in checked)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, printable
 from dwc.commands.arguments import Parser, add_settings, new_parser, parse
 from dwc.prediction_settings import PredictionSettings
 
@@ -69,7 +69,10 @@ def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace,
             shown = {"predicted": segmentation.prediction.labels}
             classes = ensemble.label_map.names
             overlay(segmentation.image, None, shown, files.picture, names=classes, title=scan.name)
-        print(f"{files.labels}  ({mm3[1:].sum() / 1000:.1f} ml in {int((mm3[1:] > 0).sum())} classes)", flush=True)
+        print(
+            f"{printable(str(files.labels))}  ({mm3[1:].sum() / 1000:.1f} ml in {int((mm3[1:] > 0).sum())} classes)",
+            flush=True,
+        )
 
 
 def add_networks(parser: Parser) -> None:

@@ -102,6 +102,10 @@ def _check(scan: Scan, grid: Grid, label_map: LabelMap | None) -> CheckedScan:
     found: list[Finding] = []
     facts: dict[str, Any] = {}
     content = voxels_of_class = None
+    if scan.fault:
+        return CheckedScan(scan, (Finding("error", "file", scan.fault),))
+    if scan.remark:
+        found.append(odd("labels", scan.image, scan.remark))
     try:
         with enough_memory(scan.image):
             image, placement = _check_image(scan, grid, found, facts)

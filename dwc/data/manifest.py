@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dwc.base.cells import as_text, from_text
-from dwc.base.errors import InputError, one_line
+from dwc.base.errors import InputError, one_line, printable
 from dwc.data.bids import has_split, scans_in_folder
 from dwc.data.paths import check_printable, existing_file, unreadable
 from dwc.data.scan import SPLITS, Scan, is_missing
@@ -33,7 +33,9 @@ _EXCEL = re.compile(r"\s*\"?sep=([,;\t])\"?[ \t,;]*\r?\n", re.IGNORECASE)  # Exc
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a spreadsheet's "Unicode text" begins
 
 
-def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: float = 0.1) -> list[Scan]:
+def read_manifest(
+    path: str | os.PathLike, *, seed: int = 0, test_fraction: float = 0.1, lenient: bool = False
+) -> list[Scan]:
     """Read the scans of a manifest, in its order.
 
     Parameters
@@ -49,6 +51,9 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
     test_fraction : float
         Part of the subjects to test on, on average; 0: none. A subject is in one part of the split with all its scans;
         the same name at two sites is the same subject.
+
+    lenient : bool
+        Keep scans whose files are missing or ambiguous, with their `fault`, instead of raising InputError.
 
     Raises
     ------
@@ -72,7 +77,7 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
             f"test fraction {test_fraction} is not a part of the subjects; give a number from 0 to below 1"
         )
     is_folder = _is_folder(path)
-    scans = scans_in_folder(path) if is_folder else _from_csv(path)
+    scans = scans_in_folder(path, lenient=lenient) if is_folder else _from_csv(path, lenient)
     if not scans:
         what = "*_T1w.nii.gz in sub-*/[ses-*/]anat, nor other volumes" if is_folder else "rows"
         raise InputError(f"{path}: the manifest is empty, it has no {what}; list at least one scan")
@@ -92,7 +97,9 @@ def labelled(scans: Sequence[Scan], manifest: str | os.PathLike, purpose: str) -
         raise InputError(f"{manifest}: {without[0].image} has no label; {purpose}")
     if without:
         what = f"{len(without)} of {len(scans)} scans have no label and are left out, the first is {without[0].image}"
-        print(f"warning: {manifest}: {what}", file=sys.stderr)
+        remarks = [f"{scan.image}: {scan.remark}" for scan in without if scan.remark]
+        for line in (f"{manifest}: {what}", *remarks[:1]):
+            print(f"warning: {printable(line)}", file=sys.stderr)
     return [scan for scan in scans if scan.label is not None]
 
 
@@ -125,7 +132,7 @@ def _is_folder(path: Path) -> bool:
         raise unreadable(path, error) from error
 
 
-def _from_csv(path: Path) -> list[Scan]:
+def _from_csv(path: Path, lenient: bool) -> list[Scan]:
     header, rows = _read_csv(path)
     scans: list[Scan] = []
     line_of: dict[Path, int] = {}
@@ -135,8 +142,14 @@ def _from_csv(path: Path) -> list[Scan]:
         if not row["image"]:
             raise InputError(f"{where}: the image is empty; name a file")
         files = {column: path.parent / row[column] for column in ("image", "label") if row.get(column)}
+        fault = ""
         for column, file in files.items():
-            _check_file(where, column, file)
+            try:
+                _check_file(where, column, file)
+            except InputError as error:
+                if not lenient:
+                    raise
+                fault = fault or str(error)
         image = files["image"]
         first = line_of.setdefault(image.resolve(), line)
         if first != line:
@@ -151,7 +164,8 @@ def _from_csv(path: Path) -> list[Scan]:
                 raise InputError(f"{where}: {image} and {other} would both be subject {subject}, after their file "
                                  f"names; add a subject column")  # fmt: skip
         site = row.get("site") or path.resolve().parent.name
-        scans.append(Scan(image, files.get("label"), subject, site, "test" if row.get("split") == "test" else "train"))
+        split = "test" if row.get("split") == "test" else "train"
+        scans.append(Scan(image, files.get("label"), subject, site, split, fault))
     return scans
 
 

@@ -1,6 +1,6 @@
 """A scan of a study: its files, whose it is, and its part of the split."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +15,19 @@ _MISSING = ("n/a", "na", "nan", "none", "null", "unknown", "-")
 
 @dataclass(frozen=True)
 class Scan:
-    """One T1 image, its label volume (None where there is none), whose it is, and its part of the split."""
+    """One T1 image, its label volume (None where there is none), whose it is, and its part of the split.
+
+    `fault` says why a scan cannot be used, where the reader of the manifest was to go on; `remark` what is odd about
+    its files.
+    """
 
     image: Path
     label: Path | None
     subject: str
     site: str
     split: Literal["train", "test"]
+    fault: str = field(default="", compare=False)
+    remark: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         for text in (str(self.image), str(self.label), self.subject, self.site):

@@ -424,3 +424,59 @@ def test_participants_are_found_in_any_spelling_and_compared_by_site_and_split_a
     table.write_text("participant_id\tsite\nsub-01\tN\n1\tM\n")
     with pytest.raises(InputError, match="1 is listed twice"):
         read_manifest(folder)
+
+
+RAW = "sub-01/anat/sub-01_T1w.nii.gz"
+PIPELINE = "derivatives/p/sub-01/anat/sub-01"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ((RAW, f"{PIPELINE}_space-orig_dseg.nii.gz"), (RAW, f"{PIPELINE}_space-orig_dseg.nii.gz")),
+        ((RAW, f"{PIPELINE}_space-T1w_seg-x_dseg.nii.gz"), (RAW, f"{PIPELINE}_space-T1w_seg-x_dseg.nii.gz")),
+        ((RAW, f"{PIPELINE}_atlas-DK_res-1_dseg.nii.gz"), (RAW, f"{PIPELINE}_atlas-DK_res-1_dseg.nii.gz")),
+        (
+            (RAW, "derivatives/v2/fmriprep/sub-01/anat/sub-01_dseg.nii.gz"),
+            (RAW, "derivatives/v2/fmriprep/sub-01/anat/sub-01_dseg.nii.gz"),
+        ),
+        (
+            (
+                "sub-01/ses-1/anat/sub-01_ses-1_run-1_T1w.nii.gz",
+                "sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz",
+                f"{PIPELINE}_desc-preproc_T1w.nii.gz",
+                f"{PIPELINE}_desc-aparcaseg_dseg.nii.gz",
+            ),
+            (f"{PIPELINE}_desc-preproc_T1w.nii.gz", f"{PIPELINE}_desc-aparcaseg_dseg.nii.gz"),
+        ),
+        (
+            (RAW, "derivatives/freesurfer/sub-01/mri/aparc+aseg.mgz", "derivatives/freesurfer/sub-01/mri/orig.mgz"),
+            ("derivatives/freesurfer/sub-01/mri/orig.mgz", "derivatives/freesurfer/sub-01/mri/aparc+aseg.mgz"),
+        ),
+        (
+            (RAW, f"{PIPELINE}_desc-brain_T1w.nii.gz", f"{PIPELINE}_dseg.nii.gz"),
+            (RAW, f"{PIPELINE}_dseg.nii.gz"),
+        ),
+    ],
+)
+def test_labels_fit_by_the_entities_that_tell_scans_apart(tmp_path, names, expected):
+    (scan,) = read_manifest(_touch(tmp_path, *names))
+    assert (str(scan.image.relative_to(tmp_path)), str(scan.label.relative_to(tmp_path))) == expected
+
+
+def test_a_segmentation_that_fits_no_image_is_named(tmp_path, capsys):
+    folder = _touch(
+        tmp_path, RAW, f"{PIPELINE}_run-7_dseg.nii.gz", *(f"sub-2/anat/sub-2_{s}.nii" for s in ("T1w", "dseg"))
+    )
+    scans = read_manifest(folder)
+    assert "sub-01_run-7_dseg.nii.gz fits no image" in scans[0].remark
+    labelled(scans, folder, "x")
+    assert "sub-01_run-7_dseg.nii.gz fits no image" in capsys.readouterr().err
+
+
+def test_a_linked_scan_counts_once(tmp_path):
+    folder = _touch(tmp_path / "study", "sub-1/ses-2/anat/sub-1_ses-2_T1w.nii.gz")
+    link = folder / "sub-1/ses-1/anat/sub-1_ses-1_T1w.nii.gz"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(folder / "sub-1/ses-2/anat/sub-1_ses-2_T1w.nii.gz")
+    assert [scan.image.name for scan in read_manifest(folder)] == ["sub-1_ses-2_T1w.nii.gz"]
