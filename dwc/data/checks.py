@@ -27,7 +27,8 @@ __all__ = ["axes_of", "check_each", "check_scans"]
 
 _FEW_LEVELS = 64  # of 255
 _INNER = 0.99  # of the voxels that are not black
-_HEAD_MM = 80.0  # no head is shorter
+_HEAD_MM = 30.0  # no head is shorter; a header in cm that is taken for mm shows so
+_SLAB_MM = 80.0  # shorter is a part of a head
 _LEAST_VOLUME = 0.5  # of a voxel, as a share of a box with its edges
 _THICK_MM = 4.0
 _ANISOTROPIC = 3.0  # the longest edge of a voxel over the shortest
@@ -128,10 +129,11 @@ def _check_image(scan: Scan, grid: Grid, found: list[Finding], facts: dict[str, 
     }
     values = varying(scan.image, opened.read())
     facts["intensity"] = (float(values.min()), float(values.max()))
+    is_scaled = values.dtype != np.uint8
     values = to_uint8(values)
     counts = np.bincount(values.ravel(), minlength=256)
     facts["grey_levels"] = _levels_of_the_head(counts)
-    found += _intensity_findings(scan, facts["grey_levels"], int(counts.argmax()))
+    found += _intensity_findings(scan, facts["grey_levels"], int(counts.argmax()) if is_scaled else 0)
     image, placement = image_on_grid(scan.image, values, opened.affine, grid)
     found += _placement_findings(scan, placement.moved_mm, placement.cut_mm)
     return image, placement
@@ -164,9 +166,11 @@ def _header_findings(opened: ScanFile) -> list[Finding]:
         found.append(odd("geometry", opened.path, f"voxels of {voxel} mm are coarse or long; small structures suffer"))
     extent = sizes * opened.shape
     if extent.max() < _HEAD_MM:
-        what = f"its longest edge is {extent.max():.3g} mm, no head; look at pixdim, srow_x and xyzt_units"
-        found.append(odd("units", opened.path, what))
-    elif extent.min() < min(_HEAD_MM, extent.max() / 2):
+        what = (
+            f"its longest edge is {extent.max():.3g} mm, no head; look at pixdim, srow_x and xyzt_units in the header"
+        )
+        found.append(Finding("error", "units", f"{opened.path}: {what}"))
+    if extent.min() < min(_SLAB_MM, extent.max() / 2):
         found.append(odd("geometry", opened.path, f"its shortest edge is {extent.min():.3g} mm, a slab of a head"))
     volume = abs(np.linalg.det(opened.affine[:3, :3])) / np.prod(sizes)
     if volume < _LEAST_VOLUME:

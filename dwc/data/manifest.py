@@ -164,8 +164,8 @@ def _from_csv(path: Path, lenient: bool) -> list[Scan]:
                 raise InputError(f"{where}: {image} and {other} would both be subject {subject}, after their file "
                                  f"names; add a subject column")  # fmt: skip
         site = row.get("site") or path.resolve().parent.name
-        split = "test" if row.get("split") == "test" else "train"
-        scans.append(Scan(image, files.get("label"), subject, site, split, fault))
+        is_tested_on = row.get("split") == "test"
+        scans.append(Scan(image, files.get("label"), subject, site, "test" if is_tested_on else "train", fault))
     return scans
 
 

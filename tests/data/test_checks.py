@@ -90,7 +90,7 @@ def test_edges_no_head_has_skewed_axes_and_a_qform_that_is_not_finite_are_told(s
     def topics(**fields) -> set[tuple[str, str]]:
         return found(replace(scan(**fields), label=None))
 
-    assert topics(affine=np.diag([0.4, 0.4, 0.4, 1])) == {("warning", "units")}
+    assert ("error", "units") in topics(affine=np.diag([0.4, 0.4, 0.4, 1]))
     assert topics(image=head()[0][:, :, 15:20], labels=head()[1][:, :, 15:20]) >= {("warning", "geometry")}
     skewed = RAS.copy()
     skewed[:3, 2] = [2, 0, 0.01]
