@@ -66,7 +66,8 @@ def _end_of_gap(image: np.ndarray) -> int | None:
 def _is_head_in_air(voxels: np.ndarray) -> bool:
     """Whether grey levels are a head's with the air around it, rather than tissue in an empty background."""
     counts = np.bincount(voxels, minlength=256)
-    return np.count_nonzero(counts) >= _HEAD_LEVELS and int(counts[: SIGNAL + 1].sum()) >= _AIR * int(counts.sum())
+    n_air = int(counts[: SIGNAL + 1].sum())
+    return int(np.count_nonzero(counts)) >= _HEAD_LEVELS and n_air >= _AIR * int(counts.sum())
 
 
 def _brightest(data: np.ndarray, low: float, high: float, n_bins: int, n_clipped: int) -> float:
