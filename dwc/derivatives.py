@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from dwc.base.cells import as_text
 from dwc.base.errors import InputError
 from dwc.base.files import write_whole
 from dwc.data.conform import to_native
@@ -150,5 +151,5 @@ def _tsv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([as_text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
     return text.getvalue().encode()

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from dwc.base.devices import choose_device
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, printable
 from dwc.base.files import open_folder, write_whole
+from dwc.base.tables import as_csv
+from dwc.data.admission import admit
 from dwc.data.cache import prepare
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
@@ -63,7 +65,7 @@ class Evaluation:
         """Write `RESULTS` into a folder."""
         open_folder(out)
         tables = (self.per_class, self.per_volume, self.per_site)
-        contents = [table.to_csv(index=False, float_format="%.6g") for table in tables]
+        contents = [as_csv(table) for table in tables]
         for name, content in zip(RESULTS, [*contents, json.dumps(self.summary, indent=2)], strict=True):
             write_whole(out / name, content.encode())
 
@@ -99,7 +101,9 @@ def evaluate(
         Path(data), ensemble.posteriors, split=split, split_seed=split_seed, test_fraction=test_fraction
     )
     with tempfile.TemporaryDirectory() as temporary:
-        volumes = prepare(scans, ensemble.label_map, ensemble.grid, cache_dir or temporary, progress=progress)
+        where = ensemble.label_map, ensemble.grid, cache_dir or temporary
+        admit(scans, *where, progress=progress)
+        volumes = prepare(scans, *where, progress=progress)
         scores = score_volumes(
             ensemble.networks, volumes, n_samples=settings.n_samples, seed=settings.seed, device=device,
             precision=settings.precision, progress=progress, memory_limit=settings.memory_limit,
@@ -175,7 +179,7 @@ def score_volumes(
         prediction = predict_volume(
             networks, image, n_samples=n_samples, seed=seed, device=device, precision=precision,
             memory_limit=memory_limit,
-            progress=f"{scan.subject} ({v + 1} of {data.n_volumes})" if progress else None,
+            progress=f"{printable(scan.subject)} ({v + 1} of {data.n_volumes})" if progress else None,
         )  # fmt: skip
         counts = CalibrationCounts(data.label_map.n_classes)
         counts.add(prediction.confidence, prediction.entropy, prediction.labels == truth)

@@ -10,7 +10,7 @@ from dwc.base.files import open_folder
 from dwc.data.conform import conform_image
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
-from dwc.derivatives import find_scan, name_derivatives, write_derivatives
+from dwc.derivatives import _tsv, find_scan, name_derivatives, write_derivatives
 from dwc.prediction import Prediction
 
 COARSE = LabelMap.load("coarse")
@@ -210,3 +210,7 @@ def test_names_that_no_system_takes_and_links_to_nowhere_are_refused_in_one_line
 def test_results_are_named_after_the_scan_in_any_case(tmp_path, name):
     (files,) = name_derivatives([Path(name)], tmp_path)
     assert files.labels.name == "SUB-01_dseg.nii.gz"
+
+
+def test_no_name_of_a_class_runs_in_a_spreadsheet():
+    assert _tsv(("index", "name"), [(1, "=cmd|x"), (2, "plain")]) == b"index\tname\n1\t'=cmd|x\n2\tplain\n"

@@ -12,7 +12,18 @@ from dwc.data.cache import prepare
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan, read_manifest
-from dwc.evaluation import Score, calibration, per_class, per_site, per_volume, scans_to_score, score_volumes, summary
+from dwc.evaluation import (
+    Evaluation,
+    Score,
+    calibration,
+    evaluate,
+    per_class,
+    per_site,
+    per_volume,
+    scans_to_score,
+    score_volumes,
+    summary,
+)
 from dwc.metrics.calibration import CalibrationCounts
 from dwc.metrics.confusion import confusion_matrix
 from dwc.posterior import Posterior
@@ -182,3 +193,18 @@ def test_nothing_to_score_and_a_missing_label_are_refused(tmp_path):
     data.write_text(data.read_text().replace("1_dseg.nii.gz", "", 1))
     with pytest.raises(InputError, match=r"1_T1w\.nii\.gz has no label; scores need one"):
         scans_to_score(data, [CONSOLIDATED], split="all")
+
+
+def test_no_cell_of_the_written_tables_runs_in_a_spreadsheet(scores, tmp_path):
+    hostile = [replace(one, scan=replace(one.scan, site="=1+1", subject="@x")) for one in scores]
+    table = per_volume(hostile)
+    Evaluation(table, table, table, {}).write(tmp_path)
+    for path in tmp_path.glob("*.csv"):
+        assert "'=1+1,'@x," in path.read_text()
+
+
+def test_an_evaluation_warns_of_what_training_warns_of(networks, site, capsys, monkeypatch):
+    told = []
+    monkeypatch.setattr("dwc.evaluation.admit", lambda scans, *_, **__: told.append([scan.image for scan in scans]))
+    evaluate(networks["map"], site / "manifest.csv")
+    assert [[path.name for path in paths] for paths in told] == [["sub-3_T1w.nii.gz"]]

@@ -23,13 +23,15 @@ def write_table(path: Path, table: pd.DataFrame, *, index: bool = False) -> None
     write_whole(path, as_csv(table, index=index).encode())
 
 
-def as_csv(table: pd.DataFrame, *, index: bool = False) -> str:
-    """CSV text, numbers with six digits; no cell can run as a formula in a spreadsheet."""
+def as_csv(table: pd.DataFrame, *, index: bool = False, float_format: str | None = "%.6g") -> str:
+    """CSV text; no cell, index or name of a column can run as a formula in a spreadsheet."""
     words = table.select_dtypes(["object", "string"]).columns
-    return table.assign(**{name: table[name].map(_inert) for name in words}).to_csv(index=index, float_format="%.6g")
+    inert = table.assign(**{name: table[name].map(_inert) for name in words}).rename(index=_inert, columns=_inert)
+    inert = inert.rename_axis(index=_inert, columns=_inert)
+    return inert.to_csv(index=index, float_format=float_format)
 
 
-def _inert(cell: object) -> object:
+def _inert(cell: Any) -> Any:
     return as_text(cell) if isinstance(cell, str) else cell
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, printable
 from dwc.base.settings import Settings
 from dwc.commands.arguments import add_settings, new_parser, parse
 from dwc.data.constants import SIDE
 
 if TYPE_CHECKING:
-    from dwc.data.checks import CheckedScan
+    from dwc.data.findings import CheckedScan
     from dwc.data.labels import LabelMap
 
 __all__ = ["main"]
@@ -79,7 +79,7 @@ def _check(values: Namespace) -> None:
 
     settings = CheckSettings(**{name: values[name] for name in CheckSettings.__dataclass_fields__})
     grid, label_map = Grid(settings.grid_size, settings.voxel_size), LabelMap.load(settings.label_map)
-    scans = read_manifest(values.data, seed=settings.split_seed, test_fraction=settings.test_fraction)
+    scans = read_manifest(values.data, seed=settings.split_seed, test_fraction=settings.test_fraction, lenient=True)
     checked = check_scans(scans, grid, label_map, workers=settings.threads)
     n_refused = sum(one.is_refused for one in checked)
     n_odd = sum(bool(one.findings) and not one.is_refused for one in checked)
@@ -88,7 +88,7 @@ def _check(values: Namespace) -> None:
     if values.json:
         print(json.dumps(_as_json(checked, label_map, summary), indent=1))
     else:
-        print("\n".join([*_rows(checked), *_frequencies(checked, label_map), summary]))
+        print("\n".join(map(printable, [*_rows(checked), *_frequencies(checked, label_map), summary])))
     if n_refused:
         raise InputError(f"{values.data}: {summary}")
 

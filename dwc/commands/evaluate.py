@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, printable
 from dwc.commands.arguments import add_settings, new_parser, parse
 from dwc.commands.predict import add_networks, prediction_settings
 from dwc.prediction_settings import RESULTS, PredictionSettings
@@ -47,11 +47,11 @@ def main(arguments: Sequence[str]) -> None:
     cache = values.cache_dir or values.out / "cache"
     evaluation = evaluate(ensemble, values.data, settings, **which, cache_dir=cache, progress=True)
     evaluation.write(values.out)
-    print(_lines(evaluation.summary))
+    print("\n".join(map(printable, _lines(evaluation.summary))))
     print(values.out / "summary.json")
 
 
-def _lines(summary: dict[str, Any]) -> str:
+def _lines(summary: dict[str, Any]) -> list[str]:
     """The means as a text table, a line per site."""
     rows = {**summary["sites"], "volume-weighted": {"n_volumes": summary["n_volumes"], **summary["volume_weighted"]}}
     width = max(map(len, rows))
@@ -59,4 +59,4 @@ def _lines(summary: dict[str, Any]) -> str:
     for site, row in rows.items():
         means = ["-" if row[name] is None else f"{row[name]:.3f}" for name in ("dice", "dice_with_background")]
         lines.append(f"{site:<{width}}{row['n_volumes']:>9}{means[0]:>7}{means[1]:>17}")
-    return "\n".join(lines)
+    return lines

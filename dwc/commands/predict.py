@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, printable
 from dwc.commands.arguments import Parser, add_settings, new_parser, parse
 from dwc.prediction_settings import PredictionSettings
 
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str]) -> None:
 def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace, settings: PredictionSettings) -> None:
     from dwc.base import ranks
     from dwc.base.files import open_folder
-    from dwc.data.checks import check_scans, tell
+    from dwc.data.checks import check_scans
+    from dwc.data.findings import tell
     from dwc.data.scan import Scan
     from dwc.derivatives import find_scan, name_derivatives
     from dwc.prediction import load_networks
@@ -58,7 +59,7 @@ def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace,
     found = [find_scan(scan) for scan in scans]
     names = name_derivatives(found, values.out, overwrite=values.overwrite)
     ours, derivatives = ranks.share(found), ranks.share(names)
-    tell(check_scans([Scan(scan, None, "", "", "test") for scan in ours], ensemble.grid, progress=ranks.is_main()))
+    tell(check_scans([Scan(scan, None, "", "", "test") for scan in found], ensemble.grid))
     ranks.barrier()  # before any rank writes to the folder that others are checking
     open_folder(values.out)
     for scan, files in zip(ours, derivatives, strict=True):
@@ -68,7 +69,10 @@ def _predict(networks: Sequence[Path], scans: Sequence[Path], values: Namespace,
             shown = {"predicted": segmentation.prediction.labels}
             classes = ensemble.label_map.names
             overlay(segmentation.image, None, shown, files.picture, names=classes, title=scan.name)
-        print(f"{files.labels}  ({mm3[1:].sum() / 1000:.1f} ml in {int((mm3[1:] > 0).sum())} classes)", flush=True)
+        print(
+            f"{printable(str(files.labels))}  ({mm3[1:].sum() / 1000:.1f} ml in {int((mm3[1:] > 0).sum())} classes)",
+            flush=True,
+        )
 
 
 def add_networks(parser: Parser) -> None:

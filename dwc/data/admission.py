@@ -1,28 +1,34 @@
-"""The checks of a run's scans before they are prepared for training."""
+"""The checks of a run's scans before they are prepared."""
 
 import os
 from collections.abc import Sequence
 
 from dwc.base import ranks
-from dwc.base.errors import InputError
-from dwc.data.cache import image_digests, unprepared
-from dwc.data.checks import check_scans, leak, tell
+from dwc.data.cache import prepared_contents
+from dwc.data.checks import axes_of, check_each
+from dwc.data.comparison import compare
+from dwc.data.findings import CheckedScan, tell
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
+from dwc.data.reading import open_scan
 from dwc.data.scan import Scan
 
-__all__ = ["check_before_training"]
+__all__ = ["admit"]
 
 
-def check_before_training(scans: Sequence[Scan], label_map: LabelMap, grid: Grid, cache_dir: str | os.PathLike) -> None:
-    """Refuse scans that cannot be trained on, and files that are both trained and tested on; print what is odd.
+def admit(
+    scans: Sequence[Scan], label_map: LabelMap, grid: Grid, cache_dir: str | os.PathLike, *, progress: bool = True
+) -> None:
+    """Refuse scans that cannot be used, and one scan that is both trained and tested on; print what is odd.
 
-    Scans that the cache holds have been checked before and are not read again. Ranks share the work.
+    The voxels of scans that the cache holds have been checked before and are not read again, but these scans are
+    compared with the others. Ranks share the work, and all of them refuse.
     """
-    first: dict[str, Scan] = {}
-    for scan, digest in zip(scans, image_digests(scans, cache_dir), strict=True):
-        twin = first.setdefault(digest, scan)
-        if twin.split != scan.split:
-            raise InputError(leak(scan, twin))
-    new = ranks.share(unprepared(scans, label_map, grid, cache_dir))
-    tell(check_scans(new, grid, label_map, progress=ranks.is_main()))
+    contents = ranks.gather(prepared_contents(scans, label_map, grid, cache_dir) if ranks.is_main() else None)[0]
+    unprepared = [scan for scan, content in zip(scans, contents, strict=True) if content is None]
+    new = iter(check_each(unprepared, grid, label_map, progress=progress))
+    checked = [
+        next(new) if content is None else CheckedScan(scan, facts=axes_of(open_scan(scan.image)), content=content)
+        for scan, content in zip(scans, contents, strict=True)
+    ]
+    tell(compare(checked))

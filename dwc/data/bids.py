@@ -14,17 +14,23 @@ from pathlib import Path
 from dwc.base.errors import InputError
 from dwc.data.paths import unreadable
 from dwc.data.scan import SPLITS, Scan, is_missing
+from dwc.data.subjects import plain_name, subject_of
 
-__all__ = ["has_split", "scans_in_folder", "subject_of"]
+__all__ = ["has_split", "scans_in_folder"]
 
 _NIFTI = re.compile(r"(.+)\.nii(\.gz)?", re.IGNORECASE)
 _VOLUMES = (".nii.gz", ".nii", ".mgz", ".mgh")
+_SEGMENTATIONS = ("_dseg", "_seg", "_aparc+aseg", "_aseg", "_labels", "_label")  # in a plain folder
 _TEMPLATE = ("space", "cohort", "res")  # entities of what was resampled
+_OF_VERSIONS = ("desc", "seg", "atlas", "label")  # entities that one scan's images and segmentations may differ in
+_NATIVE = (("space", "orig"), ("space", "T1w"), ("space", "individual"))  # the scan's own space
+_DEPTH = 3  # of folders below derivatives/ that are searched for pipelines
 _NOT_MAGNITUDE = ("phase", "real", "imag")  # values of the entity part
 _FIRST_CHOICE = (None, "preproc")  # descriptions of an image: as it was scanned, or prepared; others need a choice
 _ALL_STRUCTURES = "aparcaseg"  # description of the segmentation with all structures
 
-Key = tuple[str, frozenset[tuple[str, str]]]  # folder below the data set, entities but desc
+
+Identity = frozenset[tuple[str, str]]  # entities that tell one scan from another
 
 
 @dataclass(frozen=True)
@@ -32,27 +38,38 @@ class _File:
     """A volume of a BIDS data set and what its name says."""
 
     path: Path
-    folder: str  # sub-*/[ses-*/]anat
     entities: dict[str, str]
     suffix: str
 
     @property
-    def key(self) -> Key:
+    def identity(self) -> Identity:
         """What an image and its segmentation share."""
-        return self.folder, frozenset((name, value) for name, value in self.entities.items() if name != "desc")
+        return frozenset(
+            (name, value)
+            for name, value in self.entities.items()
+            if name not in _OF_VERSIONS and (name, value) not in _NATIVE
+        )
+
+    def is_of(self, image: Identity) -> bool:
+        """Whether a segmentation's entities, or fewer than the image's, are those of an image."""
+        names = {name for name, _ in image}
+        return frozenset(pair for pair in self.identity if pair[0] != "res" or "res" in names) <= image
 
 
-def scans_in_folder(path: Path) -> list[Scan]:
+def scans_in_folder(path: Path, *, lenient: bool = False) -> list[Scan]:
     """The scans of a folder, in the order of their names; their part of the split as participants.tsv says, or train.
 
     In a BIDS data set, `sub-*/[ses-*/]anat/*_T1w.nii[.gz]` are the images, one for each set of entities but `desc`. The
-    labels are the `*_dseg.nii[.gz]` beside them, or else below `derivatives/`, whose own image is taken then: its
-    voxels are those of the labels. Images in a template's space are left out where the scan that they were made from is
-    there too. A folder without `sub-*` is taken as plain: all its volumes are images, but for the `*_dseg` of another.
+    labels are the `*_dseg.nii[.gz]` beside them, or else below `derivatives/`, also FreeSurfer's `aparc+aseg.mgz`; the
+    pipeline's own image is taken with them, as their voxels are its. Labels may have fewer entities than the image.
+    Images in a template's space are left out where the scan that they were made from is there too. A folder without
+    `sub-*` is taken as plain: all its volumes are images, but for the segmentations (`*_dseg`, `*_seg`, ...) of others.
+
+    `lenient` keeps ambiguous scans, with their `fault`, instead of refusing the folder.
     """
     try:
         subjects = [folder for folder in sorted(path.glob("sub-*")) if folder.is_dir()]
-        return _from_bids(path, subjects) if subjects else _from_plain(path)
+        return _from_bids(path, subjects, lenient) if subjects else _from_plain(path)
     except OSError as error:
         raise unreadable(path, error, "check its permissions") from error
 
@@ -62,52 +79,101 @@ def has_split(path: Path) -> bool:
     return "split" in _participants(path)[0]
 
 
-def subject_of(image: Path) -> str | None:
-    """`sub-...` in the path of an image."""
-    for part in reversed(image.parts):
-        if part.startswith("sub-"):
-            return part.split("_")[0].split(".")[0]
-    return None
-
-
-def _from_bids(path: Path, subjects: list[Path]) -> list[Scan]:
-    images = _group(file for file in _volumes(path, subjects) if file.suffix == "T1w")
-    labels = _group(file for file in _volumes(path, subjects) if file.suffix == "dseg")
-    derived = [(_group(files, "T1w"), _group(files, "dseg")) for files in _derivatives(path)]
+def _from_bids(path: Path, subjects: list[Path], lenient: bool) -> list[Scan]:
+    files = _volumes(path, subjects)
+    images = _group(files)
+    sources = [files, *_derivatives(path)]
     columns, participants = _participants(path)
-    scans = []
-    for key in sorted(images, key=lambda key: images[key][0].path):
-        if _is_resampled(key, images):
+    scans: dict[Path, Scan] = {}
+    for identity in sorted(images, key=lambda identity: images[identity][0].path):
+        if _is_resampled(identity, images):
             continue
-        image = _choose_image(images[key])
-        label = _choose_label(image, labels.get(key, []))
-        if label is None:
-            found = [(theirs.get(key), label) for theirs, there in derived for label in there.get(key, [])]
-            label = _choose_label(image, [file for _, file in found])
-            beside = next((theirs for theirs, file in found if file.path == label), None)
-            image = _choose_image(beside) if beside else image
+        first = images[identity][0].path
+        label, fault = None, ""
+        try:
+            image = _choose_image(images[identity])
+            label, beside = _find_label(image, identity, sources)
+            image = beside or image
+        except InputError as error:
+            if not lenient:
+                raise
+            image, fault = first, str(error)
         subject = subject_of(image) or image.name
-        row = participants.get(subject, {})
+        row = participants.get(plain_name(subject), {})
         site, split = row.get("site", ""), row.get("split", "")
         if "split" in columns and split not in SPLITS:
             raise InputError(f"{path / 'participants.tsv'}: split of {subject} is {split!r}; write train or test")
         site = path.resolve().name if is_missing(site) else site
-        scans.append(Scan(image, label, subject, site, "test" if split == "test" else "train"))
-    return scans
+        remark = "" if label or fault else _unfitting(identity, images, sources)
+        scan = Scan(image, label, subject, site, "test" if split == "test" else "train", fault, remark)
+        shown = scans.get(image.resolve())
+        if shown is None or (shown.image.is_symlink() and not image.is_symlink()):
+            scans[image.resolve()] = scan
+    return list(scans.values())
+
+
+def _find_label(image: Path, identity: Identity, sources: list[list[_File]]) -> tuple[Path | None, Path | None]:
+    """The segmentation of an image, and the image that lies beside it in a pipeline's results."""
+    beside, *derived = sources
+    by_place = [beside], [files for files in derived if not _is_freesurfer(files)], derived
+    for place, groups in enumerate(by_place):
+        fit = [(file, files) for files in groups for file in files if file.suffix == "dseg" and file.is_of(identity)]
+        closest = max((len(file.identity) for file, _ in fit), default=0)
+        fit = [(file, files) for file, files in fit if len(file.identity) == closest]
+        if label := _choose_label(image, [file for file, _ in fit]):
+            own, files = next((file, files) for file, files in fit if file.path == label)
+            theirs = [
+                file
+                for file in _group(files).get(own.identity, [])
+                if place and file.entities.get("desc") in _FIRST_CHOICE
+            ]
+            return label, _choose_image(theirs) if theirs else None
+    return None, None
+
+
+def _unfitting(identity: Identity, images: dict[Identity, list[_File]], sources: list[list[_File]]) -> str:
+    """What to say of a scan whose subject has segmentations that fit no image."""
+    subject = dict(identity).get("sub")
+    lost = sorted(
+        file.path.name
+        for files in sources
+        for file in files
+        if file.suffix == "dseg" and file.entities.get("sub") == subject and not any(map(file.is_of, images))
+    )
+    return (
+        f"has no label; {', '.join(lost[:3])} fits no image by its name, rename it or write a manifest" if lost else ""
+    )
 
 
 def _from_plain(path: Path) -> list[Scan]:
-    volumes: dict[str, Path] = {}
+    files = defaultdict(list)
     for file in sorted(path.iterdir()):
         extension = next((end for end in _VOLUMES if file.name.lower().endswith(end)), None)
         if extension and not file.name.startswith("."):
-            volumes.setdefault(file.name[: -len(extension)], file)
-    label_of = {stem: volumes.get(f"{stem.removesuffix('_T1w')}_dseg") for stem in volumes}
-    return [
-        Scan(file, label_of[stem], subject_of(Path(file.name)) or stem, path.resolve().name, "train")
-        for stem, file in volumes.items()
-        if not stem.endswith("_dseg")
-    ]
+            files[file.name[: -len(extension)]].append(file)
+    for named in files.values():
+        if len(named) > 1:
+            names = ", ".join(file.name for file in named)
+            raise InputError(f"{path}: several files of one name ({names}); keep one, or write a manifest")
+    volumes = {stem: file for stem, (file,) in files.items()}
+    segmentations = {stem for stem in volumes if stem.endswith("_dseg") or _segmented(stem, volumes)}
+    scans = []
+    for stem, file in volumes.items():
+        if stem in segmentations:
+            continue
+        fit = [volumes[name] for name in sorted(segmentations) if _segmented(name, [stem])]
+        if len(fit) > 1:
+            names = ", ".join(label.name for label in fit)
+            raise InputError(f"{file}: several segmentations fit ({names}); keep one, or write a manifest")
+        subject = subject_of(Path(file.name)) or stem
+        scans.append(Scan(file, fit[0] if fit else None, subject, path.resolve().name, "train"))
+    return scans
+
+
+def _segmented(stem: str, images: Iterable[str]) -> bool:
+    """Whether a file's name says that it is the segmentation of one of the images."""
+    owner = next((stem.removesuffix(end) for end in _SEGMENTATIONS if stem.endswith(end)), None)
+    return owner is not None and any(image.removesuffix("_T1w") == owner.removesuffix("_T1w") for image in images)
 
 
 def _volumes(path: Path, subjects: Iterable[Path]) -> list[_File]:
@@ -119,34 +185,59 @@ def _volumes(path: Path, subjects: Iterable[Path]) -> list[_File]:
             if file.name.startswith(".") or not (name := _NIFTI.fullmatch(file.name)):
                 continue
             *pairs, suffix = name[1].split("_")
-            entities = dict(pair.split("-", 1) for pair in pairs if "-" in pair)
+            places = [part for part in folder.relative_to(path).parts if "-" in part]
+            entities = dict(pair.split("-", 1) for pair in (*places, *pairs) if "-" in pair)
             if entities.get("part") not in _NOT_MAGNITUDE:
-                parsed = _File(file, str(folder.relative_to(path)), entities, suffix)
-                found.setdefault((folder.resolve(), file.name), parsed)
+                found.setdefault((folder.resolve(), file.name), _File(file, entities, suffix))
     return list(found.values())
 
 
 def _derivatives(path: Path) -> list[list[_File]]:
     """The volumes of each pipeline below derivatives/."""
-    root = path / "derivatives"
-    pipelines = [root, *sorted(root.glob("*"))] if root.is_dir() else []
-    subjects = [(pipeline, sorted(pipeline.glob("sub-*"))) for pipeline in pipelines if pipeline.is_dir()]
-    return [_volumes(pipeline, theirs) for pipeline, theirs in subjects if not pipeline.name.startswith("sub-")]
+    results = []
+    for pipeline in _pipelines(path / "derivatives", _DEPTH):
+        subjects = [folder for folder in sorted(pipeline.glob("sub-*")) if folder.is_dir()]
+        results += [_volumes(pipeline, subjects), _of_freesurfer(subjects)]
+    return results
 
 
-def _group(files: Iterable[_File], suffix: str | None = None) -> dict[Key, list[_File]]:
+def _pipelines(folder: Path, depth: int) -> list[Path]:
+    """Folders that hold subjects."""
+    if not folder.is_dir():
+        return []
+    inner = [one for one in sorted(folder.iterdir()) if one.is_dir() and not one.name.startswith((".", "sub-"))]
+    below = [found for one in inner for found in _pipelines(one, depth - 1)] if depth else []
+    return [folder, *below] if any(folder.glob("sub-*")) else below
+
+
+def _of_freesurfer(subjects: list[Path]) -> list[_File]:
+    """The segmentation of all structures of each subject of a FreeSurfer folder, and the image that it lies on."""
+    files = []
+    for subject in subjects:
+        entities = dict(pair.split("-", 1) for pair in subject.name.split("_") if "-" in pair)
+        for name, suffix in (("aparc+aseg.mgz", "dseg"), ("orig.mgz", "T1w")):
+            if (file := subject / "mri" / name).is_file():
+                files.append(_File(file, entities, suffix))
+    return files
+
+
+def _is_freesurfer(files: list[_File]) -> bool:
+    return bool(files) and files[0].path.parent.name == "mri"
+
+
+def _group(files: Iterable[_File]) -> dict[Identity, list[_File]]:
+    """The images, by what tells one scan from another."""
     groups = defaultdict(list)
     for file in files:
-        if suffix in (None, file.suffix):
-            groups[file.key].append(file)
+        if file.suffix == "T1w":
+            groups[file.identity].append(file)
     return dict(groups)
 
 
-def _is_resampled(key: Key, images: dict[Key, list[_File]]) -> bool:
+def _is_resampled(identity: Identity, images: dict[Identity, list[_File]]) -> bool:
     """Whether an image is another one of the folder brought to a template's space, and so no scan of its own."""
-    folder, entities = key
-    native = frozenset(pair for pair in entities if pair[0] not in _TEMPLATE)
-    return native != entities and (folder, native) in images
+    native = frozenset(pair for pair in identity if pair[0] not in _TEMPLATE)
+    return native != identity and native in images
 
 
 def _choose_image(files: list[_File]) -> Path:
@@ -176,7 +267,7 @@ def _choose_label(image: Path, files: list[_File]) -> Path | None:
 
 
 def _participants(path: Path) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """Columns and rows by subject of participants.tsv, of a derivatives folder the raw data set's where it has none."""
+    """Columns and rows by `plain_name` of participants.tsv, a derivatives folder's or its raw data set's."""
     file = path / "participants.tsv"
     resolved = path.resolve()
     if not file.is_file() and resolved.parent.name == "derivatives":
@@ -189,14 +280,16 @@ def _participants(path: Path) -> tuple[list[str], dict[str, dict[str, str]]]:
         raise unreadable(file, error) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{file}: not a tab-separated table in UTF-8 ({error}); repair or remove it") from error
-    columns = [name.strip() for name in lines[0]] if lines else []
+    columns = [name.strip().casefold() for name in lines[0]] if lines else []
     if "participant_id" not in columns:
         raise InputError(f"{file}: has no column participant_id; separate columns by tabs, or remove the file")
     rows: dict[str, dict[str, str]] = {}
     for cells in lines[1:]:
         row = dict(zip(columns, (cell.strip() for cell in cells), strict=False))
         if subject := row.get("participant_id"):
-            subject = subject if subject.startswith("sub-") else f"sub-{subject}"
-            if rows.setdefault(subject, row) != row:
-                raise InputError(f"{file}: {subject} is listed twice, and not alike; list each participant once")
+            used = {name: row.get(name, "") for name in ("site", "split")}
+            if rows.setdefault(plain_name(subject), used) != used:
+                raise InputError(
+                    f"{file}: {subject} is listed twice, with other sites or splits; list each participant once"
+                )
     return columns, rows

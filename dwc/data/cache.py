@@ -24,16 +24,17 @@ from dwc.base.files import write_whole
 from dwc.data.conform import conform_image, conform_labels
 from dwc.data.constants import SIDE
 from dwc.data.cubes import split_volume
-from dwc.data.dataset import MOMENTS, SubVolumes, read_moments
+from dwc.data.dataset import MOMENTS, SubVolumes, read_content, read_moments
 from dwc.data.grid import Grid
-from dwc.data.intensity import moments
+from dwc.data.intensity import content_of, moments
 from dwc.data.labels import LabelMap
 from dwc.data.paths import OUT_OF_HANDLES, unreadable
+from dwc.data.reading import enough_memory
 from dwc.data.scan import Scan
 
-__all__ = ["digest_of_scans", "image_digests", "is_prepared", "prepare", "unprepared"]
+__all__ = ["digest_of_scans", "is_prepared", "prepare", "prepared_contents"]
 
-_CACHE_FORMAT = 3  # raise it when the same inputs give other files
+_CACHE_FORMAT = 4  # raise it when the same inputs give other files
 _UNFINISHED = ".unfinished-"
 _DIGESTS = ".digests.json"  # absolute path -> size, date in ns, SHA-256
 _DAY = 24 * 3600  # s
@@ -97,14 +98,20 @@ def prepare(
 
 def is_prepared(scans: Sequence[Scan], label_map: LabelMap, grid: Grid, cache_dir: str | os.PathLike) -> bool:
     """Whether `prepare` would find all of these scans in the cache; writes nothing."""
-    return not unprepared(scans, label_map, grid, cache_dir)
+    return None not in prepared_contents(scans, label_map, grid, cache_dir)
 
 
-def unprepared(scans: Sequence[Scan], label_map: LabelMap, grid: Grid, cache_dir: str | os.PathLike) -> list[Scan]:
-    """The scans that `prepare` would not find in the cache; writes nothing."""
+def prepared_contents(
+    scans: Sequence[Scan], label_map: LabelMap, grid: Grid, cache_dir: str | os.PathLike
+) -> list[str | None]:
+    """`content_of` each image as the cache holds it; None for those that `prepare` would not find; writes nothing."""
     cache_dir = Path(cache_dir)
     digests = _read_digests(cache_dir)
-    return [scan for scan in scans if not _is_whole(cache_dir / _key(scan, label_map, grid, digests), scan, grid)]
+    folders = [cache_dir / _key(scan, label_map, grid, digests) for scan in scans]
+    return [
+        read_content(folder) if _is_whole(folder, scan, grid) else None
+        for folder, scan in zip(folders, scans, strict=True)
+    ]
 
 
 def digest_of_scans(scans: Sequence[Scan], cache_dir: str | os.PathLike) -> str:
@@ -115,12 +122,6 @@ def digest_of_scans(scans: Sequence[Scan], cache_dir: str | os.PathLike) -> str:
     known = _read_digests(Path(cache_dir))
     parts = [(_digest(scan.image, known), scan.label and _digest(scan.label, known), scan.split) for scan in scans]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def image_digests(scans: Sequence[Scan], cache_dir: str | os.PathLike) -> list[str]:
-    """SHA-256, hex, of the bytes of each image; remembered as by `digest_of_scans`."""
-    known = _read_digests(Path(cache_dir))
-    return [_digest(scan.image, known) for scan in scans]
 
 
 def _together(folders: list[Path], digests: dict[str, list], known: dict[str, list]) -> tuple[list[Path], dict]:
@@ -155,7 +156,8 @@ def _prepare(scan: Scan, label_map: LabelMap, grid: Grid, cache_dir: Path, diges
     """Folder of the cache that holds this scan; built first unless it is there and whole."""
     folder = cache_dir / _key(scan, label_map, grid, digests)
     if not _is_whole(folder, scan, grid):
-        _build(folder, scan, label_map, grid)
+        with enough_memory(scan.image):
+            _build(folder, scan, label_map, grid)
     return folder
 
 
@@ -205,12 +207,13 @@ def _build(folder: Path, scan: Scan, label_map: LabelMap, grid: Grid) -> None:
     if scan.label is not None:
         arrays["label"] = conform_labels(scan.label, grid, label_map, scan.image)
     mean, sd = (float(moment) for moment in moments(image))
+    about = {"mean": mean, "sd": sd, "content": content_of(image)}
     unfinished = folder.with_name(f"{_UNFINISHED}{uuid.uuid4().hex}")
     unfinished.mkdir()
     try:
         for name, array in arrays.items():
             _write(unfinished / f"{name}.npy", _npy(split_volume(array)))
-        _write(unfinished / MOMENTS, json.dumps({"mean": mean, "sd": sd}).encode())
+        _write(unfinished / MOMENTS, json.dumps(about).encode())
         if folder.exists() and not _is_whole(folder, scan, grid):
             shutil.rmtree(folder)  # damaged from outside
         os.rename(unfinished, folder)
@@ -241,6 +244,7 @@ def _is_whole(folder: Path, scan: Scan, grid: Grid) -> bool:
     try:
         sizes = {np.load(folder / name, mmap_mode="r", allow_pickle=False).size for name in names}
         read_moments(folder)
+        read_content(folder)
     except (OSError, ValueError, KeyError):  # missing, cut short
         return False
     return sizes == {grid.size**3}

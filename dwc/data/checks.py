@@ -1,17 +1,10 @@
-"""What is wrong or odd about scans and labels, told before anything runs: geometry, intensities, labels, duplicates.
+"""What is wrong or odd about scans and labels, told before anything runs: geometry, intensities, labels, duplicates."""
 
-A finding is an error where a command would refuse the scan, or the split of the data set; everything else is a warning.
-"""
-
-import hashlib
 import os
-import sys
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -19,73 +12,32 @@ from nibabel.affines import apply_affine
 from nibabel.spatialimages import HeaderDataError
 from tqdm import tqdm
 
-from dwc.base import launcher
+from dwc.base import launcher, ranks
 from dwc.base.errors import InputError
+from dwc.data.comparison import compare
 from dwc.data.conform import Placement, check_ids, classes_on_grid, image_on_grid
+from dwc.data.findings import CheckedScan, Finding, odd
 from dwc.data.grid import Grid
-from dwc.data.intensity import SIGNAL, to_uint8
+from dwc.data.intensity import SIGNAL, content_of, to_uint8
 from dwc.data.labels import LabelMap
-from dwc.data.manifest import namesakes
 from dwc.data.reading import ScanFile, enough_memory, load_labels, open_scan, varying
 from dwc.data.scan import Scan
 
-__all__ = ["CheckedScan", "Finding", "check_scans", "leak", "tell"]
+__all__ = ["axes_of", "check_each", "check_scans"]
 
 _FEW_LEVELS = 64  # of 255
+_INNER = 0.99  # of the voxels that are not black
+_HEAD_MM = 30.0  # no head is shorter; a header in cm that is taken for mm shows so
+_SLAB_MM = 80.0  # shorter is a part of a head
+_LEAST_VOLUME = 0.5  # of a voxel, as a share of a box with its edges
 _THICK_MM = 4.0
 _ANISOTROPIC = 3.0  # the longest edge of a voxel over the shortest
 _DISAGREEMENT_MM = 2.0  # between sform and qform
 _UNLISTED = 0.05  # of the labelled voxels
 _ON_SIGNAL = 0.6  # of the labelled voxels
-_MOST_WARNINGS = 20  # that are printed when something else is to be done
-_FEW_SCANS = 3  # of a site, below which no scan is compared with its neighbours
 # FreeSurfer's ids of structures that are on one side
 _LEFT = (2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 17, 18, 26, 28)
 _RIGHT = (41, 42, 43, 44, 46, 47, 49, 50, 51, 52, 53, 54, 58, 60)
-
-Topic = Literal[
-    "geometry", "units", "intensity", "cut off", "labels", "left and right", "overlap", "duplicate", "subject", "file"
-]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong (an error) or odd (a warning) about a scan, as a line that names the file."""
-
-    severity: Literal["error", "warning"]
-    topic: Topic
-    message: str
-
-
-@dataclass(frozen=True, eq=False)
-class CheckedScan:
-    """A scan and what was found.
-
-    Attributes
-    ----------
-    scan : Scan
-        The scan.
-    findings : tuple of Finding
-        What is wrong or odd.
-    facts : dict
-        For tables: shape, voxel_mm, axes, intensity (least and greatest value), grey_levels, unlisted_ids and
-        labels_on_signal (shares); those that could be determined.
-    voxels_of_class : ndarray or None
-        Voxels of each class on the grid, [n_classes].
-    content : str or None
-        SHA-256, hex, of the image on the grid: equal for the same scan in another file format, type or storage order.
-    """
-
-    scan: Scan
-    findings: tuple[Finding, ...] = ()
-    facts: dict[str, Any] = field(default_factory=dict)
-    voxels_of_class: np.ndarray | None = None
-    content: str | None = None
-
-    @property
-    def is_refused(self) -> bool:
-        """Whether there is an error among the findings."""
-        return any(finding.severity == "error" for finding in self.findings)
 
 
 def check_scans(
@@ -96,7 +48,7 @@ def check_scans(
     workers: int | None = None,
     progress: bool = True,
 ) -> list[CheckedScan]:
-    """Check scans, each by itself and against the others.
+    """Check scans, each by itself and against the others; ranks share the work, and each has all results.
 
     Parameters
     ----------
@@ -107,43 +59,43 @@ def check_scans(
     workers : int
         Threads; each holds a scan in memory, about 0.5 GB at 256^3. None: one per core, up to 8.
     progress : bool
-        Show a progress bar.
+        Show a progress bar, on the first rank.
     """
+    return compare(check_each(scans, grid, label_map, workers=workers, progress=progress))
+
+
+def check_each(
+    scans: Sequence[Scan],
+    grid: Grid,
+    label_map: LabelMap | None = None,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+) -> list[CheckedScan]:
+    """`check_scans` without the comparison."""
     if workers is None:
         workers = min(8, (os.cpu_count() or 1) // launcher.local_processes())
+    ours = ranks.share(scans)
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         checked = list(
             tqdm(
-                pool.map(lambda scan: _check(scan, grid, label_map), scans),
-                total=len(scans), desc="checking scans", unit="scan", disable=None if progress else True,
+                pool.map(lambda scan: _check(scan, grid, label_map), ours),
+                total=len(ours), desc="checking scans", unit="scan",
+                disable=None if progress and ranks.is_main() else True,
             )
         )  # fmt: skip
-    for compare in (_duplicates, _mirrored, _subjects):
-        checked = _with_findings(checked, compare(checked))
-    return checked
+    if ranks.world_size() == 1:
+        return checked
+    parts = ranks.gather([one.to_json() for one in checked])
+    return [CheckedScan.from_json(scan, values) for scan, values in zip(scans, ranks.merge(parts), strict=True)]
 
 
-def tell(checked: Sequence[CheckedScan]) -> None:
-    """Raise the first error of checked scans; without any, print the first warnings to stderr."""
-    _refuse(checked)
-    warnings = _warnings_of(checked)
-    for line in warnings[:_MOST_WARNINGS]:
-        print(f"warning: {line}", file=sys.stderr)
-    if len(warnings) > _MOST_WARNINGS:
-        print(f"warning: {len(warnings) - _MOST_WARNINGS} more; dwc data check lists them", file=sys.stderr)
-
-
-def _refuse(checked: Iterable[CheckedScan]) -> None:
-    """Raise the first error of checked scans, and say how many more there are."""
-    errors = [finding.message for one in checked for finding in one.findings if finding.severity == "error"]
-    if errors:
-        more = f" (and {len(errors) - 1} more; `dwc data check` lists them)" if len(errors) > 1 else ""
-        raise InputError(f"{errors[0]}{more}")
-
-
-def _warnings_of(checked: Iterable[CheckedScan]) -> list[str]:
-    """The warnings of checked scans, a line each, none twice."""
-    return list(dict.fromkeys(f.message for one in checked for f in one.findings if f.severity == "warning"))
+def axes_of(opened: ScanFile) -> dict[str, Any]:
+    """The facts that tell a mirrored scan from its neighbours."""
+    return {
+        "axes": "".join(nib.aff2axcodes(opened.affine)),
+        "right_handed": bool(np.linalg.det(opened.affine[:3, :3]) > 0),
+    }
 
 
 def _check(scan: Scan, grid: Grid, label_map: LabelMap | None) -> CheckedScan:
@@ -151,10 +103,14 @@ def _check(scan: Scan, grid: Grid, label_map: LabelMap | None) -> CheckedScan:
     found: list[Finding] = []
     facts: dict[str, Any] = {}
     content = voxels_of_class = None
+    if scan.fault:
+        return CheckedScan(scan, (Finding("error", "file", scan.fault),))
+    if scan.remark:
+        found.append(odd("labels", scan.image, scan.remark))
     try:
         with enough_memory(scan.image):
             image, placement = _check_image(scan, grid, found, facts)
-            content = hashlib.sha256(image.tobytes()).hexdigest()
+            content = content_of(image)
             if scan.label is not None and label_map is not None:
                 voxels_of_class = _check_labels(scan, scan.label, image, placement, grid, label_map, found, facts)
     except InputError as error:
@@ -169,14 +125,15 @@ def _check_image(scan: Scan, grid: Grid, found: list[Finding], facts: dict[str, 
     facts |= {
         "shape": opened.shape,
         "voxel_mm": tuple(float(f"{size:.4g}") for size in opened.voxel_sizes),
-        "axes": "".join(nib.aff2axcodes(opened.affine)),
-        "right_handed": bool(np.linalg.det(opened.affine[:3, :3]) > 0),
+        **axes_of(opened),
     }
     values = varying(scan.image, opened.read())
     facts["intensity"] = (float(values.min()), float(values.max()))
+    is_scaled = values.dtype != np.uint8
     values = to_uint8(values)
-    facts["grey_levels"] = int(np.count_nonzero(np.bincount(values.ravel(), minlength=256)[SIGNAL + 1 :]))
-    found += _intensity_findings(scan, facts["grey_levels"])
+    counts = np.bincount(values.ravel(), minlength=256)
+    facts["grey_levels"] = _levels_of_the_head(counts)
+    found += _intensity_findings(scan, facts["grey_levels"], int(counts.argmax()) if is_scaled else 0)
     image, placement = image_on_grid(scan.image, values, opened.affine, grid)
     found += _placement_findings(scan, placement.moved_mm, placement.cut_mm)
     return image, placement
@@ -194,7 +151,7 @@ def _check_labels(
     found += _label_findings(label, ids, labels.affine, label_map, facts["unlisted_ids"])
     classes, cut = classes_on_grid(label, classes, labels.affine, grid, placement)
     if cut:
-        found.append(_odd("cut off", label, f"{cut:.1%} of the labelled voxels lie outside of the grid"))
+        found.append(odd("cut off", label, f"{cut:.1%} of the labelled voxels lie outside of the grid"))
     facts["labels_on_signal"] = float(np.mean(image[classes > 0] > SIGNAL)) if classes.any() else 0.0
     found += _overlap_findings(scan, label, facts["labels_on_signal"])
     return np.bincount(classes.ravel(), minlength=label_map.n_classes)
@@ -206,21 +163,33 @@ def _header_findings(opened: ScanFile) -> list[Finding]:
     sizes = opened.voxel_sizes
     if sizes.max() > _THICK_MM or sizes.max() > _ANISOTROPIC * sizes.min():
         voxel = " x ".join(f"{size:.3g}" for size in sizes)
-        found.append(_odd("geometry", opened.path, f"voxels of {voxel} mm are coarse or long; small structures suffer"))
+        found.append(odd("geometry", opened.path, f"voxels of {voxel} mm are coarse or long; small structures suffer"))
+    extent = sizes * opened.shape
+    if extent.max() < _HEAD_MM:
+        what = (
+            f"its longest edge is {extent.max():.3g} mm, no head; look at pixdim, srow_x and xyzt_units in the header"
+        )
+        found.append(Finding("error", "units", f"{opened.path}: {what}"))
+    if extent.min() < min(_SLAB_MM, extent.max() / 2):
+        found.append(odd("geometry", opened.path, f"its shortest edge is {extent.min():.3g} mm, a slab of a head"))
+    volume = abs(np.linalg.det(opened.affine[:3, :3])) / np.prod(sizes)
+    if volume < _LEAST_VOLUME:
+        what = f"its axes are far from right angles (a voxel has {volume:.2g} of a box's volume); look at its affine"
+        found.append(odd("geometry", opened.path, what))
     if not isinstance(header, nib.Nifti1Header):
         return found
     unit, in_mm = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}.get(int(header["xyzt_units"]) & 7, ("", 1.0))
     if unit:
-        found.append(_odd("units", opened.path, f"the header is in {unit} (xyzt_units); converted to mm"))
+        found.append(odd("units", opened.path, f"the header is in {unit} (xyzt_units); converted to mm"))
     with np.errstate(all="ignore"):
         pixdim = np.abs(np.asarray(header["pixdim"][1:4], float)) * in_mm
     if not np.allclose(pixdim, sizes, rtol=0.01):
         shown = " x ".join(f"{size:.3g}" for size in pixdim)
-        found.append(_odd("geometry", opened.path, f"pixdim says {shown} mm, its affine something else; that is used"))
+        found.append(odd("geometry", opened.path, f"pixdim says {shown} mm, its affine something else; that is used"))
     has_sform, has_qform = bool(header["sform_code"]), bool(header["qform_code"])
     if not has_sform and not has_qform:
         found.append(
-            _odd("left and right", opened.path, "has neither sform nor qform, left and right are a guess; write one")
+            odd("left and right", opened.path, "has neither sform nor qform, left and right are a guess; write one")
         )
     if has_sform and has_qform:
         found += _forms_findings(opened)
@@ -232,28 +201,41 @@ def _forms_findings(opened: ScanFile) -> list[Finding]:
     try:
         forms = (opened.header.get_sform(), opened.header.get_qform())
     except (ValueError, HeaderDataError):
-        return [_odd("geometry", opened.path, "its qform is no rotation; the sform is used")]
+        return [odd("geometry", opened.path, "its qform is no rotation; the sform is used")]
     by_sform, by_qform = (apply_affine(form, corners) for form in forms)
     apart = float(np.linalg.norm(by_sform - by_qform, axis=1).max())
+    if not np.isfinite(apart):
+        return [odd("geometry", opened.path, "its qform is not finite; the sform is used")]
     if not apart > _DISAGREEMENT_MM:
         return []
-    return [_odd("geometry", opened.path, f"sform and qform disagree by up to {apart:.3g} mm; the sform is used")]
+    return [odd("geometry", opened.path, f"sform and qform disagree by up to {apart:.3g} mm; the sform is used")]
 
 
-def _intensity_findings(scan: Scan, levels: int) -> list[Finding]:
-    if levels >= _FEW_LEVELS:
-        return []
-    what = f"the head has {levels} grey levels of 255; export the scan with its full range, without outliers"
-    return [_odd("intensity", scan.image, what)]
+def _levels_of_the_head(counts: np.ndarray) -> int:
+    """The occupied grey levels of the signal, by a range that the brightest 1 % of the voxels do not set."""
+    bright = counts[1:].cumsum()
+    top = 1 + int(np.searchsorted(bright, _INNER * bright[-1]))
+    return int(np.count_nonzero(counts[top * SIGNAL // 255 + 1 : top + 1]))
+
+
+def _intensity_findings(scan: Scan, levels: int, most_common: int) -> list[Finding]:
+    found = []
+    if levels < _FEW_LEVELS:
+        what = f"the head has {levels} grey levels of 255; export the scan with its full range, without outliers"
+        found.append(odd("intensity", scan.image, what))
+    if most_common > SIGNAL:
+        what = f"its most common grey level is {most_common} of 255, where air is 0; give padding the value of air"
+        found.append(odd("intensity", scan.image, what))
+    return found
 
 
 def _placement_findings(scan: Scan, moved_mm: float, cut_mm: float) -> list[Finding]:
     found = []
     if moved_mm:
-        found.append(_odd("cut off", scan.image, f"the grid was moved by {moved_mm:.0f} mm so that it holds the head"))
+        found.append(odd("cut off", scan.image, f"the grid was moved by {moved_mm:.0f} mm so that it holds the head"))
     if cut_mm:
         found.append(
-            _odd(
+            odd(
                 "cut off",
                 scan.image,
                 f"{cut_mm:.0f} mm of it lie outside of the grid; crop it to the head if that is brain",
@@ -267,16 +249,16 @@ def _label_findings(
 ) -> list[Finding]:
     found = []
     if unlisted > _UNLISTED:
-        found.append(_odd("labels", label, f"{unlisted:.0%} of the labelled voxels have ids that are not listed"))
+        found.append(odd("labels", label, f"{unlisted:.0%} of the labelled voxels have ids that are not listed"))
     if ids.dtype.itemsize == 1 and max(label_map.ids) > np.iinfo(ids.dtype).max:
-        found.append(_odd("labels", label, f"{ids.dtype} cannot hold all ids of {label_map.name}; were they cut?"))
+        found.append(odd("labels", label, f"{ids.dtype} cannot hold all ids of {label_map.name}; were they cut?"))
     sides = []
     for one_side, parcels in ((_LEFT, 1000), (_RIGHT, 2000)):
         here = np.argwhere(np.isin(ids, one_side) | ((ids >= parcels) & (ids < parcels + 1000)))
         if len(here):
             sides.append(apply_affine(affine, here.mean(axis=0))[0])
     if len(sides) == 2 and sides[0] > sides[1]:
-        found.append(_odd("left and right", label, "ids of the left side are on the right; the volume is mirrored"))
+        found.append(odd("left and right", label, "ids of the left side are on the right; the volume is mirrored"))
     return found
 
 
@@ -284,65 +266,4 @@ def _overlap_findings(scan: Scan, label: Path, share: float) -> list[Finding]:
     if share >= _ON_SIGNAL:
         return []
     what = f"{share:.0%} of the labelled voxels are brighter than air in {scan.image.name}; do they belong together?"
-    return [_odd("overlap", label, what)]
-
-
-def _duplicates(checked: Sequence[CheckedScan]) -> dict[int, list[Finding]]:
-    """The same scan under two names: an error if one is trained on and the other tested on."""
-    first: dict[str, int] = {}
-    found = defaultdict(list)
-    for number, one in enumerate(checked):
-        if one.content is None:
-            continue
-        twin = checked[first.setdefault(one.content, number)]
-        if twin is one:
-            continue
-        if one.scan.split != twin.scan.split:
-            found[number].append(Finding("error", "duplicate", leak(one.scan, twin.scan)))
-        else:
-            what = f"holds the same scan as {twin.scan.image}; leave one out"
-            found[number].append(_odd("duplicate", one.scan.image, what))
-    return found
-
-
-def leak(one: Scan, twin: Scan) -> str:
-    """What to say of one scan in both parts of the split."""
-    return f"{one.image}: holds the same scan as {twin.image}, one to train and one to test on; leave one out"
-
-
-def _mirrored(checked: Sequence[CheckedScan]) -> dict[int, list[Finding]]:
-    """Scans whose axes are of another handedness than most of their site's: a flip in a conversion shows so."""
-    of_site = defaultdict(list)
-    for number, one in enumerate(checked):
-        if "right_handed" in one.facts:
-            of_site[one.scan.site].append(number)
-    found = defaultdict(list)
-    for site, numbers in of_site.items():
-        right = [number for number in numbers if checked[number].facts["right_handed"]]
-        left = [number for number in numbers if not checked[number].facts["right_handed"]]
-        few, many = sorted((right, left), key=len)
-        if len(numbers) > _FEW_SCANS and len(few) * 4 <= len(many):
-            for number in few:
-                scan = checked[number].scan
-                what = f"its axes {checked[number].facts['axes']} are mirrored against the others of site {site}"
-                found[number].append(_odd("left and right", scan.image, f"{what}; check that left is left"))
-    return found
-
-
-def _subjects(checked: Sequence[CheckedScan]) -> dict[int, list[Finding]]:
-    """Subjects that may be one person under two names."""
-    alike = namesakes(one.scan for one in checked)
-    found = defaultdict(list)
-    for names in alike:
-        number = next(number for number, one in enumerate(checked) if one.scan.subject == names[-1])
-        what = f"subjects {' and '.join(names)} may be one person; name each in one way"
-        found[number].append(_odd("subject", checked[number].scan.image, what))
-    return found
-
-
-def _with_findings(checked: Sequence[CheckedScan], found: dict[int, list[Finding]]) -> list[CheckedScan]:
-    return [replace(one, findings=(*one.findings, *found.get(number, ()))) for number, one in enumerate(checked)]
-
-
-def _odd(topic: Topic, path: object, what: str) -> Finding:
-    return Finding("warning", topic, f"{path}: {what}")
+    return [odd("overlap", label, what)]

@@ -110,9 +110,9 @@ def conform_labels(
     image : path
         The image these labels belong to: they must lie on its voxels, and go where `conform_image` takes it.
     """
-    labels = load_labels(path, image)
-    ids = np.asanyarray(labels.dataobj)
     with enough_memory(path):
+        labels = load_labels(path, image)
+        ids = np.asanyarray(labels.dataobj)
         classes = label_map.apply(ids)
         check_ids(path, ids, classes, label_map)
         placement = None if image is None else place(image, grid)

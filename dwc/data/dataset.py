@@ -18,7 +18,7 @@ from dwc.data.labels import LabelMap
 from dwc.data.paths import OUT_OF_HANDLES, unreadable
 from dwc.data.scan import Scan
 
-__all__ = ["MOMENTS", "SubVolumes", "read_moments"]
+__all__ = ["MOMENTS", "SubVolumes", "read_content", "read_moments"]
 
 MOMENTS = "moments.json"
 
@@ -91,6 +91,10 @@ class SubVolumes(torch.utils.data.Dataset):
 def read_moments(folder: Path) -> tuple[np.float32, np.float32]:
     values = json.loads((folder / MOMENTS).read_text())
     return np.float32(values["mean"]), np.float32(values["sd"])
+
+
+def read_content(folder: Path) -> str:
+    return json.loads((folder / MOMENTS).read_text())["content"]
 
 
 def _memory_map(path: Path) -> np.ndarray:

@@ -1,15 +1,19 @@
 """Intensities: from the scanner's values to 8 bits, and from those to a network's input."""
 
+import hashlib
+
 import numpy as np
 
-__all__ = ["SIGNAL", "moments", "to_uint8", "z_score"]
+__all__ = ["SIGNAL", "content_of", "moments", "to_uint8", "z_score"]
 
 SIGNAL = 25  # of 255: brighter voxels are not air; a tenth of the range, as in FSL's BET
 
-_RARE = 0.001  # share of the darkest voxels that may be ignored in scaling
-_LIFTED = 8  # grey levels; rare dark voxels that would raise all others by more are ignored
-_FEW_BINS = 64  # of the histogram; it is taken again if the head fills fewer bins
-_PLAIN = (1e-30, 1e30)  # ranges that float32 can scale
+_RARE = 0.001  # share of the voxels that may be darker than the rest without setting the scale
+_LIFTED = 8  # grey levels; rare voxels that would lift everything else by more are ignored
+_HEAD_LEVELS = 32  # fewer occupied grey levels are no head with the air around it
+_AIR = 0.25  # least share of air in a head's field of view
+_FEW_BINS = 64  # of the histogram; a head in fewer is looked at more closely
+_PLAIN = (1e-30, 1e30)  # spans that float32 arithmetic holds
 
 
 def to_uint8(data: np.ndarray, n_bins: int = 1000, clipped: float = 0.001) -> np.ndarray:
@@ -18,7 +22,8 @@ def to_uint8(data: np.ndarray, n_bins: int = 1000, clipped: float = 0.001) -> np
     0 is the minimum, 255 the value that a share `clipped` of the non-zero voxels exceeds, in a histogram of `n_bins`.
     Unlike in `mri_convert`, a few extreme voxels do not set the scale: the darkest 0.1 % are clipped if they would
     raise all others by more than 8 grey levels, and if the brightest leave the others fewer than 64 bins, the histogram
-    is taken again without them.
+    is taken again without them. A dark value that no others are near, such as a padding of -1000, is clipped to the air
+    above it, however many voxels have it.
     """
     if data.dtype == np.uint8:
         return data
@@ -31,11 +36,38 @@ def to_uint8(data: np.ndarray, n_bins: int = 1000, clipped: float = 0.001) -> np
     if np.count_nonzero(data <= low + _LIFTED * (top - low) / 255) <= int(_RARE * data.size):
         low = _ranked(data, _RARE)
         top = _brightest(data, low, high, n_bins, n_clipped)
+    result = _scaled(data, low, top)
+    while (end := _end_of_gap(result)) is not None:
+        low = float(data[result >= end].min())
+        if not _is_plain(low, high, n_bins):
+            break
+        top = _brightest(data, low, high, n_bins, n_clipped)
+        closer = _scaled(data, low, top)
+        if not _is_head_in_air(closer[result >= end]):
+            break
+        result = closer
+    return result
+
+
+def _scaled(data: np.ndarray, low: float, top: float) -> np.ndarray:
     scaled = np.empty(data.shape, np.float32)
     np.clip(data, low, top, out=scaled, casting="unsafe")
     scaled -= low
     scaled *= 255 / (top - low)
     return np.clip(scaled, 0, 255, out=scaled).round(out=scaled).astype(np.uint8)
+
+
+def _end_of_gap(image: np.ndarray) -> int | None:
+    """The first grey level above the darkest, if more than a few empty ones lie between."""
+    darkest, *others = np.flatnonzero(np.bincount(image.ravel(), minlength=256)).tolist()
+    return others[0] if others and others[0] - darkest > _LIFTED else None
+
+
+def _is_head_in_air(voxels: np.ndarray) -> bool:
+    """Whether grey levels are a head's with the air around it, rather than tissue in an empty background."""
+    counts = np.bincount(voxels, minlength=256)
+    n_air = int(counts[: SIGNAL + 1].sum())
+    return int(np.count_nonzero(counts)) >= _HEAD_LEVELS and n_air >= _AIR * int(counts.sum())
 
 
 def _brightest(data: np.ndarray, low: float, high: float, n_bins: int, n_clipped: int) -> float:
@@ -71,6 +103,11 @@ def _ranked(data: np.ndarray, share: float) -> float:
     """The value below which this share of the voxels falls."""
     rank = min(int(share * data.size), data.size - 1)
     return float(np.partition(data, rank, axis=None)[rank])
+
+
+def content_of(image: np.ndarray) -> str:
+    """SHA-256, hex, of an image's voxels: equal for one scan in any file format, type, scale or storage order."""
+    return hashlib.sha256(np.ascontiguousarray(image).data).hexdigest()
 
 
 def moments(image: np.ndarray) -> tuple[np.float32, np.float32]:

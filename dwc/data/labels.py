@@ -26,6 +26,7 @@ __all__ = ["LabelMap", "read_tsv"]
 _COLUMNS = ("index", "class", "name")
 _SIDES = ("Left-", "Right-", "ctx-lh-", "ctx-rh-")
 _MAX_CLASSES = 256  # classes are stored as uint8
+_SLAB = 16  # planes at a time
 _MAX_ID = 1_000_000  # ids are looked up in a table of this length at most
 
 
@@ -146,9 +147,12 @@ class LabelMap:
             raise TypeError(f"label ids must be integers, not {ids.dtype}")
         table = np.zeros(max(self.ids) + 2, np.uint8)  # the last entry, which no listed id has, is for unlisted ids
         table[list(self.ids)] = self.classes
-        outside = (ids < 0) | (ids >= len(table))
-        # widened first: the last entry's index does not fit into 8 bits, and perhaps not into 16
-        return table[np.where(outside, len(table) - 1, ids.astype(np.int64))]
+        classes = np.empty_like(ids, np.uint8)
+        for part, result in zip(_slabs(ids), _slabs(classes), strict=True):
+            outside = (part < 0) | (part >= len(table))
+            # widened first: the last entry's index does not fit into 8 bits, and perhaps not into 16
+            result[...] = table[np.where(outside, len(table) - 1, part.astype(np.int64))]
+        return classes
 
     def to_ids(self, classes: np.ndarray) -> np.ndarray:
         """Label ids of classes, int32: the first listed id of each class, so the left one where sides are merged.
@@ -164,6 +168,13 @@ class LabelMap:
         for index, klass in zip(reversed(self.ids), reversed(self.classes), strict=True):
             table[klass] = index if klass else 0
         return table[classes]
+
+
+def _slabs(array: np.ndarray) -> list[np.ndarray]:
+    """Views of a few planes each of a volume, so that what is made of one is small; other arrays as a whole."""
+    if array.ndim < 3:
+        return [array]
+    return [array[..., begin : begin + _SLAB] for begin in range(0, array.shape[-1], _SLAB)]
 
 
 def _without_side(name: str) -> str:

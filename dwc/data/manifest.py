@@ -16,21 +16,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dwc.base.cells import as_text, from_text
-from dwc.base.errors import InputError, one_line
-from dwc.data.bids import has_split, scans_in_folder, subject_of
+from dwc.base.errors import InputError, one_line, printable
+from dwc.data.bids import has_split, scans_in_folder
 from dwc.data.paths import check_printable, existing_file, unreadable
 from dwc.data.scan import SPLITS, Scan, is_missing
+from dwc.data.subjects import plain_name, subject_of
 
 __all__ = ["Scan", "as_csv", "has_split_column", "labelled", "namesakes", "read_manifest"]
 
 T = TypeVar("T")
 
+
 _COLUMNS = ("image", "label", "subject", "site", "split")
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_EXCEL = re.compile(r"\s*\"?sep=([,;\t])\"?[ \t,;]*\r?\n", re.IGNORECASE)  # Excel's own first line
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a spreadsheet's "Unicode text" begins
 
 
-def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: float = 0.1) -> list[Scan]:
+def read_manifest(
+    path: str | os.PathLike, *, seed: int = 0, test_fraction: float = 0.1, lenient: bool = False
+) -> list[Scan]:
     """Read the scans of a manifest, in its order.
 
     Parameters
@@ -46,6 +51,9 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
     test_fraction : float
         Part of the subjects to test on, on average; 0: none. A subject is in one part of the split with all its scans;
         the same name at two sites is the same subject.
+
+    lenient : bool
+        Keep scans whose files are missing or ambiguous, with their `fault`, instead of raising InputError.
 
     Raises
     ------
@@ -69,7 +77,7 @@ def read_manifest(path: str | os.PathLike, *, seed: int = 0, test_fraction: floa
             f"test fraction {test_fraction} is not a part of the subjects; give a number from 0 to below 1"
         )
     is_folder = _is_folder(path)
-    scans = scans_in_folder(path) if is_folder else _from_csv(path)
+    scans = scans_in_folder(path, lenient=lenient) if is_folder else _from_csv(path, lenient)
     if not scans:
         what = "*_T1w.nii.gz in sub-*/[ses-*/]anat, nor other volumes" if is_folder else "rows"
         raise InputError(f"{path}: the manifest is empty, it has no {what}; list at least one scan")
@@ -89,13 +97,15 @@ def labelled(scans: Sequence[Scan], manifest: str | os.PathLike, purpose: str) -
         raise InputError(f"{manifest}: {without[0].image} has no label; {purpose}")
     if without:
         what = f"{len(without)} of {len(scans)} scans have no label and are left out, the first is {without[0].image}"
-        print(f"warning: {manifest}: {what}", file=sys.stderr)
+        remarks = [f"{scan.image}: {scan.remark}" for scan in without if scan.remark]
+        for line in (f"{manifest}: {what}", *remarks[:1]):
+            print(f"warning: {printable(line)}", file=sys.stderr)
     return [scan for scan in scans if scan.label is not None]
 
 
 def namesakes(scans: Iterable[Scan]) -> list[list[str]]:
     """Groups of subjects that may be one person: `sub-01`, `01` and `1`, of one site or of several."""
-    spellings = _group(scans, lambda scan: _plain_name(scan.subject), lambda scan: scan.subject)
+    spellings = _group(scans, lambda scan: plain_name(scan.subject), lambda scan: scan.subject)
     return [sorted(set(names)) for names in spellings.values() if len(set(names)) > 1]
 
 
@@ -122,7 +132,7 @@ def _is_folder(path: Path) -> bool:
         raise unreadable(path, error) from error
 
 
-def _from_csv(path: Path) -> list[Scan]:
+def _from_csv(path: Path, lenient: bool) -> list[Scan]:
     header, rows = _read_csv(path)
     scans: list[Scan] = []
     line_of: dict[Path, int] = {}
@@ -132,8 +142,14 @@ def _from_csv(path: Path) -> list[Scan]:
         if not row["image"]:
             raise InputError(f"{where}: the image is empty; name a file")
         files = {column: path.parent / row[column] for column in ("image", "label") if row.get(column)}
+        fault = ""
         for column, file in files.items():
-            _check_file(where, column, file)
+            try:
+                _check_file(where, column, file)
+            except InputError as error:
+                if not lenient:
+                    raise
+                fault = fault or str(error)
         image = files["image"]
         first = line_of.setdefault(image.resolve(), line)
         if first != line:
@@ -148,7 +164,8 @@ def _from_csv(path: Path) -> list[Scan]:
                 raise InputError(f"{where}: {image} and {other} would both be subject {subject}, after their file "
                                  f"names; add a subject column")  # fmt: skip
         site = row.get("site") or path.resolve().parent.name
-        scans.append(Scan(image, files.get("label"), subject, site, "test" if row.get("split") == "test" else "train"))
+        is_tested_on = row.get("split") == "test"
+        scans.append(Scan(image, files.get("label"), subject, site, "test" if is_tested_on else "train", fault))
     return scans
 
 
@@ -173,7 +190,9 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
         raise unreadable(path, error, "give a CSV or a BIDS folder") from error
     try:
         text = content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
-        separator = _separator(text)
+        if named := _EXCEL.match(text):
+            text = "\n" + text[named.end() :]
+        separator = named[1] if named else _separator(text)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
         lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))]
     except (UnicodeDecodeError, csv.Error) as error:
@@ -191,7 +210,16 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
             f"commas, semicolons or tabs"
         )
     rows = []
+    n_files = 1 + max(header.index(name) for name in ("image", "label") if name in header)
     for line, cells in lines[1:]:
+        other = max(_SEPARATORS, key=lambda mark: sum(mark in cell for cell in cells))
+        if len(header) > 1 and len([cell for cell in cells if cell]) == 1 and other != separator and other in cells[0]:
+            raise InputError(
+                f"{path}, line {line}: separated by {_SEPARATORS[other]}, its header by {_SEPARATORS[separator]}; "
+                f"write both alike"
+            )
+        if len(cells) >= n_files:  # a spreadsheet may have cut empty cells
+            cells += [""] * (len(header) - len(cells))
         beyond = cells[len(header) :]
         if len(cells) < len(header) or any(beyond):
             raise InputError(
@@ -214,18 +242,13 @@ def _check_split(path: Path, scans: list[Scan]) -> None:
     for subject, splits in _group(scans, lambda scan: scan.subject, lambda scan: scan.split).items():
         if len(set(splits)) > 1:
             raise InputError(f"{path}: subject {subject} is in both train and test; give each subject one split")
-    for group in _group(scans, lambda scan: (scan.site, _plain_name(scan.subject))).values():
+    for group in _group(scans, lambda scan: (scan.site, plain_name(scan.subject))).values():
         if len({scan.split for scan in group}) > 1:
             names = " and ".join(sorted({scan.subject for scan in group}))
             raise InputError(
                 f"{path}: subjects {names} of site {group[0].site} look like one, and are in both train and test; name "
                 f"each subject in one way"
             )
-
-
-def _plain_name(subject: str) -> str:
-    """A subject's name without what spreadsheets and tools add or lose: the prefix sub-, zeros in front of numbers."""
-    return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"^sub[-_]?(?=.)", "", subject.casefold()))
 
 
 def _split_by_subject(scans: list[Scan], seed: int, test_fraction: float) -> list[Scan]:

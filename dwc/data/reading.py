@@ -9,10 +9,12 @@ import gzip
 import io
 import logging
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import permutations
 from math import prod
 from pathlib import Path
 from typing import IO, TypeAlias, cast
@@ -36,6 +38,7 @@ _MOST_HEADER = 1 << 26  # bytes before the voxels, extensions included
 _MOST_BEHIND = 1 << 24  # bytes behind the voxels: FreeSurfer's tags, padding
 _BEST_COMPRESSION = 1100  # deflate cannot pack better than 1032 : 1
 _GZIP, _BZIP2 = b"\x1f\x8b", b"BZh"
+_PAIR = re.compile(r"(.*)(\.hdr|\.img)(\.gz)?", re.IGNORECASE | re.DOTALL)
 _MOST_HEADER_FIELDS = 544  # bytes of the longest header, NIfTI-2's
 _BLOCK = 1 << 20
 _VOXEL_MM = (0.05, 25.0)
@@ -44,6 +47,8 @@ _FARTHEST_MM = 1e5  # of the first voxel from the origin
 _UNITS = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # mm of a unit, by its code in xyzt_units; 0 says nothing: mm
 _ROUNDING = 0.02  # label values this close to a whole number are that number
 _SAME_GRID = 0.01  # of a voxel
+_DIRECTION_DECIMALS = 5  # float32 headers
+_SLAB = 16  # planes of labels at a time
 _QUATERNION_ROUNDING = 1e-3  # of the squared length of (b, c, d) above 1
 _POINTERS = {
     b"version https://git-lfs": "is a git-LFS pointer, not the scan; fetch it with `git lfs pull`",
@@ -119,8 +124,9 @@ def open_scan(path: str | os.PathLike) -> ScanFile:
     A 4-D file of one volume counts as 3-D. Headers in metres or micrometres are converted to mm.
     """
     path = existing_file(path)
-    is_voxels_of_a_pair = path.name.lower().removesuffix(".gz").endswith(".img")
-    header_path = _partner(path, ".hdr") if is_voxels_of_a_pair else path
+    named = _PAIR.fullmatch(path.name)
+    with _reading(path):
+        header_path = _partner(path, ".hdr") if named and named[2].lower() == ".img" else path
     with _reading(path), _unpacked(header_path) as stream:
         header, offset, in_pair = _header(stream.read(_MOST_HEADER_FIELDS), path)
         shape = _shape(header, path)
@@ -129,8 +135,13 @@ def open_scan(path: str | os.PathLike) -> ScanFile:
             raise InputError(f"{path}: voxels of type {dtype}; give one real number per voxel")
         affine = _affine(header, path)
     _check_geometry(path, shape, affine)
-    data_path = _partner(header_path, ".img") if in_pair else header_path
+    if in_pair and not named:
+        raise InputError(
+            f"{path}: its header says that the voxels are in an .img file beside it (magic ni1 or ni2); name it .hdr, "
+            f"or convert the pair to .nii.gz"
+        )
     with _reading(path):
+        data_path = _partner(header_path, ".img") if in_pair else header_path
         _check_claim(path, data_path, offset, prod(shape) * dtype.itemsize)
     return ScanFile(path, header, shape, affine, data_path, offset)
 
@@ -160,7 +171,8 @@ def load_labels(path: str | os.PathLike, image: str | os.PathLike | None = None)
         The labels, and the image whose voxels they must lie on, in any storage order (not checked where None).
     """
     scan = open_scan(path)
-    ids = _whole_numbers(scan, scan.read())
+    with enough_memory(path):
+        ids = _whole_numbers(scan, scan.read())
     if ids.dtype == np.int8 and ids.min() < 0:
         raise InputError(
             f"{path}: label ids in 8 bits, some below 0 ({ids.min()}); they were cut to that type, save them as int16"
@@ -172,8 +184,32 @@ def load_labels(path: str | os.PathLike, image: str | os.PathLike | None = None)
 
 def canonical_affine(shape: tuple[int, ...], affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What brings a volume into RAS order: nibabel's orientation transform [3, 2], and the affine afterwards [4, 4]."""
-    orientation = nib.io_orientation(affine)
+    orientation = _orientation(affine)
     return orientation, affine @ nib.orientations.inv_ornt_aff(orientation, shape)
+
+
+def _orientation(affine: np.ndarray) -> np.ndarray:
+    """Which axis of RAS each of a volume's axes is nearest to, and its sign.
+
+    `nib.io_orientation` takes the axes in storage order, which decides where one lies half-way between two of RAS. Here
+    the set of axes does.
+    """
+    left, _, right = np.linalg.svd(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+    directions = (left @ right).T
+
+    def without_sign(axis: int) -> list[float]:
+        direction = directions[axis].round(_DIRECTION_DECIMALS)
+        return list(direction * np.sign(direction[np.flatnonzero(direction)[0]]))
+
+    ordered = sorted(range(3), key=without_sign)
+    nearest = max(
+        permutations(range(3)),
+        key=lambda targets: np.abs(directions[ordered, targets]).sum().round(_DIRECTION_DECIMALS),
+    )
+    orientation = np.empty((3, 2))
+    orientation[ordered, 0] = nearest
+    orientation[ordered, 1] = np.sign(directions[ordered, nearest])
+    return orientation
 
 
 def _header(block: bytes, path: Path) -> tuple[Header, int, bool]:
@@ -183,9 +219,12 @@ def _header(block: bytes, path: Path) -> tuple[Header, int, bool]:
             raise InputError(f"{path}: {what}")
     if block[:4] == b"\0\0\0\1" and len(block) >= 284:
         return MGHHeader(block[:284], check=False), 284, False
-    kinds = ((nib.Nifti1Header, block[344:347], 348), (nib.Nifti2Header, block[4:7], 540))
-    for kind, magic, size in kinds:
-        if magic in (b"n+1", b"ni1", b"n+2", b"ni2") and len(block) >= size:
+    kinds = (
+        (nib.Nifti1Header, block[344:347], (b"n+1", b"ni1"), 348),
+        (nib.Nifti2Header, block[4:7], (b"n+2", b"ni2"), 540),
+    )
+    for kind, magic, known, size in kinds:
+        if magic in known and len(block) >= size:
             header = kind(block[:size], check=False)
             header.check_fix(logger=_SILENT, error_level=40)
             in_pair = magic.startswith(b"ni")
@@ -195,7 +234,14 @@ def _header(block: bytes, path: Path) -> tuple[Header, int, bool]:
             return header, int(begin) or (0 if in_pair else size + 4), in_pair
     if len(block) >= 348 and 348 in (int.from_bytes(block[:4], order) for order in ("little", "big")):
         raise InputError(f"{path}: Analyze is not supported, it does not say left from right; convert it to .nii.gz")
-    raise InputError(f"{path}: not a NIfTI or mgz volume (it has neither's header); convert it to .nii.gz")
+    what, remedy = "it has neither's header", "convert it to .nii.gz"
+    if not block:
+        what, remedy = "the file is empty", "copy it again"
+    elif block.lstrip()[:1] == b"<":
+        what, remedy = "it is a web page or XML", "download the scan again"
+    elif len(block) < 348:
+        what, remedy = "it is truncated or damaged", "copy it again"
+    raise InputError(f"{path}: not a NIfTI or mgz volume ({what}); {remedy}")
 
 
 def _shape(header: Header, path: Path) -> tuple[int, int, int]:
@@ -282,17 +328,24 @@ def _check_claim(path: Path, data_path: Path, offset: int, n_bytes: int) -> None
 def _whole_numbers(scan: ScanFile, values: np.ndarray) -> np.ndarray:
     if values.dtype.kind != "f":
         return values
-    whole = np.rint(values)
-    away = np.abs(values - whole) > _ROUNDING
-    far = np.abs(values) > np.iinfo(np.int32).max
-    if away.any() or far.any():
+    ids = np.empty(values.shape, np.int32, order="F")
+    for begin in range(0, values.shape[2], _SLAB):
+        part = values[:, :, begin : begin + _SLAB]
+        whole = np.rint(part)
+        _refuse_values(scan, part, np.abs(part - whole) > _ROUNDING, "not whole numbers")
+        _refuse_values(scan, part, np.abs(part) > np.iinfo(np.int32).max, "too large")
+        ids[:, :, begin : begin + _SLAB] = whole
+    return ids
+
+
+def _refuse_values(scan: ScanFile, values: np.ndarray, bad: np.ndarray, what: str) -> None:
+    if bad.any():
         slope, inter = scan.scaling
-        what, value = ("not whole numbers", values[away][0]) if away.any() else ("too large", values[far][0])
+        remedy = {"too large": "give label ids below 2^31"}.get(what, "resample with nearest, store as integers")
         raise InputError(
-            f"{scan.path}: labels are {what} ({value:.8g}), with scl_slope {slope:g} and scl_inter {inter:g}; resample "
-            f"with nearest, store as integers"
+            f"{scan.path}: labels are {what} ({values[bad][0]:.8g}), with scl_slope {slope:g} and scl_inter {inter:g}; "
+            f"{remedy}"
         )
-    return whole.astype(np.int32)
 
 
 def _check_same_grid(labels: ScanFile, image: ScanFile) -> None:
@@ -319,11 +372,12 @@ def _in_ras_order(scan: ScanFile) -> tuple[tuple[int, ...], np.ndarray]:
 
 def _partner(path: Path, extension: str) -> Path:
     """The other file of a .hdr and .img pair, compressed or not, in the same case or another."""
-    stem = path.name[: path.name.lower().rindex("." + {".img": "hdr", ".hdr": "img"}[extension])]
-    for end in (extension, f"{extension}.gz", extension.upper(), f"{extension.upper()}.GZ"):
-        if (partner := path.with_name(stem + end)).exists():
-            return existing_file(partner)
-    raise InputError(f"{path}: there is no {stem}{extension} beside it; a pair needs both files, copy it too")
+    stem = cast(re.Match, _PAIR.fullmatch(path.name))[1]
+    wanted = re.compile(rf"{re.escape(stem)}(?i:{re.escape(extension)}(\.gz)?)")
+    there = [name for name in os.listdir(path.parent) if wanted.fullmatch(name)]
+    if not there:
+        raise InputError(f"{path}: there is no {stem}{extension} beside it; a pair needs both files, copy it too")
+    return existing_file(path.with_name(min(there, key=lambda name: (len(name), name != stem + extension, name))))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import yaml
 
 from dwc.base.errors import InputError
 from dwc.base.files import open_folder, write_whole
+from dwc.base.tables import as_csv
 from dwc.data.cache import prepare
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
@@ -70,11 +71,11 @@ def simulate(settings: SimulationSettings) -> None:
     if (cycle := Cycle(cycle.folder)).round is not None:
         raise InputError(f"{settings.out / 'flare.log'}: the simulator ended in round {cycle.round}; see this log")
     rounds = _rounds(settings, cycle.folder, manifests[0])
-    write_whole(settings.out / "rounds.csv", rounds.to_csv(float_format="%.4f").encode())
+    write_whole(settings.out / "rounds.csv", as_csv(rounds, index=True, float_format="%.4f").encode())
     print(rounds.to_string(float_format="%.3f", na_rep="-"))
     if settings.plan_sites:
         table = capacity_table(settings.plan_sites, n_classes=50, width=96, link_mbit_s=settings.link_mbit_s)
-        write_whole(settings.out / "plan.csv", table.to_csv(float_format="%.3f").encode())
+        write_whole(settings.out / "plan.csv", as_csv(table, index=True, float_format="%.3f").encode())
         print(
             f"\none round of the full network (50 classes, 96 filters), server's link {settings.link_mbit_s:g} Mbit/s"
         )
@@ -154,7 +155,7 @@ def _rounds(settings: SimulationSettings, folder: Path, manifests: dict[str, Pat
     """One row per network q0, q1, ...: Dice; seconds and posteriors of its round, bytes of the site with the most."""
     state = read_state(folder)
     traffic = _traffic(state)
-    write_whole(settings.out / "traffic.csv", traffic.to_csv().encode())
+    write_whole(settings.out / "traffic.csv", as_csv(traffic, index=True, float_format=None).encode())
     grid, label_map = Grid(settings.grid_size, settings.voxel_size), LabelMap.load(settings.label_map)
     scans = [scan for manifest in manifests.values() for scan in read_manifest(manifest) if scan.split == "test"]
     held_out = prepare(scans, label_map, grid, settings.out / "cache", progress=False)

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from dwc.base.files import write_whole
+from dwc.base.tables import as_csv, read_table
 from dwc.report.figures import overlay
 from dwc.study.context import Study
 from dwc.study.graph import Network, cycle, untrained
@@ -31,7 +32,7 @@ def run(settings: StudySettings) -> None:
     scores.score(rows)
     volumes = scores.table("volumes", rows)
     table = dice_table(volumes, settings.groups).rename_axis("network")
-    write_whole(study.out / "table.csv", table.to_csv(float_format="%.4f").encode())
+    write_whole(study.out / "table.csv", as_csv(table, index=True, float_format="%.4f").encode())
     _draw(scores, {"DWC": rows[-1], f"MAP {settings.origin}": rows[1]})
     print(_report(study, table, volumes))
 
@@ -53,9 +54,9 @@ def _rows(settings: StudySettings) -> tuple[list[Row], Network]:
 
 def _show_weights(networks: Networks, joint: Network) -> None:
     """Save and print each site's weight in the consolidation."""
-    weights = pd.read_csv(networks.folder(joint) / "weights.csv")
+    weights = read_table(networks.folder(joint) / "weights.csv")
     weights["site"] = weights["site"].str.replace("->", "_")
-    write_whole(networks.study.out / _WEIGHTS, weights.to_csv(index=False, float_format="%.4f").encode())
+    write_whole(networks.study.out / _WEIGHTS, as_csv(weights, float_format="%.4f").encode())
     medians = weights.groupby("site")["weight"].median()
     words = ", ".join(f"{site} {weight:.2f}" for site, weight in medians.items())
     print(f"weight of each site's means, median over layers: {words}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from dwc.base.errors import Interrupted
 from dwc.base.files import open_folder, write_whole
+from dwc.base.tables import as_csv
 from dwc.base.work_sharing import claimed
 from dwc.posterior import Posterior
 from dwc.study.combining import average_means, consolidate_sites, fresh_network
@@ -113,6 +114,6 @@ class Networks:
                 weights["site"] = weights["site"].map(
                     {str(self.file(parent)): parent.name for parent in network.parents}
                 )
-                table = weights.to_csv(index=False, float_format="%.4f")
+                table = as_csv(weights, float_format="%.4f")
                 write_whole(self.folder(network) / "weights.csv", table.encode())
         posterior.save(self.file(network))

@@ -22,7 +22,7 @@ from dwc.base.files import open_folder
 from dwc.base.locks import held
 from dwc.base.seeds import seed_of
 from dwc.base.signals import Caught, catch_signals, ignore_signals
-from dwc.data.admission import check_before_training
+from dwc.data.admission import admit
 from dwc.data.cache import prepare
 from dwc.data.constants import SIDE
 from dwc.data.dataset import SubVolumes
@@ -72,7 +72,7 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
             ranks.barrier()
             # Check again: another run may have used the folder before it was locked.
             specification, checkpoint = resolve(settings, resume=resume)
-            check_before_training(
+            admit(
                 [*specification.train_scans, *specification.test_scans],
                 specification.label_map, specification.grid, specification.cache_dir,
             )  # fmt: skip

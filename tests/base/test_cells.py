@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dwc.base.cells import as_text, from_text
-from dwc.base.tables import read_table, write_table
+from dwc.base.tables import as_csv, read_table, write_table
 
 
 @given(st.one_of(st.text(), st.text(alphabet="'=+-@a\t")))
@@ -22,3 +22,8 @@ def test_names_in_a_table_are_read_back_and_numbers_stay_numbers(tmp_path, site)
     assert not line.startswith(("=", "+", "-", "@"))
     assert line.endswith(",-0.5")
     pd.testing.assert_frame_equal(read_table(tmp_path / "t.csv"), table)
+
+
+def test_no_index_and_no_name_of_a_column_runs():
+    table = pd.DataFrame({"=a": [1.5], "b": ["@x"]}, index=pd.MultiIndex.from_tuples([("-s", 2)], names=["+i", "n"]))
+    assert as_csv(table, index=True) == "'+i,n,'=a,b\n'-s,2,1.5,'@x\n"

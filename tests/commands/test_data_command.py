@@ -55,6 +55,31 @@ def test_bad_scans_are_all_told_and_the_exit_code_says_so(folder, capsys):
     assert captured.err.splitlines()[-1] == f"dwc: {folder / 'm.csv'}: 3 scans, 3 with labels: 2 refused, 0 odd"
 
 
+def test_missing_files_pointers_and_ambiguous_names_are_a_row_each(folder, capsys):
+    (folder / "lfs.nii.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+    with (folder / "m.csv").open("a") as table:
+        table.write("\ngone.nii.gz,s0_dseg.nii.gz,p7,train\nlfs.nii.gz,s0_dseg.nii.gz,p8,train\n")
+    assert cli.main(["data", "check", str(folder / "m.csv"), *GRID]) == 2
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "5 scans, 5 with labels: 2 refused, 0 odd"
+    assert "gone.nii.gz does not exist" in printed
+    assert "git-LFS pointer" in printed
+    anat = folder / "bids" / "sub-1" / "anat"
+    anat.mkdir(parents=True)
+    for name in ("sub-1_T1w.nii", "sub-1_T1w.nii.gz", "sub-1_run-2_T1w.nii.gz"):
+        (anat / name).touch()
+    assert cli.main(["data", "check", str(folder / "bids"), *GRID]) == 2
+    assert "several images of one scan" in capsys.readouterr().out
+
+
+def test_letters_that_turn_the_direction_of_text_are_not_printed(folder, capsys):
+    text = (folder / "m.csv").read_text().replace("p0", "p\u202e0")
+    (folder / "m.csv").write_text(text, encoding="utf-8")
+    assert cli.main(["data", "check", str(folder / "m.csv"), *GRID]) == 0
+    captured = capsys.readouterr()
+    assert "\u202e" not in captured.out + captured.err
+
+
 def test_json_has_what_the_table_has(folder, capsys):
     nib.save(nib.Nifti1Image(np.ones((50, 50, 50), np.int16), np.diag([2.0, 2, 2, 1])), folder / "s1_T1w.nii.gz")
     assert cli.main(["data", "check", str(folder / "m.csv"), *GRID, "--json", "--threads", "2"]) == 2

@@ -35,6 +35,7 @@ KINDS = (
     (nib.MGHImage, ".mgh", (np.uint8, np.int16, np.float32, np.int32)),
 )
 EXTREMES = (b"\x00", b"\xff", b"\x7f", b"\x80", b"\x01", b"\xfe")
+MAGICS = (b"n+1\0", b"ni1\0", b"n+2\0", b"ni2\0", b"\0\0\0\1", b"\x5c\1\0\0", b"\x1c\2\0\0")
 
 
 def whole_file(rng: np.random.Generator) -> tuple[bytes, str, int]:
@@ -57,8 +58,12 @@ def whole_file(rng: np.random.Generator) -> tuple[bytes, str, int]:
 
 
 def with_a_mutated_header(content: bytes, length: int, rng: np.random.Generator) -> bytes:
-    """Bytes or short fields of the header replaced."""
+    """Bytes or short fields of the header replaced, or the magic by that of another kind of file."""
     mutated = bytearray(content)
+    if rng.random() < 0.1:
+        place = (0, 4, 344)[rng.integers(3)]
+        mutated[place : place + 4] = MAGICS[rng.integers(len(MAGICS))]
+        return bytes(mutated)
     if rng.random() < 0.1:
         length = min(length * 2, len(content))
     for _ in range(rng.integers(1, 6)):

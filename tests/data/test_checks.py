@@ -1,6 +1,7 @@
 """What the checks of scans find."""
 
 import gzip
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from dwc.base import ranks
 from dwc.base.errors import InputError
-from dwc.data.admission import check_before_training
+from dwc.data.admission import admit
 from dwc.data.cache import prepare
-from dwc.data.checks import CheckedScan, check_scans, tell
+from dwc.data.checks import check_each, check_scans
+from dwc.data.findings import CheckedScan, tell
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.scan import Scan
@@ -81,6 +84,19 @@ def test_units_thick_slices_and_headers_at_odds_are_told(scan):
     assert ("warning", "geometry") in found(scan(affine=np.diag([1.0, 1, 5, 1])))
     assert ("warning", "geometry") in found(scan(quatern_d=0.5))
     assert ("warning", "left and right") in found(scan(sform_code=0, qform_code=0))
+
+
+def test_edges_no_head_has_skewed_axes_and_a_qform_that_is_not_finite_are_told(scan):
+    def topics(**fields) -> set[tuple[str, str]]:
+        return found(replace(scan(**fields), label=None))
+
+    assert ("error", "units") in topics(affine=np.diag([0.4, 0.4, 0.4, 1]))
+    assert topics(image=head()[0][:, :, 15:20], labels=head()[1][:, :, 15:20]) >= {("warning", "geometry")}
+    skewed = RAS.copy()
+    skewed[:3, 2] = [2, 0, 0.01]
+    assert ("warning", "geometry") in topics(affine=skewed, qform_code=0)
+    assert ("warning", "geometry") in topics(quatern_b=np.nan)
+    assert ("warning", "geometry") in topics(qoffset_x=np.inf)
 
 
 def test_few_grey_levels_are_told(scan):
@@ -165,19 +181,75 @@ def test_training_refuses_one_file_in_both_parts_also_when_it_is_prepared(scan, 
     shutil.copy(first.image, tmp_path / "copy.nii.gz")
     second = replace(first, image=tmp_path / "copy.nii.gz", subject="b", split="test")
     with pytest.raises(InputError, match=r"copy\.nii\.gz: holds the same scan as .*one to train and one to test on"):
-        check_before_training([first, second], FIFTY, GRID, tmp_path / "cache")
+        admit([first, second], FIFTY, GRID, tmp_path / "cache")
     prepare([first, second], FIFTY, GRID, tmp_path / "cache", workers=1, progress=False)
     with pytest.raises(InputError, match=r"one to train and one to test on"):
-        check_before_training([first, second], FIFTY, GRID, tmp_path / "cache")
+        admit([first, second], FIFTY, GRID, tmp_path / "cache")
 
 
 def test_prepared_scans_are_not_checked_again(scan, tmp_path, monkeypatch, capsys):
     odd = scan("a", image=head()[0] // 100)
-    check_before_training([odd], FIFTY, GRID, tmp_path / "cache")
+    admit([odd], FIFTY, GRID, tmp_path / "cache")
     assert "grey levels" in capsys.readouterr().err
     prepare([odd], FIFTY, GRID, tmp_path / "cache", workers=1, progress=False)
-    check_before_training([odd], FIFTY, GRID, tmp_path / "cache")
+    admit([odd], FIFTY, GRID, tmp_path / "cache")
     assert capsys.readouterr().err == ""
+
+
+def test_a_rescaled_copy_of_a_prepared_scan_is_not_tested_on(scan, tmp_path):
+    first = scan("a")
+    prepare([first], FIFTY, GRID, tmp_path / "cache", workers=1, progress=False)
+    volume = nib.load(first.image)
+    copy = nib.Nifti1Image(2 * np.asanyarray(volume.dataobj), volume.affine)
+    nib.save(copy, tmp_path / "copy.nii")
+    second = replace(first, image=tmp_path / "copy.nii", subject="b", split="test")
+    for scans in ([first, second], [second, first]):
+        with pytest.raises(InputError, match=r"one to train and one to test on"):
+            admit(scans, FIFTY, GRID, tmp_path / "cache")
+
+
+def test_prepared_scans_count_where_a_mirrored_one_is_compared_with_its_neighbours(scan, tmp_path, capsys):
+    scans = [scan(name) for name in "abcd"]
+    prepare(scans, FIFTY, GRID, tmp_path / "cache", workers=1, progress=False)
+    image, labels = head(9)
+    odd = scan("e", image[::-1], labels[::-1], affine=np.diag([-2.0, 2, 2, 1]))
+    admit([*scans, odd], FIFTY, GRID, tmp_path / "cache", progress=False)
+    assert "mirrored against the others" in capsys.readouterr().err
+
+
+def test_each_rank_compares_the_scans_of_all(scan, tmp_path, monkeypatch):
+    scans = [scan("a"), scan("b"), scan("a", subject="c", split="test")]
+    copy = tmp_path / "copy.nii.gz"
+    shutil.copy(scans[0].image, copy)
+    scans[1:] = [replace(scans[2], image=copy)]
+    parts = [[one.to_json() for one in check_each([single], GRID, FIFTY, progress=False)] for single in scans]
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "share", lambda items: items[1:])
+    monkeypatch.setattr(ranks, "gather", lambda _: json.loads(json.dumps(parts)))
+    checked = check_scans(scans, GRID, FIFTY, progress=False)
+    assert [one.is_refused for one in checked] == [False, True]
+    assert checked[0].facts["shape"] == (60, 60, 50)
+    with pytest.raises(InputError, match="one to train and one to test on"):
+        tell(checked)
+
+
+def test_outliers_do_not_count_as_grey_levels_of_a_head(scan):
+    image = head()[0]
+    hot = np.random.default_rng(1).choice(np.flatnonzero(image > 100), 300, replace=False)
+    image.flat[hot] = np.random.default_rng(2).integers(800, 32000, 300)
+    (one,) = check(scan(image=image))
+    assert one.facts["grey_levels"] < 64
+    assert "intensity" in {finding.topic for finding in one.findings}
+
+
+def test_air_above_the_dark_tenth_of_the_range_is_told(scan):
+    image = head()[0] + 500
+    image[:6] = 0
+    (one,) = check(scan(image=np.where(image == 0, 0, image).astype(np.int16)))
+    assert one.findings == ()  # clipped
+    image = np.where(head()[0] < 10, 300, head()[0]).astype(np.int16)
+    image[0, 0] = np.arange(50)
+    assert any("most common grey level" in finding.message for finding in check(scan(image=image))[0].findings)
 
 
 def test_the_real_scan_has_no_findings(shared_data):

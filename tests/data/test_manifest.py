@@ -1,5 +1,6 @@
 import csv
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -210,7 +211,7 @@ def test_trailing_separators_are_no_columns_and_other_separators_are_named(manif
         read_manifest(manifest("image|label\na.nii.gz|l.nii.gz\n"))
 
 
-@pytest.mark.parametrize("cell", ["n/a", "N/A", ""])
+@pytest.mark.parametrize("cell", ["n/a", "N/A", "", "NA", "nan", "NaN", "unknown", "Unknown"])
 def test_a_subject_that_is_not_available_is_no_subject(manifest, cell):
     path = manifest(f"image,subject,site\na.nii.gz,{cell},{cell}\nb.nii.gz,{cell},{cell}\n")
     scans = read_manifest(path)
@@ -220,17 +221,37 @@ def test_a_subject_that_is_not_available_is_no_subject(manifest, cell):
 
 
 @pytest.mark.parametrize(
-    ("one", "two"), [("01", "1"), ("sub-01", "01"), ("sub-01", "1"), ("P07", "p7"), ("Sub_3", "3")]
+    ("one", "two"),
+    [
+        ("01", "1"),
+        ("sub-01", "01"),
+        ("sub-01", "1"),
+        ("P07", "p7"),
+        ("Sub_3", "3"),
+        ("1", "1.0"),
+        ("sub-01", "sub 01"),
+        ("sub-01", "subject01"),
+        ("P-01", "p_01"),
+        ("Jos\u00e9", "Jose\u0301"),
+        ("a", "a\u200b"),
+        ("sub-01", "sub\u201101"),
+        ("A 7", "a7"),
+    ],
 )
 def test_one_subject_under_two_spellings_is_not_both_trained_and_tested_on(manifest, one, two):
     path = manifest(f"image,subject,split\na.nii.gz,{one},train\nb.nii.gz,{two},test\n")
-    with pytest.raises(InputError, match=f"subjects .*{one}.* look like one, and are in both train and test"):
+    with pytest.raises(
+        InputError, match=f"subjects .*{re.escape(one)}.* look like one, and are in both train and test"
+    ):
         read_manifest(path)
     manifest(f"image,subject,split\na.nii.gz,{one},train\nb.nii.gz,{two},train\n")
     assert namesakes(read_manifest(path)) == [sorted([one, two])]
 
 
-@pytest.mark.parametrize(("one", "two"), [("01", "10"), ("sub-1", "sub-2"), ("a1", "b1"), ("100", "1")])
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [("01", "10"), ("sub-1", "sub-2"), ("a1", "b1"), ("100", "1"), ("1-23", "12-3"), ("1.5", "15"), ("10", "1.0")],
+)
 def test_different_subjects_are_not_taken_for_one(manifest, one, two):
     scans = read_manifest(manifest(f"image,subject,split\na.nii.gz,{one},train\nb.nii.gz,{two},test\n"))
     assert namesakes(scans) == []
@@ -339,6 +360,26 @@ def test_participants_tell_sites_and_the_split(tmp_path):
         read_manifest(folder)
 
 
+def test_a_first_line_of_excel_names_the_separator(manifest):
+    scans = read_manifest(manifest("sep=;\nimage;label\na.nii.gz;l.nii.gz\n"))
+    assert [scan.label.name for scan in scans] == ["l.nii.gz"]
+    with pytest.raises(InputError, match="line 3: image"):
+        read_manifest(manifest('"sep=,"\r\nimage,label\r\nz.nii.gz,l.nii.gz\r\n'))
+
+
+def test_a_header_and_rows_of_different_separators_are_refused_naming_both(manifest):
+    with pytest.raises(InputError, match="line 2: separated by semicolons, its header by commas"):
+        read_manifest(manifest("image,label\na.nii.gz;l.nii.gz\n"))
+
+
+def test_empty_cells_that_a_spreadsheet_has_cut_are_empty(manifest):
+    path = manifest("image,label,subject,site\na.nii.gz,l.nii.gz,1\nb.nii.gz,l.nii.gz\n")
+    assert [(scan.subject, scan.site) for scan in read_manifest(path)] == [
+        ("1", path.parent.name),
+        ("b", path.parent.name),
+    ]
+
+
 def test_a_plain_folder_of_volumes_is_a_list_of_scans(tmp_path):
     folder = _touch(tmp_path / "lab", "a_T1w.nii.gz", "a_dseg.nii.gz", "b.nii", "c.MGZ", "._b.nii", "notes.txt")
     scans = read_manifest(folder)
@@ -356,3 +397,86 @@ def test_scans_without_label_are_left_out_of_a_folder_and_refused_in_a_manifest(
     path = manifest("image,label\na.nii.gz,l.nii.gz\nb.nii.gz,\n")
     with pytest.raises(InputError, match=r"b\.nii\.gz has no label; x"):
         labelled(read_manifest(path), path, "x")
+
+
+def test_in_a_plain_folder_segmentations_are_labels_and_twins_are_refused(tmp_path):
+    folder = _touch(tmp_path / "lab", "a.nii.gz", "a_seg.nii.gz", "b_T1w.mgz", "b_aparc+aseg.mgz", "c.nii", "d_seg.nii")
+    assert [(scan.image.name, scan.label and scan.label.name) for scan in read_manifest(folder)] == [
+        ("a.nii.gz", "a_seg.nii.gz"),
+        ("b_T1w.mgz", "b_aparc+aseg.mgz"),
+        ("c.nii", None),
+        ("d_seg.nii", None),
+    ]
+    _touch(folder, "a_dseg.nii.gz")
+    with pytest.raises(InputError, match=r"several segmentations fit .*a_dseg.*a_seg"):
+        read_manifest(folder)
+    _touch(folder, "c.nii.gz")
+    with pytest.raises(InputError, match=r"several files of one name \(c\.nii, c\.nii\.gz\)"):
+        read_manifest(folder)
+
+
+def test_participants_are_found_in_any_spelling_and_compared_by_site_and_split_alone(tmp_path):
+    folder = _touch(tmp_path / "study", "sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz")
+    table = folder / "participants.tsv"
+    table.write_text("Participant_ID\tAge\tSite\tSplit\n1\t20\tN\ttest\n1\t22\tN\ttest\n sub-2\t3\tM\ttrain\n")
+    assert [(scan.site, scan.split) for scan in read_manifest(folder)] == [("N", "test"), ("M", "train")]
+    assert has_split_column(folder)
+    table.write_text("participant_id\tsite\nsub-01\tN\n1\tM\n")
+    with pytest.raises(InputError, match="1 is listed twice"):
+        read_manifest(folder)
+
+
+RAW = "sub-01/anat/sub-01_T1w.nii.gz"
+PIPELINE = "derivatives/p/sub-01/anat/sub-01"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ((RAW, f"{PIPELINE}_space-orig_dseg.nii.gz"), (RAW, f"{PIPELINE}_space-orig_dseg.nii.gz")),
+        ((RAW, f"{PIPELINE}_space-T1w_seg-x_dseg.nii.gz"), (RAW, f"{PIPELINE}_space-T1w_seg-x_dseg.nii.gz")),
+        ((RAW, f"{PIPELINE}_atlas-DK_res-1_dseg.nii.gz"), (RAW, f"{PIPELINE}_atlas-DK_res-1_dseg.nii.gz")),
+        (
+            (RAW, "derivatives/v2/fmriprep/sub-01/anat/sub-01_dseg.nii.gz"),
+            (RAW, "derivatives/v2/fmriprep/sub-01/anat/sub-01_dseg.nii.gz"),
+        ),
+        (
+            (
+                "sub-01/ses-1/anat/sub-01_ses-1_run-1_T1w.nii.gz",
+                "sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz",
+                f"{PIPELINE}_desc-preproc_T1w.nii.gz",
+                f"{PIPELINE}_desc-aparcaseg_dseg.nii.gz",
+            ),
+            (f"{PIPELINE}_desc-preproc_T1w.nii.gz", f"{PIPELINE}_desc-aparcaseg_dseg.nii.gz"),
+        ),
+        (
+            (RAW, "derivatives/freesurfer/sub-01/mri/aparc+aseg.mgz", "derivatives/freesurfer/sub-01/mri/orig.mgz"),
+            ("derivatives/freesurfer/sub-01/mri/orig.mgz", "derivatives/freesurfer/sub-01/mri/aparc+aseg.mgz"),
+        ),
+        (
+            (RAW, f"{PIPELINE}_desc-brain_T1w.nii.gz", f"{PIPELINE}_dseg.nii.gz"),
+            (RAW, f"{PIPELINE}_dseg.nii.gz"),
+        ),
+    ],
+)
+def test_labels_fit_by_the_entities_that_tell_scans_apart(tmp_path, names, expected):
+    (scan,) = read_manifest(_touch(tmp_path, *names))
+    assert (str(scan.image.relative_to(tmp_path)), str(scan.label.relative_to(tmp_path))) == expected
+
+
+def test_a_segmentation_that_fits_no_image_is_named(tmp_path, capsys):
+    folder = _touch(
+        tmp_path, RAW, f"{PIPELINE}_run-7_dseg.nii.gz", *(f"sub-2/anat/sub-2_{s}.nii" for s in ("T1w", "dseg"))
+    )
+    scans = read_manifest(folder)
+    assert "sub-01_run-7_dseg.nii.gz fits no image" in scans[0].remark
+    labelled(scans, folder, "x")
+    assert "sub-01_run-7_dseg.nii.gz fits no image" in capsys.readouterr().err
+
+
+def test_a_linked_scan_counts_once(tmp_path):
+    folder = _touch(tmp_path / "study", "sub-1/ses-2/anat/sub-1_ses-2_T1w.nii.gz")
+    link = folder / "sub-1/ses-1/anat/sub-1_ses-1_T1w.nii.gz"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(folder / "sub-1/ses-2/anat/sub-1_ses-2_T1w.nii.gz")
+    assert [scan.image.name for scan in read_manifest(folder)] == ["sub-1_ses-2_T1w.nii.gz"]

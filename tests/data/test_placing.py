@@ -1,16 +1,20 @@
 """Where scans of any size, spacing and storage order go on the grid, and back."""
 
+from itertools import permutations, product
+
 import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nibabel.affines import from_matvec
 from nibabel.orientations import inv_ornt_aff
+from scipy.spatial.transform import Rotation
 
 from dwc.base.errors import InputError
 from dwc.data.conform import conform_image, conform_labels, place, to_native
 from dwc.data.grid import Grid
-from dwc.data.intensity import to_uint8
+from dwc.data.intensity import SIGNAL, to_uint8
 from dwc.data.labels import LabelMap
 from dwc.data.resampling import resample_image, resample_labels
 
@@ -213,6 +217,34 @@ def test_one_dark_voxel_leaves_air_dark(seed):
     assert different.sum() <= 1
 
 
+def _head_in_air(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A ball of tissue in faint noise, and where it is."""
+    rng = np.random.default_rng(seed)
+    ball = (np.mgrid[-1:1:24j, -1:1:24j, -1:1:24j] ** 2).sum(axis=0) < 0.5
+    return np.where(ball, rng.normal(600, 80, ball.shape), abs(rng.normal(0, 10, ball.shape))), ball
+
+
+@given(st.integers(0, 1000), st.sampled_from([-100, -1000, -32768, -1e6]), st.integers(1, 12))
+def test_padding_leaves_air_dark_whatever_its_value_and_share(seed, value, planes):
+    image, ball = _head_in_air(seed)
+    image[:planes], ball[:planes] = value, True
+    assert to_uint8(image.astype(np.float32))[~ball].max() <= SIGNAL
+
+
+@given(st.integers(0, 1000), st.sampled_from([0, -500]))
+def test_tissue_in_an_empty_background_keeps_its_distance_from_it(seed, background):
+    image, ball = _head_in_air(seed)
+    image[~ball] = background
+    assert to_uint8(image.astype(np.float32))[ball].mean() > 140
+
+
+@pytest.mark.parametrize("values", [(0, 255), (0, 500, 800), (-1000, 0), (-32768, 0, 32767)])
+def test_images_of_few_values_are_scaled_as_they_are(values):
+    image = np.random.default_rng(0).choice(np.array(values, np.int16), (20, 20, 20))
+    expected = 255 * (np.array(values, float) - values[0]) / (values[-1] - values[0])
+    np.testing.assert_allclose(np.unique(to_uint8(image)), expected, atol=1)
+
+
 @pytest.mark.parametrize("dtype", [np.int16, np.float32, np.float64])
 def test_two_outliers_leave_a_head_its_grey_levels(dtype):
     rng = np.random.default_rng(0)
@@ -231,3 +263,16 @@ def test_the_scale_of_the_values_does_not_matter(scale):
         image = (levels * np.float64(scale)).astype(np.float64 if scale > 1e30 else np.float32)
     expected = to_uint8(levels.astype(np.float32))
     assert np.abs(to_uint8(image).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("angles", [(45, 0, 0), (0, 0, 45), (45, 0, 45), (54, 45, 45), (45, 45, 45), (44.999, 0, 0)])
+def test_axes_half_way_between_two_of_the_scanners_are_taken_alike_in_any_storage_order(tmp_path, angles):
+    turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    voxels = np.random.default_rng(0).integers(0, 900, (12, 15, 17)).astype(np.int16)
+    scan = nib.Nifti1Image(voxels, from_matvec(4 * turn, [-20, -30, -10]))
+    results = []
+    for axes in permutations(range(3)):
+        for flips in product((1, -1), repeat=3):
+            nib.save(scan.as_reoriented(np.array(list(zip(axes, flips, strict=True)))), tmp_path / "x.nii")
+            results.append(place(tmp_path / "x.nii", Grid(32, 4.0)).affine)
+    np.testing.assert_allclose(results, np.broadcast_to(results[0], (48, 4, 4)), atol=1e-3)

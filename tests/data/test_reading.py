@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dwc.base.errors import InputError
+from dwc.data import cache, conform, reading
 from dwc.data.conform import conform_image, conform_labels, to_native
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.reading import load_image, load_labels, open_scan
+from dwc.data.scan import Scan
 
 FIFTY = LabelMap.load("fifty")
 RNG = np.random.default_rng(0)
@@ -283,3 +285,58 @@ def test_labels_in_another_storage_order_than_the_image_go_where_it_goes(tmp_pat
     grid = Grid(64, 1.0)
     expected = conform_labels(labels, grid, FIFTY, image)
     np.testing.assert_array_equal(conform_labels(tmp_path / "t.nii", grid, FIFTY, image), expected)
+
+
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz", "x.mgz", "x"])
+@pytest.mark.parametrize("magic", [b"ni1", b"ni2", b"n+2"])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_the_magic_of_another_kind_of_file_is_refused_in_one_line(tmp_path, name, magic, kind):
+    if kind is nib.Nifti2Image and magic == b"n+2":
+        magic = b"n+1"
+    assert name in refusal(load_image, written(tmp_path / name, kind=kind, magic=magic))
+
+
+@pytest.mark.parametrize("names", [("P.Hdr", "P.Img"), ("\u0130.hdr", "\u0130.img"), ("u.HDR", "u.Img.gZ")])
+def test_a_pair_is_found_in_any_case_of_its_extensions(tmp_path, names):
+    nib.Nifti1Pair(VOXELS, np.diag([2.0, 2, 2, 1])).to_filename(tmp_path / "x.hdr")
+    for source, name in zip(("x.hdr", "x.img"), names, strict=True):
+        content = (tmp_path / source).read_bytes()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    for name in names:
+        np.testing.assert_array_equal(open_scan(tmp_path / name).read(), VOXELS)
+
+
+def test_labels_that_take_more_memory_than_there_is_are_refused_in_one_line(tmp_path, monkeypatch):
+    def fail(*_) -> None:
+        raise MemoryError
+
+    path = written(tmp_path / "x.nii.gz")
+    for owner, name in ((reading, "_whole_numbers"), (conform, "load_labels"), (LabelMap, "apply")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            assert "does not fit into memory" in refusal(conform_labels, path, Grid(32), FIFTY)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "split_volume", fail)
+        scan = Scan(path, None, "s", "H", "train")
+        assert "x.nii.gz: does not fit" in refusal(cache.prepare, [scan], FIFTY, Grid(32), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (gzip.compress(b""), "is empty"),
+        (b"<!DOCTYPE html><html>404", "web page"),
+        (bytes(200), "truncated"),
+    ],
+)
+def test_files_that_are_no_scan_get_advice_that_fits(tmp_path, content, words):
+    (tmp_path / "x.nii.gz").write_bytes(content)
+    assert words in refusal(load_image, tmp_path / "x.nii.gz")
+
+
+def test_large_label_ids_are_named_as_such(tmp_path):
+    labels = written(tmp_path / "l.nii", np.where(VOXELS > 500, 3e9, 2.0))
+    assert "too large (3e+09)" in refusal(load_labels, labels)
+    assert "below 2^31" in refusal(load_labels, labels)
+    assert "nearest" not in refusal(load_labels, labels)
