@@ -26,7 +26,7 @@ from dwc_kernels.kernels import launch
 from dwc_kernels.kernels.chips import CHIPS, WARP
 from dwc_kernels.kernels.tiles import Problem, Tile
 
-__all__ = ["Compiled", "compile_kernel"]
+__all__ = ["Compiled", "compile_kernel", "run_tool"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -140,7 +140,8 @@ def compile_kernel(problem: Problem, tile: Tile, arch: str, *, bias: bool = True
     return Compiled(problem.kind, arch, problem.dtype, tile, shared=compiled.metadata.shared, **_facts(compiled))
 
 
-def _run(tool: str, *arguments: str) -> str:
+def run_tool(tool: str, *arguments: str) -> str:
+    """What a tool of Triton's wheel prints."""
     binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     done = subprocess.run([str(binary), *arguments], capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
@@ -155,10 +156,10 @@ def _facts(compiled: Any) -> dict[str, Any]:
         target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
         assembler = "ptxas-blackwell" if target.startswith("sm_1") else "ptxas"
         # As Triton calls it.
-        said = _run(
+        said = run_tool(
             assembler, "-v", "--regAllocOptLevel=2", f"--gpu-name={target}", str(ptx), "-o", str(Path(folder) / "out")
         )
-        sass = _run("nvdisasm", "-c", str(cubin))
+        sass = run_tool("nvdisasm", "-c", str(cubin))
     used = re.search(r"Used (\d+) registers", said)
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     instructions, labels = _listing(sass)

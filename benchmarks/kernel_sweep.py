@@ -3,13 +3,15 @@
     python -m benchmarks.kernel_sweep [--out docs/results/kernels] [--arch sm_90 ...] [--dtype bf16 ...]
         [--kind forward ...]
 
-Sizes reach the kernels as arguments, so shapes that take the same tile share one compilation. Finished compilations are
-kept in ``sweep.csv`` with a hash of the kernels' source; called again, the command compiles only what is missing.
+Sizes reach the kernels as arguments, so shapes that take the same tile share one compilation. Each finished compilation
+is at once a row of ``sweep.csv``, with a hash of the kernels' source and of the compiler's version; called again, the
+command compiles only what is missing.
 """
 
 import argparse
 import csv
 import hashlib
+import io
 import itertools
 import os
 import sys
@@ -17,9 +19,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import triton
 from triton.runtime import JITFunction
 
-from benchmarks.kernel_report_compile import compile_kernel
+from benchmarks.kernel_report_compile import compile_kernel, run_tool
+from dwc.base.files import write_whole
 from dwc_kernels.kernels.chips import CHIPS
 from dwc_kernels.kernels.tiles import KINDS, Problem, Tile, choose, problem_of, shared_bytes
 
@@ -36,7 +40,7 @@ KERNELS = (3, 1, 5)
 class Fact:
     """One compilation: what was asked, and what the compiler says."""
 
-    source: str  # hash of the kernels' source
+    source: str  # hash of the kernels' source and of the compiler's version
     arch: str
     dtype: str
     kind: str
@@ -61,11 +65,16 @@ class Fact:
             self.tile, self.edges  # fmt: skip
 
 
+def compiler() -> str:
+    """The versions of Triton and of both assemblers in its wheel."""
+    return "\n".join([triton.__version__, *(run_tool(name, "--version") for name in ("ptxas", "ptxas-blackwell"))])
+
+
 def source_hash() -> str:
-    """A hash of the device code; tiles are part of each row."""
+    """A hash of the device code and of what compiles it; tiles are part of each row."""
     modules = (sys.modules[f"dwc_kernels.kernels.{name}"] for name in ("products", "noise", *KINDS))
     functions = (f for module in modules for f in vars(module).values() if isinstance(f, JITFunction))
-    return hashlib.sha256("".join(sorted({f.src for f in functions})).encode()).hexdigest()[:12]
+    return hashlib.sha256("".join([compiler(), *sorted({f.src for f in functions})]).encode()).hexdigest()[:12]
 
 
 def shapes() -> list[tuple[int, int, int]]:
@@ -115,9 +124,25 @@ def read(path: Path) -> list[Fact]:
     return [Fact(**{name: int(v) if kinds[name] is int else v for name, v in row.items()}) for row in rows]
 
 
-def summary(facts: list[Fact]) -> str:
-    """A Markdown table: per chip, dtype and kernel how many were compiled, and which of them spill."""
-    lines = ["| chip | dtype | kernel | compiled | spill | most bytes | which spill |", "| --- " * 7 + "|"]
+def asked(source: str, case: tuple[str, tuple[int, int, int], Problem, Tile, str]) -> tuple[str, ...]:
+    """The `Fact.key` of a case."""
+    arch, shape, problem, tile, edges = case
+    return source, arch, problem.dtype, problem.kind, *map(str, shape), spelled(tile), edges
+
+
+def as_csv(facts: list[Fact]) -> str:
+    """Rows below their header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(Fact)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(fact) for fact in facts)
+    return text.getvalue()
+
+
+def summary(facts: list[Fact], total: int) -> str:
+    """How many of all compilations are done, and a Markdown table: per chip, dtype and kernel, which of them spill."""
+    lines = [f"{len(facts)} of {total} compilations.", ""]
+    lines += ["| chip | dtype | kernel | compiled | spill | most bytes | which spill |", "| --- " * 7 + "|"]
     groups: dict[tuple[str, str, str], list[Fact]] = {}
     for fact in facts:
         groups.setdefault((fact.arch, fact.dtype, fact.kind), []).append(fact)
@@ -142,21 +167,20 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it")
     options.out.mkdir(parents=True, exist_ok=True)
     path, source = options.out / "sweep.csv", source_hash()
-    facts = [fact for fact in read(path) if fact.source == source]
+    every = {asked(source, case): case for case in cases()}
+    facts = [fact for fact in read(path) if fact.key in every]
+    write_whole(path, as_csv(facts).encode())
     known = {fact.key for fact in facts}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Fact)])
-        writer.writeheader()
-        writer.writerows(asdict(fact) for fact in facts)
-        for arch, shape, problem, tile, edges in cases(options.arch, options.dtype, options.kind):
-            asked = (source, arch, problem.dtype, problem.kind, *map(str, shape), spelled(tile), edges)
-            if asked not in known:
-                facts.append(compiled(source, arch, shape, problem, tile, edges))
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Fact)], lineterminator="\n")
+        for case in cases(options.arch, options.dtype, options.kind):
+            if asked(source, case) not in known:
+                facts.append(compiled(source, *case))
                 writer.writerow(asdict(facts[-1]))
                 file.flush()
-    table = summary(facts)
+    table = summary(facts, len(every))
     print(table)
-    (options.out / "sweep.md").write_text(table + "\n")
+    write_whole(options.out / "sweep.md", f"{table}\n".encode())
     return 0
 
 

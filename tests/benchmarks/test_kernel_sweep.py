@@ -59,8 +59,42 @@ def test_the_sweep_compiles_only_what_is_missing(tmp_path, monkeypatch, capsys):
     assert len(compiled) > before
 
 
-def test_the_summary_names_what_spills():
-    text = summary([FACT, replace(FACT, edges="45", spills=28, local=7)])
+def test_a_kill_loses_no_finished_compilation(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(kernel_sweep, "source_hash", lambda: "now")
+    monkeypatch.setattr(kernel_sweep, "shapes", lambda: [(16, 16, 1)])
+    path, on_disk = tmp_path / "sweep.csv", []
+
+    def compile_one(source, arch, shape, problem, tile, edges):
+        on_disk.append(len(kernel_sweep.read(path)))  # what a kill in this compilation would leave
+        return replace(FACT, source=source, arch=arch, dtype=problem.dtype, kind=problem.kind, channels=shape[0],
+                       filters=shape[1], kernel=shape[2], edges=edges, tile=kernel_sweep.spelled(tile))  # fmt: skip
+
+    monkeypatch.setattr(kernel_sweep, "compiled", compile_one)
+    for dtype in ("bf16", "fp16"):
+        assert kernel_sweep.main(["--out", str(tmp_path), "--arch", "sm_90", "--dtype", dtype]) == 0
+    assert on_disk == list(range(len(on_disk)))
+    before = path.read_text()
+
+    def killed(*_):
+        raise SystemExit  # before anything of the old file is gone
+
+    monkeypatch.setattr(kernel_sweep, "write_whole", killed)
+    with pytest.raises(SystemExit):
+        kernel_sweep.main(["--out", str(tmp_path)])
+    assert path.read_text() == before
+
+
+def test_another_compiler_is_another_source(monkeypatch):
+    before = kernel_sweep.source_hash()
+    assert "ptxas" in kernel_sweep.compiler()
+    monkeypatch.setattr(kernel_sweep, "compiler", lambda: "another")
+    assert kernel_sweep.source_hash() != before
+
+
+def test_the_summary_says_how_many_of_how_many_and_names_what_spills():
+    text = summary([FACT, replace(FACT, edges="45", spills=28, local=7)], 9)
+    assert text.startswith("2 of 9 compilations.\n")
     assert "| sm_90 | bf16 | forward | 2 | 1 | 28 | 96->96 k3 (45): 28 |" in text
 
 
