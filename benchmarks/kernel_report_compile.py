@@ -112,10 +112,11 @@ def launched(
         channels, filters = filters, channels
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(problem.dtype, torch.float32)
     size = (1, 1, 4 + problem.size[2] % 4)
-    x, g = (torch.zeros(1, n, *size, dtype=dtype) for n in (channels, filters))
+    x = torch.zeros(1, channels, *(n * s for n, s in zip(size, problem.stride, strict=True)), dtype=dtype)
+    g = torch.zeros(1, filters, *size, dtype=dtype)
     weight = torch.zeros(filters, channels, *problem.kernel, dtype=dtype)
     biases = [torch.zeros(filters, dtype=dtype)] * 2 if bias else [None] * 2
-    geometry: tuple[Any, ...] = ((1, 1, 1), tuple(k // 2 for k in problem.kernel), (1, 1, 1), 1)
+    geometry: tuple[Any, ...] = (problem.stride, tuple(k // 2 for k in problem.kernel), (1, 1, 1), 1)
     with (
         mock.patch.object(launch, "chip_of", return_value=CHIPS[arch]),
         mock.patch.object(launch, "operand_dtype", return_value=problem.dtype),

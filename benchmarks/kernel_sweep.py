@@ -171,16 +171,18 @@ def main(arguments: list[str] | None = None) -> int:
     facts = [fact for fact in read(path) if fact.key in every]
     write_whole(path, as_csv(facts).encode())
     known = {fact.key for fact in facts}
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Fact)], lineterminator="\n")
-        for case in cases(options.arch, options.dtype, options.kind):
-            if asked(source, case) not in known:
-                facts.append(compiled(source, *case))
-                writer.writerow(asdict(facts[-1]))
-                file.flush()
-    table = summary(facts, len(every))
-    print(table)
-    write_whole(options.out / "sweep.md", f"{table}\n".encode())
+    try:
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Fact)], lineterminator="\n")
+            for case in cases(options.arch, options.dtype, options.kind):
+                if asked(source, case) not in known:
+                    facts.append(compiled(source, *case))
+                    writer.writerow(asdict(facts[-1]))
+                    file.flush()
+    finally:  # also for what Ctrl-C leaves
+        table = summary(facts, len(every))
+        print(table)
+        write_whole(options.out / "sweep.md", f"{table}\n".encode())
     return 0
 
 

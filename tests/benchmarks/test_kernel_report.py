@@ -59,6 +59,22 @@ def test_nothing_is_spilled_and_local_memory_is_never_touched(report, arch, dtyp
     assert fact["spills"] == fact["stack"] == fact["local"] == fact["calls"] == 0
 
 
+@pytest.mark.parametrize(("arch", "dtype"), [("sm_90", "bf16"), ("sm_80", "bf16")])
+def test_a_strided_forward_spills_nothing(arch, dtype):
+    program = (
+        "import sys\nfrom benchmarks.kernel_report_compile import compile_kernel\n"
+        "from dwc_kernels.kernels.chips import CHIPS\nfrom dwc_kernels.kernels.tiles import choose, problem_of\n"
+        "arch, dtype = sys.argv[1:]\n"
+        "problem = problem_of('forward', dtype, 10, (16,) * 3, 96, 96, (3,) * 3, (2,) * 3)\n"
+        "c = compile_kernel(problem, choose(problem, CHIPS[arch]), arch)\n"
+        "print(c.spills, c.stack, c.local, c.serialized)\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", program, arch, dtype]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "0 0 0 False\n", done.stderr
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("arch", "dtype", "layer"), CASES)
 def test_tensor_cores_multiply_in_every_main_loop(report, arch, dtype, layer, kind):
