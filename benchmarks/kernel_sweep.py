@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import triton
@@ -70,9 +71,10 @@ def compiler() -> str:
     return "\n".join([triton.__version__, *(run_tool(name, "--version") for name in ("ptxas", "ptxas-blackwell"))])
 
 
-def source_hash() -> str:
-    """A hash of the device code and of what compiles it; tiles are part of each row."""
-    modules = (sys.modules[f"dwc_kernels.kernels.{name}"] for name in ("products", "noise", *KINDS))
+@cache
+def source_hash(kind: str) -> str:
+    """A hash of a kernel's device code and of what compiles it; tiles are part of each row."""
+    modules = (sys.modules[f"dwc_kernels.kernels.{name}"] for name in ("products", "noise", kind))
     functions = (f for module in modules for f in vars(module).values() if isinstance(f, JITFunction))
     return hashlib.sha256("".join([compiler(), *sorted({f.src for f in functions})]).encode()).hexdigest()[:12]
 
@@ -105,12 +107,13 @@ def spelled(tile: Tile) -> str:
     return f"{box}_k{tile.channels}x{tile.unroll}_n{tile.wide}+{tile.tail}_c{tile.chunk}_w{tile.warps}_s{tile.stages}"
 
 
-def compiled(source: str, arch: str, shape: tuple[int, int, int], problem: Problem, tile: Tile, edges: str) -> Fact:
+def compiled(arch: str, shape: tuple[int, int, int], problem: Problem, tile: Tile, edges: str) -> Fact:
     """Compile one case."""
     c = compile_kernel(problem, tile, arch)
     return Fact(
-        source, arch, problem.dtype, problem.kind, *shape, edges, spelled(tile), c.registers, c.spills, c.stack,
-        c.local, int(c.serialized), c.full_waits, c.barriers, c.shared, shared_bytes(problem, tile, CHIPS[arch]),
+        source_hash(problem.kind), arch, problem.dtype, problem.kind, *shape, edges, spelled(tile),
+        c.registers, c.spills, c.stack, c.local, int(c.serialized), c.full_waits, c.barriers,
+        c.shared, shared_bytes(problem, tile, CHIPS[arch]),
     )  # fmt: skip
 
 
@@ -124,9 +127,10 @@ def read(path: Path) -> list[Fact]:
     return [Fact(**{name: int(v) if kinds[name] is int else v for name, v in row.items()}) for row in rows]
 
 
-def asked(source: str, case: tuple[str, tuple[int, int, int], Problem, Tile, str]) -> tuple[str, ...]:
+def asked(case: tuple[str, tuple[int, int, int], Problem, Tile, str]) -> tuple[str, ...]:
     """The `Fact.key` of a case."""
     arch, shape, problem, tile, edges = case
+    source = source_hash(problem.kind)
     return source, arch, problem.dtype, problem.kind, *map(str, shape), spelled(tile), edges
 
 
@@ -166,8 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it")
     options.out.mkdir(parents=True, exist_ok=True)
-    path, source = options.out / "sweep.csv", source_hash()
-    every = {asked(source, case): case for case in cases()}
+    path, every = options.out / "sweep.csv", set(map(asked, cases()))
     facts = [fact for fact in read(path) if fact.key in every]
     write_whole(path, as_csv(facts).encode())
     known = {fact.key for fact in facts}
@@ -175,8 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, [f.name for f in fields(Fact)], lineterminator="\n")
             for case in cases(options.arch, options.dtype, options.kind):
-                if asked(source, case) not in known:
-                    facts.append(compiled(source, *case))
+                if asked(case) not in known:
+                    facts.append(compiled(*case))
                     writer.writerow(asdict(facts[-1]))
                     file.flush()
     finally:  # also for what Ctrl-C leaves

@@ -118,6 +118,7 @@ SUMMED_BOXES = ((1, 4, 8), (1, 8, 8), (2, 8, 8), (1, 2, 8))  # of grad_weight, w
 BARRIERS = 512  # bytes of shared memory that a pipeline's barriers take at most
 CHUNK = 8  # columns finished at a time; more of them spill
 TUNE_AGAIN = "delete it, or run python -m dwc_kernels.tune again"
+STACKED_BUFFER = 8 << 10  # bytes through which stacked rows reach tensor memory, as compiled
 STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 
 
@@ -177,7 +178,7 @@ def operand_bytes(problem: Problem, tile: Tile) -> tuple[int, int]:
 def shared_bytes(problem: Problem, tile: Tile, chip: Chip) -> int:
     """Shared memory as Triton lays it out, without the barriers of copies, a few hundred bytes.
 
-    What goes to registers is free one stage earlier. For grad_weight on chips with tensor memory it is an upper bound.
+    What goes to registers is free one stage earlier.
     """
     row_bytes, column_bytes = operand_bytes(problem, tile)
     pipeline = (tile.stages - 1) * (row_bytes + column_bytes)
@@ -188,7 +189,7 @@ def shared_bytes(problem: Problem, tile: Tile, chip: Chip) -> int:
         else:  # g * r, and what has to be transposed or copied on its way to a product
             copies = problem.itemsize if problem.itemsize == 4 or chip.tensor_memory else 0
             extra = tile.rows * tile.columns * (square_bytes(problem) + copies)
-            extra += stacked if chip.tensor_memory else 0
+            extra += min(stacked, STACKED_BUFFER) if chip.tensor_memory else 0
         return max(pipeline + extra, STACKED_ROWS * tile.wide * 4)  # the sums on their way out
     if not chip.warp_matrix:
         pipeline += column_bytes
