@@ -79,7 +79,7 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
     seed = torch.zeros((), dtype=torch.int64, device=x.device)
     b_mu = torch.linspace(-1, 1, mu.shape[0], dtype=x.dtype, device=x.device)
     b_sigma = b_mu.abs() + 0.1
-    y, r = reference.forward(x, mu, sigma, b_mu, b_sigma, *geometry, seed)
+    y, r = reference.forward(x, mu, sigma, b_mu, b_sigma, one, geometry[1], one, 1, seed)
     best = {}
     for kind in ("forward", "grad_input", "grad_weight"):
 

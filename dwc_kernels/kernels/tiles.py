@@ -149,7 +149,7 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
             if n % unroll == 0 and c < 2 * problem.channels + 16
         ]
     depths = (3, 2) if problem.kind == "grad_weight" else (4, 3, 2)
-    found = []
+    found: list[Tile] = []
     for box, channels, unroll, warps in shapes:
         for wide, tail in columns:
             tiles = (Tile(box, channels, unroll, wide, tail, CHUNK, warps, stages) for stages in depths)
