@@ -47,9 +47,10 @@ SEED = 7
 
 @contextlib.contextmanager
 def settings_restored() -> Iterator[None]:
-    """Put PyTorch's precision and cuDNN settings back, whatever happens."""
+    """Put PyTorch's precision and cuDNN settings back, whatever happens; what follows a general setting still does."""
     precisions = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before, benchmark = [p.fp32_precision for p in precisions], torch.backends.cudnn.benchmark
+    general, benchmark = torch.backends.cudnn.fp32_precision, torch.backends.cudnn.benchmark
+    before = ["none" if p.fp32_precision == general else p.fp32_precision for p in precisions]
     try:
         yield
     finally:

@@ -62,7 +62,7 @@ class Row:
     dram_bytes_per_flop: float
     floor: float  # flops over the peak or bytes over the bandwidth, whichever is more
     modelled: dict[str, float]  # for each of `L2_REACH`
-    unfused: float  # two convolutions at what products reach, and compiled elementwise kernels at full bandwidth
+    unfused: float  # two convolutions, bound as ours, then compiled elementwise kernels at full bandwidth
 
 
 def layer_problem(layer: Layer, kind: str, dtype: str) -> Problem:
@@ -164,8 +164,11 @@ def layer_row(layer: Layer, kind: str, arch: str, dtype: str) -> Row:
         cycles = estimate(problem, tile, chip, issue=loop_issue(compiled), visited=visited, l2_reach=reach)["total"]
         modelled[name] = 1e6 * (max(cycles / chip.clock, dram / chip.dram) + own / chip.dram + ours)
     floor = max(flops / peak(dtype, chip), dram / chip.dram)
+    # As ours: a convolution's own reads and writes overlap with its products, what other kernels move does not.
+    products = flops / (TENSOR_REACH * peak(dtype, chip))
+    own_dram = problem.itemsize * voxels * 2 * (layer.channels + layer.filters)
     elementwise = problem.itemsize * voxels * elementwise_elements(layer, kind)
-    unfused = flops / (TENSOR_REACH * peak(dtype, chip)) + elementwise / chip.dram + theirs
+    unfused = max(products, own_dram / chip.dram) + elementwise / chip.dram + theirs
     inside = layer.macs * inside_share(SIZE, layer.kernel, layer.dilation) * voxels
     return Row(
         layer.name, kind, arch, dtype, visited, inside / (visited * issued_macs(problem, tile)),
@@ -190,15 +193,15 @@ def dram_elements(layer: Layer, kind: str) -> int:
 
 
 def elementwise_elements(layer: Layer, kind: str) -> int:
-    """Elements per voxel that the unfused form moves through device memory, its elementwise operations compiled.
+    """Elements per voxel that the unfused form moves through device memory beside its two convolutions, compiled.
 
-    Convolutions read their input and write their output; what is elementwise between them is one kernel.
+    What is elementwise between them is one kernel.
     """
     c, f = layer.channels, layer.filters
     return {
-        "forward": 2 * c + 2 * (c + f) + 3 * f,  # square, two convolutions, mean + sqrt(var) * noise
-        "grad_input": 3 * f + 2 * (f + c) + 4 * c,  # g * r, two convolutions, mean + 2 x * var
-        "grad_weight": 2 * c + 2 * (c + f) + 2 * f,  # square, two correlations, sums of g and of the g * r above
+        "forward": 2 * c + 3 * f,  # square, mean + sqrt(var) * noise
+        "grad_input": 3 * f + 4 * c,  # g * r, mean + 2 x * var
+        "grad_weight": 2 * c + 2 * f,  # square, sums of g and of the g * r above
     }[kind]
 
 

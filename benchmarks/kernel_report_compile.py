@@ -26,7 +26,7 @@ from dwc_kernels.kernels import launch
 from dwc_kernels.kernels.chips import CHIPS, WARP
 from dwc_kernels.kernels.tiles import Problem, Tile
 
-__all__ = ["Compiled", "compile_kernel"]
+__all__ = ["Compiled", "compile_kernel", "run_tool"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -112,10 +112,11 @@ def launched(
         channels, filters = filters, channels
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(problem.dtype, torch.float32)
     size = (1, 1, 4 + problem.size[2] % 4)
-    x, g = (torch.zeros(1, n, *size, dtype=dtype) for n in (channels, filters))
+    x = torch.zeros(1, channels, *(n * s for n, s in zip(size, problem.stride, strict=True)), dtype=dtype)
+    g = torch.zeros(1, filters, *size, dtype=dtype)
     weight = torch.zeros(filters, channels, *problem.kernel, dtype=dtype)
     biases = [torch.zeros(filters, dtype=dtype)] * 2 if bias else [None] * 2
-    geometry: tuple[Any, ...] = ((1, 1, 1), tuple(k // 2 for k in problem.kernel), (1, 1, 1), 1)
+    geometry: tuple[Any, ...] = (problem.stride, tuple(k // 2 for k in problem.kernel), (1, 1, 1), 1)
     with (
         mock.patch.object(launch, "chip_of", return_value=CHIPS[arch]),
         mock.patch.object(launch, "operand_dtype", return_value=problem.dtype),
@@ -140,7 +141,8 @@ def compile_kernel(problem: Problem, tile: Tile, arch: str, *, bias: bool = True
     return Compiled(problem.kind, arch, problem.dtype, tile, shared=compiled.metadata.shared, **_facts(compiled))
 
 
-def _run(tool: str, *arguments: str) -> str:
+def run_tool(tool: str, *arguments: str) -> str:
+    """What a tool of Triton's wheel prints."""
     binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     done = subprocess.run([str(binary), *arguments], capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
@@ -155,10 +157,10 @@ def _facts(compiled: Any) -> dict[str, Any]:
         target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
         assembler = "ptxas-blackwell" if target.startswith("sm_1") else "ptxas"
         # As Triton calls it.
-        said = _run(
+        said = run_tool(
             assembler, "-v", "--regAllocOptLevel=2", f"--gpu-name={target}", str(ptx), "-o", str(Path(folder) / "out")
         )
-        sass = _run("nvdisasm", "-c", str(cubin))
+        sass = run_tool("nvdisasm", "-c", str(cubin))
     used = re.search(r"Used (\d+) registers", said)
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     instructions, labels = _listing(sass)

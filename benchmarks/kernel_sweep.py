@@ -3,23 +3,28 @@
     python -m benchmarks.kernel_sweep [--out docs/results/kernels] [--arch sm_90 ...] [--dtype bf16 ...]
         [--kind forward ...]
 
-Sizes reach the kernels as arguments, so shapes that take the same tile share one compilation. Finished compilations are
-kept in ``sweep.csv`` with a hash of the kernels' source; called again, the command compiles only what is missing.
+Sizes reach the kernels as arguments, so shapes that take the same tile share one compilation. Each finished compilation
+is at once a row of ``sweep.csv``, with a hash of the kernels' source and of the compiler's version; called again, the
+command compiles only what is missing.
 """
 
 import argparse
 import csv
 import hashlib
+import io
 import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 
+import triton
 from triton.runtime import JITFunction
 
-from benchmarks.kernel_report_compile import compile_kernel
+from benchmarks.kernel_report_compile import compile_kernel, run_tool
+from dwc.base.files import write_whole
 from dwc_kernels.kernels.chips import CHIPS
 from dwc_kernels.kernels.tiles import KINDS, Problem, Tile, choose, problem_of, shared_bytes
 
@@ -36,7 +41,7 @@ KERNELS = (3, 1, 5)
 class Fact:
     """One compilation: what was asked, and what the compiler says."""
 
-    source: str  # hash of the kernels' source
+    source: str  # hash of the kernels' source and of the compiler's version
     arch: str
     dtype: str
     kind: str
@@ -61,11 +66,17 @@ class Fact:
             self.tile, self.edges  # fmt: skip
 
 
-def source_hash() -> str:
-    """A hash of the device code; tiles are part of each row."""
-    modules = (sys.modules[f"dwc_kernels.kernels.{name}"] for name in ("products", "noise", *KINDS))
+def compiler() -> str:
+    """The versions of Triton and of both assemblers in its wheel."""
+    return "\n".join([triton.__version__, *(run_tool(name, "--version") for name in ("ptxas", "ptxas-blackwell"))])
+
+
+@cache
+def source_hash(kind: str) -> str:
+    """A hash of a kernel's device code and of what compiles it; tiles are part of each row."""
+    modules = (sys.modules[f"dwc_kernels.kernels.{name}"] for name in ("products", "noise", kind))
     functions = (f for module in modules for f in vars(module).values() if isinstance(f, JITFunction))
-    return hashlib.sha256("".join(sorted({f.src for f in functions})).encode()).hexdigest()[:12]
+    return hashlib.sha256("".join([compiler(), *sorted({f.src for f in functions})]).encode()).hexdigest()[:12]
 
 
 def shapes() -> list[tuple[int, int, int]]:
@@ -96,12 +107,13 @@ def spelled(tile: Tile) -> str:
     return f"{box}_k{tile.channels}x{tile.unroll}_n{tile.wide}+{tile.tail}_c{tile.chunk}_w{tile.warps}_s{tile.stages}"
 
 
-def compiled(source: str, arch: str, shape: tuple[int, int, int], problem: Problem, tile: Tile, edges: str) -> Fact:
+def compiled(arch: str, shape: tuple[int, int, int], problem: Problem, tile: Tile, edges: str) -> Fact:
     """Compile one case."""
     c = compile_kernel(problem, tile, arch)
     return Fact(
-        source, arch, problem.dtype, problem.kind, *shape, edges, spelled(tile), c.registers, c.spills, c.stack,
-        c.local, int(c.serialized), c.full_waits, c.barriers, c.shared, shared_bytes(problem, tile, CHIPS[arch]),
+        source_hash(problem.kind), arch, problem.dtype, problem.kind, *shape, edges, spelled(tile),
+        c.registers, c.spills, c.stack, c.local, int(c.serialized), c.full_waits, c.barriers,
+        c.shared, shared_bytes(problem, tile, CHIPS[arch]),
     )  # fmt: skip
 
 
@@ -115,9 +127,26 @@ def read(path: Path) -> list[Fact]:
     return [Fact(**{name: int(v) if kinds[name] is int else v for name, v in row.items()}) for row in rows]
 
 
-def summary(facts: list[Fact]) -> str:
-    """A Markdown table: per chip, dtype and kernel how many were compiled, and which of them spill."""
-    lines = ["| chip | dtype | kernel | compiled | spill | most bytes | which spill |", "| --- " * 7 + "|"]
+def asked(case: tuple[str, tuple[int, int, int], Problem, Tile, str]) -> tuple[str, ...]:
+    """The `Fact.key` of a case."""
+    arch, shape, problem, tile, edges = case
+    source = source_hash(problem.kind)
+    return source, arch, problem.dtype, problem.kind, *map(str, shape), spelled(tile), edges
+
+
+def as_csv(facts: list[Fact]) -> str:
+    """Rows below their header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(Fact)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(fact) for fact in facts)
+    return text.getvalue()
+
+
+def summary(facts: list[Fact], total: int) -> str:
+    """How many of all compilations are done, and a Markdown table: per chip, dtype and kernel, which of them spill."""
+    lines = [f"{len(facts)} of {total} compilations.", ""]
+    lines += ["| chip | dtype | kernel | compiled | spill | most bytes | which spill |", "| --- " * 7 + "|"]
     groups: dict[tuple[str, str, str], list[Fact]] = {}
     for fact in facts:
         groups.setdefault((fact.arch, fact.dtype, fact.kind), []).append(fact)
@@ -141,22 +170,22 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it")
     options.out.mkdir(parents=True, exist_ok=True)
-    path, source = options.out / "sweep.csv", source_hash()
-    facts = [fact for fact in read(path) if fact.source == source]
+    path, every = options.out / "sweep.csv", set(map(asked, cases()))
+    facts = [fact for fact in read(path) if fact.key in every]
+    write_whole(path, as_csv(facts).encode())
     known = {fact.key for fact in facts}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Fact)])
-        writer.writeheader()
-        writer.writerows(asdict(fact) for fact in facts)
-        for arch, shape, problem, tile, edges in cases(options.arch, options.dtype, options.kind):
-            asked = (source, arch, problem.dtype, problem.kind, *map(str, shape), spelled(tile), edges)
-            if asked not in known:
-                facts.append(compiled(source, arch, shape, problem, tile, edges))
-                writer.writerow(asdict(facts[-1]))
-                file.flush()
-    table = summary(facts)
-    print(table)
-    (options.out / "sweep.md").write_text(table + "\n")
+    try:
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Fact)], lineterminator="\n")
+            for case in cases(options.arch, options.dtype, options.kind):
+                if asked(case) not in known:
+                    facts.append(compiled(*case))
+                    writer.writerow(asdict(facts[-1]))
+                    file.flush()
+    finally:  # also for what Ctrl-C leaves
+        table = summary(facts, len(every))
+        print(table)
+        write_whole(options.out / "sweep.md", f"{table}\n".encode())
     return 0
 
 

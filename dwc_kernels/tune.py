@@ -29,9 +29,15 @@ Results = tuple[Tensor, ...]
 
 
 def store(path: Path, tiles: dict[str, dict[str, Any]]) -> None:
-    """Add tiles to the file; it appears whole or not at all."""
+    """Add tiles to the file, or replace one that is broken; it appears whole or not at all."""
+    from dwc_kernels.kernels.tiles import stored_tiles
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        known = {key: asdict(tile) for key, tile in stored_tiles(path).items()}
+    except ValueError as error:
+        print(f"replaced: {error}", file=sys.stderr, flush=True)
+        known = {}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(known | tiles, file, indent=1)
         file.flush()
@@ -65,30 +71,35 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
     from triton.runtime.errors import OutOfResources
 
     from dwc_kernels import kernels
-    from dwc_kernels.kernels.launch import Plan
+    from dwc_kernels.kernels.launch import Plan, asked
     from dwc_kernels.kernels.tiles import Tile, ranked, tuned_key
 
-    one, size = (1, 1, 1), x.shape[2:]
+    one = (1, 1, 1)
     geometry: tuple[Any, ...] = (one, tuple(k // 2 for k in mu.shape[2:]), one, 1)
     seed = torch.zeros((), dtype=torch.int64, device=x.device)
-    y, r = reference.forward(x, mu, sigma, None, None, one, geometry[1], one, 1, seed)
+    b_mu = torch.linspace(-1, 1, mu.shape[0], dtype=x.dtype, device=x.device)
+    b_sigma = b_mu.abs() + 0.1
+    y, r = reference.forward(x, mu, sigma, b_mu, b_sigma, one, geometry[1], one, 1, seed)
     best = {}
     for kind in ("forward", "grad_input", "grad_weight"):
 
         def run(backend: Any, convert: Callable[[Tensor], Tensor], kind: str = kind, **options: Any) -> Results:
-            g_, r_, x_, mu_, sigma_ = (convert(t) for t in (y, r, x, mu, sigma))
+            g_, r_, x_, mu_, sigma_, b_mu_, b_sigma_ = (convert(t) for t in (y, r, x, mu, sigma, b_mu, b_sigma))
+            if kind == "grad_weight":
+                options["bias_sigma"] = b_sigma_
             arguments = {
-                "forward": (x_, mu_, sigma_, None, None, *geometry, seed),
+                "forward": (x_, mu_, sigma_, b_mu_, b_sigma_, *geometry, seed),
                 "grad_input": (g_, r_, x_, mu_, sigma_, *geometry),
                 "grad_weight": (g_, r_, x_, sigma_, *geometry),
             }[kind]
             return as_tuple(getattr(backend, kind)(*arguments, **options))
 
-        plan = Plan.of(kind, x, size, mu, one, 1, None)
+        problem, chip = asked(kind, x, tuple(y.shape[2:]), mu, one, 1)
+        by_estimate = ranked(problem, chip)
+        plan = Plan(problem, chip, by_estimate[0])
         exact = run(reference, Tensor.double)
         composed = relative_errors(run(reference, Tensor.contiguous), exact)
         rounding = 2.0**-11 if plan.precision == "tf32" and x.dtype == torch.float32 else torch.finfo(x.dtype).eps
-        by_estimate = ranked(plan.problem, plan.chip)
         times: dict[Tile, tuple[float, float]] = {}
         for tile in by_estimate[:n_tiles]:
 
@@ -104,10 +115,10 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
                 print(f"{tile} is wrong on this GPU, errors {errors}: not taken", file=sys.stderr, flush=True)
                 continue
             times[tile] = statistics.median(device_times(call, repeats)), host_time(call, repeats)
-        key = tuned_key(plan.problem)
+        key = tuned_key(problem)
         if not times:
             raise ValueError(
-                f"none of the {len(by_estimate[:n_tiles])} tiles tried for {key} fits {plan.chip.name} and is right "
+                f"none of the {len(by_estimate[:n_tiles])} tiles tried for {key} fits {chip.name} and is right "
                 "there; try more with --tiles, or use backend='reference'"
             )
         tile = min(times, key=lambda t: times[t][0])

@@ -151,9 +151,8 @@ def forward(
     y = empty_voxels_last(x, n_filters, size)
     r = torch.empty_like(y) if keep_r else None
     layout = output_layout(x)
-    weights = packed(
-        "folded" if plan.problem.folded else "forward", weight_mu, weight_sigma, plan.precision, backward_follows=keep_r
-    )
+    shared = r if stride == ONE else None  # with a stride, no kernel computes the gradients
+    weights = packed(weight_mu, weight_sigma, plan.precision, folded=plan.problem.folded, r=shared)
     if plan.problem.folded:
         a, geometry = fold_taps(x, geometry), Geometry.POINT
     else:

@@ -20,7 +20,7 @@ from dwc_kernels.kernels.launch import ONE, Geometry, Plan, triple
 from dwc_kernels.kernels.layouts import voxels_last
 from dwc_kernels.kernels.products import both_products, elements, place
 from dwc_kernels.kernels.tiles import Tile, programs
-from dwc_kernels.kernels.weights import packed
+from dwc_kernels.kernels.weights import packed_adjoint
 
 __all__ = ["grad_input"]
 
@@ -45,7 +45,7 @@ def finish(
     else:
         corner, offset, mask = elements(sample, d0, h0, w0, c0, D, H, W, C, BD, BH, BW, N)
         value = tl.load(x + corner + offset, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + corner + offset, (mean + 2.0 * value * var).to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + corner + offset, (mean + 2.0 * (value * var)).to(dx.dtype.element_ty), mask=mask)
 
 
 SIZES = ["N", "Do", "Ho", "Wo", "D", "H", "W", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w"]
@@ -103,8 +103,8 @@ def grad_input(
     layout = reference.output_layout(x)
     x = x.contiguous(memory_format=torch.channels_last_3d)
     dx = torch.empty_like(x)
+    weights = packed_adjoint(weight_mu, weight_sigma, plan.precision, r)
     g, r = voxels_last(g), voxels_last(r)
-    weights = packed("adjoint", weight_mu, weight_sigma, plan.precision)
     block = [1, *plan.tile.box, plan.tile.channels]
     plan.launch(
         grad_input_kernel, programs(plan.problem, plan.tile), x.device,

@@ -17,7 +17,7 @@ from dwc_kernels.geometry import Triple, output_size
 from dwc_kernels.kernels.chips import CHIPS, Chip
 from dwc_kernels.kernels.tiles import Problem, Tile, problem_of, tile_for
 
-__all__ = ["Geometry", "Plan", "chip_of", "forget_plans", "run_on"]
+__all__ = ["Geometry", "Plan", "asked", "chip_of", "forget_plans", "run_on"]
 
 ONE = (1, 1, 1)
 
@@ -95,13 +95,8 @@ class Plan:
         ValueError
             If the kernels cannot run on these arguments, saying why.
         """
-        size = triple(size)
-        reason = why_not_triton(x, weight, size, stride, groups)
-        if reason:
-            raise ValueError(f"the Triton kernels cannot run: {reason}")
-        chip, tiled = chip_of(x.device), triple(x.shape[2:]) if kind == "grad_input" else size
-        asked = _asked(kind, operand_dtype(x, chip), x.shape[0], tiled, weight.shape)
-        return _planned(asked, chip) if tile is None else cls(asked, chip, tile)
+        problem, chip = asked(kind, x, triple(size), weight, stride, groups)
+        return _planned(problem, chip) if tile is None else cls(problem, chip, tile)
 
     @cached_property
     def precision(self) -> str:
@@ -143,10 +138,21 @@ def run_on(device: torch.device, kernel: JITFunction, programs: int, *arguments:
         kernel[(programs,)](*arguments, **options)
 
 
+def asked(kind: str, x: Tensor, size: Triple, weight: Tensor, stride: Triple, groups: int) -> tuple[Problem, Chip]:
+    """What a launch is asked for, and of which chip; the arguments and errors of `Plan.of`."""
+    reason = why_not_triton(x, weight, size, stride, groups)
+    if reason:
+        raise ValueError(f"the Triton kernels cannot run: {reason}")
+    chip, tiled = chip_of(x.device), triple(x.shape[2:]) if kind == "grad_input" else size
+    return _problem(kind, operand_dtype(x, chip), x.shape[0], tiled, weight.shape, stride), chip
+
+
 @lru_cache(maxsize=4096)
-def _asked(kind: str, dtype: str, samples: int, size: tuple[int, ...], weight_shape: torch.Size) -> Problem:
+def _problem(
+    kind: str, dtype: str, samples: int, size: tuple[int, ...], weight_shape: torch.Size, stride: Triple
+) -> Problem:
     filters, channels, *kernel = weight_shape
-    return problem_of(kind, dtype, samples, triple(size), channels, filters, triple(kernel))
+    return problem_of(kind, dtype, samples, triple(size), channels, filters, triple(kernel), stride)
 
 
 @lru_cache(maxsize=4096)

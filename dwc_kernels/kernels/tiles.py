@@ -9,12 +9,14 @@ because a quarter of the issue is taken not to overlap, and `choose` takes the l
 the same model with the instructions of the compiled loop in place of the estimated ones.
 """
 
+import itertools
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from dwc_kernels.geometry import Triple
 from dwc_kernels.kernels.chips import L2_REACH, TENSOR_REACH, WARP, Chip
@@ -36,8 +38,8 @@ __all__ = [
     "shared_bytes",
     "splits",
     "stacks",
+    "stored_tiles",
     "tile_for",
-    "tuned",
     "tuned_key",
     "tuned_path",
 ]
@@ -57,6 +59,7 @@ class Problem:
     columns: int
     kernel: Triple
     folded: bool = False  # taps have become channels
+    stride: Triple = (1, 1, 1)  # of the loop; folding takes it away
 
     @property
     def itemsize(self) -> int:
@@ -71,17 +74,19 @@ def problem_of(
     channels: int,
     filters: int,
     kernel: Triple,
+    stride: Triple = (1, 1, 1),
 ) -> Problem:
     """The problem of one kernel for a convolution of channels into filters.
 
     Where a block of channels would be mostly padding, taps become channels; the input gradient sums over filters.
+    With a stride, only the forward is a kernel.
     """
     taps = math.prod(kernel)
     if kind == "grad_input":
         return Problem(kind, dtype, samples, size, filters, channels, kernel)
     if channels <= 4 and 1 < channels * taps <= 128:
         return Problem(kind, dtype, samples, size, channels * taps, filters, (1, 1, 1), folded=True)
-    return Problem(kind, dtype, samples, size, channels, filters, kernel)
+    return Problem(kind, dtype, samples, size, channels, filters, kernel, stride=stride)
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,8 @@ SUMMED_COLUMNS = ((64, 32), (64, 0), (32, 0), (16, 0))
 SUMMED_BOXES = ((1, 4, 8), (1, 8, 8), (2, 8, 8), (1, 2, 8))  # of grad_weight, whose products sum over voxels
 BARRIERS = 512  # bytes of shared memory that a pipeline's barriers take at most
 CHUNK = 8  # columns finished at a time; more of them spill
+TUNE_AGAIN = "delete it, or run python -m dwc_kernels.tune again"
+STACKED_BUFFER = 8 << 10  # bytes through which stacked rows reach tensor memory, as compiled
 STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 
 
@@ -131,8 +138,9 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
         one_tap = math.prod(problem.kernel) == 1
         boxes = BOXES[1:] if one_tap else BOXES
         per_warp = 16 if one_tap and not chip.tensor_memory else chip.rows_per_warp
-        # g and r together leave no registers for an unrolled loop.
-        unrolls = range(1, (chip.unroll if problem.kind == "forward" else 1) + 1)
+        # g and r together, or the phases of a stride, leave no registers for an unrolled loop.
+        unrolled = problem.kind == "forward" and problem.stride == (1, 1, 1)
+        unrolls = range(1, (chip.unroll if unrolled else 1) + 1)
         shapes = [
             (box, c, unroll, max(1, min(8, math.prod(box) // per_warp)))
             for box in boxes
@@ -141,14 +149,18 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
             if n % unroll == 0 and c < 2 * problem.channels + 16
         ]
     depths = (3, 2) if problem.kind == "grad_weight" else (4, 3, 2)
-    found = []
+    found: list[Tile] = []
     for box, channels, unroll, warps in shapes:
         for wide, tail in columns:
             tiles = (Tile(box, channels, unroll, wide, tail, CHUNK, warps, stages) for stages in depths)
-            fitting = [t for t in tiles if shared_bytes(problem, t, chip) + BARRIERS <= chip.shared]
-            if fitting and registers(problem, fitting[0], chip) <= chip.holds:
-                found.append(fitting[0])
+            found += itertools.islice((t for t in tiles if fits(problem, t, chip)), 1)
     return found
+
+
+def fits(problem: Problem, tile: Tile, chip: Chip) -> bool:
+    """Whether the chip's shared memory and a thread's registers hold what the tile needs."""
+    shared = shared_bytes(problem, tile, chip) + BARRIERS
+    return shared <= chip.shared and registers(problem, tile, chip) <= chip.holds
 
 
 def operand_bytes(problem: Problem, tile: Tile) -> tuple[int, int]:
@@ -166,7 +178,7 @@ def operand_bytes(problem: Problem, tile: Tile) -> tuple[int, int]:
 def shared_bytes(problem: Problem, tile: Tile, chip: Chip) -> int:
     """Shared memory as Triton lays it out, without the barriers of copies, a few hundred bytes.
 
-    What goes to registers is free one stage earlier. For grad_weight on chips with tensor memory it is an upper bound.
+    What goes to registers is free one stage earlier.
     """
     row_bytes, column_bytes = operand_bytes(problem, tile)
     pipeline = (tile.stages - 1) * (row_bytes + column_bytes)
@@ -177,7 +189,7 @@ def shared_bytes(problem: Problem, tile: Tile, chip: Chip) -> int:
         else:  # g * r, and what has to be transposed or copied on its way to a product
             copies = problem.itemsize if problem.itemsize == 4 or chip.tensor_memory else 0
             extra = tile.rows * tile.columns * (square_bytes(problem) + copies)
-            extra += stacked if chip.tensor_memory else 0
+            extra += min(stacked, STACKED_BUFFER) if chip.tensor_memory else 0
         return max(pipeline + extra, STACKED_ROWS * tile.wide * 4)  # the sums on their way out
     if not chip.warp_matrix:
         pipeline += column_bytes
@@ -337,24 +349,60 @@ def tuned_path(device: str) -> Path:
 
 def tuned_key(problem: Problem) -> str:
     """What a measured tile is remembered under: everything but the number of samples and voxels."""
-    kernel = "x".join(map(str, problem.kernel))
-    return f"{problem.kind} {problem.dtype} {problem.channels}->{problem.columns} {kernel}"
+    kernel, stride = ("x".join(map(str, t)) for t in (problem.kernel, problem.stride))
+    key = f"{problem.kind} {problem.dtype} {problem.channels}->{problem.columns} {kernel}"
+    return key if problem.stride == (1, 1, 1) else f"{key} stride {stride}"
 
 
-def tuned(device: str) -> dict[str, Tile]:
-    """The tiles measured on a device of this name; none where it was never tuned."""
-    path = tuned_path(device)
+def stored_tile(values: Any) -> Tile:
+    """A tile from its JSON; ValueError for what no kernel runs with."""
+    if not isinstance(values, dict) or set(values) != {f.name for f in fields(Tile)}:
+        raise ValueError("its fields are not those of a tile")
+    box = values["box"]
+    if not isinstance(box, list) or len(box) != 3:
+        raise ValueError(f"box {box!r} is no list of three")
+    numbers = [*box, *(v for name, v in values.items() if name != "box")]
+    if not all(type(n) is int for n in numbers):
+        raise ValueError("a value is no integer")
+    tile = Tile(**{**values, "box": tuple(box)})
+    powers = [*box, tile.channels, tile.wide, tile.tail or 16, tile.chunk, tile.warps]
+    if min(*powers, tile.unroll, tile.stages) < 1 or any(n & (n - 1) for n in powers):
+        raise ValueError(f"{numbers} are not all powers of two")
+    # The least that a product takes, and the runs of four along W in which noise is drawn.
+    if min(tile.rows, tile.channels, tile.wide, tile.tail or 16) < 16 or tile.box[2] < 4 or tile.warps > 32:
+        raise ValueError(f"{numbers} make no product")
+    return tile
+
+
+def stored_tiles(path: Path) -> dict[str, Tile]:
+    """The tiles in a file that `dwc_kernels.tune` wrote; none where there is no file.
+
+    Raises
+    ------
+    ValueError
+        If it holds anything else, naming the file.
+    """
     if not path.exists():
         return {}
+    key = "the file"
     try:
-        stored = json.loads(path.read_text())
-        return {key: Tile(**{**tile, "box": tuple(tile["box"])}) for key, tile in stored.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} holds no tiles ({error}); delete it, or run python -m dwc_kernels.tune again"
-        ) from error
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("no object")
+        tiles = {}
+        for key, values in stored.items():
+            tiles[key] = stored_tile(values)
+        return tiles
+    except ValueError as error:
+        raise ValueError(f"{path} holds no tiles ({key}: {error}); {TUNE_AGAIN}") from error
 
 
 def tile_for(problem: Problem, chip: Chip) -> Tile:
     """The tile that was measured best on a device of this name, or else the model's choice for it."""
-    return tuned(chip.name).get(tuned_key(problem)) or choose(problem, chip)
+    path, key = tuned_path(chip.name), tuned_key(problem)
+    tile = stored_tiles(path).get(key)
+    if tile is None:
+        return choose(problem, chip)
+    if not fits(problem, tile, chip):
+        raise ValueError(f"{path}: the tile of {key} does not fit {chip.name}; {TUNE_AGAIN}")
+    return tile

@@ -15,7 +15,7 @@ from torch import Tensor
 from dwc_kernels.kernels.launch import run_on
 from dwc_kernels.kernels.products import operand
 
-__all__ = ["packed"]
+__all__ = ["packed", "packed_adjoint"]
 
 Orientation = Literal["forward", "folded", "adjoint"]
 Pair = tuple[Tensor, Tensor]  # mu and sigma^2, both [taps, columns, channels to be summed over]
@@ -93,47 +93,44 @@ def pack(weight_mu: Tensor, weight_sigma: Tensor, orientations: set[Orientation]
     return pairs
 
 
-# What was packed last from the weights whose sigma lies in a storage, and the state of both tensors then.
-_known: "weakref.WeakKeyDictionary[torch.UntypedStorage, tuple[tuple, dict[str, Pair]]]" = weakref.WeakKeyDictionary()
-_graphs_seen = False
+# The adjoint that a forward packed for its own backward, by the memory of the r that only this backward is given.
+_waiting: "weakref.WeakKeyDictionary[torch.UntypedStorage, tuple[tuple, Pair]]" = weakref.WeakKeyDictionary()
 
 
 def _state(weight_mu: Tensor, weight_sigma: Tensor, precision: str) -> tuple | None:
-    """What packed weights depend on; None where a change would go unseen.
+    """What a backward must agree in with its forward to use its adjoint; None for tensors that have no version.
 
-    Replaying a CUDA graph changes tensors but not their versions, so nothing is remembered once a graph was captured.
+    A CUDA graph must not read what was packed outside of a capture: by the time of its replay that memory is free.
     """
-    global _graphs_seen
-    if weight_mu.is_cuda and torch.cuda.is_current_stream_capturing():
-        _graphs_seen = True
-    if _graphs_seen or weight_mu.is_inference() or weight_sigma.is_inference():
+    if weight_mu.is_inference() or weight_sigma.is_inference():
         return None
     stream = torch.cuda.current_stream(weight_mu.device).cuda_stream if weight_mu.is_cuda else 0
-    tensors = ((t.storage_offset(), t.shape, t.stride(), t.dtype, t._version) for t in (weight_mu, weight_sigma))
-    return (weakref.ref(weight_mu.untyped_storage()), *tensors, precision, stream)
+    capturing = weight_mu.is_cuda and torch.cuda.is_current_stream_capturing()
+    tensors = (
+        (weakref.ref(t.untyped_storage()), t.storage_offset(), t.shape, t.stride(), t.dtype, t._version)
+        for t in (weight_mu, weight_sigma)
+    )
+    return (*tensors, precision, stream, capturing)
 
 
-def packed(
-    orientation: Orientation,
-    weight_mu: Tensor,
-    weight_sigma: Tensor,
-    precision: str,
-    *,
-    backward_follows: bool = False,
-) -> Pair:
-    """mu and sigma^2 of the weights [F, C, kD, kH, kW], packed once per change of either.
+def packed(weight_mu: Tensor, weight_sigma: Tensor, precision: str, *, folded: bool, r: Tensor | None = None) -> Pair:
+    """The weights of a forward: [taps, F, C'], or [1, F, taps * C'] where taps are folded into channels.
 
-    "forward" is [taps, F, C'], "folded" [1, F, taps * C'], "adjoint" [mirrored taps, C, F']. Where a backward follows,
-    the adjoint is packed in the same launch and found again as long as sigma's memory lives.
+    They are packed in every call, because writes that change no version (fused optimizers, `.data`, NumPy, CUDA graphs)
+    cannot be seen. With r, the same launch packs the adjoint for the backward that will be given this r.
     """
-    state, storage = _state(weight_mu, weight_sigma, precision), weight_sigma.untyped_storage()
-    last, pairs = _known.get(storage, (None, {}))
-    pairs = pairs if state is not None and last == state else {}
-    if orientation not in pairs:
-        wanted: set[Orientation] = {orientation}
-        if backward_follows and state is not None:
-            wanted.add("adjoint")
-        pairs = pairs | pack(weight_mu, weight_sigma, wanted - set(pairs), precision)
-        if state is not None:
-            _known[storage] = (state, pairs)
-    return pairs[orientation]
+    first: Orientation = "folded" if folded else "forward"
+    state = None if r is None else _state(weight_mu, weight_sigma, precision)
+    if r is None or state is None:
+        return pack(weight_mu, weight_sigma, {first}, precision)[first]
+    pairs = pack(weight_mu, weight_sigma, {first, "adjoint"}, precision)
+    _waiting[r.untyped_storage()] = state, pairs["adjoint"]
+    return pairs[first]
+
+
+def packed_adjoint(weight_mu: Tensor, weight_sigma: Tensor, precision: str, r: Tensor) -> Pair:
+    """The weights [mirrored taps, C, F'] of an input gradient: left by the forward of this r, once, or packed anew."""
+    state, pair = _waiting.pop(r.untyped_storage(), (None, None))
+    if pair is not None and state == _state(weight_mu, weight_sigma, precision):
+        return pair
+    return pack(weight_mu, weight_sigma, {"adjoint"}, precision)["adjoint"]

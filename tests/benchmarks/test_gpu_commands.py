@@ -3,6 +3,8 @@
 import contextlib
 import csv
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -101,6 +103,19 @@ def test_the_benchmark_leaves_pytorch_s_precision_settings_as_they_were(pretende
     assert asked() == before
 
 
+def test_precisions_that_follow_the_general_setting_follow_it_afterwards():
+    program = (
+        "import torch\nfrom benchmarks.gpu import settings_restored\nbackends = torch.backends\n"
+        "backends.fp32_precision = 'ieee'\nwith settings_restored():\n"
+        "    backends.cudnn.conv.fp32_precision = backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "print(backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision)\n"
+        "backends.fp32_precision = 'tf32'\n"
+        "print(backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "ieee ieee\ntf32 tf32\n", done.stderr
+
+
 def test_a_layer_that_is_wrong_is_named_and_not_timed(pretended_gpu, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "errors", lambda layer, dtype: {"y": (1.0, 0.0)})
     assert gpu.main(["--out", str(tmp_path), "--dtype", "fp32"]) == 1
@@ -125,6 +140,48 @@ def test_what_the_tuner_stores_the_launchers_use(pretended_gpu):
 def layer_to_tune():
     mu = torch.randn(6, 5, 1, 1, 1)
     return torch.randn(1, 5, 2, 4, 4), mu, mu.abs()
+
+
+def test_the_tuner_checks_and_times_with_biases(pretended_gpu, monkeypatch):
+    forward, grad_weight, seen = kernels.forward, kernels.grad_weight, []
+
+    def spied_forward(*arguments, **options):
+        seen.append(arguments[3] is not None and arguments[4] is not None)
+        return forward(*arguments, **options)
+
+    def spied_grad_weight(*arguments, bias_sigma=None, **options):
+        seen.append(bias_sigma is not None)
+        return grad_weight(*arguments, bias_sigma=bias_sigma, **options)
+
+    monkeypatch.setattr(kernels, "forward", spied_forward)
+    monkeypatch.setattr(kernels, "grad_weight", spied_grad_weight)
+    tune.tune_layer(*layer_to_tune(), n_tiles=1, repeats=1)
+    assert len(seen) > 2
+    assert all(seen)
+
+
+def test_a_tile_whose_bias_gradient_is_wrong_is_not_taken(pretended_gpu, monkeypatch):
+    right = kernels.grad_weight
+
+    def grad_weight(*arguments, **options):
+        *rest, db_sigma = right(*arguments, **options)
+        return *rest, 2 * db_sigma
+
+    monkeypatch.setattr(kernels, "grad_weight", grad_weight)
+    with pytest.raises(ValueError, match="grad_weight ieee 5->6 1x1x1 fits"):
+        tune.tune_layer(*layer_to_tune(), n_tiles=1, repeats=1)
+
+
+@pytest.mark.parametrize("content", ["{", '{"forward ieee 5->6 1x1x1": {"box": [3, 4, 8]}}'])
+def test_the_tuner_replaces_a_broken_file(pretended_gpu, content, capsys):
+    x, mu, sigma = layer_to_tune()
+    path = tiles.tuned_path("the interpreter")
+    path.parent.mkdir()
+    path.write_text(content)
+    tune.store(path, tune.tune_layer(x, mu, sigma, n_tiles=1, repeats=1))
+    assert str(path) in capsys.readouterr().err
+    assert len(tiles.stored_tiles(path)) == len(tiles.KINDS)
+    assert Plan.of("forward", x, x.shape[2:], mu, (1, 1, 1), 1, None).tile in tiles.stored_tiles(path).values()
 
 
 def test_a_tile_whose_result_is_wrong_is_not_taken(pretended_gpu, monkeypatch, capsys):

@@ -33,15 +33,15 @@ def test_every_chip_dtype_kernel_shape_and_size_is_a_case():
 
 def test_the_sweep_compiles_only_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(kernel_sweep, "source_hash", lambda: "now")
+    monkeypatch.setattr(kernel_sweep, "source_hash", lambda kind: "now")
     monkeypatch.setattr(kernel_sweep, "shapes", lambda: [(16, 16, 1)])
     compiled = []
 
-    def compile_one(source, arch, shape, problem, tile, edges):
+    def compile_one(arch, shape, problem, tile, edges):
         compiled.append((arch, problem.kind, edges))
         if len(compiled) == 3:
             raise KeyboardInterrupt
-        spelled = kernel_sweep.spelled(tile)
+        spelled, source = kernel_sweep.spelled(tile), kernel_sweep.source_hash(problem.kind)
         return replace(FACT, source=source, arch=arch, dtype=problem.dtype, kind=problem.kind, channels=shape[0],
                        filters=shape[1], kernel=shape[2], edges=edges, tile=spelled)  # fmt: skip
 
@@ -54,13 +54,48 @@ def test_the_sweep_compiles_only_what_is_missing(tmp_path, monkeypatch, capsys):
     before = len(compiled)
     assert kernel_sweep.main(arguments) == 0
     assert len(compiled) == before
-    monkeypatch.setattr(kernel_sweep, "source_hash", lambda: "changed")
+    monkeypatch.setattr(kernel_sweep, "source_hash", lambda kind: "changed")
     assert kernel_sweep.main(arguments) == 0
     assert len(compiled) > before
 
 
-def test_the_summary_names_what_spills():
-    text = summary([FACT, replace(FACT, edges="45", spills=28, local=7)])
+def test_a_kill_loses_no_finished_compilation(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(kernel_sweep, "source_hash", lambda kind: "now")
+    monkeypatch.setattr(kernel_sweep, "shapes", lambda: [(16, 16, 1)])
+    path, on_disk = tmp_path / "sweep.csv", []
+
+    def compile_one(arch, shape, problem, tile, edges):
+        on_disk.append(len(kernel_sweep.read(path)))  # what a kill in this compilation would leave
+        return replace(FACT, source="now", arch=arch, dtype=problem.dtype, kind=problem.kind, channels=shape[0],
+                       filters=shape[1], kernel=shape[2], edges=edges, tile=kernel_sweep.spelled(tile))  # fmt: skip
+
+    monkeypatch.setattr(kernel_sweep, "compiled", compile_one)
+    for dtype in ("bf16", "fp16"):
+        assert kernel_sweep.main(["--out", str(tmp_path), "--arch", "sm_90", "--dtype", dtype]) == 0
+    assert on_disk == list(range(len(on_disk)))
+    before = path.read_text()
+
+    def killed(*_):
+        raise SystemExit  # before anything of the old file is gone
+
+    monkeypatch.setattr(kernel_sweep, "write_whole", killed)
+    with pytest.raises(SystemExit):
+        kernel_sweep.main(["--out", str(tmp_path)])
+    assert path.read_text() == before
+
+
+def test_another_compiler_is_another_source(monkeypatch):
+    source_hash = kernel_sweep.source_hash.__wrapped__
+    before = source_hash("forward")
+    assert "ptxas" in kernel_sweep.compiler()
+    monkeypatch.setattr(kernel_sweep, "compiler", lambda: "another")
+    assert source_hash("forward") != before
+
+
+def test_the_summary_says_how_many_of_how_many_and_names_what_spills():
+    text = summary([FACT, replace(FACT, edges="45", spills=28, local=7)], 9)
+    assert text.startswith("2 of 9 compilations.\n")
     assert "| sm_90 | bf16 | forward | 2 | 1 | 28 | 96->96 k3 (45): 28 |" in text
 
 
@@ -68,10 +103,7 @@ def test_the_committed_table_agrees_with_the_model_of_shared_memory():
     facts = kernel_sweep.read(TABLE)
     assert facts
     for fact in facts:
-        if fact.arch == "sm_100" and fact.kind == "grad_weight":
-            assert fact.shared <= fact.shared_model + BARRIERS, fact
-        else:
-            assert 0 <= fact.shared - fact.shared_model <= BARRIERS, fact
+        assert 0 <= fact.shared - fact.shared_model <= BARRIERS, fact
 
 
 @pytest.mark.sweep
@@ -83,7 +115,7 @@ def test_nothing_spills_outside_the_network_s_shapes(case):
         "arch, dtype, kind, *shape, edge = sys.argv[1:]\n"
         "for case in cases((arch,), (dtype,)):\n"
         "    if case[1] == tuple(map(int, shape)) and case[2].kind == kind and edge in case[4].split():\n"
-        "        fact = asdict(compiled('', *case))\n"
+        "        fact = asdict(compiled(*case))\n"
         "writer = csv.DictWriter(sys.stdout, list(fact))\nwriter.writeheader()\nwriter.writerow(fact)\n"
     )
     words = [arch, dtype, kind, *map(str, (channels, filters, kernel, edge))]

@@ -21,9 +21,16 @@ def test_what_is_counted_on_fake_tensors_is_what_real_ones_keep(op, monkeypatch)
     x = torch.rand(2, 8, 4, 5, 6).to(memory_format=torch.channels_last_3d).requires_grad_()
     parameters = [torch.rand(5, 8, 3, 3, 3).requires_grad_() for _ in range(2)]
     parameters += [torch.rand(5).requires_grad_() for _ in range(2)]
-    kept = saved_bytes(lambda: op(x, *parameters, padding=2, dilation=2), *parameters)
-    _, packed = weights._known.get(parameters[1].untyped_storage(), (None, {}))
-    kept += sum(t.untyped_storage().nbytes() for pair in packed.values() for t in pair)
+    adjoints = {}  # packed by a forward for its backward
+
+    def forward():
+        before = set(weights._waiting)
+        y = op(x, *parameters, padding=2, dilation=2)
+        adjoints.update((r, pair) for r, (_, pair) in weights._waiting.items() if r not in before)
+        return y
+
+    kept = saved_bytes(forward, *parameters)
+    kept += sum(t.untyped_storage().nbytes() for pair in adjoints.values() for t in pair)
     counted = memory.count_layer(layer, torch.float32, op, samples=2).kept
     assert counted == kept - x.untyped_storage().nbytes()  # the input is the last layer's
 

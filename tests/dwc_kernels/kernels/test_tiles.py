@@ -109,6 +109,47 @@ def test_a_broken_file_of_tiles_is_named(tmp_path, monkeypatch, content):
         tiles.tile_for(LAYER, replace(CHIPS["sm_90"], name="gpu"))
 
 
+VALID = {"box": [2, 4, 8], "channels": 16, "unroll": 1, "wide": 32, "tail": 0, "chunk": 8, "warps": 8, "stages": 2}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"box": [3, 4, 8]},
+        {"box": [4, 8]},
+        {"box": "248"},
+        {"box": [1, 1, 8]},
+        {"box": [64, 64, 64]},
+        {"channels": "16"},
+        {"channels": 8},
+        {"wide": 48},
+        {"tail": -16},
+        {"chunk": 0},
+        {"warps": 2.0},
+        {"stages": True},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_a_stored_tile_that_no_kernel_runs_with_is_one_line_that_names_the_file(tmp_path, monkeypatch, change):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path, chip = tiles.tuned_path("gpu"), replace(CHIPS["sm_90"], name="gpu")
+    path.parent.mkdir()
+    path.write_text(json.dumps({tiles.tuned_key(LAYER): VALID}))
+    assert tiles.tile_for(LAYER, chip) == Tile(**{**VALID, "box": (2, 4, 8)})
+    path.write_text(json.dumps({tiles.tuned_key(LAYER): VALID | change}))
+    with pytest.raises(ValueError, match=r"gpu\.json.*; delete it, or run python -m dwc_kernels\.tune again") as raised:
+        tiles.tile_for(LAYER, chip)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_strided_problem_has_tiles_of_its_own():
+    strided = replace(LAYER, stride=(2, 2, 2))
+    assert tiles.tuned_key(strided) != tiles.tuned_key(LAYER)
+    assert choose(LAYER, CHIPS["sm_90"]).unroll > 1
+    assert all(tile.unroll == 1 for tile in candidates(strided, CHIPS["sm_90"]))  # more spill
+
+
 @pytest.mark.parametrize(("module", "code"), [("dwc_kernels.tune", 2), ("benchmarks.gpu", 0)])
 def test_commands_that_need_a_gpu_say_so_in_one_line(module, code):
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
