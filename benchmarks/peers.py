@@ -3,7 +3,8 @@
 For each library that is installed (none has to be): CPU seconds of a training step, the least of the repetitions, in
 turn; bytes kept for its backward; variance of the gradients in mu and rho over repeated draws, and that variance times
 the seconds, which is what a gradient of equal precision costs; the error of the KL divergence against fp64; and whether
-eval() is deterministic. A second table says what each layer can do. All layers get the same means, standard deviations, input and loss.
+eval() is deterministic. All layers get the same means, standard deviations, input and loss. A second table says what
+each layer can do.
 """
 
 import argparse
@@ -228,7 +229,7 @@ def _gradients_per_sample(peer: Peer, layer: Any, x: Tensor) -> bool:
 
 def _compiles_in_one_graph(peer: Peer, layer: Any, x: Tensor) -> bool:
     torch._dynamo.reset()
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(layer, backend="eager", fullgraph=True)
     return peer.call(compiled, x).shape == (2, 3, 4, 4, 4)
 
 
