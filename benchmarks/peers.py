@@ -3,15 +3,17 @@
 For each library that is installed (none has to be): CPU seconds of a training step, the least of the repetitions, in
 turn; bytes kept for its backward; variance of the gradients in mu and rho over repeated draws, and that variance times
 the seconds, which is what a gradient of equal precision costs; the error of the KL divergence against fp64; and whether
-eval() is deterministic. All layers get the same means, standard deviations, input and loss.
+eval() is deterministic. All layers get the same means, standard deviations, input and loss. A second table says what
+each layer can do.
 """
 
 import argparse
+import copy
 import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -175,14 +177,81 @@ def _facts(subject: _Subject, values: dict[str, Tensor], x: Tensor) -> dict[str,
     return {"KB kept": kept / 1024, "KL error": error, "eval() repeats": deterministic}
 
 
+def abilities() -> pd.DataFrame:
+    """What each library's layer can do, one column per layer; a check that raises is a no."""
+    x = torch.randn(2, 2, 4, 4, 4)
+    return pd.DataFrame(
+        {
+            peer.name: {ability: _succeeds(check, peer, peer.make(2, 3), x) for ability, check in _ABILITIES.items()}
+            for peer in peers()[0]
+            if peer.call is not _drawn
+        }
+    )
+
+
+def _succeeds(check: Callable[[Peer, Any, Tensor], bool], peer: Peer, layer: nn.Module, x: Tensor) -> str:
+    try:
+        return "yes" if check(peer, layer, x) else "no"
+    except Exception:  # whatever a library raises where it cannot
+        return "no"
+
+
+def _repeats_in_eval(peer: Peer, layer: Any, x: Tensor) -> bool:
+    layer.eval()
+    return torch.equal(peer.call(layer, x), peer.call(layer, x))
+
+
+def _kl_before_a_forward(peer: Peer, layer: Any, x: Tensor) -> bool:
+    return float(peer.kl(layer)) > 0
+
+
+def _loads_a_plain_checkpoint(peer: Peer, layer: Any, x: Tensor) -> bool:
+    layer.load_state_dict(nn.Conv3d(2, 3, 3).state_dict())
+    return True
+
+
+def _copies_after_a_forward(peer: Peer, layer: Any, x: Tensor) -> bool:
+    peer.call(layer, x)
+    return copy.deepcopy(layer) is not layer
+
+
+def _gradients_per_sample(peer: Peer, layer: Any, x: Tensor) -> bool:
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        def run(*arguments: Any) -> Tensor:
+            return torch.func.functional_call(layer, parameters, arguments)
+
+        return peer.call(cast(nn.Module, run), sample[None]).square().mean()
+
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")(parameters, x)
+    return all(g.isfinite().all() for g in gradients.values())
+
+
+def _compiles_in_one_graph(peer: Peer, layer: Any, x: Tensor) -> bool:
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(layer, backend="eager", fullgraph=True)
+    return peer.call(compiled, x).shape == (2, 3, 4, 4, 4)
+
+
+_ABILITIES: dict[str, Callable[[Peer, Any, Tensor], bool]] = {
+    "`eval()` is deterministic": _repeats_in_eval,
+    "KL divergence before a forward": _kl_before_a_forward,
+    "loads a plain Conv3d's checkpoint": _loads_a_plain_checkpoint,
+    "`copy.deepcopy` after a forward": _copies_after_a_forward,
+    "gradients per sample with `torch.func`": _gradients_per_sample,
+    "`torch.compile(fullgraph=True)`": _compiles_in_one_graph,
+}
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("channels", 16), ("filters", 16), ("size", 8), ("batch", 2), ("draws", 30)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = vars(parser.parse_args())
     with pd.option_context("display.width", 200, "display.max_columns", None):
         print(compare(**arguments).to_string(float_format="%.3g"))
+        print(abilities().to_string())
     for line in peers()[1]:
         print(f"not installed: {line}")
 

@@ -4,14 +4,14 @@ beforehand or afterwards which ones, and `mean_names` tells loaders where a plai
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from dwc_kernels.factorized import FFGModule
+from dwc_kernels.factorized import FFGModule, leaves, weight_key
 from dwc_kernels.module import FFGConv3d, FFGConvTranspose3d, FFGLinear
-from dwc_kernels.plain import mean_leaf, take_over, why_not_taken_over
+from dwc_kernels.plain import become, why_not_taken_over
 
 __all__ = ["Conversion", "conversion_report", "convert", "mean_names"]
 
@@ -22,6 +22,7 @@ _KINDS: dict[type[nn.Module], Any] = {
 }
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+_COMPILED = "it or a module around it is compiled; convert before torch.compile"
 _log = logging.getLogger("dwc_kernels")
 
 Skip = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -33,7 +34,7 @@ class Conversion:
 
     path: str  # "" is the model itself
     kind: str
-    parameters: int  # of the plain layer
+    parameters: int  # of the plain layer, without those that a layer before it shares
     converted: bool
     reason: str = ""  # why not
 
@@ -44,25 +45,27 @@ class Conversion:
 def convert(model: nn.Module, *, skip: Skip | Iterable[Skip] = (), **kwargs: Any) -> nn.Module:
     """Make every Conv3d, ConvTranspose3d and Linear of a network variational, its weights as means, in place.
 
-    Layers and weights that stand in several places stay shared, frozen weights frozen, and the means are the same
-    Parameter objects as the weights were, so an optimizer that already holds them goes on with them; add the new
-    ``*_rho`` to it. Hooks on the forward and the backward and attributes are kept. The logger "dwc_kernels" warns of
-    the number of parameters that are left as they are, and names each layer at level INFO.
+    Each layer changes its class in place, so whatever else holds it, such as a plain list, holds the variational one.
+    Shared layers and tied weights stay so. The means are the Parameter objects that the weights were: an optimizer
+    goes on with them (add the new ``*_rho`` to it), and frozen ones stay frozen, while their sigmas train. Hooks on
+    the forward and the backward and attributes are kept. The logger "dwc_kernels" warns of the number of parameters
+    that are left as they are, and names each layer at level INFO.
 
     Parameters
     ----------
     model : nn.Module
-        A network, or a single layer. Convert before DistributedDataParallel, fully_shard, scripting and quantization.
+        A network, or a single layer. Convert before DistributedDataParallel, fully_shard, torch.compile, scripting
+        and quantization.
     skip : str, type, callable (path, module) -> bool, or an iterable of these
-        What to leave as it is: paths as in ``named_modules()``, types of module, or a predicate, each with everything
-        below.
+        What to leave as it is, with everything below: paths as in ``named_modules(remove_duplicate=False)``, types of
+        module, or a predicate. A shared layer is left if any of its paths is.
     **kwargs
         prior_mu, prior_sigma, sigma_init, backend of the new layers.
 
     Returns
     -------
     nn.Module
-        ``model`` itself, or the new layer where ``model`` is a layer.
+        ``model`` itself.
 
     Raises
     ------
@@ -70,28 +73,30 @@ def convert(model: nn.Module, *, skip: Skip | Iterable[Skip] = (), **kwargs: Any
         For a layer that `torch.nn` computes and the means could not stand in for (see `conversion_report`), naming its
         path; skip it. Nothing is converted then.
     """
+    FFGLinear(1, 1, device="meta", **kwargs)  # refuses what no layer takes, also where there is none
     found = list(_classified(model, skip))
     if refused := [entry for entry, _, fatal in found if fatal]:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         path = refused[0].path
         raise ValueError(f"{path or 'the model'}{more}: {refused[0].reason}, or pass skip=[{path!r}]")
-    layers: dict[int, FFGModule] = {}
-    rhos: dict[int, nn.Parameter] = {}  # of means that are tied, so that their sigmas are
-    for entry, module, _ in found:
-        kind = _kind(module)
-        if kind is None or not entry.converted:
-            continue
-        layer = layers[id(module)] = _KINDS[kind]._like(module, **kwargs)
-        take_over(layer, module)
+    new = [
+        (module, _KINDS[kind]._like(module, **kwargs))
+        for entry, module, _ in found
+        if entry.converted and (kind := _kind(module))
+    ]
+    first: dict[tuple[Any, ...], FFGModule] = {}  # the layer that shared its sigmas and prior with those tied to it
+    for module in model.modules():
+        for name in module._names if isinstance(module, FFGModule) else ():
+            if f"{name}_rho" in module._parameters:
+                first.setdefault(weight_key(module, f"{name}_mu"), cast(FFGModule, module))
+    for module, layer in new:
+        become(module, layer)
         for name in layer._names:
-            rho = rhos.setdefault(id(mean_leaf(module, name)), getattr(layer, f"{name}_rho"))
-            setattr(layer, f"{name}_rho", rho)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in layers:
-                parent._modules[name] = layers[id(child)]
+            owner = first.setdefault(weight_key(module, f"{name}_mu"), cast(FFGModule, module))
+            if owner is not module:
+                cast(FFGModule, module)._share(owner, name)
     _log_report([entry for entry, _, _ in found])
-    return layers.get(id(model), model)
+    return model
 
 
 def conversion_report(model: nn.Module, *, skip: Skip | Iterable[Skip] = ()) -> list[Conversion]:
@@ -127,65 +132,63 @@ def _classified(model: nn.Module, skip: Skip | Iterable[Skip]) -> Iterator[tuple
             raise ValueError(
                 f"convert the network before {type(module).__name__} wraps it, which would miss the sigmas"
             )
-    for path, module, parent, skipped in _walk(model, _skipper(model, skip)):
+    skipped, counted = _skipped(model, skip), set[int]()
+    for path, module, parent, compiled in _walk(model):
         kind = _kind(module)
-        n_parameters, reason, fatal = _size(module), "", False
+        n_parameters, reason, fatal = _size(module, counted), "", False
         if isinstance(module, FFGModule):
-            n_parameters = sum(getattr(module, f"{name}_rho").numel() for name in module._names)
-        elif skipped:
+            pass
+        elif id(module) in skipped:
             reason = "skipped"
         elif kind is None:
             reason = _why_never(module)
         elif _reads_weights(parent):
             reason = f"{type(parent).__name__} reads its weight itself"
-        elif why := why_not_taken_over(module, kind):
+        elif why := (_COMPILED if compiled else why_not_taken_over(module, kind)):
             reason, fatal = why, True
         yield Conversion(path, _name(module), n_parameters, not reason, reason), module, fatal
 
 
-def _walk(
-    model: nn.Module, skips: Callable[[str, nn.Module], bool]
-) -> Iterator[tuple[str, nn.Module, nn.Module | None, bool]]:
-    """Modules with parameters of their own, each once: path, module, parent, whether it is to be skipped."""
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None, bool]]:
+    """Modules with parameters of their own, each once: path, module, parent, whether one around it is compiled."""
     seen: set[int] = set()
 
     def walk(
-        module: nn.Module, path: str, parent: nn.Module | None, skipped: bool
+        module: nn.Module, path: str, parent: nn.Module | None, compiled: bool
     ) -> Iterator[tuple[str, nn.Module, nn.Module | None, bool]]:
         if id(module) in seen:
             return
         seen.add(id(module))
-        skipped = skipped or skips(path, module)
+        compiled = compiled or "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
         whole = isinstance(module, (FFGModule, torch.jit.ScriptModule)) or _kind(module) or _quantized(module)
         if whole or any(p is not None for p in module._parameters.values()):
-            yield path, module, parent, skipped
+            yield path, module, parent, compiled
         if not whole:
             for name, child in module.named_children():
-                yield from walk(child, f"{path}.{name}" if path else name, module, skipped)
+                yield from walk(child, f"{path}.{name}" if path else name, module, compiled)
 
     yield from walk(model, "", None, False)
 
 
-def _skipper(model: nn.Module, skip: Skip | Iterable[Skip]) -> Callable[[str, nn.Module], bool]:
-    entries = [skip] if isinstance(skip, str) or callable(skip) else list(skip)
-    known = {path for path, _ in model.named_modules(remove_duplicate=False)}
+def _skipped(model: nn.Module, skip: Skip | Iterable[Skip]) -> set[int]:
+    """The ids of all modules to be left as they are, under whichever of their paths."""
+    entries = [skip] if isinstance(skip, str) or callable(skip) else skip
+    if not isinstance(entries, Iterable) or not all(isinstance(entry, str) or callable(entry) for entry in entries):
+        raise ValueError(f"skip takes paths, types of module and predicates, got {skip!r}")
+    entries = list(entries)
+    named = list(model.named_modules(remove_duplicate=False))
+    known = {path for path, _ in named}
     for entry in entries:
         if isinstance(entry, str) and entry not in known:
             raise ValueError(f"skip={entry!r} is no module of the network; see named_modules()")
 
-    def skips(path: str, module: nn.Module) -> bool:
-        for entry in entries:
-            if isinstance(entry, str):
-                hit = path == entry
-            elif isinstance(entry, type):
-                hit = isinstance(module, entry)
-            else:
-                hit = entry(path, module)
-            if hit:
-                return True
-        return False
+    def hit(entry: Skip, path: str, module: nn.Module) -> bool:
+        if isinstance(entry, str):
+            return path == entry
+        return isinstance(module, entry) if isinstance(entry, type) else entry(path, module)
 
-    return skips
+    tops = [module for path, module in named if any(hit(entry, path, module) for entry in entries)]
+    return {id(module) for top in tops for module in top.modules()}
 
 
 def _kind(module: nn.Module) -> type[nn.Module] | None:
@@ -211,14 +214,18 @@ def _why_never(module: nn.Module) -> str:
     return "has no variational form"
 
 
-def _size(module: nn.Module) -> int:
+def _size(module: nn.Module, counted: set[int]) -> int:
+    """The number of weights, without those that were counted before."""
     weight: Any = getattr(module, "weight", None)
     if _quantized(module):
         return weight().numel()
-    own = module.parameters(
-        recurse=_kind(module) is not None or isinstance(module, (FFGModule, torch.jit.ScriptModule))
-    )
-    return sum(p.numel() for p in own if not isinstance(p, nn.parameter.UninitializedParameter))
+    if isinstance(module, FFGModule):
+        own = [t for name in module._names for t in leaves(module, f"{name}_rho")]
+    else:
+        own = list(module.parameters(recurse=_kind(module) is not None or isinstance(module, torch.jit.ScriptModule)))
+    new = [p for p in own if id(p) not in counted and not isinstance(p, nn.parameter.UninitializedParameter)]
+    counted.update(map(id, new))
+    return sum(p.numel() for p in new)
 
 
 def _name(module: nn.Module) -> str:

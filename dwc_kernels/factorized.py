@@ -4,7 +4,8 @@ The convolutions and the linear layer themselves are in `module`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize
 from dwc_kernels.backends import BACKENDS
 from dwc_kernels.kl import gaussian_kl_of_rho
 
-__all__ = ["FFGModule", "inverse_softplus"]
+__all__ = ["FFGModule", "inverse_softplus", "leaves", "sharded_like", "weight_key", "whole"]
 
 Drawn = tuple[Tensor, Tensor | None]  # a weight and a bias, drawn once
 MOMENTS = ("mu", "sigma")
@@ -61,6 +62,7 @@ class FFGModule(nn.Module):
         device = torch.get_default_device() if device is None else device
         self.sigma_init, self.backend = sigma_init, backend
         self._prior_numbers: dict[str, float] = {}  # the parts of the prior that reset_parameters can restore
+        self._lost_priors: set[str] = set()  # those that to_empty has lost
         self._override: bool | Drawn | None = None  # set by network.sampling and network.draw_weights
         self._rank_key = 0  # set by network.seed_noise
         for name, like in (("weight", plain.weight), ("bias", plain.bias)):
@@ -80,9 +82,48 @@ class FFGModule(nn.Module):
         for name in self._names:
             rho = getattr(self, f"{name}_rho")
             assign(self, f"{name}_mu", torch.empty_like(rho).uniform_(-bound, bound))
+        self._reset_sigmas_and_prior()
+
+    def _reset_sigmas_and_prior(self) -> None:
+        for name in self._names:
+            rho = getattr(self, f"{name}_rho")
             assign(self, f"{name}_rho", inverse_softplus(torch.full_like(rho, self.sigma_init)))
         for name, number in self._prior_numbers.items():
             getattr(self, f"prior_{name}").fill_(number)
+
+    def _initial(self, name: str) -> Tensor | None:
+        """What `reset_parameters` would write, on the CPU, for a tensor on meta; None where nothing is known."""
+        like = getattr(self, name)
+        if name.endswith("rho"):
+            return inverse_softplus(torch.full_like(like, self.sigma_init, device="cpu"))
+        number = self._prior_numbers.get(name.removeprefix("prior_"))
+        return None if number is None else torch.full_like(like, number, device="cpu")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FFGModule":
+        """After `to_empty`, which gives random memory, write the sigmas and numbers that a checkpoint may not bring."""
+        was_meta = self.weight_rho.is_meta
+        super()._apply(fn, recurse)
+        emptied = was_meta or getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
+        if emptied and not self.weight_rho.is_meta:
+            self._lost_priors = {f"{name}_{moment}" for name in self._names for moment in MOMENTS} - set(
+                self._prior_numbers
+            )
+            self._reset_sigmas_and_prior()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FFGModule":
+        """A copy made within `draw_weights` or `sampling` is outside it."""
+        replica = memo[id(self)] = self.__new__(type(self))
+        vars(replica).update(deepcopy({**vars(self), "_override": None}, memo))
+        return replica
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"{type(self).__name__} has no {name} but a distribution of it: read {name}_mu for its mean, or leave "
+                "the layer plain with convert(..., skip=...)"
+            )
+        return super().__getattr__(name)
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -103,8 +144,10 @@ class FFGModule(nn.Module):
         path = input.tracer.path_of_module(self)
         return input.tracer.create_proxy("call_module", path, (input, *arguments), options)
 
-    def _fixed_weights(self, sample: bool | None) -> Drawn | None:
+    def _fixed_weights(self, sample: bool | None, input: Tensor | None = None) -> Drawn | None:
         """Weight and bias of the plain layer that stands in for this one; None where the output is to be sampled."""
+        if input is not None and input.is_complex():
+            raise ValueError(f"input must be floating point (fp16, bf16, fp32, fp64), got {input.dtype}")
         choice = self._override if sample is None else sample
         if isinstance(choice, tuple):
             return choice
@@ -126,10 +169,11 @@ class FFGModule(nn.Module):
 
     def kl_of(self, name: str) -> Tensor:
         """KL[q || prior] of "weight" or "bias"."""
+        if lost := sorted(part for part in self._lost_priors if part.startswith(name)):
+            raise RuntimeError(f"to_empty has lost the prior's {lost[0]}: call set_prior or load a checkpoint")
         mu = getattr(self, f"{name}_mu")
-        prior = (_replicated(getattr(self, f"prior_{name}_{moment}"), mu) for moment in ("mu", "sigma"))
-        kl = gaussian_kl_of_rho(mu, getattr(self, f"{name}_rho"), *prior)
-        return kl.full_tensor() if hasattr(kl, "full_tensor") else kl
+        prior = (_replicated(getattr(self, f"prior_{name}_{moment}"), mu) for moment in MOMENTS)
+        return whole(gaussian_kl_of_rho(mu, getattr(self, f"{name}_rho"), *prior))
 
     def set_prior(
         self,
@@ -170,12 +214,13 @@ class FFGModule(nn.Module):
             if value is None or rho is None:
                 continue
             value = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=rho.dtype, device="cpu")
+            if not hasattr(rho, "device_mesh"):
+                value = whole(value)
             if value.shape != rho.shape if exact else not _broadcasts(value.shape, rho.shape):
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, the parameter {tuple(rho.shape)}")
             value = value.to(rho.dtype)
-            positive = name.endswith("sigma")
-            if not value.is_meta and not (value.isfinite().all() and (not positive or (value > 0).all())):
-                raise ValueError(f"the prior's {name} must be finite{' and positive' if positive else ''}")
+            if wrong := _why_no_prior(name, value):
+                raise ValueError(wrong)
             checked[name] = value
         return checked
 
@@ -184,8 +229,18 @@ class FFGModule(nn.Module):
             self._buffers[f"prior_{name}"] = value.to(self.weight_rho.device, copy=True)
             self._note_number(name, value)
 
+    def _share(self, owner: "FFGModule", name: str) -> None:
+        """Take the sigma and the prior of a weight that is tied to the one of another layer."""
+        setattr(self, f"{name}_rho", getattr(owner, f"{name}_rho"))
+        for part in (f"{name}_{moment}" for moment in MOMENTS):
+            self._buffers[f"prior_{part}"] = getattr(owner, f"prior_{part}").clone()
+            self._prior_numbers.pop(part, None)
+            if part in owner._prior_numbers:
+                self._prior_numbers[part] = owner._prior_numbers[part]
+
     def _note_number(self, name: str, value: Tensor) -> None:
         """Remember a prior that is one number, for reset_parameters."""
+        self._lost_priors.discard(name)
         self._prior_numbers.pop(name, None)
         if value.dim() == 0 and not value.is_meta:
             self._prior_numbers[name] = value.item()
@@ -197,16 +252,19 @@ class FFGModule(nn.Module):
             ours = key.replace("weight", "weight_mu").replace("bias", "bias_mu")
             if prefix + ours not in state_dict:
                 state_dict[prefix + ours] = state_dict.pop(prefix + key)
+        parts = [f"{name}_{moment}" for name in self._names for moment in MOMENTS]
+        for name in parts:
+            if wrong := self._fit_prior(name, state_dict, f"{prefix}prior_{name}"):
+                args[-1].append(wrong)  # error_msgs
         if plain:  # what a plain layer does not have stays as it is
-            own = {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
-            for name, tensor in own.items():
+            for name, tensor in (*self._parameters.items(), *self._buffers.items()):
                 if name.endswith("rho") or name.startswith("prior_"):
-                    state_dict.setdefault(prefix + name, tensor)
-        for name in [f"{name}_{moment}" for name in self._names for moment in MOMENTS]:
-            self._fit_prior(name, state_dict, f"{prefix}prior_{name}")
+                    kept = self._initial(name) if tensor is not None and tensor.is_meta else tensor
+                    if kept is not None:
+                        state_dict.setdefault(prefix + name, kept)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _fit_prior(self, name: str, state_dict: dict[str, Any], key: str) -> None:
+    def _fit_prior(self, name: str, state_dict: dict[str, Any], key: str) -> str | None:
         """Give a prior's buffer the shape of what is about to be loaded, one number if that is all it is."""
         value, buffer = state_dict.get(key), self._buffers[f"prior_{name}"]
         if (
@@ -214,12 +272,15 @@ class FFGModule(nn.Module):
             or buffer is None
             or not _broadcasts(value.shape, getattr(self, f"{name.split('_')[0]}_rho").shape)
         ):
-            return
+            return None
+        if wrong := _why_no_prior(name, value):
+            return f"{key}: {wrong}"
         if not value.is_meta and value.numel() and (value == value.flatten()[0]).all():
             value = state_dict[key] = value.flatten()[0].clone()
         if value.shape != buffer.shape:
             self._buffers[f"prior_{name}"] = buffer.new_empty(value.shape)
         self._note_number(name, value)
+        return None
 
     def _repr(self, arguments: str, defaults: Mapping[str, Any]) -> str:
         """``arguments``, and those of the others that differ from their defaults, as torch.nn prints them."""
@@ -237,6 +298,37 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
             getattr(module, name).copy_(value)
 
 
+def leaves(module: nn.Module, name: str) -> Iterable[Tensor]:
+    """The Parameters that make up a parameter: itself, or the originals of its parametrization."""
+    if parametrize.is_parametrized(module, name):
+        parametrizations: Any = module.parametrizations
+        return [t for key, t in parametrizations[name].named_parameters(recurse=False) if key.startswith("original")]
+    return [getattr(module, name)]
+
+
+def weight_key(module: nn.Module, *names: str) -> tuple[Any, ...]:
+    """What is equal for weights that layers share: the identities of their leaves, and how the weights are made."""
+    key: list[Any] = []
+    for name in names:
+        key += map(id, leaves(module, name))
+        if parametrize.is_parametrized(module, name):
+            parametrizations: Any = module.parametrizations
+            key += [(type(p), getattr(p, "dim", None)) for p in parametrizations[name]]
+    return tuple(key)
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 has sharded."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def _why_no_prior(name: str, value: Tensor) -> str | None:
+    positive = name.endswith("sigma")
+    if value.is_meta or (value.isfinite().all() and (not positive or (value > 0).all())):
+        return None
+    return f"the prior's {name} must be finite{' and positive' if positive else ''}"
+
+
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     pairs = zip(reversed(shape), reversed(target), strict=False)
     return len(shape) <= len(target) and all(ours in (1, theirs) for ours, theirs in pairs)
@@ -248,7 +340,7 @@ def _plain_keys(name: str) -> tuple[str, ...]:
     return (name, *normalized, f"{name}_g", f"{name}_v")
 
 
-def _replicated(prior: Tensor, like: Tensor) -> Tensor:
+def _replicated(prior: Tensor, like: Any) -> Tensor:
     """A whole prior next to a parameter that FSDP2 has sharded."""
     if not hasattr(like, "device_mesh") or hasattr(prior, "device_mesh"):
         return prior
@@ -256,3 +348,11 @@ def _replicated(prior: Tensor, like: Tensor) -> Tensor:
 
     mesh = like.device_mesh
     return DTensor.from_local(prior, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def sharded_like(t: Tensor, like: Any) -> Tensor:
+    """A whole tensor that broadcasts to a parameter, sharded as FSDP2 has sharded that."""
+    if not hasattr(like, "device_mesh"):
+        return t
+    replicated: Any = _replicated(t.expand(like.shape).contiguous(), like)
+    return replicated.redistribute(like.device_mesh, like.placements)

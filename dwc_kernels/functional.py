@@ -187,6 +187,9 @@ def ffg_linear(
         raise ValueError(
             f"expected input [..., C] and weights [F, C], got shapes {tuple(input.shape)} and {tuple(weight_mu.shape)}"
         )
+    if input.numel() == 0:  # the right shape, and a gradient of zero for all
+        bias = None if bias_mu is None or bias_sigma is None else bias_mu + bias_sigma
+        return F.linear(input, weight_mu + weight_sigma, bias)
     rows = input.reshape(-1, input.shape[-1])
     volume = rows.t()[None, :, None, None, :]  # a view: channels_last_3d
     mu, sigma = (w[:, :, None, None, None] for w in (weight_mu, weight_sigma))

@@ -108,7 +108,7 @@ class FFGConv3d(FFGModule):
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._sides(), mode=self.padding_mode), 0
         geometry: tuple[Any, ...] = (self.stride, padding, self.dilation, self.groups)
-        if fixed := self._fixed_weights(sample):
+        if fixed := self._fixed_weights(sample, input):
             return F.conv3d(input, *fixed, *geometry)
         return ffg_conv3d(
             input, self.weight_mu, self.weight_sigma, self.bias_mu, self.bias_sigma, *geometry,
@@ -210,7 +210,7 @@ class FFGConvTranspose3d(FFGModule):
             layer: Any = self
             output_padding = nn.ConvTranspose3d._output_padding(layer, input, output_size, *sizes)
         geometry: tuple[Any, ...] = (self.stride, self.padding, output_padding, self.groups, self.dilation)
-        if fixed := self._fixed_weights(sample):
+        if fixed := self._fixed_weights(sample, input):
             return F.conv_transpose3d(input, *fixed, *geometry)
         return ffg_conv_transpose3d(
             input, self.weight_mu, self.weight_sigma, self.bias_mu, self.bias_sigma, *geometry,
@@ -266,7 +266,7 @@ class FFGLinear(FFGModule):
         """Multiply [..., in_features] into [..., out_features]: sample and seed as in `FFGConv3d.forward`."""
         if isinstance(input, Proxy):
             return self._traced(input, sample=sample, seed=seed)
-        if fixed := self._fixed_weights(sample):
+        if fixed := self._fixed_weights(sample, input):
             return F.linear(input, *fixed)
         return ffg_linear(
             input, self.weight_mu, self.weight_sigma, self.bias_mu, self.bias_sigma,

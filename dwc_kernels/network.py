@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwc_kernels.factorized import Drawn, FFGModule, assign, inverse_softplus
+from dwc_kernels.factorized import (
+    MOMENTS,
+    Drawn,
+    FFGModule,
+    assign,
+    inverse_softplus,
+    leaves,
+    sharded_like,
+    weight_key,
+    whole,
+)
 from dwc_kernels.noise import normal, philox
 
 __all__ = [
@@ -30,6 +40,9 @@ __all__ = [
 ]
 
 
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and activation checkpointing
+
+
 def _layers(net: nn.Module) -> dict[str, FFGModule]:
     layers = {path: module for path, module in net.named_modules() if isinstance(module, FFGModule)}
     if not layers:
@@ -37,12 +50,38 @@ def _layers(net: nn.Module) -> dict[str, FFGModule]:
     return layers
 
 
+def _unwrapped_layers(net: nn.Module) -> dict[str, FFGModule]:
+    """By the paths that they have without the wrappers of torch."""
+    while isinstance(net, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in net._modules:
+        net = next(net.children())
+    return {
+        ".".join(part for part in path.split(".") if part not in _WRAPPERS): layer
+        for path, layer in _layers(net).items()
+    }
+
+
 def kl_loss(net: nn.Module) -> Tensor:
     """KL[q || prior] of all variational layers, a scalar in nats; a weight that layers share counts once."""
-    parts = {
-        id(getattr(layer, f"{name}_rho")): (layer, name) for layer in _layers(net).values() for name in layer._names
-    }
-    return torch.stack([layer.kl_of(name) for layer, name in parts.values()]).sum()
+    parts: dict[tuple[Any, ...], tuple[str, FFGModule]] = {}
+    terms = []
+    for path, layer in _layers(net).items():
+        for name in layer._names:
+            first, owner = parts.setdefault(weight_key(layer, f"{name}_mu", f"{name}_rho"), (path, layer))
+            if owner is layer:
+                terms.append(layer.kl_of(name))
+            elif not _same_prior(owner, layer, name):
+                raise ValueError(f"{first} and {path} share their {name} but not its prior; call set_prior on both")
+    return torch.stack(terms).sum()
+
+
+def _same_prior(a: FFGModule, b: FFGModule, name: str) -> bool:
+    """Compared as numbers where they are numbers, which waits for no device."""
+    for part in (f"{name}_{moment}" for moment in MOMENTS):
+        ours, theirs = a._prior_numbers.get(part), b._prior_numbers.get(part)
+        tensors = whole(getattr(a, f"prior_{part}")), whole(getattr(b, f"prior_{part}"))
+        if ours != theirs or (ours is None and not torch.equal(*tensors)):
+            return False
+    return True
 
 
 def parameter_groups(
@@ -59,7 +98,7 @@ def parameter_groups(
     weight_decay : float
         Of everything but the rhos. The prior already decays the means by way of the KL divergence.
     """
-    rhos = {id(getattr(layer, f"{name}_rho")) for layer in _layers(net).values() for name in layer._names}
+    rhos = {id(t) for layer in _layers(net).values() for name in layer._names for t in leaves(layer, f"{name}_rho")}
     others = [p for p in net.parameters() if id(p) not in rhos]
     sigmas = [p for p in net.parameters() if id(p) in rhos]
     groups = [
@@ -71,7 +110,7 @@ def parameter_groups(
 
 def set_prior(net: nn.Module, from_net: nn.Module) -> None:
     """Make one network's posterior the prior of another, layer by layer of the same name; all of them or none."""
-    ours, theirs = _layers(net), _layers(from_net)
+    ours, theirs = _unwrapped_layers(net), _unwrapped_layers(from_net)
     if odd := sorted(ours.keys() ^ theirs.keys()):
         raise ValueError(f"only one of the two networks has a variational layer {odd[0]!r}")
     checked = []
@@ -107,12 +146,14 @@ class SigmaProjection:
     """
 
     def __init__(self, net: nn.Module) -> None:
-        self._limits = [
-            (getattr(layer, f"{name}_rho"), _rho_limit(getattr(layer, f"prior_{name}_sigma")))
-            for layer in net.modules()
-            if isinstance(layer, FFGModule)
-            for name in layer._names
-        ]
+        self._limits = []
+        for path, layer in net.named_modules():
+            for name in layer._names if isinstance(layer, FFGModule) else ():
+                rho = layer._parameters.get(f"{name}_rho")
+                if rho is None:
+                    raise ValueError(f"{path}: remove the parametrization of {name}_rho, which cannot be clamped")
+                limit = _rho_limit(getattr(layer, f"prior_{name}_sigma"))
+                self._limits.append((rho, limit if limit.dim() == 0 else sharded_like(limit, rho)))
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -122,11 +163,14 @@ class SigmaProjection:
 
 
 def _rho_limit(sigma_0: Tensor) -> Tensor:
-    sigma = sigma_0.double()
-    rho = inverse_softplus(sigma).to(sigma_0.dtype)
-    bound = (sigma * (1 - 2.0**-22)).to(sigma_0.dtype)
-    while (above := F.softplus(rho) > bound).any():
-        rho = torch.where(above, torch.nextafter(rho, torch.full_like(rho, -torch.inf)), rho)
+    """The largest rho whose softplus is not above the bound, searched for around the inverse in fp64."""
+    sigma = whole(sigma_0).double() * (1 - 2.0**-22)
+    rho, bound = inverse_softplus(sigma).to(sigma_0.dtype), sigma.to(sigma_0.dtype)
+    up, down = (torch.full_like(rho, end) for end in (torch.inf, -torch.inf))
+    for _ in range(16):
+        rho = torch.nextafter(rho, up)
+    for _ in range(64):
+        rho = torch.where(F.softplus(rho) > bound, torch.nextafter(rho, down), rho)
     return rho
 
 
@@ -186,14 +230,17 @@ def drawn_weights(net: nn.Module, seed: int | None = None, *, rank: int | None =
     if seed is None:
         seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
     seeds = iter(_derived_seeds(seed, 2 * len(layers), _rank() if rank is None else rank))
-    drawn: dict[int, Tensor] = {}  # by rho, so that weights that layers share are drawn once
+    drawn: dict[tuple[Any, ...], Tensor] = {}  # weights that layers share are drawn once
 
     def draw(layer: FFGModule, name: str) -> Any:
-        layer_seed, rho = next(seeds), getattr(layer, f"{name}_rho")
-        if rho is not None and id(rho) not in drawn:
-            eps = normal(rho.detach(), layer_seed).to(rho.dtype)
-            drawn[id(rho)] = getattr(layer, f"{name}_mu") + F.softplus(rho) * eps
-        return None if rho is None else drawn[id(rho)]
+        layer_seed = next(seeds)
+        if name not in layer._names:
+            return None
+        key = weight_key(layer, f"{name}_mu", f"{name}_rho")
+        if key not in drawn:
+            mu, rho = (whole(getattr(layer, f"{name}_{part}")) for part in ("mu", "rho"))
+            drawn[key] = mu + F.softplus(rho) * normal(rho.detach(), layer_seed).to(rho.dtype)
+        return drawn[key]
 
     return {path: (draw(layer, "weight"), draw(layer, "bias")) for path, layer in layers.items()}
 
@@ -278,6 +325,9 @@ def predict(
     try:
         for i, sample_seed in enumerate(_derived_seeds(seed, n_samples, 0)):
             output = _one_sample(net, forward or net, x, draw, sample_seed)
+            if not isinstance(output, Tensor):
+                kind = type(output).__name__
+                raise ValueError(f"the network returned a {kind}; pick a tensor with forward=, as lambda x: net(x)[0]")
             p = output.to(torch.promote_types(output.dtype, torch.float32))
             if activation is not None:
                 p = p.softmax(1) if activation == "softmax" else p.sigmoid()
@@ -302,10 +352,18 @@ def _one_sample(net: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, 
     if draw == "weights":
         with draw_weights(net, seed, rank=0):
             return forward(x)
-    devices = [x.device] if x.is_cuda else []
-    with torch.random.fork_rng(devices), sampling(net, True):
-        torch.manual_seed(seed)
-        return forward(x)
+    devices = {t.device for t in (*net.parameters(), x) if isinstance(t, Tensor) and t.is_cuda}
+    layers = _layers(net).values()
+    keys = [layer._rank_key for layer in layers]
+    try:
+        for layer in layers:
+            layer._rank_key = 0  # the same prediction on every rank
+        with torch.random.fork_rng(devices), sampling(net, True):
+            torch.manual_seed(seed)
+            return forward(x)
+    finally:
+        for layer, key in zip(layers, keys, strict=True):
+            layer._rank_key = key
 
 
 def _entropy(p: Tensor, activation: str | None) -> Any:

@@ -284,7 +284,13 @@ class _Once(torch.autograd.Function):
 
 
 def _once(op: CustomOpDef, *arguments: Any) -> Any:
-    return _Once.apply(op, *arguments) if transforming() else op(*arguments)
+    if not transforming():
+        return op(*arguments)
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "torch.compile cannot trace torch.func derivatives of ffg_conv3d; take them without compiling"
+        )
+    return _Once.apply(op, *arguments)
 
 
 def sample(*arguments: Any) -> Tensor:

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
 
-__all__ = ["mean_leaf", "take_over", "why_not_taken_over"]
+__all__ = ["become", "take_over", "why_not_taken_over"]
 
 # The methods that a subclass may not replace if it is to be the plain layer.
-_METHODS = ("forward", "_conv_forward", "_output_padding")
+_METHODS = ("forward", "__call__", "_conv_forward", "_output_padding")
 _FORWARD_HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name)
 _STATE_HOOKS = tuple(name for name in vars(nn.Module()) if "state_dict" in name and "hook" in name)
 
@@ -21,20 +21,23 @@ def why_not_taken_over(plain: Any, kind: type[nn.Module]) -> str | None:
         return f"{name} has no weights yet; run one batch through the network first"
     if any(getattr(type(plain), method, None) is not getattr(kind, method, None) for method in _METHODS):
         return f"{name} has a forward of its own; only torch.nn.{kind.__name__} itself is taken over"
+    if hasattr(getattr(plain, "weight", None), "device_mesh"):
+        return "its weight is sharded; convert before fully_shard"
+    if replaced := [method for method in vars(plain) if callable(getattr(type(plain), method, None))]:
+        return f"its {replaced[0]} was replaced on the instance, which a conversion would lose; restore it first"
     normalized = _weight_norm(plain) is not None
-    if parametrize.is_parametrized(plain):
-        if not normalized:
-            return f"{name} has parametrizations other than weight_norm on its weight; remove them first"
-    elif "weight" not in plain._parameters:
+    if parametrize.is_parametrized(plain) and not normalized:
+        return f"{name} has parametrizations other than weight_norm on its weight; remove them first"
+    registered = ("bias",) if normalized else ("weight", "bias")
+    if made := [part for part in registered if part not in plain._parameters]:
         return (
-            f"the weight of {name} is made by forward hooks, as pruning and the older weight_norm do; remove them first"
+            f"the {made[0]} of {name} is made by forward hooks, as pruning and the older weight_norm do; "
+            "remove them first"
         )
     if any(len(getattr(plain, hooks)) > (normalized and "load" in hooks) for hooks in _STATE_HOOKS):
         return f"{name} has state_dict hooks, which name parameters that will be gone; remove them first"
     if not plain.weight.is_floating_point():
         return f"its weight is {plain.weight.dtype}, not a real floating-point type"
-    if hasattr(plain.weight, "device_mesh"):
-        return "its weight is sharded; convert before fully_shard"
     return None
 
 
@@ -66,11 +69,12 @@ def take_over(layer: Any, plain: Any) -> None:
     layer.training = plain.training
 
 
-def mean_leaf(plain: Any, name: str) -> Tensor | None:
-    """The Parameter behind a plain layer's "weight" or "bias", by which ties are known."""
-    if parametrize.is_parametrized(plain, name):
-        return plain.parametrizations[name].original1
-    return getattr(plain, name)
+def become(plain: Any, layer: Any) -> None:
+    """Turn a plain layer into the new one in place, so that a list or a closure that holds it holds the new one."""
+    take_over(layer, plain)
+    plain.__class__ = type(layer)
+    vars(plain).clear()
+    vars(plain).update(vars(layer))
 
 
 def _weight_norm(plain: Any) -> Any:

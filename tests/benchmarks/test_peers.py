@@ -1,5 +1,9 @@
 """The comparison with other libraries runs with whichever of them are installed."""
 
+from pathlib import Path
+
+import pytest
+
 from benchmarks import peers
 
 
@@ -20,3 +24,21 @@ def test_a_library_that_is_missing_is_named_and_not_needed(monkeypatch):
     found, missing = peers.peers()
     assert [peer.name for peer in found] == ["dwc_kernels", "dwc_kernels, drawn weights"]
     assert len(missing) == 4
+
+
+def test_the_page_of_the_layer_says_what_the_checks_find():
+    page = (Path(peers.__file__).parents[1] / "docs" / "layer.md").read_text()
+    header, *rows = [
+        [cell.strip() for cell in line[1:-1].split("|")]
+        for line in page[page.index("| | dwc_kernels |") :].split("\n\n")[0].splitlines()
+    ]
+    cells = {row[0]: dict(zip(header[1:], row[1:], strict=False)) for row in rows}
+    found = peers.abilities()
+    for name in found.columns:
+        for ability in found.index:
+            assert cells[ability][name.split(",")[0]].startswith(found.loc[ability, name]), (ability, name)
+
+
+def test_torchbnn_has_no_3d_convolution():
+    torchbnn = pytest.importorskip("torchbnn", reason="the column of torchbnn is checked where it is installed")
+    assert not [name for name in dir(torchbnn) if "3d" in name.lower()]

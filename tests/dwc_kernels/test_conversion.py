@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from monai.networks.nets import DynUNet, UNet
+from monai.networks.nets import UNETR, DynUNet, SegResNet, UNet, VNet
 from monai.networks.utils import copy_model_state
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -18,6 +18,7 @@ from dwc_kernels import (
     convert,
     kl_loss,
     mean_names,
+    sampling,
 )
 
 
@@ -31,20 +32,50 @@ def small_dynunet():
     return DynUNet(3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[4, 8, 16], deep_supervision=True, deep_supr_num=1)
 
 
+def small_segresnet():
+    torch.manual_seed(0)
+    return SegResNet(3, 8, 1, 2, blocks_down=(1, 1), blocks_up=(1,))
+
+
+def small_unetr():
+    pytest.importorskip("einops", reason="MONAI's UNETR needs einops")
+    torch.manual_seed(0)
+    return UNETR(1, 2, (16, 16, 16), feature_size=4, hidden_size=24, mlp_dim=32, num_heads=2)
+
+
 @pytest.fixture
 def x():
     return torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("make", [small_unet, small_dynunet])
+@pytest.mark.parametrize("make", [small_unet, small_dynunet, small_segresnet, small_unetr])
 def test_a_converted_network_has_the_means_it_was_trained_to(make, x):
     net = make().eval()
     expected = net(x)
     convert(net)
     assert not any(type(m) in (nn.Conv3d, nn.ConvTranspose3d) for m in net.modules())
-    assert any(isinstance(m, FFGConvTranspose3d) for m in net.modules())
+    assert any(isinstance(m, FFGConvTranspose3d) for m in net.modules()) or make is small_segresnet
     torch.testing.assert_close(net(x), expected)
     assert not torch.equal(net.train()(x), net.train()(x))
+
+
+def test_a_vnet_is_converted_and_samples(x):
+    torch.manual_seed(0)
+    net = VNet(3, 1, 2).eval()
+    with torch.no_grad():
+        expected = net(x)
+        convert(net)
+        torch.testing.assert_close(net(x), expected)
+        with sampling(net, True):
+            assert not torch.equal(net(x), net(x))
+
+
+def test_a_network_of_torchvision_is_converted():
+    video = pytest.importorskip("torchvision.models.video", reason="r3d_18 is in torchvision")
+    net, x = video.r3d_18().eval(), torch.randn(1, 3, 4, 16, 16)
+    expected = net(x)
+    convert(net)
+    torch.testing.assert_close(net(x), expected)
 
 
 def test_a_plain_checkpoint_loads_as_means_in_strict_mode(x):
@@ -269,3 +300,130 @@ def test_from_conv3d_copies(x):
         conv.weight.zero_()
     assert layer.weight_mu.any()
     assert torch.equal(copy.deepcopy(layer).weight_mu, layer.weight_mu)
+
+
+def test_a_layer_also_held_outside_the_module_tree_is_converted_there_too():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 1, 1)
+            self.ops, self.named = [self.conv], {"conv": self.conv}
+
+        def forward(self, x):
+            return self.ops[0](x) + self.named["conv"](x)
+
+    net = convert(Listed())
+    x = torch.ones(1, 1, 2, 2, 2)
+    assert net.ops[0] is net.named["conv"] is net.conv
+    assert not torch.equal(net(x), net(x))
+
+
+def test_methods_replaced_on_an_instance_are_refused_by_path():
+    conv = nn.Conv3d(1, 2, 3)
+    plain_forward = conv.forward
+    conv.forward = lambda x: plain_forward(x)
+    with pytest.raises(ValueError, match=r"^1: its forward was replaced on the instance.*skip=\['1'\]"):
+        convert(nn.Sequential(nn.ReLU(), conv))
+    assert type(conv) is nn.Conv3d
+
+
+@pytest.mark.parametrize("where", ["layer", "parent", "wrapper"])
+def test_compiled_networks_are_refused_by_path(where):
+    net = nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU())
+    if where == "wrapper":
+        net = torch.compile(net, backend="eager")
+    else:
+        (net if where == "parent" else net[0]).compile(backend="eager")
+    with pytest.raises(ValueError, match=r"0: .*compiled; convert before torch.compile"):
+        convert(net)
+
+
+@pytest.mark.parametrize("skip", ["b", "block", ["block.0"], lambda path, module: path.startswith("b")])
+def test_a_shared_layer_is_skipped_under_any_of_its_names(skip):
+    conv = nn.Conv3d(1, 1, 1)
+    net = nn.ModuleDict({"a": conv, "b": conv, "block": nn.Sequential(conv)})
+    convert(net, skip=skip)
+    assert type(net["a"]) is nn.Conv3d
+
+
+@pytest.mark.parametrize("skip", [[3], None, 3])
+def test_what_skip_cannot_take_is_refused(skip):
+    with pytest.raises(ValueError, match="skip takes paths"):
+        convert(nn.Sequential(nn.Conv3d(1, 1, 1)), skip=skip)
+
+
+def test_arguments_are_checked_where_nothing_is_converted():
+    for bad in (dict(backend="nope"), dict(prior_sigma=0.0), dict(sigma_init=-1.0)):
+        with pytest.raises(ValueError, match=next(iter(bad)).removeprefix("prior_")):
+            convert(nn.Sequential(nn.Conv2d(1, 1, 1)), **bad)
+
+
+def test_a_second_conversion_keeps_the_sigmas_and_priors_of_tied_layers_tied():
+    net = nn.Sequential(nn.Conv3d(1, 1, 1), nn.Conv3d(1, 1, 1))
+    net[1].weight = net[0].weight
+    convert(net, skip="1", prior_sigma=0.5)
+    convert(net)
+    assert net[0].weight_rho is net[1].weight_rho
+    torch.testing.assert_close(kl_loss(net), net[0].kl_loss() + net[1].kl_of("bias"))
+    net.to_empty(device="cpu")
+    assert net[1].prior_weight_sigma == 0.5
+
+
+def test_layers_that_share_a_weight_direction_alone_are_not_tied():
+    first, second = (parametrizations.weight_norm(nn.Conv3d(2, 2, 1)) for _ in range(2))
+    second.parametrizations.weight.original1 = first.parametrizations.weight.original1
+    net = convert(nn.Sequential(first, second))
+    assert net[0].weight_rho is not net[1].weight_rho
+    torch.testing.assert_close(kl_loss(net), net[0].kl_loss() + net[1].kl_loss())
+
+
+def test_a_bias_that_is_pruned_is_refused():
+    net = nn.Sequential(prune.l1_unstructured(nn.Conv3d(1, 2, 1), "bias", amount=1))
+    with pytest.raises(ValueError, match=r"^0: the bias of Conv3d is made by forward hooks"):
+        convert(net)
+
+
+def test_a_parent_that_reads_the_weight_is_told_what_to_do():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.fc.weight)
+
+    with pytest.raises(AttributeError, match=r"FFGLinear has no weight .*weight_mu.*skip="):
+        convert(Reader())(torch.ones(1, 3))
+    assert not hasattr(FFGLinear(1, 1), "bias")
+
+
+def test_the_report_counts_tied_weights_once():
+    net = nn.Sequential(nn.Conv3d(1, 1, 1), nn.Conv3d(1, 1, 1))
+    net[1].weight = net[0].weight
+    for _ in range(2):
+        assert sum(entry.parameters for entry in conversion_report(net)) == 3
+        convert(net)
+
+
+def test_a_frozen_weight_keeps_a_frozen_mean_and_its_sigma_trains():
+    net = nn.Sequential(nn.Conv3d(1, 1, 1))
+    net[0].weight.requires_grad_(False)
+    convert(net)
+    assert (net[0].weight_mu.requires_grad, net[0].weight_rho.requires_grad) == (False, True)
+
+
+def made_on_meta():
+    with torch.device("meta"):
+        return convert(nn.Sequential(nn.Conv3d(1, 2, 3), nn.Linear(2, 2)), prior_sigma=0.5, sigma_init=0.1)
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_plain_checkpoint_fills_a_network_made_on_meta(assign):
+    plain, net = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Linear(2, 2)), made_on_meta()
+    if not assign:
+        net.to_empty(device="cpu")
+    net.load_state_dict(plain.state_dict(), assign=assign)
+    assert torch.equal(net[0].weight_mu, plain[0].weight)
+    assert all(t.device.type == "cpu" for t in net.state_dict().values())
+    torch.testing.assert_close(net[1].weight_sigma, torch.full((2, 2), 0.1))
+    torch.testing.assert_close(kl_loss(net), kl_loss(convert(plain, prior_sigma=0.5, sigma_init=0.1)))

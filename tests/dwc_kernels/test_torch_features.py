@@ -1,6 +1,7 @@
 """The layers under torch.func, vmap, FLOP counting, tracing, compilation, export and FSDP2."""
 
 import ast
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,18 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 import dwc_kernels
-from dwc_kernels import FFGConv3d, FFGLinear, convert, ffg_conv3d, ffg_conv_transpose3d, kl_loss
+from dwc_kernels import (
+    FFGConv3d,
+    FFGLinear,
+    SigmaProjection,
+    convert,
+    draw_weights,
+    ffg_conv3d,
+    ffg_conv_transpose3d,
+    kl_loss,
+    predict,
+    set_prior,
+)
 from tests.dwc_kernels.problems import make
 
 
@@ -200,6 +212,54 @@ def test_kl_loss_under_fsdp2_is_that_of_the_whole_layer_also_from_meta(tmp_path)
         assert kl_loss(late).isfinite()
     finally:
         dist.destroy_process_group()
+
+
+def test_networks_under_fsdp2_are_drawn_projected_and_become_priors(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        x = torch.randn(1, 1, 4, 4, 4)
+        plain = nn.Sequential(FFGConv3d(1, 4, 3, sigma_init=0.5), FFGConv3d(4, 2, 1))
+        plain[0].set_prior(weight_sigma=torch.rand(4, 1, 3, 3, 3) * 0.1 + 0.1)
+        net = copy.deepcopy(plain)
+        fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+        torch.testing.assert_close(predict(net, x, 2, seed=0).mean, predict(plain, x, 2, seed=0).mean)
+        net.reshard()  # FSDP2 leaves the root's parameters whole after a forward without gradients
+        for project in SigmaProjection(net), SigmaProjection(plain):
+            project()
+        assert torch.equal(net[0].weight_sigma.full_tensor(), plain[0].weight_sigma)
+        set_prior(plain, net)
+        torch.testing.assert_close(kl_loss(plain), torch.zeros(()), atol=1e-5, rtol=0)
+        sharded = nn.Sequential(nn.Conv3d(1, 1, 1))
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"^0: its weight is sharded; convert before fully_shard"):
+            convert(sharded)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_compiled_gradient_of_torch_func_is_a_clear_error():
+    layer = FFGConv3d(1, 1, 1)
+
+    def loss(p, x):
+        return torch.func.functional_call(layer, p, (x,)).square().mean()
+
+    compiled = torch.compile(torch.func.grad(loss), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"cannot trace torch.func derivatives of ffg_conv3d"):
+        compiled(dict(layer.named_parameters()), torch.ones(1, 1, 1, 1, 2))
+
+
+def test_the_mean_and_drawn_weights_export_to_onnx_and_sampling_does_not():
+    pytest.importorskip("onnx", reason="torch.onnx.export needs onnx")
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
+    net, x = convert(nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU())), torch.ones(1, 1, 4, 4, 4)
+    torch.onnx.export(net.eval(), (x,), dynamo=True)
+    with draw_weights(net, 0):
+        torch.onnx.export(net, (x,), dynamo=True)
+    with pytest.raises(Exception, match="ONNX has no operator that samples"):
+        torch.onnx.export(net.train(), (x,), dynamo=True)
 
 
 def test_the_package_imports_with_torch_and_numpy_alone():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from dwc_kernels import (
     FFGConv3d,
@@ -14,6 +14,7 @@ from dwc_kernels import (
     SigmaProjection,
     convert,
     draw_weights,
+    drawn_weights,
     inverse_softplus,
     kl_loss,
     parameter_groups,
@@ -338,3 +339,132 @@ def test_kl_has_a_second_derivative_and_skips_what_is_frozen():
     layer.weight_rho.requires_grad_(False)
     layer.kl_loss().backward()
     assert layer.weight_rho.grad is None
+
+
+class Halved(nn.Module):
+    def forward(self, rho):
+        return rho / 2
+
+    def right_inverse(self, rho):
+        return rho * 2
+
+
+def test_parametrized_sigmas_are_told_apart_and_stay_out_of_weight_decay():
+    net = nn.Sequential(FFGConv3d(1, 2, 3), FFGConv3d(2, 2, 3))
+    for layer in net:
+        for name in ("weight_rho", "bias_rho"):
+            parametrize.register_parametrization(layer, name, Halved())
+    torch.testing.assert_close(kl_loss(net), net[0].kl_loss() + net[1].kl_loss())
+    drawn = drawn_weights(net, 0)
+    assert [drawn[path][0].shape for path in "01"] == [layer.weight_mu.shape for layer in net]
+    means, sigmas = parameter_groups(net, weight_decay=0.1)
+    assert {id(p) for p in sigmas["params"]} == {id(p) for n, p in net.named_parameters() if "rho" in n}
+    assert len(means["params"]) == 4
+    with pytest.raises(ValueError, match=r"^0: remove the parametrization of weight_rho"):
+        SigmaProjection(net)
+
+
+def test_layers_that_share_sigma_alone_count_and_are_drawn_apart():
+    net = nn.Sequential(FFGConv3d(1, 1, 3), FFGConv3d(1, 1, 3))
+    net[1].weight_rho = net[0].weight_rho
+    torch.testing.assert_close(kl_loss(net), net[0].kl_loss() + net[1].kl_loss())
+    drawn = drawn_weights(net, 0)
+    assert not torch.equal(drawn["0"][0], drawn["1"][0])
+
+
+def test_tied_weights_with_two_priors_are_refused_by_name():
+    net = nn.Sequential(nn.Conv3d(1, 1, 3), nn.Conv3d(1, 1, 3))
+    net[1].weight = net[0].weight
+    convert(net)
+    for sigma in (0.01, torch.rand(1, 1, 3, 3, 3) + 0.1):
+        net[0].set_prior(weight_sigma=sigma)
+        with pytest.raises(ValueError, match="0 and 1 share their weight but not its prior"):
+            kl_loss(net)
+        net[1].set_prior(weight_sigma=sigma)
+        assert kl_loss(net).isfinite()
+
+
+@pytest.mark.parametrize("draw", ["weights", "voxels"])
+def test_a_seeded_prediction_is_the_same_on_every_rank(net, x, draw):
+    means = []
+    for rank in (0, 1):
+        seed_noise(net, 0, rank=rank)
+        keys = [layer._rank_key for layer in net if hasattr(layer, "_rank_key")]
+        means.append(predict(net, x, 3, draw=draw, seed=7).mean)
+        assert [layer._rank_key for layer in net if hasattr(layer, "_rank_key")] == keys
+    assert torch.equal(*means)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sigma_0", [1e-6, 0.1, 50.0])
+def test_the_projection_ends_close_below_the_prior_in_every_dtype(dtype, sigma_0):
+    layer = FFGConv3d(1, 2, 3, dtype=dtype, prior_sigma=sigma_0, sigma_init=max(2 * sigma_0, 1e-5))
+    SigmaProjection(layer)()
+    assert layer.weight_sigma.max() <= layer.prior_weight_sigma
+    assert layer.weight_sigma.min() >= layer.prior_weight_sigma * (1 - max(2.0**-20, 16 * torch.finfo(dtype).eps))
+
+
+def test_to_empty_restores_numbers_and_a_lost_prior_of_tensors_is_an_error(net):
+    net[0].set_prior(net[0])
+    net.to_empty(device="cpu")
+    assert net[4].prior_weight_sigma == 1.0
+    torch.testing.assert_close(net[4].weight_sigma, torch.full_like(net[4].weight_sigma, 0.1))
+    net[0].reset_parameters()
+    with pytest.raises(RuntimeError, match="to_empty has lost the prior's weight_mu: call set_prior"):
+        kl_loss(net)
+    net[0].set_prior(weight_mu=0.0, weight_sigma=1.0, bias_mu=0.0, bias_sigma=1.0)
+    for layer in net[2], net[4]:
+        layer.reset_parameters()
+    assert kl_loss(net).isfinite()
+
+
+def test_a_checkpoint_whose_prior_has_no_width_is_refused(net):
+    state = net.state_dict() | {"0.prior_weight_sigma": torch.tensor(0.0)}
+    with pytest.raises(
+        RuntimeError, match=r"0\.prior_weight_sigma: the prior's weight_sigma must be finite and positive"
+    ):
+        net.load_state_dict(state)
+
+
+def test_a_prior_passes_through_wrappers(net):
+    compiled = torch.compile(net, backend="eager")
+    for target, source in ((compiled, net), (net, nn.DataParallel(compiled)), (nn.DataParallel(net), net)):
+        set_prior(target, source)
+    torch.testing.assert_close(kl_loss(net), torch.zeros(()), atol=1e-6, rtol=0)
+
+
+def test_predict_names_the_remedy_for_networks_that_return_several_tensors(net, x):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x), None
+
+    pair = Pair()
+    with pytest.raises(ValueError, match=r"returned a tuple.*forward="):
+        predict(pair, x, 2)
+    assert predict(pair, x, 2, forward=lambda x: pair(x)[0]).mean.shape == (2, 3, 8, 8, 8)
+
+
+def test_a_copy_made_while_weights_are_drawn_is_outside_the_drawing(net, x):
+    with draw_weights(net, 0):
+        copied = copy.deepcopy(net)
+    assert not torch.equal(copied.train()(x), copied(x))
+    assert torch.equal(copied[0].eval()(x), net[0].eval()(x))
+
+
+def test_complex_input_is_refused_in_both_modes():
+    layer = FFGConv3d(1, 1, 1)
+    for training in (True, False):
+        with pytest.raises(ValueError, match="must be floating point"):
+            layer.train(training)(torch.ones(1, 1, 1, 1, 1, dtype=torch.complex64))
+
+
+def test_a_linear_layer_takes_no_rows():
+    layer = FFGLinear(3, 2)
+    y = layer(torch.ones(4, 0, 3))
+    assert y.shape == (4, 0, 2)
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
