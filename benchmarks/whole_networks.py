@@ -8,6 +8,7 @@ import argparse
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 from unittest import mock
 
 import pandas as pd
@@ -23,14 +24,14 @@ __all__ = ["NETWORKS", "compare", "main"]
 
 def unet() -> nn.Module:
     """MONAI's residual U-Net."""
-    from monai.networks.nets import UNet
+    from monai.networks.nets.unet import UNet
 
     return UNet(3, 1, 4, channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2)
 
 
 def dynunet() -> nn.Module:
     """MONAI's nnU-Net, of five levels."""
-    from monai.networks.nets import DynUNet
+    from monai.networks.nets.dynunet import DynUNet
 
     return DynUNet(3, 1, 4, [3] * 5, [1, 2, 2, 2, 2], [2] * 4)
 
@@ -44,8 +45,8 @@ def transposed_composition(
     weight_sigma: Tensor,
     bias_mu: Tensor | None,
     bias_sigma: Tensor | None,
-    *geometry: object,
-    **_: object,
+    *geometry: Any,
+    **_: Any,
 ) -> Tensor:
     """`composition` for transposed convolutions."""
     bias_var = None if bias_sigma is None else bias_sigma.square()
@@ -60,11 +61,11 @@ def convolution_composition(
     weight_sigma: Tensor,
     bias_mu: Tensor | None,
     bias_sigma: Tensor | None,
-    *geometry: object,
-    **_: object,
+    *geometry: Any,
+    **_: Any,
 ) -> Tensor:
     """`composition` with the arguments of the layer's call."""
-    options = dict(zip(("stride", "padding", "dilation", "groups"), geometry, strict=True))
+    options: dict[str, Any] = dict(zip(("stride", "padding", "dilation", "groups"), geometry, strict=True))
     return composition(x, weight_mu, weight_sigma, bias_mu, bias_sigma, **options)
 
 
