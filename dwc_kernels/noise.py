@@ -63,7 +63,7 @@ def _philox(even: Tensor, odd: Tensor, key: tuple[Key, Key], n_rounds: int) -> t
     return even, odd.bitwise_and_(_MASK)
 
 
-def _philox_by_numpy(group: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _philox_by_numpy(group: Tensor, key: tuple[Key, Key]) -> tuple[Tensor, Tensor]:
     """The words of groups by numpy, whose calls cost half as much as PyTorch's where one thread does the work."""
     counter = group.numpy().view(np.uint64)
     even, odd = np.zeros((2, *counter.shape), np.uint64), np.zeros((2, *counter.shape), np.uint64)
