@@ -6,6 +6,7 @@ the backend it is given. Choosing a backend, checking arguments and casting unde
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch.library import custom_op
 from dwc_kernels import reference
 from dwc_kernels.flops import count_when_asked
 from dwc_kernels.geometry import Triple, output_size
-from dwc_kernels.reference import native, output_layout, weight_bound
+from dwc_kernels.reference import native, output_layout, stays_plain
 
 __all__ = ["ffg_conv3d", "sample", "transforming"]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _as_given(x: Tensor) -> torch.autocast:
@@ -142,9 +145,11 @@ def _(
     else:
         size = output_size(x.shape[2:], weight_mu.shape[2:], tuple(stride), tuple(padding), tuple(dilation))
         shape = (x.shape[0], weight_mu.shape[0], *size)
+    transposed = transposed_size is not None
+    plain = backend == "reference" and stays_plain(x, weight_mu, tuple(dilation), prod(shape), transposed)
     y, r = (
         torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-        for layout in (output_layout(x), torch.channels_last_3d)
+        for layout in (output_layout(x), output_layout(x) if plain else torch.channels_last_3d)
     )
     return y, r if keep_r else x.new_empty(0)
 
@@ -211,8 +216,8 @@ def _backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     # Under vmap and under autograd's batched gradients tensors have no layout.
     unlaid = transforming() or torch._C._functorch.is_legacy_batchedtensor(g)
     layout = None if unlaid else output_layout(x)
-    bound = weight_bound(x, weight_mu, tuple(ctx.geometry[2]), g.numel())
-    if layout and not bound and ctx.backend == "reference" and (wants_x or any(wants_weights)):  # once for both
+    plain = stays_plain(x, weight_mu, tuple(ctx.geometry[2]), g.numel(), ctx.transposed)
+    if layout and not plain and ctx.backend == "reference" and wants_x and any(wants_weights):  # once for both
         g, x = native(g), native(x)
     if wants_x:
         dx = _once(ffg_conv3d_grad_input, g, r, x, weight_mu, weight_sigma, *ctx.geometry, ctx.backend, ctx.transposed)
@@ -284,18 +289,45 @@ class _Once(torch.autograd.Function):
 
 
 def _once(op: CustomOpDef, *arguments: Any) -> Any:
-    if not transforming():
-        return op(*arguments)
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "torch.compile cannot trace torch.func derivatives of ffg_conv3d; take them without compiling"
-        )
-    return _Once.apply(op, *arguments)
+    if transforming():
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "torch.compile cannot trace torch.func derivatives of ffg_conv3d; take them without compiling"
+            )
+        return _Once.apply(op, *arguments)
+    # With a graph of the gradients the operators are needed: they refuse a second derivative.
+    direct = not torch.is_grad_enabled() and _unobserved(arguments)
+    return (op._init_fn if direct else op)(*arguments)
+
+
+class _Direct(torch.autograd.Function):
+    """The same derivative without the operators, whose calls cost more than a small convolution."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        output = ffg_conv3d._init_fn(*arguments)
+        _save(ctx, arguments, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def _unobserved(arguments: tuple[Any, ...]) -> bool:
+    """Whether plain tensors on the CPU are computed with here and now, and nobody traces, counts or batches calls."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_tracing()
+        and all(type(t) in _PLAIN and t.device.type == "cpu" for t in arguments if isinstance(t, Tensor))
+        and not any(torch._C._functorch.is_legacy_batchedtensor(t) for t in arguments if isinstance(t, Tensor))
+    )
 
 
 def sample(*arguments: Any) -> Tensor:
     """`ffg_conv3d`'s y, differentiable in reverse mode by autograd and by torch.func alike."""
-    return (_Transformable.apply if transforming() else ffg_conv3d)(*arguments)[0]
+    if transforming():
+        return _Transformable.apply(*arguments)[0]
+    return (_Direct.apply if _unobserved(arguments) else ffg_conv3d)(*arguments)[0]
 
 
 def _one_by_one(op: CustomOpDef) -> Callable[..., Any]:

@@ -8,7 +8,8 @@ are batched and of one dtype, stride, padding and dilation are triples.
 On the CPU both convolutions run in channels_last_3d, the input gradient runs as a forward convolution with the mirrored
 filter (PyTorch's own dilated backward can be several times slower), and the weight gradient is a sum of matrix products
 that skip taps outside the volume. Layers with more weights than voxels keep PyTorch's plain convolutions, which copy no
-weights. Wide 3x3x3 layers in fp32 take `winograd`'s shorter sums for all but the variance.
+weights, or with very few voxels become `unfolded`'s matrix products. Wide 3x3x3 layers in fp32 take `winograd`'s
+shorter sums for all but the variance.
 """
 
 from math import prod
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dwc_kernels import winograd
+from dwc_kernels import unfolded, winograd
 from dwc_kernels.backends import _why_not_here
 from dwc_kernels.geometry import Triple, output_size
 from dwc_kernels.noise import normal
@@ -30,7 +31,7 @@ __all__ = [
     "multiplies_bf16",
     "native",
     "output_layout",
-    "weight_bound",
+    "stays_plain",
 ]
 
 # From how many products of input and output channels a tap's matrix product outruns PyTorch's own weight gradient.
@@ -51,13 +52,37 @@ def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def native(x: Tensor) -> Tensor:
     """The layout that convolves fastest on the CPU; elsewhere as it is."""
-    return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
+    if x.device.type != "cpu":
+        return x
+    n, channels, voxels = len(x), x.shape[1], prod(x.shape[2:])
+    if type(x) is not Tensor or not x.is_contiguous() or channels < 32 or voxels < 128:
+        return x.contiguous(memory_format=torch.channels_last_3d)
+    # PyTorch transposes matrices in blocks, volumes element by element.
+    out = torch.empty_like(x, memory_format=torch.channels_last_3d)
+    for target, source in zip(
+        out.permute(0, 2, 3, 4, 1).view(n, voxels, channels), x.view(n, channels, voxels), strict=True
+    ):
+        target.copy_(source.t())
+    return out
 
 
-def weight_bound(x: Tensor, weight: Tensor, dilation: Triple, n_outputs: int) -> bool:
-    """Whether there are more weights than voxels, on the CPU: PyTorch's plain convolutions then win, for every copy of
-    the weights, mirrored or in another layout, costs as much as they do."""
-    return x.device.type == "cpu" and dilation == (1, 1, 1) and weight.numel() >= x.numel() + n_outputs
+def stays_plain(
+    x: Tensor,  # [N, C, D, H, W]
+    weight: Tensor,  # [F, C / groups, kD, kH, kW], or of a transposed convolution [C, F / groups, ...]
+    dilation: Triple,
+    n_outputs: int,
+    transposed: bool = False,
+) -> bool:
+    """Whether PyTorch's own convolutions in the plain layout win, on the CPU without dilation.
+
+    They do where there are more weights than voxels, for every copy of the weights, mirrored or in another layout,
+    costs as much as they do; and for plain inputs of transposed or 1x1x1 convolutions.
+    """
+    if x.device.type != "cpu" or dilation != (1, 1, 1):
+        return False
+    if weight.numel() >= x.numel() + n_outputs:
+        return True
+    return output_layout(x) == torch.contiguous_format and (transposed or prod(weight.shape[2:]) == 1)
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -90,13 +115,15 @@ def forward(
     -------
     y, r : Tensor
         [N, F, D', H', W'] in the dtype of x: the sample, in the layout of x, and eps / (2 sqrt(var)), which is all that
-        the backward needs next to x; r is always channels_last_3d, and empty without ``keep_r``.
+        the backward needs next to x; r is channels_last_3d unless x is plain and `stays_plain`, and empty without
+        ``keep_r``.
     """
     working = _working_dtype(x.dtype, x.device)
     size = transposed_size or output_size(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
     n_filters = weight_mu.shape[1] * groups if transposed_size else len(weight_mu)
-    bound = weight_bound(x, weight_mu, dilation, len(x) * n_filters * prod(size))
-    laid_out = _plain if bound else native
+    n_outputs = len(x) * n_filters * prod(size)
+    plain = stays_plain(x, weight_mu, dilation, n_outputs, transposed_size is not None)
+    laid_out = _plain if plain else native
     h, mu, sigma = (laid_out(t.to(working)) for t in (x, weight_mu, weight_sigma))
     b_mu = None if bias_mu is None else bias_mu.to(working)
     b_var = None if bias_sigma is None else bias_sigma.to(working).square()
@@ -104,6 +131,10 @@ def forward(
         shape = torch.Size((len(x), n_filters, *size))
         y = _transposed(h, mu, shape, stride, padding, dilation, groups)
         var = _transposed(h.square(), sigma.square(), shape, stride, padding, dilation, groups)
+        if b_mu is not None and b_var is not None:
+            y, var = y.add_(b_mu.view(-1, 1, 1, 1)), var.add_(b_var.view(-1, 1, 1, 1))
+    elif unfolded.suits(h, mu, dilation, groups, len(x) * prod(size)):
+        y, var = unfolded.both_convolutions(h, mu, sigma, size, stride, padding)
         if b_mu is not None and b_var is not None:
             y, var = y.add_(b_mu.view(-1, 1, 1, 1)), var.add_(b_var.view(-1, 1, 1, 1))
     else:
@@ -116,10 +147,13 @@ def forward(
     y = y.to(x.dtype).contiguous(memory_format=output_layout(x))
     if not keep_r:  # no backward will follow
         return y, x.new_empty(0)
-    r = eps.div_(std).mul_(0.5).masked_fill_(std == 0, 0.0)
+    r_layout = output_layout(x) if plain else torch.channels_last_3d
+    r = eps.div_(std).mul_(0.5)
+    if std.device.type != "cpu" or not std.all():  # a look at the values, which a GPU would have to be waited for
+        r.masked_fill_(std == 0, 0.0)
     if x.dtype == torch.float16:  # where std < 8e-6, 1 / std leaves its range; saturated, r keeps the gradient finite
         r.clamp_(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
-    return y, r.to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
+    return y, r.to(x.dtype).contiguous(memory_format=r_layout)
 
 
 def _launches(x: Tensor) -> bool:
@@ -167,16 +201,18 @@ def grad_input(
 ) -> Tensor:
     """dL/dx = convT(g, mu) + 2 x * convT(g * r, sigma^2), in the dtype and layout of x; conv for convT."""
     working = _working_dtype(x.dtype, x.device)
-    bound = weight_bound(x, weight_mu, dilation, g.numel())
-    laid_out = _plain if bound else native
+    plain = stays_plain(x, weight_mu, dilation, g.numel(), transposed)
+    laid_out = _plain if plain else native
     g, r, h, mu, sigma = (laid_out(t.to(working)) for t in (g, r, x, weight_mu, weight_sigma))
     geometry = (stride, padding, dilation, groups)
     if transposed:
         dvar = _conv3d(g, sigma.square(), None, *geometry, times=r)
         dx = _conv3d(g, mu, None, *geometry)
+    elif unfolded.suits(h, mu, dilation, groups, g.numel() // g.shape[1]):
+        dx, dvar = unfolded.both_transposed(g, r, h, mu, sigma, stride, padding)
     else:
-        dvar = _transposed(g, sigma.square(), h.shape, *geometry, times=r)
-        dx = _transposed(g, mu, h.shape, *geometry)
+        dvar = _transposed(g, sigma.square(), h.shape, *geometry, times=r, plain=plain)
+        dx = _transposed(g, mu, h.shape, *geometry, plain=plain)
     dx.addcmul_(dvar, h, value=2.0)
     return dx.to(x.dtype).contiguous(memory_format=output_layout(x))
 
@@ -190,11 +226,11 @@ def _transposed(
     dilation: Triple,
     groups: int,
     times: Tensor | None = None,
+    plain: bool = False,
 ) -> Tensor:
     """The adjoint of conv3d(. , weight) applied to g, or to g * times."""
     reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
-    bound = weight_bound(g, weight, dilation, prod(shape))
-    if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0 or bound:
+    if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0 or plain:
         g = g if times is None else g * times
         return _derivative(0, g, _placeholder(shape, g), weight, stride, padding, dilation, groups)
     # At stride 1 the adjoint is a convolution with the mirrored filter, inputs and outputs exchanged within a group.
@@ -228,23 +264,29 @@ def grad_weight(
         weight_sigma.shape,
         (stride, padding, dilation, groups),
     )
-    dmu = dvar = db_mu = db_sigma = weight_sigma.new_empty(0)
+    dmu = dsigma = db_mu = db_sigma = weight_sigma.new_empty(0)
     if bias_sigma is not None:
         db_mu, db_sigma = grad_bias(g, r, bias_sigma)
-    bound = weight_bound(x, weight_sigma, dilation, g.numel())
-    laid_out = _plain if bound else native
+    plain = stays_plain(x, weight_sigma, dilation, g.numel(), transposed)
+    # With one channel x has either layout, and PyTorch's sum over a plain g is faster.
+    plain_sum = plain or (output_layout(g) == torch.contiguous_format and x.shape[1] == 1 and not transposed)
+    laid_out = _plain if plain_sum and x.device.type == "cpu" else native
     g, h = (laid_out(t.to(working)) for t in (g, x))
     r = laid_out(r.to(working)) if wants_sigma else r
     # A transposed convolution's input is the output of the convolution whose weight it has.
     a, b, a_times, b_times = (g, h, r, h) if transposed else (h, g, h, r)
     tiled = winograd.suits(a, shape, stride, padding, dilation)
-    wide = x.device.type == "cpu" and not bound and x.shape[1] * g.shape[1] >= _WIDE
-    if wants_mu and wants_sigma and wide and not tiled and stride == (1, 1, 1) and groups == 1:
+    wide = x.device.type == "cpu" and not plain and x.shape[1] * g.shape[1] >= _WIDE
+    both = wants_mu and wants_sigma and not transposed
+    if both and unfolded.suits(h, weight_sigma, dilation, groups, g.numel() // g.shape[1]):
+        dmu, dsigma = unfolded.both_correlations(h, g, r, weight_sigma.to(working), stride, padding)
+    elif both and wide and not tiled and stride == (1, 1, 1) and groups == 1:
         dmu, dvar = _correlate_both(a, b, a_times, b_times, shape, padding, dilation)
+        dsigma = dvar.mul_(weight_sigma).mul_(2.0)
     else:
         dmu = _correlate(tiled, a, None, b, None, shape, *geometry) if wants_mu else dmu
-        dvar = _correlate(tiled, a, a_times, b, b_times, shape, *geometry) if wants_sigma else dvar
-    dsigma = dvar.mul_(weight_sigma).mul_(2.0) if wants_sigma else dvar
+        if wants_sigma:
+            dsigma = _correlate(tiled, a, a_times, b, b_times, shape, *geometry).mul_(weight_sigma).mul_(2.0)
     biased = bias_sigma is not None
     wanted = ((dmu, wants_mu), (dsigma, wants_sigma), (db_mu, wants_mu and biased), (db_sigma, wants_sigma and biased))
     out = (t.to(weight_sigma.dtype).contiguous() if want else weight_sigma.new_empty(0) for t, want in wanted)

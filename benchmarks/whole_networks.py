@@ -1,0 +1,125 @@
+"""MONAI's networks converted, against the plain composition in each layer: `python -m benchmarks.whole_networks`.
+
+Forward and backward on the CPU, in turn, the least CPU seconds of each, and the bytes kept for the backward. With
+several threads CPU seconds count their waiting too, so one thread is the default. Needs MONAI.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.composition import composition, saved_bytes
+from dwc_kernels import convert, module
+
+__all__ = ["NETWORKS", "compare", "main"]
+
+
+def unet() -> nn.Module:
+    """MONAI's residual U-Net."""
+    from monai.networks.nets.unet import UNet
+
+    return UNet(3, 1, 4, channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2)
+
+
+def dynunet() -> nn.Module:
+    """MONAI's nnU-Net, of five levels."""
+    from monai.networks.nets.dynunet import DynUNet
+
+    return DynUNet(3, 1, 4, [3] * 5, [1, 2, 2, 2, 2], [2] * 4)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"UNet": unet, "DynUNet": dynunet}
+
+
+def transposed_composition(
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_sigma: Tensor,
+    bias_mu: Tensor | None,
+    bias_sigma: Tensor | None,
+    *geometry: Any,
+    **_: Any,
+) -> Tensor:
+    """`composition` for transposed convolutions."""
+    bias_var = None if bias_sigma is None else bias_sigma.square()
+    mean = F.conv_transpose3d(x, weight_mu, bias_mu, *geometry)
+    var = F.conv_transpose3d(x.square(), weight_sigma.square(), bias_var, *geometry)
+    return mean + var.sqrt() * torch.randn_like(mean)
+
+
+def convolution_composition(
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_sigma: Tensor,
+    bias_mu: Tensor | None,
+    bias_sigma: Tensor | None,
+    *geometry: Any,
+    **_: Any,
+) -> Tensor:
+    """`composition` with the arguments of the layer's call."""
+    options: dict[str, Any] = dict(zip(("stride", "padding", "dilation", "groups"), geometry, strict=True))
+    return composition(x, weight_mu, weight_sigma, bias_mu, bias_sigma, **options)
+
+
+def compare(build: Callable[[], nn.Module], size: int, batch: int, seconds: float) -> dict[str, float]:
+    """Milliseconds and megabytes kept of both, and their ratios."""
+    torch.manual_seed(0)
+    net = convert(build())
+    x = torch.randn(batch, 1, size, size, size)
+    composed = mock.patch.multiple(
+        module, ffg_conv3d=convolution_composition, ffg_conv_transpose3d=transposed_composition
+    )
+    parameters = list(net.parameters())
+    spent: dict[str, list[float]] = {"composition": [], "op": []}
+    kept = {}
+
+    def step() -> None:
+        y = net(x)
+        torch.autograd.grad(y, parameters, torch.ones_like(y))
+
+    start = time.process_time()
+    while len(spent["op"]) < 3 or time.process_time() - start < seconds:
+        for name, layers in (("composition", composed), ("op", nullcontext())):
+            with layers:
+                before = time.process_time()
+                step()
+                spent[name].append(time.process_time() - before)
+                if name not in kept:
+                    kept[name] = saved_bytes(lambda: net(x), *parameters) / 2**20
+    theirs_s, ours_s = (min(times[1:]) for times in spent.values())
+    return {
+        "composition_ms": 1e3 * theirs_s,
+        "op_ms": 1e3 * ours_s,
+        "time": ours_s / theirs_s,
+        "composition_MB": kept["composition"],
+        "op_MB": kept["op"],
+    }
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="voxels along an axis")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=10.0, help="CPU seconds for each network")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = {
+        f"{name}, {size}^3": compare(build, size, arguments.batch, arguments.seconds)
+        for name, build in NETWORKS.items()
+        for size in arguments.sizes
+    }
+    print(pd.DataFrame.from_dict(rows, orient="index").to_string(float_format="%.2f"))
+
+
+if __name__ == "__main__":
+    main()
