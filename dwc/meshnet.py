@@ -84,6 +84,10 @@ class MeshNet(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        sizes = {"n_classes": (n_classes,), "width": (width,), "in_channels": (in_channels,), "dilations": dilations}
+        for name, values in sizes.items():
+            if not values or not all(isinstance(value, int) and value > 0 for value in values):
+                raise InputError(f"`{name}` {values}: give positive whole numbers")
         self.architecture = describe(n_classes, width, dilations, in_channels)
         convolution = FFGConv3d if bayesian else nn.Conv3d
         mean = "weight_mu" if bayesian else "weight"

@@ -150,3 +150,11 @@ def test_activation_checkpointing_halves_what_is_kept_for_the_backward():
                 peak[again] = ledger.peak
     assert kept[True] < 0.55 * kept[False]
     assert peak[True] < 0.65 * peak[False]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"n_classes": 0}, {"width": 0}, {"dilations": ()}, {"dilations": (0,)}, {"width": 2.5}]
+)
+def test_sizes_that_make_no_network_are_refused_by_name(arguments):
+    with pytest.raises(InputError, match=f"`{next(iter(arguments))}` .*: give positive whole numbers"):
+        MeshNet(**{"n_classes": 3, "width": 2, "dilations": (1,), **arguments})

@@ -19,8 +19,13 @@ class Grid:
     voxel_size: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not 0 < self.voxel_size < np.inf:
-            raise InputError(f"grid of size {self.size} and voxel size {self.voxel_size} mm; both must be positive")
+        whole = isinstance(self.size, int | np.integer) and not isinstance(self.size, bool)
+        number = isinstance(self.voxel_size, int | float | np.number) and not isinstance(self.voxel_size, bool)
+        if not whole or not number or self.size < 1 or not 0 < self.voxel_size < np.inf:
+            raise InputError(
+                f"a grid of size {self.size!r} and voxel size {self.voxel_size!r} mm: give a positive whole number of "
+                "voxels and a positive number of mm"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:

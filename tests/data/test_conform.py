@@ -295,3 +295,11 @@ def test_the_real_scan_is_conformed_already_and_its_labels_fit(shared_data):
     classes = conform_labels(folder / "S1_aparc+aseg.nii.gz", Grid(), FIFTY, folder / "S1_T1w.nii.gz")
     assert len(np.unique(classes)) > 45
     assert voxels[classes == 1].mean() > voxels[classes > 15].mean() > voxels[classes == 2].mean()
+
+
+@pytest.mark.parametrize(
+    ("size", "voxel_size"), [(32.5, 1.0), (True, 1.0), (0, 1.0), ("32", 1.0), (32, 0.0), (32, "1")]
+)
+def test_a_grid_of_no_size_is_refused(size, voxel_size):
+    with pytest.raises(InputError, match=r"a grid of size .* give a positive whole number of voxels"):
+        Grid(size, voxel_size)
