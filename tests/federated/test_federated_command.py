@@ -394,7 +394,7 @@ def test_without_flare_it_says_what_to_install(monkeypatch, capsys):
     assert cli.main(["federated", "status", "kit"]) == 2
     assert (
         capsys.readouterr().err
-        == "dwc: NVIDIA FLARE is not installed: pip install '.[federated]' in the clone of dwc\n"
+        == "dwc: dwc federated needs nvflare: pip install '.[federated]' in the clone of dwc\n"
     )
 
 
