@@ -393,8 +393,7 @@ def test_without_flare_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     assert cli.main(["federated", "status", "kit"]) == 2
     assert (
-        capsys.readouterr().err
-        == "dwc: dwc federated needs nvflare: pip install '.[federated]' in the clone of dwc\n"
+        capsys.readouterr().err == "dwc: dwc federated needs nvflare: pip install '.[federated]' in the clone of dwc\n"
     )
 
 
