@@ -20,6 +20,7 @@ _WORDS = {"subject": str, "site": str, "image": str}
 
 
 def write_table(path: Path, table: pd.DataFrame, *, index: bool = False) -> None:
+    """Write a CSV, whole; numbers with six digits."""
     write_whole(path, as_csv(table, index=index).encode())
 
 

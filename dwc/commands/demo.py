@@ -8,6 +8,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run the study `demo` at its preset."""
     settings, _ = parse_study(
         "demo",
         "Run the whole cycle on simulated sites: train at each site, consolidate, fine-tune, compare.",

@@ -13,6 +13,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Score networks on the scans that they have not been trained on."""
     parser = new_parser("evaluate", "Score a network or an ensemble on the held-out scans of a manifest.")
     parser.add_argument("--data", type=Path, required=True, help="manifest CSV or BIDS-derivatives folder, with labels")
     add_networks(parser)

@@ -15,6 +15,7 @@ __all__ = ["main", "parse_study"]
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run a study, say what it would do, or pool several runs of it."""
     chosen = [value for flag, value in pairwise(arguments) if flag == "--preset"]
     chosen += [word.removeprefix("--preset=") for word in arguments if word.startswith("--preset=")]
     preset = chosen[-1] if chosen else "cpu"

@@ -11,6 +11,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Read the settings and train."""
     parser = new_parser("train", "Train a network on a manifest of scans and leave a run folder.")
     parser.add_argument("--resume", type=bool, default=False, help="continue the run in OUT, bit for bit")
     add_settings(parser, TrainSettings)

@@ -89,11 +89,13 @@ class SubVolumes(torch.utils.data.Dataset):
 
 
 def read_moments(folder: Path) -> tuple[np.float32, np.float32]:
+    """Mean and standard deviation of a prepared scan's image."""
     values = json.loads((folder / MOMENTS).read_text())
     return np.float32(values["mean"]), np.float32(values["sd"])
 
 
 def read_content(folder: Path) -> str:
+    """SHA-256, hex, of a prepared scan's image."""
     return json.loads((folder / MOMENTS).read_text())["content"]
 
 

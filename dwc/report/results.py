@@ -88,6 +88,7 @@ def column_groups(columns: Sequence[str]) -> dict[str, list[str]]:
 
 
 def read_results(out: str | Path) -> Results:
+    """Read the tables that a study has left in its folder."""
     out = Path(out)
     if not out.is_dir():
         raise InputError(f"{out}: no such folder; give the folder of a study")

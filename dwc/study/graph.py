@@ -79,6 +79,7 @@ class Cycle(NamedTuple):
 
 
 def cycle(origin: str, sites: Sequence[str]) -> Cycle:
+    """The networks of one cycle: the first network, the sites', the consolidated and the fine-tuned one."""
     prior = variational(origin)
     trained = [vcl(prior, site) for site in sites]
     joint = consolidated(prior, trained)

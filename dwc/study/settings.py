@@ -217,6 +217,7 @@ def shared(settings: Settings, *groups: type[Settings]) -> dict[str, Any]:
 
 
 def preset_file(name: str) -> Path:
+    """The YAML file of a preset that ships with dwc."""
     if name not in PRESETS:
         raise InputError(f"preset {name!r}: does not exist; choose one of {', '.join(PRESETS)}")
     return Path(str(files(__package__) / "presets" / f"{name}.yaml"))

@@ -85,6 +85,7 @@ def save_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optim
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint of this version or the one before."""
     tensors, header = load_tensors(path)
     if header.get("checkpoint_version") != _FORMAT:
         raise InputError(f"{path}: is not a checkpoint of this version of dwc; start a new run in another `out`")
