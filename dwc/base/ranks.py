@@ -5,6 +5,7 @@ only on the seed and the number of ranks. With one process, all of this does not
 """
 
 import contextlib
+import gc
 import json
 import sys
 import textwrap
@@ -73,6 +74,7 @@ def joined() -> Iterator[None]:
             "the processes of this run have lost contact; start it again, with `resume` if it is a training run "
             f"({textwrap.shorten(str(error), _MAX_CAUSE, placeholder=' ...')})"
         ) from error
+    gc.collect()  # replicas left in reference cycles end before the group that their threads use
     dist.destroy_process_group()  # not after an error, when other ranks may be gone
 
 
