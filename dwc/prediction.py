@@ -22,6 +22,7 @@ from dwc.data.grid import Grid
 from dwc.data.head import Region, head_box
 from dwc.data.intensity import moments, z_score
 from dwc.data.labels import LabelMap
+from dwc.data.paths import network_file
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
 
@@ -43,12 +44,17 @@ class Prediction:
     draws : ndarray
         int64 [n_draws, n_classes], voxels of each class in the segmentation of each draw alone: every draw of a
         Bayesian network, and each MAP network once. Their spread is the uncertainty of the volumes.
+    mutual_information, variance : ndarray
+        float32, how far the draws disagree: the entropy minus the mean entropy of each draw, in nats, and the variance
+        of the probabilities over the draws, summed over the classes, 0 to 1. Both are 0 for a single draw.
     """
 
     labels: np.ndarray
     entropy: np.ndarray
     confidence: np.ndarray
     draws: np.ndarray
+    mutual_information: np.ndarray | None = None
+    variance: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Ensemble:
 def load_networks(
     networks: str | Path | Posterior | Sequence[str | Path | Posterior], label_map: str | None = None
 ) -> Ensemble:
-    """Read networks from `dwc train` or `dwc consolidate` and check that they can predict together.
+    """Read networks from `dwc train` or `dwc consolidate`, files or run folders, and check that they go together.
 
     Widths and dilations may differ, and MAP and Bayesian networks may be mixed. `label_map` is the TSV that the
     networks were trained on, if it is not one shipped with dwc.
@@ -72,7 +78,7 @@ def load_networks(
     given = [networks] if isinstance(networks, str | Path | Posterior) else networks
     if not given:
         raise InputError("no `network`: give a posterior.safetensors, several for an ensemble")
-    posteriors = tuple(item if isinstance(item, Posterior) else Posterior.load(item) for item in given)
+    posteriors = tuple(item if isinstance(item, Posterior) else Posterior.load(network_file(item)) for item in given)
     members = tuple(MeshNet.from_posterior(posterior) for posterior in posteriors)
     first, classes, grid = posteriors[0], _label_map(posteriors[0], label_map), _grid(posteriors[0])
     for position, (posterior, network) in enumerate(zip(posteriors, members, strict=True)):
@@ -136,7 +142,8 @@ def predict_volume(
     box = head_box(image)
     blocks = _blocks(networks, box, image.shape, _limit(memory_limit, device))
     labels = np.zeros(image.shape, np.uint8)
-    entropy, confidence = np.zeros(image.shape, np.float32), np.ones(image.shape, np.float32)
+    entropy, information, variance = (np.zeros(image.shape, np.float32) for _ in range(3))
+    confidence = np.ones(image.shape, np.float32)
     counts = torch.zeros(len(draws), n_classes, dtype=torch.int64)
     counts[:, 0] = image.size - math.prod(extent(box))
     with (
@@ -150,6 +157,7 @@ def predict_volume(
         x = torch.from_numpy(z_score(image, *moments(image)))[None].to(device)
         for block in blocks:
             mean = torch.zeros(*extent(block), n_classes, device=device)
+            of_draws, squares = (torch.zeros(extent(block), device=device) for _ in range(2))
             for (j, k), count in zip(draws, counts, strict=True):
                 network = networks[j]
                 weights = network.convolutions(seed_of(seed, j, k))
@@ -159,14 +167,21 @@ def predict_volume(
                     probability = _classify(features[part], *weights[-1]).softmax(dim=-1)
                     count += torch.bincount(probability.max(dim=-1).indices.flatten(), minlength=n_classes).cpu()
                     mean[part].add_(probability, alpha=share)
+                    if len(draws) > 1:
+                        of_draws[part].add_(torch.special.entr(probability).sum(dim=-1), alpha=share)
+                        squares[part].add_(probability.square_().sum(dim=-1), alpha=share)
                 del features  # frees memory for the next pass
                 bar.update()
             for part in _slabs(block):
                 highest, chosen = mean[part].max(dim=-1)
                 labels[block][part] = chosen.to(torch.uint8).cpu()
-                entropy[block][part] = torch.special.entr(mean[part]).sum(dim=-1).clamp_min_(0).cpu()
+                total = torch.special.entr(mean[part]).sum(dim=-1).clamp_min_(0)
+                entropy[block][part] = total.cpu()
+                if len(draws) > 1:
+                    information[block][part] = (total - of_draws[part]).clamp_min_(0).cpu()
+                    variance[block][part] = (squares[part] - mean[part].square().sum(dim=-1)).clamp_min_(0).cpu()
                 confidence[block][part] = highest.clamp_max_(1).cpu()
-    return Prediction(labels, entropy, confidence, counts.numpy())
+    return Prediction(labels, entropy, confidence, counts.numpy(), information, variance)
 
 
 def _classify(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

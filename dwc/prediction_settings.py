@@ -1,13 +1,14 @@
-"""The settings of a prediction, shared by `predict` and `evaluate`."""
+"""The settings of a prediction, shared by `predict` and `evaluate`, and of the files that `predict` writes."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from dwc.base.settings import Settings
 
-__all__ = ["RESULTS", "PredictionSettings"]
+__all__ = ["MAPS", "RESULTS", "OutputSettings", "PredictionSettings"]
 
 RESULTS = ("per_class.csv", "per_volume.csv", "per_site.csv", "summary.json")  # of an evaluation
+MAPS = ("entropy", "mutual_information", "variance", "confidence")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +42,30 @@ class PredictionSettings(Settings):
         super().__post_init__()
         self._require_positive("n_samples", "memory_limit")
         self._require("seed", self.seed >= 0, "give a number >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings(Settings):
+    """What is written for each scan.
+
+    Parameters
+    ----------
+    maps
+        Maps of uncertainty, of `MAPS`.
+    conformed
+        Write results on the networks' conformed grid, with the conformed scan, instead of on the scan's own grid.
+    largest_component
+        Clean up: of each structure keep only as many of the largest connected parts as it has label ids, two for left
+        and right; each voxel removed takes the label of the nearest one kept.
+    picture
+        A picture of the scan with its classes in colour.
+    """
+
+    maps: tuple[Literal["entropy", "mutual_information", "variance", "confidence"], ...] = ("entropy",)
+    conformed: bool = False
+    largest_component: bool = False
+    picture: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("maps", len(set(self.maps)) == len(self.maps), "give each map once")

@@ -1,6 +1,9 @@
-"""Errors that end a command with one line: bad input (exit code 2) or a signal (128 plus its number)."""
+"""Errors that end a command with one line.
 
-__all__ = ["InputError", "Interrupted", "brief", "one_line", "printable"]
+Bad input has exit code 2, work of which a part failed 1, a signal 128 plus its number.
+"""
+
+__all__ = ["InputError", "Interrupted", "PartlyFailed", "brief", "one_line", "printable"]
 
 
 class InputError(ValueError):
@@ -11,6 +14,10 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class PartlyFailed(Exception):
+    """A command has done what it could; the message says how much failed and where the reasons are."""
 
 
 class Interrupted(Exception):
