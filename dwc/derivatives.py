@@ -21,7 +21,7 @@ from dwc.data.labels import LabelMap
 from dwc.data.reading import ScanFile, open_scan
 from dwc.metrics.confusion import volumes
 from dwc.prediction import Prediction
-from dwc.prediction_settings import OutputSettings
+from dwc.prediction_settings import MAPS, OutputSettings
 
 __all__ = ["Derivatives", "find_scan", "name_derivatives", "native_labels", "spread", "write_derivatives"]
 
@@ -114,7 +114,7 @@ def name_derivatives(
         raise InputError(
             f"{shown}: would all be written as {twin.labels}; give each its own `out`, or the folder that holds them"
         )
-    suffixes = OutputSettings(maps=tuple(_UNITS), conformed=True, picture=True)  # all there are
+    suffixes = OutputSettings(maps=MAPS, conformed=True, picture=True)  # all there are
     for path in (path for files in names for path in (*files.files(suffixes), files.sidecar)):
         if path.exists() and not overwrite:
             raise InputError(

@@ -1,14 +1,15 @@
 """The settings of a prediction, shared by `predict` and `evaluate`, and of the files that `predict` writes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dwc.base.settings import Settings
 
 __all__ = ["MAPS", "RESULTS", "OutputSettings", "PredictionSettings"]
 
 RESULTS = ("per_class.csv", "per_volume.csv", "per_site.csv", "summary.json")  # of an evaluation
-MAPS = ("entropy", "mutual_information", "variance", "confidence")
+Map = Literal["entropy", "mutual_information", "variance", "confidence"]
+MAPS: tuple[Map, ...] = get_args(Map)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class OutputSettings(Settings):
         A picture of the scan with its classes in colour.
     """
 
-    maps: tuple[Literal["entropy", "mutual_information", "variance", "confidence"], ...] = ("entropy",)
+    maps: tuple[Map, ...] = ("entropy",)
     conformed: bool = False
     largest_component: bool = False
     picture: bool = False

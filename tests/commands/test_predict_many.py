@@ -39,7 +39,7 @@ def cohort(site, tmp_path) -> Path:
 
 
 def predict(*words) -> int:
-    return cli.main(["predict", *map(str, words), "--no-picture", "--n-samples", "2"])
+    return cli.main(["predict", "--no-picture", "--n-samples", "2", *map(str, words)])
 
 
 def table(out: Path) -> list[dict[str, str]]:
