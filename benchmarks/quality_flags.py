@@ -3,7 +3,7 @@
     python -m benchmarks.quality_flags --anatomies label_maps --real scan.nii.gz --out flags
 
 Simulates scans of five sites from real anatomies (64^3 voxels of 3 mm), trains a small Bayesian network on some (or
-takes `--network`), degrades the held-out ones, and the real scan, in eight ways at several strengths, and segments each.
+takes `--network`), degrades the held-out ones and the real scan in eight ways at several strengths, and segments each.
 Writes measures.csv (a row per scan), flags.csv (area under the ROC curve and counts per way), roc.csv and roc.png. A
 second call continues where the first stopped.
 """
