@@ -25,10 +25,10 @@ from dwc.colours import viewer_tables
 from dwc.data.checks import axes_of, examine
 from dwc.data.comparison import compare
 from dwc.data.findings import CheckedScan, tell
-from dwc.data.inputs import GivenScan, stem_of
 from dwc.data.reading import enough_memory, open_scan
 from dwc.data.scan import Scan
 from dwc.derivatives import Derivatives, name_derivatives
+from dwc.inputs import GivenScan, stem_of
 from dwc.prediction import Ensemble
 from dwc.prediction_settings import OutputSettings, PredictionSettings
 from dwc.scan_table import FAILURES, TABLE, Row, failures_table, scan_table, structures
@@ -113,7 +113,8 @@ class Batch:
                 names=self.ensemble.label_map.titles, title=job.scan.image.name,
             )  # fmt: skip
         measures = quality.measure(image, result.prediction, self.ensemble.label_map, self.ensemble.grid)
-        reasons = [*(finding.message for finding in checked.findings), *quality.reasons(measures)]
+        odd = [finding.message.removeprefix(f"{job.scan.image}: ") for finding in checked.findings]
+        reasons = [*odd, *quality.reasons(measures)]
         found = {"Flag": "check" if reasons else "pass", "Reasons": reasons, "Measures": measures}
         self._write_sidecar(job, result, mm3, found, {"Source": digest, "Image": checked.content})
         remark = f"; look at it: {'; '.join(reasons)}" if reasons else ""
@@ -142,8 +143,8 @@ class Batch:
 
     def _is_done(self, job: _Job) -> bool:
         """Whether all files that are asked for are whole, and made from this scan with these settings."""
-        sidecar = _read(job.files.sidecar)
-        if sidecar is None or not self._is_mine(sidecar):
+        sidecar = self._read(job.files.sidecar)
+        if sidecar is None:
             return False
         recorded = sidecar["SHA256"]
         try:
@@ -153,8 +154,17 @@ class Batch:
         except OSError:
             return False
 
-    def _is_mine(self, sidecar: dict[str, Any]) -> bool:
-        return all(sidecar.get(key) == value for key, value in self.made_with.items())
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """A sidecar that was written with these settings, or None."""
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        kinds = {"SHA256": dict, "Quality": dict, "Structures": list}
+        is_ours = isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+        if not is_ours or any(content.get(key) != value for key, value in self.made_with.items()):
+            return None
+        return content
 
     def _fail(self, stem: Path, reason: str) -> None:
         self.failures.append(Row(self._name(stem), "failed", (reason,), []))
@@ -188,8 +198,7 @@ class Batch:
     def _rows(self) -> Iterator[Row]:
         """The scans in the folder that were segmented with these settings, in whichever run."""
         for path in sorted(self.out.rglob("*_dseg.json")):
-            sidecar = _read(path)
-            if sidecar is not None and self._is_mine(sidecar):
+            if sidecar := self._read(path):
                 found = sidecar["Quality"]
                 name = self._name(path.with_name(path.name.removesuffix("_dseg.json")))
                 yield Row(
@@ -217,17 +226,6 @@ def _tell_of_mirrored(scans: Sequence[GivenScan]) -> None:
             continue  # reported when its turn comes
         checked.append(CheckedScan(Scan(scan.image, None, "", "", "test"), facts=facts))
     tell(compare(checked))
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A sidecar that this module wrote, or None."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    kinds = {"SHA256": dict, "Quality": dict, "Structures": list}
-    is_ours = isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in kinds.items())
-    return content if is_ours else None
 
 
 def _digest(path: Path) -> str:

@@ -34,7 +34,7 @@ def label_table(label_map: LabelMap) -> bytes:
 
 
 def viewer_tables(label_map: LabelMap) -> dict[str, bytes]:
-    """Content of `VIEWER_TABLES`, for FreeSurfer (freeview -v SEG:lut=FILE), ITK-SNAP and 3D Slicer."""
+    """Content of `VIEWER_TABLES`, for FreeSurfer's freeview, ITK-SNAP and 3D Slicer."""
     about = f"label map {label_map.name}; a name without a side stands for the left and the right structure"
     background, *labels = _labels(label_map)
     freesurfer = [f"# {about}", f"{background[0]} {_word(background[1])} 0 0 0 0"]

@@ -16,9 +16,9 @@ from dwc.base.tsv import as_tsv
 from dwc.colours import label_table
 from dwc.data.conform import place, to_native
 from dwc.data.grid import Grid
-from dwc.data.inputs import find_scan, stem_of
 from dwc.data.labels import LabelMap
 from dwc.data.reading import ScanFile, open_scan
+from dwc.inputs import find_scan, stem_of
 from dwc.metrics.confusion import volumes
 from dwc.prediction import Prediction
 from dwc.prediction_settings import MAPS, OutputSettings

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     from dwc.base import ranks  # here, so that help does not import PyTorch
     from dwc.base.signals import interrupted_by_signals
     from dwc.batch import Batch
-    from dwc.data.inputs import given_scans
+    from dwc.inputs import given_scans
     from dwc.prediction import load_networks
 
     with ranks.joined(), interrupted_by_signals("go on with --skip-existing"):

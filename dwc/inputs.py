@@ -12,6 +12,7 @@ from dwc.base.errors import InputError
 from dwc.data.bids import images_in_bids, is_segmentation
 from dwc.data.manifest import read_manifest
 from dwc.data.paths import check_printable, existing_file, unreadable
+from dwc.prediction_settings import MAPS
 
 __all__ = ["EXTENSIONS", "GivenScan", "find_scan", "given_scans", "stem_of"]
 
@@ -156,22 +157,25 @@ def _in_plain_folder(root: Path, out: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _images(folder: Path, names: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    by_stem = defaultdict(list)
+    volumes = {}
     for name in sorted(names):
         extension = next((end for end in _IN_FOLDERS if name.lower().endswith(end)), None)
         if extension and not name.startswith("."):
-            by_stem[name[: -len(extension)]].append(name)
-    for stem, alike in by_stem.items():
-        if is_segmentation(stem, by_stem) or _OTHER.fullmatch(stem) or _is_result(stem, by_stem):
-            continue
-        several = f"{folder}: several files of one name ({', '.join(alike)}); keep one" if len(alike) > 1 else ""
-        yield folder / alike[0], several
+            volumes[name] = name[: -len(extension)]
+    stems = set(volumes.values())
+    by_result = defaultdict(list)
+    for name, stem in volumes.items():
+        if not (is_segmentation(stem, stems) or _OTHER.fullmatch(stem) or _is_result(stem, stems)):
+            by_result[stem_of(Path(name))].append(name)
+    for alike in by_result.values():
+        several = f"{folder}: the results of {' and '.join(alike)} would have one name; keep one"
+        yield folder / alike[0], several if len(alike) > 1 else ""
 
 
 def _is_result(stem: str, stems: Iterable[str]) -> bool:
     """Whether a volume lies beside the segmentation that it was written with."""
-    owner, _, suffix = stem.rpartition("_")
-    return bool(owner) and suffix != "T1w" and f"{owner}_dseg" in stems
+    owners = {name.removesuffix("_dseg") for name in stems if name.endswith("_dseg")}
+    return any(stem in (f"{owner}_{suffix}" for suffix in (*MAPS, "desc-conformed_T1w")) for owner in owners)
 
 
 def _below(image: Path, root: Path) -> Path:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dwc.base.errors import InputError
-from dwc.data.inputs import given_scans
+from dwc.inputs import given_scans
 
 
 @pytest.fixture
@@ -44,7 +44,8 @@ def test_a_folder_gives_its_volumes_at_any_depth_and_results_lie_likewise(tree):
 def test_segmentations_results_and_other_modalities_in_a_folder_are_no_scans(tree):
     folder = tree(
         "a_T1w.nii.gz", "a_dseg.nii.gz", "a_entropy.nii.gz", "a_seg.nii.gz", "b.nii.gz", "b_T2w.nii.gz", "c_FLAIR.nii",
-        "d_bold.nii.gz", "e_mask.nii.gz", "my_head.nii.gz",
+        "d_bold.nii.gz", "e_mask.nii.gz", "my_head.nii.gz", "a_desc-conformed_T1w.nii.gz",
+        "a_mutual_information.nii.gz",
     )  # fmt: skip
     assert [name for name, _ in found(folder)] == ["a_T1w.nii.gz", "b.nii.gz", "my_head.nii.gz"]
 
@@ -134,7 +135,7 @@ def test_what_holds_no_scan_is_one_line_alone_and_a_fault_beside_others(tree, gi
 def test_two_files_of_one_name_are_a_fault_and_the_others_are_found(tree):
     folder = tree("a.nii", "a.nii.gz", "b.nii")
     bad, good = given_scans([folder], Path("out"))
-    assert "several files of one name (a.nii, a.nii.gz)" in bad.fault
+    assert "the results of a.nii and a.nii.gz would have one name" in bad.fault
     assert (good.image.name, good.fault) == ("b.nii", "")
 
 
