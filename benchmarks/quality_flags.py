@@ -47,10 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--anatomies", type=Path, help="folder of label volumes; by default procedural heads")
     parser.add_argument("--real", type=Path, help="a real scan to degrade as well")
     parser.add_argument("--network", type=Path, help="a posterior; by default one is trained")
+    parser.add_argument("--seed", type=int, default=0, help="of the simulated scans")
     parser.add_argument("--out", type=Path, required=True)
     values = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    manifest = _simulated(values.anatomies, values.out / "scans")
+    manifest = _simulated(values)
     ensemble = load_networks(values.network or _trained(manifest, values.out))
     tested = [scan.image for scan in read_manifest(manifest) if scan.split == "test"]
     path = values.out / "measures.csv"
@@ -157,13 +158,14 @@ def table_of(measured: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _simulated(anatomies: Path | None, out: Path) -> Path:
-    """The manifest of all sites' scans."""
+def _simulated(values: argparse.Namespace) -> Path:
+    """The manifest of all sites' scans; those to train on only if a network is to be trained."""
+    out, n_train = values.out / "scans", 0 if values.network else 8
     path = out / "manifest.csv"
     if not path.exists():
         lines = ["image,label,subject,site,split"]
         for name in load_sites():
-            write_site(out / name, name, n_train=8, n_test=3, grid=GRID, seed=0, anatomies=anatomies)
+            write_site(out / name, name, n_train, 3, grid=GRID, seed=values.seed, anatomies=values.anatomies)
             for line in (out / name / "manifest.csv").read_text().splitlines()[1:]:
                 image, label, rest = line.split(",", 2)
                 lines.append(f"{name}/{image},{name}/{label},{rest}")

@@ -148,7 +148,7 @@ class Batch:
             return False
         recorded = sidecar["SHA256"]
         try:
-            return recorded["Source"] == _digest(job.scan.image) and all(
+            return recorded.get("Source") == _digest(job.scan.image) and all(
                 recorded.get(path.name) == _digest(path) for path in job.files.files(self.outputs)
             )
         except OSError:

@@ -39,19 +39,19 @@ class Limit:
 
 
 LIMITS = (
-    Limit("noise", 0.2, 0.30, "noise is {:.2f} of the tissue's range of intensities"),
-    Limit("ghosts", 0.0, 0.03, "ghosts or other structure in the air, {:.3f} of the tissue's intensity"),
-    Limit("contrast", 0.4, 0.2, "white matter is {:.2f} of the tissue's range brighter than cortex; is it a T1 scan?"),
-    Limit("cut_cm2", 0.0, 60.0, "the field of view cuts {:.0f} cm2 of the head at the top or a side"),
-    Limit("cut_below_cm2", 0.0, 20.0, "the field of view cuts {:.0f} cm2 of the brain from below"),
-    Limit("brain_ml", 1200.0, 1700.0, "brain of {:.0f} ml, larger than most"),
-    Limit("brain_ml", 1200.0, 700.0, "brain of {:.0f} ml, smaller than most"),
+    Limit("noise", 0.2, 0.35, "noise is {:.2f} of the tissue's range of intensities"),
+    Limit("ghosts", 0.0, 0.035, "ghosts or other structure in the air, {:.3f} of the tissue's intensity"),
+    Limit("contrast", 0.65, 0.4, "white matter is {:.2f} of the tissue's range brighter than cortex; is it a T1 scan?"),
+    Limit("cut_cm2", 0.0, 80.0, "the field of view or the grid cuts {:.0f} cm2 of the head at the top or a side"),
+    Limit("cut_below_cm2", 0.0, 40.0, "the field of view cuts {:.0f} cm2 of the brain from below"),
+    Limit("brain_ml", 1200.0, 1650.0, "brain of {:.0f} ml without fluid, larger than most"),
+    Limit("brain_ml", 1200.0, 750.0, "brain of {:.0f} ml without fluid, smaller than most"),
     Limit(
-        "hind_below_mm", 45.0, 15.0, "cerebellum and brain stem lie {:.0f} mm below the cerebrum; is it upside down?"
+        "hind_below_mm", 48.0, 30.0, "cerebellum and brain stem are {:.0f} mm below the cerebrum; upside down or cut?"
     ),
-    Limit("hind_behind_mm", 28.0, 2.0, "cerebellum and brain stem lie {:.0f} mm behind the cerebrum; is it turned?"),
-    Limit("loose", 0.0, 0.05, "{:.0%} of the brain lies in parts of its own"),
-    Limit("entropy", 0.3, 0.42, "mean entropy of {:.2f} nats in the brain; the networks are unsure"),
+    Limit("hind_behind_mm", 25.0, -5.0, "cerebellum and brain stem are {:.0f} mm behind the cerebrum; front to back?"),
+    Limit("loose", 0.0, 0.06, "{:.0%} of the brain lies in parts of its own"),
+    Limit("entropy", 0.25, 0.35, "mean entropy of {:.2f} nats in the brain; the networks are unsure"),
 )
 
 
