@@ -51,7 +51,7 @@ LIMITS = (
     ),
     Limit("hind_behind_mm", 25.0, -5.0, "cerebellum and brain stem are {:.0f} mm behind the cerebrum; front to back?"),
     Limit("loose", 0.0, 0.06, "{:.0%} of the brain lies in parts of its own"),
-    Limit("entropy", 0.25, 0.35, "mean entropy of {:.2f} nats in the brain; the networks are unsure"),
+    Limit("entropy", 0.115, 0.16, "mean entropy in the brain of {:.2f} of its largest value; the networks are unsure"),
 )
 
 
@@ -75,7 +75,7 @@ def measure(image: np.ndarray, prediction: Prediction, label_map: LabelMap, grid
     found["ghosts"] = _ghosts(image, grid) / max(middle, 1.0)
     parts, _ = ndimage.label(brain)
     found["loose"] = 1 - np.bincount(parts.ravel())[1:].max() / brain.sum()
-    found["entropy"] = prediction.entropy[brain].mean()
+    found["entropy"] = prediction.entropy[brain].mean() / np.log(label_map.n_classes)  # so that networks compare
     if prediction.mutual_information is not None:
         found["mutual_information"] = prediction.mutual_information[brain].mean()
     white, cortex, hind = is_white[labels], is_cortex[labels], is_hind[labels]
