@@ -43,13 +43,18 @@ def test_a_good_segmentation_of_a_clean_scan_is_not_flagged(head):
     ("kind", "strength", "flag"),
     [
         ("noise", 0.2, "noise"),
-        ("motion", 8, "ghosts"),
         ("cut at the top", 0.2, "cut_cm2"),
         ("contrast", 0.5, "contrast"),
     ],
 )
 def test_a_degraded_scan_is_flagged_for_what_is_wrong_with_it(head, kind, strength, flag):
     assert flag in flags(worse(head, kind, strength), head[1])
+
+
+def test_a_ghost_beside_the_head_is_flagged(head):
+    image, labels = head
+    ghost = np.maximum(image, np.roll(image, 32, axis=2) // 4)
+    assert flags(ghost, labels) == {"ghosts"}
 
 
 @pytest.mark.parametrize(("axis", "flag"), [(1, "hind_below_mm"), (2, "hind_behind_mm")])
