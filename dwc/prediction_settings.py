@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from dwc.base.settings import Settings
 
-__all__ = ["MAPS", "RESULTS", "OutputSettings", "PredictionSettings"]
+__all__ = ["MAPS", "RESULTS", "Map", "OutputSettings", "PredictionSettings"]
 
 RESULTS = ("per_class.csv", "per_volume.csv", "per_site.csv", "summary.json")  # of an evaluation
 Map = Literal["entropy", "mutual_information", "variance", "confidence"]

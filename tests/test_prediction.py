@@ -153,6 +153,19 @@ def test_a_bayesian_network_weighs_as_much_as_a_map_network_however_often_it_is_
     np.testing.assert_allclose(predict_volume(nets, volume, n_samples=3).entropy, entropy_of(mean), atol=1e-4)
 
 
+def test_mutual_information_and_variance_are_how_far_networks_disagree():
+    nets, volume = [network(seed=0), network(seed=1)], image()
+    p, q = (probabilities(net, volume) for net in nets)
+    prediction = predict_volume(nets, volume, memory_limit=1e-3)
+    information = entropy_of((p + q) / 2) - (entropy_of(p) + entropy_of(q)) / 2
+    np.testing.assert_allclose(prediction.mutual_information, information, atol=1e-4)
+    np.testing.assert_allclose(prediction.variance, (((p - q) / 2) ** 2).sum(axis=0), atol=1e-4)
+    assert prediction.mutual_information.max() > 0.01
+    alone = predict_volume(nets[:1], volume)
+    assert not alone.mutual_information.any()
+    assert not alone.variance.any()
+
+
 def test_a_bayesian_network_whose_sigmas_vanish_predicts_as_its_means():
     net, volume = network(sigma=1e-7), image()
     prediction = predict_volume([net], volume, n_samples=3)
@@ -248,6 +261,13 @@ def test_an_ensemble_of_map_and_bayesian_networks_loads_with_its_grid_and_classe
     assert ensemble.grid == Grid(32, 1.0)
     assert ensemble.label_map.sha256 == LabelMap.load("coarse").sha256
     assert [posterior.sha256 for posterior in ensemble.posteriors] == [networks[n].sha256 for n in ("map", "finetune")]
+
+
+def test_the_folder_of_a_run_stands_for_its_posterior(networks):
+    ensemble = load_networks([Path(networks["map"].name).parent, networks["finetune"].name])
+    assert [posterior.sha256 for posterior in ensemble.posteriors] == [networks[n].sha256 for n in ("map", "finetune")]
+    with pytest.raises(InputError, match=r"holds no posterior\.safetensors; give the folder of a run"):
+        load_networks(Path(networks["map"].name).parents[1])
 
 
 def changed(posterior: Posterior, path: Path, **metadata) -> str:

@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 from dwc.base.errors import InputError
 from dwc.commands.arguments import Parser, add_settings, new_parser, parse
 from dwc.data.paths import is_network, network_file
-from dwc.prediction_settings import MAPS, OutputSettings, PredictionSettings
+from dwc.prediction_settings import MAPS, Map, OutputSettings, PredictionSettings
 
 __all__ = ["add_networks", "main", "prediction_settings"]
 
@@ -34,17 +34,18 @@ def main(arguments: Sequence[str]) -> None:
         help="keep results that are whole and made with the same networks and settings; for going on after a stop",
     )  # fmt: skip
     parser.add_argument("--overwrite", type=bool, default=False, help="replace existing results")
-    parser.add_argument("--maps", type=str, default="entropy", help=f"any of {','.join(MAPS)}, or none")
+    parser.add_argument("--maps", type=str, nargs="+", default=["entropy"], help=f"any of {' '.join(MAPS)}, or none")
     parser.add_class_arguments(OutputSettings, skip={"maps", "picture"})
     add_settings(parser, PredictionSettings)
     values = parse(parser, arguments)
-    settings, outputs = prediction_settings(values), _output_settings(values)
+    maps, after_maps = _maps(values.maps)
+    settings, outputs = prediction_settings(values), _output_settings(values, maps)
     if values.skip_existing and values.overwrite:
         raise InputError("`skip_existing` keeps results and `overwrite` replaces them; give one of the two")
-    # In `--network n.safetensors scan.nii.gz` the flag takes the scans too.
+    # In `--network n.safetensors scan.nii.gz` the flag takes the scans too, as `--maps` does.
     first, *others = values.network
     networks = [first, *(path for path in others if is_network(path))]
-    scans = [*values.scans, *(path for path in others if not is_network(path))]
+    scans = [*values.scans, *(path for path in others if not is_network(path)), *after_maps]
     if not is_network(first) and not first.is_dir():
         raise InputError(
             f"`network` {first}: does not end in .safetensors; give posterior.safetensors or its run folder"
@@ -79,10 +80,23 @@ def prediction_settings(values: Namespace) -> PredictionSettings:
     return PredictionSettings(**{name: values[name] for name in names})
 
 
-def _output_settings(values: Namespace) -> OutputSettings:
-    maps = tuple(name.strip().replace("-", "_") for name in values.maps.split(",")) if values.maps != "none" else ()
-    if odd := [name for name in maps if name not in MAPS]:
-        raise InputError(f"`maps` {odd[0]}: choose of {','.join(MAPS)}, separated by commas, or none")
+def _maps(words: Sequence[str]) -> tuple[tuple[Map, ...], list[Path]]:
+    """The maps among the words of `--maps`, and the scans that follow them."""
+    known: dict[str, Map] = {name: name for name in MAPS}
+    maps: list[Map] = []
+    scans = []
+    for position, word in enumerate(words):
+        names = [name.strip().replace("-", "_") for name in word.strip("[]").split(",") if name.strip()]
+        if word != "none" and not all(name in known for name in names):
+            if not position:
+                raise InputError(f"`maps` {word}: choose of {', '.join(MAPS)}, or none")
+            scans.append(Path(word))
+        elif word != "none":
+            maps += [known[name] for name in names]
+    return tuple(maps), scans
+
+
+def _output_settings(values: Namespace, maps: tuple[Map, ...]) -> OutputSettings:
     picture = find_spec("matplotlib") is not None if values.picture is None else values.picture
     return OutputSettings(
         maps=maps, conformed=values.conformed, largest_component=values.largest_component, picture=picture

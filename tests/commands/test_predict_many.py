@@ -113,7 +113,7 @@ def test_a_scan_made_in_another_way_is_not_done(networks, network, cohort, tmp_p
     words += {
         "samples": ["--n-samples", "3"],
         "seed": ["--seed", "1"],
-        "maps": ["--maps", "entropy,variance"],
+        "maps": ["--maps", "[entropy,variance]"],
         "conformed": ["--conformed"],
     }.get(change, [])
     segmented: list[str] = []
@@ -164,10 +164,8 @@ def test_sessions_of_a_data_set_lie_apart_and_the_sidecar_says_what_made_them(ne
 def test_maps_are_uint8_with_a_scale_and_the_labels_say_that_they_are_labels(network, site, tmp_path):
     scan, out = site / "sub-3_T1w.nii.gz", tmp_path / "out"
     maps = ("entropy", "mutual_information", "variance", "confidence")
-    assert (
-        predict(scan, "--network", network, "--out", out, "--maps", "entropy,mutual-information,variance,confidence")
-        == 0
-    )
+    words = ["--maps", "entropy,mutual-information", "variance", "confidence", scan]  # the flag takes the scan too
+    assert predict("--network", network, "--out", out, *words) == 0
     for name in maps:
         image = nibabel.load(out / f"sub-3_{name}.nii.gz")
         assert image.get_data_dtype() == np.uint8
@@ -232,7 +230,7 @@ def test_each_kind_of_file_gets_results_on_its_own_voxels(network, site, tmp_pat
         (["EMPTY"], "empty: holds no scan"),
         (["x*.nii.gz"], "matches no scan"),
         (["COHORT", "--skip-existing", "--overwrite"], "--skip-existing keeps results and --overwrite replaces them"),
-        (["COHORT", "--maps", "entropie"], "--maps entropie: choose of entropy,mutual_information"),
+        (["COHORT", "--maps", "entropie"], "--maps entropie: choose of entropy, mutual_information"),
         (["TWICE/one/T1.nii.gz", "TWICE/two/T1.nii.gz"], "would all be written as"),
         (["none.nii.gz"], "none.nii.gz: no such file"),
     ],
