@@ -11,7 +11,9 @@ import numpy as np
 
 from dwc.data.head import Region
 
-__all__ = ["divide", "extent", "grow", "memory", "plan_blocks"]
+__all__ = ["PLANES", "divide", "extent", "grow", "memory", "plan_blocks"]
+
+PLANES = 8  # along the first axis that a layer computes at a time
 
 
 def grow(region: Region, reach: int, shape: Sequence[int]) -> Region:
@@ -34,39 +36,38 @@ def divide(region: Region, parts: Sequence[int]) -> list[Region]:
 
 
 def plan_blocks(
-    region: Region, shape: Sequence[int], dilations: Sequence[int], width: int, n_classes: int, limit: float
+    region: Region, shape: Sequence[int], dilations: Sequence[int], width: int, n_summed: int, limit: float
 ) -> list[Region]:
     """The division of a region that computes the fewest voxels within a memory limit, or single voxels if none fits.
 
     `shape` is the volume's, `limit` in bytes; for several networks give the largest reach and width.
     """
-    sizes = [side.stop - side.start for side in region]
+    sizes = extent(region)
     choices = [sorted({-(-size // edge) for edge in range(1, size + 1)}) for size in sizes]
-    reaches = list(accumulate(reversed(dilations), initial=0))
-    best: tuple[int, ...] = tuple(sizes)
+    best: tuple[int, ...] = sizes
     least_work = math.inf
     for parts in product(*choices):
         edges = [-(-size // n) for size, n in zip(sizes, parts, strict=True)]
-        spans = [
-            math.prod(_span(edge, n, reach, reaches[-1]) for edge, n in zip(edges, shape, strict=True))
-            for reach in reaches
-        ]
-        work = math.prod(parts) * sum(spans[:-1])
-        if work < least_work and memory(spans, width, n_classes) <= limit:
+        work = math.prod(parts) * sum(math.prod(layer) for layer in _layers(edges, shape, dilations)[1:])
+        if work < least_work and memory(edges, shape, dilations, width, n_summed) <= limit:
             best, least_work = parts, work
     return divide(region, best)
 
 
-def _span(edge: int, size: int, reach: int, farthest: int) -> int:
-    """Voxels that a layer computes along an axis if `reach` of them are needed on each side of a block."""
-    return edge + 2 * reach if edge + 2 * farthest < size else size
+def memory(edges: Sequence[int], shape: Sequence[int], dilations: Sequence[int], width: int, n_summed: int) -> int:
+    """Peak memory of one block in fp32, in bytes: the planes that each layer holds, and the sum of probabilities.
 
-
-def memory(spans: Sequence[int], width: int, n_classes: int) -> int:
-    """Peak memory of one block in fp32, in bytes: the sum of its probabilities, and a layer's input and output.
-
-    `spans` are the voxels of each hidden layer's output, last layer first, and of the image.
+    `edges` are the block's, `n_summed` the classes whose probabilities are summed over draws.
     """
-    return 4 * (
-        spans[0] * n_classes + width * max(out + of for out, of in zip(spans[:-1], [*spans[1:-1], 0], strict=True))
-    )
+    held = [
+        min(2 * dilation + 2 * PLANES, layer[0]) * math.prod(layer[1:])
+        for dilation, layer in zip(dilations, _layers(edges, shape, dilations), strict=False)
+    ]
+    # What a layer holds is copied once with its padding, while its output is made.
+    return 4 * (width * (sum(held) + 2 * max(held)) + n_summed * math.prod(edges))
+
+
+def _layers(edges: Sequence[int], shape: Sequence[int], dilations: Sequence[int]) -> list[list[int]]:
+    """The extent of the image and of each hidden layer's output that a block needs, at most."""
+    reaches = [*accumulate(reversed(dilations), initial=0)][::-1]
+    return [[min(edge + 2 * reach, size) for edge, size in zip(edges, shape, strict=True)] for reach in reaches]

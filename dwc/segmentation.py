@@ -57,7 +57,7 @@ def predict(
     path = find_scan(scan)
     image = conform_image(path, ensemble.grid)
     prediction = predict_volume(
-        ensemble.networks, image, n_samples=settings.n_samples, seed=settings.seed,
+        ensemble.networks, image, intensity=ensemble.intensity, n_samples=settings.n_samples, seed=settings.seed,
         device=choose_device(settings.device), precision=settings.precision, memory_limit=settings.memory_limit,
         progress=path.name if progress else None,
     )  # fmt: skip

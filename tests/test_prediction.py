@@ -136,7 +136,7 @@ def test_volumes_are_z_scored_as_in_training(tmp_path):
             return super().block_features(image, block, weights)
 
     predict_volume([Spy(3, 2, (1,), bayesian=False)], data.volume(0)[0])
-    np.testing.assert_array_equal(seen[0][0], data.z_score(0, data.volume(0)[0]))
+    np.testing.assert_array_equal(seen[0][0], data.scaling(0)(data.volume(0)[0]))
 
 
 def test_ensembles_average_probabilities_not_votes():

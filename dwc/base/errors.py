@@ -1,6 +1,6 @@
 """Errors that end a command with one line: bad input (exit code 2) or a signal (128 plus its number)."""
 
-__all__ = ["InputError", "Interrupted", "brief", "one_line", "printable"]
+__all__ = ["InputError", "Interrupted", "difference", "one_line", "printable"]
 
 
 class InputError(ValueError):
@@ -21,9 +21,12 @@ class Interrupted(Exception):
         self.signal_number, self.stopped = signal_number, stopped
 
 
-def brief(value: object) -> str:
-    """A header entry, shortened for an error message."""
-    return ", ".join(f"{key} {str(part)[:20]}" for key, part in value.items()) if isinstance(value, dict) else "missing"
+def difference(theirs: object, ours: object) -> tuple[str, str]:
+    """Two header entries for an error message: what differs in them, shortened."""
+    both = [entry if isinstance(entry, dict) else {} for entry in (theirs, ours)]
+    keys = [key for key in {**both[1], **both[0]} if both[0].get(key) != both[1].get(key)]
+    shown = [", ".join(f"{key} {str(entry.get(key, 'missing'))[:40]}" for key in keys) for entry in both]
+    return tuple(text if entry else "missing" for text, entry in zip(shown, both, strict=True))
 
 
 def printable(text: str) -> str:

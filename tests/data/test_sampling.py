@@ -44,7 +44,7 @@ def place_of(data: SubVolumes, image: np.ndarray) -> list[tuple[int, tuple[int, 
     """Where a cube without margin comes from: volumes and corners whose z-scores it equals."""
     found = []
     for v in range(data.n_volumes):
-        volume = data.z_score(v, data.volume(v)[0])
+        volume = data.scaling(v)(data.volume(v)[0])
         for corner in np.argwhere(volume[:33, :33, :33] == image[0, 0, 0]):
             cut = tuple(slice(c, c + 32) for c in corner)
             if np.array_equal(volume[cut], image):
@@ -75,7 +75,7 @@ def test_the_margin_holds_the_cubes_real_neighbours_and_zeros_beyond_the_volume(
         assert torch.equal(surrounded[:, 9:-9, 9:-9, 9:-9], image)
         assert torch.equal(labels, same_labels)
         ((volume, corner),) = place_of(data, image[0].numpy())
-        padded = np.pad(data.z_score(volume, data.volume(volume)[0]), 9)
+        padded = np.pad(data.scaling(volume)(data.volume(volume)[0]), 9)
         np.testing.assert_array_equal(surrounded[0], padded[tuple(slice(c, c + 50) for c in corner)])
 
 
@@ -128,7 +128,7 @@ def test_surrounded_cubes_are_the_sub_volumes_with_their_neighbours(data):
         assert torch.equal(surrounded[:, 5:-5, 5:-5, 5:-5], image)
         assert torch.equal(labels, same)
     np.testing.assert_array_equal(
-        cubes[0][0][0, :37, :37, :37][5:, 5:, 5:], data.z_score(0, data.volume(0)[0])[:32, :32, :32]
+        cubes[0][0][0, :37, :37, :37][5:, 5:, 5:], data.scaling(0)(data.volume(0)[0])[:32, :32, :32]
     )
     assert not cubes[0][0][0, :5].any()
 
