@@ -3,7 +3,7 @@
 It returns logits. In a Bayesian network the weights have a fully factorized Gaussian (FFG) posterior.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,7 +24,7 @@ __all__ = ["DILATIONS", "Activation", "MeshNet", "checked_architecture", "descri
 Activation = Literal["relu", "elu"]
 WIDTH = 96
 DILATIONS = (1, 1, 1, 2, 4, 8, 1)  # Table 1, layers 1 to 7
-_ACTIVATIONS = {"relu": relu, "elu": elu}
+_ACTIVATIONS: dict[Activation, Callable[..., Tensor]] = {"relu": relu, "elu": elu}
 
 
 def describe(
@@ -108,7 +108,7 @@ class MeshNet(nn.Module):
         if activation not in get_args(Activation):
             raise InputError(f"`activation` {activation!r}: choose one of {', '.join(get_args(Activation))}")
         self.architecture = describe(n_classes, width, dilations, in_channels, activation)
-        self._activate = _ACTIVATIONS[activation]
+        self._activate: Callable[..., Tensor] = _ACTIVATIONS[activation]
         convolution = FFGConv3d if bayesian else nn.Conv3d
         mean = "weight_mu" if bayesian else "weight"
         self.layers = nn.ModuleList()

@@ -25,8 +25,8 @@ def difference(theirs: object, ours: object) -> tuple[str, str]:
     """Two header entries for an error message: what differs in them, shortened."""
     both = [entry if isinstance(entry, dict) else {} for entry in (theirs, ours)]
     keys = [key for key in {**both[1], **both[0]} if both[0].get(key) != both[1].get(key)]
-    shown = [", ".join(f"{key} {str(entry.get(key, 'missing'))[:40]}" for key in keys) for entry in both]
-    return tuple(text if entry else "missing" for text, entry in zip(shown, both, strict=True))
+    first, second = (", ".join(f"{key} {str(entry.get(key, 'missing'))[:40]}" for key in keys) for entry in both)
+    return first if both[0] else "missing", second if both[1] else "missing"
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import get_args
 
 import nibabel
 import numpy as np
@@ -12,6 +13,7 @@ from dwc.data.cache import prepare
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
 from dwc.data.head import head_box
+from dwc.data.intensity import Scheme, scaling_of
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan
 from dwc.data.sampling import PaperCubes, RandomCubes, SurroundedCubes
@@ -188,3 +190,15 @@ def test_mirroring_flips_the_first_axis_in_its_share_of_the_cubes():
 def test_strengths_that_cannot_be_meant_are_refused_by_name(name, value):
     with pytest.raises(InputError, match=f"`{name}`"):
         replace(NONE, **{name: value})
+
+
+@pytest.mark.parametrize("scheme", get_args(Scheme))
+def test_cubes_and_their_margins_are_scaled_as_the_whole_volume_is(data, scheme):
+    scaled = SubVolumes(data.scans, data._folders, data.label_map, data.grid, scheme)
+    whole = scaling_of(data.volume(1)[0], scheme)(data.volume(1)[0])
+    first = scaled.sub_volumes_per_volume
+    np.testing.assert_array_equal(scaled[first][0][0], whole[:32, :32, :32])
+    surrounded, _ = SurroundedCubes(scaled, 3)[first]
+    np.testing.assert_array_equal(surrounded[0], np.pad(whole[:35, :35, :35], ((3, 0),) * 3))
+    drawn, _ = RandomCubes(scaled, 0, 0, 0.0, Augmentation())[0]
+    assert scheme == "z_score" or 0 <= drawn.min() < drawn.max() <= 1
