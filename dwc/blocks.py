@@ -1,19 +1,20 @@
-"""Divide a volume into blocks for prediction, as large as a memory limit allows.
+"""Divide a volume into blocks for prediction, as large as a memory limit allows, and stream each through the layers.
 
 A network of 3x3x3 convolutions sees `sum(dilations)` voxels around each voxel, its reach.
 """
 
 import math
-from collections.abc import Sequence
-from itertools import accumulate, pairwise, product
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, chain, pairwise, product
 
 import numpy as np
+from torch import Tensor
 
 from dwc.data.head import Region
 
-__all__ = ["PLANES", "divide", "extent", "grow", "memory", "plan_blocks"]
+__all__ = ["PLANES", "divide", "extent", "grow", "memory", "plan_blocks", "stream"]
 
-PLANES = 8  # along the first axis that a layer computes at a time
+PLANES = 4  # along the first axis that a layer computes at a time
 
 
 def grow(region: Region, reach: int, shape: Sequence[int]) -> Region:
@@ -59,12 +60,52 @@ def memory(edges: Sequence[int], shape: Sequence[int], dilations: Sequence[int],
 
     `edges` are the block's, `n_summed` the classes whose probabilities are summed over draws.
     """
-    held = [
-        min(2 * dilation + 2 * PLANES, layer[0]) * math.prod(layer[1:])
-        for dilation, layer in zip(dilations, _layers(edges, shape, dilations), strict=False)
-    ]
-    # What a layer holds is copied once with its padding, while its output is made.
-    return 4 * (width * (sum(held) + 2 * max(held)) + n_summed * math.prod(edges))
+    layers = _layers(edges, shape, dilations)[1:]
+    held = sum(
+        min(_held(dilation), depth + 2 * dilation) * (height + 2 * dilation) * (breadth + 2 * dilation)
+        for dilation, (depth, height, breadth) in zip(dilations, layers, strict=True)
+    )
+    made = 3 * PLANES * max(height * breadth for _, height, breadth in layers)
+    return 4 * (width * (held + made) + n_summed * math.prod(edges))
+
+
+def stream(
+    slabs: Iterator[Tensor], seen: Region, wanted: Region, dilation: int, layer: Callable[[Tensor], Tensor]
+) -> Iterator[Tensor]:
+    """A 3x3x3 layer in the region `wanted` from its input in `seen`, both a few planes at a time.
+
+    It holds only the planes that the kernel reaches, so that memory does not grow with the first axis. `slabs` are [1,
+    channels, <= PLANES, h, w]; `layer` convolves without padding. Outside of `seen` its input is zero.
+    """
+    before = [s.start - w.start + dilation for s, w in zip(seen, wanted, strict=True)]
+    after = wanted[0].stop + dilation - seen[0].stop
+    rows, columns = (slice(n, n + side.stop - side.start) for n, side in zip(before[1:], seen[1:], strict=True))
+    depth, height, breadth = extent(wanted)
+    planes, begin, end = None, 0, before[0]  # those from `begin` to `end` are in use
+    for slab in chain(slabs, [None]):
+        new = after if slab is None else slab.shape[2]
+        if planes is None:
+            assert slab is not None
+            shape = (_held(dilation), height + 2 * dilation, breadth + 2 * dilation, slab.shape[1])
+            planes = slab.new_zeros(shape)
+        if end + new > len(planes):
+            for number in range(end - begin):  # one by one, since source and target overlap
+                planes[number] = planes[begin + number]
+            begin, end = 0, end - begin
+        if slab is None:
+            planes[end : end + new] = 0
+        else:
+            planes[end : end + new, rows, columns] = slab[0].movedim(0, -1)
+        end += new
+        while depth and end - begin >= 2 * dilation + min(PLANES, depth):
+            n = min(PLANES, depth)
+            yield layer(planes[begin : begin + 2 * dilation + n].movedim(-1, 0)[None])
+            begin, depth = begin + n, depth - n
+
+
+def _held(dilation: int) -> int:
+    """Planes of its input that `stream` holds."""
+    return 2 * dilation + PLANES + max(PLANES, dilation)
 
 
 def _layers(edges: Sequence[int], shape: Sequence[int], dilations: Sequence[int]) -> list[list[int]]:

@@ -4,16 +4,17 @@ It returns logits. In a Bayesian network the weights have a fully factorized Gau
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv3d, elu, pad, relu
+from torch.nn.functional import conv3d, elu, relu
 from torch.nn.utils.parametrizations import weight_norm as normalize_weight
 from torch.utils.checkpoint import checkpoint
 
 from dwc.base.errors import InputError
-from dwc.blocks import PLANES, grow
+from dwc.blocks import PLANES, grow, stream
 from dwc.data.head import Region
 from dwc.posterior import Posterior
 from dwc_kernels import FFGConv3d
@@ -156,11 +157,10 @@ class MeshNet(nn.Module):
     def block_features(
         self, image: Tensor, block: Region, weights: Sequence[tuple[Tensor, Tensor | None]]
     ) -> Iterator[Tensor]:
-        """The last layer's input in a block, plane by plane: slabs [<= PLANES, h, w, width] along the first axis.
+        """The last layer's input in a block, a few planes at a time: [planes, h, w, width] along the first axis.
 
         Together they equal a pass over the whole image but for rounding. `image` is the whole one, [in_channels, D, H,
-        W]; `weights` come from `convolutions`. Each layer computes the margin that the next layers need, and holds only
-        the planes that its kernel reaches, so that memory does not grow with the block's depth.
+        W]; `weights` come from `convolutions`. Each layer computes the margin that the next layers need.
         """
         reach = sum(self.architecture["dilations"])
         seen = grow(block, reach, image.shape[1:])
@@ -168,30 +168,13 @@ class MeshNet(nn.Module):
         for (weight, bias), dilation in zip(weights[:-1], self.architecture["dilations"], strict=True):
             reach -= dilation
             wanted = grow(block, reach, image.shape[1:])
-            slabs = self._layer(slabs, seen, wanted, weight, bias, dilation)
+            layer = partial(self._hidden, weight, bias, dilation)
+            slabs = stream(slabs, seen, wanted, dilation, layer)
             seen = wanted
         return (slab[0].movedim(0, -1) for slab in slabs)
 
-    def _layer(
-        self, slabs: Iterator[Tensor], seen: Region, wanted: Region, weight: Tensor, bias: Tensor | None, dilation: int
-    ) -> Iterator[Tensor]:
-        """A hidden layer in the region `wanted`, from its input in the region `seen`; zero outside, as its padding."""
-        beyond = [
-            (max(0, s.start - w.start + dilation), max(0, w.stop + dilation - s.stop))
-            for s, w in zip(seen, wanted, strict=True)
-        ]
-        window, first, end = next(slabs), seen[0].start, seen[0].stop  # planes from `first` on
-        for start in range(wanted[0].start, wanted[0].stop, PLANES):
-            stop = min(start + PLANES, wanted[0].stop)
-            low, high = start - dilation, stop + dilation
-            parts = [window[:, :, max(0, low - first) :]]
-            n_planes = min(high, end) - max(low, first)
-            while sum(part.shape[2] for part in parts) < n_planes:
-                parts.append(next(slabs))
-            window, first = torch.cat(parts, dim=2), max(low, first)
-            needed = window[:, :, :n_planes].contiguous(memory_format=torch.channels_last_3d)
-            around = [*beyond[2], *beyond[1], max(0, first - low), max(0, high - end)]
-            yield self._activate(conv3d(pad(needed, around), weight, bias, dilation=dilation), inplace=True)
+    def _hidden(self, weight: Tensor, bias: Tensor | None, dilation: int, x: Tensor) -> Tensor:
+        return self._activate(conv3d(x, weight, bias, dilation=dilation), inplace=True)
 
     def kl_loss(self) -> Tensor:
         """KL[q(w) || p(w)] in nats, summed over all weights (Eq. 5); a TypeError for a plain network."""
