@@ -75,7 +75,7 @@ def test_activation_and_intensity_are_settings_of_the_command(settings, tmp_path
     assert header["architecture"]["activation"] == "elu"
     assert header["preprocessing"]["intensity"] == "min-max per volume"
     assert cli.main([*command[:6], str(tmp_path / "other"), *command[7:-1], "log"]) == 2
-    assert "--intensity" in capsys.readouterr().err
+    assert "--intensity log: choose one of z_score, min_max, quantile; see" in capsys.readouterr().err
 
 
 def test_runs_of_the_papers_scheme_keep_the_fingerprint_they_had_before_there_were_others(settings, tmp_path):
