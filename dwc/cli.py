@@ -20,6 +20,7 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
     "data": "check scans and labels before a run: data check",
     "train": "train a network: MAP, variational, from a prior at a site, or fine-tuned",
     "consolidate": "consolidate the posteriors of several sites into one",
+    "import": "turn a network that others published into a posterior file",
     "posterior": "sign, verify, inspect and audit posterior files",
     "federated": "run the cycle over many sites on NVIDIA FLARE: init, serve, join, status, amend, ...",
     "predict": "segment scans with one network or an ensemble",

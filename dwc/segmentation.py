@@ -71,7 +71,7 @@ def segment(
 ) -> Segmentation:
     """Segment a scan whose image on the networks' grid is at hand."""
     prediction = predict_volume(
-        ensemble.networks, image, n_samples=settings.n_samples, seed=settings.seed,
+        ensemble.networks, image, intensity=ensemble.intensity, n_samples=settings.n_samples, seed=settings.seed,
         device=choose_device(settings.device), precision=settings.precision, memory_limit=settings.memory_limit,
         progress=scan.name if progress else None,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 Bad input has exit code 2, work of which a part failed 1, a signal 128 plus its number.
 """
 
-__all__ = ["InputError", "Interrupted", "PartlyFailed", "brief", "one_line", "printable"]
+__all__ = ["InputError", "Interrupted", "PartlyFailed", "difference", "one_line", "printable"]
 
 
 class InputError(ValueError):
@@ -28,9 +28,12 @@ class Interrupted(Exception):
         self.signal_number, self.stopped = signal_number, stopped
 
 
-def brief(value: object) -> str:
-    """A header entry, shortened for an error message."""
-    return ", ".join(f"{key} {str(part)[:20]}" for key, part in value.items()) if isinstance(value, dict) else "missing"
+def difference(theirs: object, ours: object) -> tuple[str, str]:
+    """Two header entries for an error message: what differs in them, shortened."""
+    both = [entry if isinstance(entry, dict) else {} for entry in (theirs, ours)]
+    keys = [key for key in {**both[1], **both[0]} if both[0].get(key) != both[1].get(key)]
+    first, second = (", ".join(f"{key} {str(entry.get(key, 'missing'))[:40]}" for key in keys) for entry in both)
+    return first if both[0] else "missing", second if both[1] else "missing"
 
 
 def printable(text: str) -> str:
