@@ -86,20 +86,20 @@ def stream(
         new = after if slab is None else slab.shape[2]
         if planes is None:
             assert slab is not None
-            shape = (_held(dilation), height + 2 * dilation, breadth + 2 * dilation, slab.shape[1])
-            planes = slab.new_zeros(shape)
-        if end + new > len(planes):
+            shape = (1, _held(dilation), height + 2 * dilation, breadth + 2 * dilation, slab.shape[1])
+            planes = slab.new_zeros(shape)  # the first axis lets PyTorch see that channels are last: much faster
+        if end + new > planes.shape[1]:
             for number in range(end - begin):  # one by one, since source and target overlap
-                planes[number] = planes[begin + number]
+                planes[:, number] = planes[:, begin + number]
             begin, end = 0, end - begin
         if slab is None:
-            planes[end : end + new] = 0
+            planes[:, end : end + new] = 0
         else:
-            planes[end : end + new, rows, columns] = slab[0].movedim(0, -1)
+            planes[:, end : end + new, rows, columns] = slab.movedim(1, -1)
         end += new
         while depth and end - begin >= 2 * dilation + min(PLANES, depth):
             n = min(PLANES, depth)
-            yield layer(planes[begin : begin + 2 * dilation + n].movedim(-1, 0)[None])
+            yield layer(planes[:, begin : begin + 2 * dilation + n].movedim(-1, 1))
             begin, depth = begin + n, depth - n
 
 
