@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dwc.colours import viewer_tables
 from dwc.data.checks import axes_of, examine
 from dwc.data.comparison import compare
 from dwc.data.findings import CheckedScan, tell
+from dwc.data.paths import unreadable
 from dwc.data.reading import enough_memory, open_scan
 from dwc.data.scan import Scan
 from dwc.derivatives import Derivatives, name_derivatives
@@ -66,6 +68,8 @@ class Batch:
             "LargestComponent": outputs.largest_component,
         }
         self.failures: list[Row] = []
+        # matplotlib is an extra, and whether it is there shows before any work
+        self._overlay = import_module("dwc.report.figures").overlay if outputs.picture else None
 
     def run(self, scans: Sequence[GivenScan], *, skip_existing: bool = False, overwrite: bool = False) -> None:
         """Segment scans one at a time; raises PartlyFailed at the end if one could not be segmented."""
@@ -93,8 +97,8 @@ class Batch:
     def _segment(self, job: _Job) -> None:
         try:
             with _fits(job.scan.image):
-                digest = _digest(job.scan.image)
                 image, checked = examine(job.scan.image, self.ensemble.grid)
+                digest = _digest(job.scan.image)
                 tell([checked])
                 result = segment(self.ensemble, job.scan.image, image, self.settings, progress=ranks.is_main())
                 if self.outputs.largest_component:
@@ -102,13 +106,14 @@ class Batch:
         except InputError as error:
             self._fail(job.files.stem, str(error))
             return
+        except OSError as error:  # the file went away
+            self._fail(job.files.stem, str(unreadable(job.scan.image, error)))
+            return
         open_folder(job.files.stem.parent)
         job.files.sidecar.unlink(missing_ok=True)
         mm3 = result.write(job.files, self.outputs)
-        if self.outputs.picture:
-            from dwc.report.figures import overlay  # here, as matplotlib is an extra
-
-            overlay(
+        if self._overlay:
+            self._overlay(
                 image, None, {"predicted": result.prediction.labels}, job.files.picture,
                 names=self.ensemble.label_map.titles, title=job.scan.image.name,
             )  # fmt: skip

@@ -18,12 +18,12 @@ from dwc.data.conform import place, to_native
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.reading import ScanFile, open_scan
-from dwc.inputs import find_scan, stem_of
+from dwc.inputs import stem_of
 from dwc.metrics.confusion import volumes
 from dwc.prediction import Prediction
 from dwc.prediction_settings import MAPS, OutputSettings
 
-__all__ = ["Derivatives", "find_scan", "name_derivatives", "native_labels", "spread", "write_derivatives"]
+__all__ = ["Derivatives", "name_derivatives", "native_labels", "write_derivatives"]
 
 _GEOMETRY = (
     "pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
@@ -150,7 +150,7 @@ def write_derivatives(
     write_whole(files.labels, _compressed(target.labels(classes, label_map)))
     write_whole(files.table, label_table(label_map))
     rows = zip(
-        _ids(label_map), label_map.titles, map("{:.3f}".format, mm3), spread(prediction.draws, grid), strict=True
+        _ids(label_map), label_map.titles, map("{:.3f}".format, mm3), _spread(prediction.draws, grid), strict=True
     )
     write_whole(files.volumes, as_tsv(("index", "name", "volume_mm3", "sd_mm3"), list(rows)))
     return mm3
@@ -162,7 +162,7 @@ def native_labels(prediction: Prediction, scan: Path, label_map: LabelMap, grid:
     return target.labels(target.resampled(prediction.labels, order=0), label_map)
 
 
-def spread(counts: np.ndarray, grid: Grid) -> list[str]:
+def _spread(counts: np.ndarray, grid: Grid) -> list[str]:
     """Standard deviation over draws of volumes counted in voxels, [n_draws, n], in mm^3; n/a for a single draw."""
     n_draws, n = counts.shape
     if n_draws < 2:

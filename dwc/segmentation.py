@@ -10,7 +10,8 @@ import numpy as np
 from dwc.base.devices import choose_device
 from dwc.components import largest_components
 from dwc.data.conform import conform_image
-from dwc.derivatives import Derivatives, find_scan, native_labels, write_derivatives
+from dwc.derivatives import Derivatives, native_labels, write_derivatives
+from dwc.inputs import find_scan
 from dwc.posterior import Posterior
 from dwc.prediction import Ensemble, Prediction, load_networks, predict_volume
 from dwc.prediction_settings import OutputSettings, PredictionSettings

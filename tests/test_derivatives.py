@@ -11,7 +11,8 @@ from dwc.base.tsv import as_tsv
 from dwc.data.conform import conform_image
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
-from dwc.derivatives import find_scan, name_derivatives, write_derivatives
+from dwc.derivatives import name_derivatives, write_derivatives
+from dwc.inputs import find_scan
 from dwc.prediction import Prediction
 
 COARSE = LabelMap.load("coarse")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dwc import batch, cli
+from dwc.data.checks import examine
 from dwc.data.labels import LabelMap
 
 pytest_plugins = ["tests.tiny_runs"]
@@ -128,6 +129,19 @@ def _recorded(function, names: list[str]):
         return function(ensemble, scan, *others, **options)
 
     return recorded
+
+
+def test_a_scan_that_goes_away_during_the_run_is_a_failure(network, cohort, tmp_path, capsys, monkeypatch):
+    (cohort / "sub-2_T1w.nii.gz").unlink()
+
+    def examined(path, grid):
+        (cohort / "sub-3_T1w.nii.gz").unlink(missing_ok=True)
+        return examine(path, grid)
+
+    monkeypatch.setattr(batch, "examine", examined)
+    assert predict(cohort, "--network", network, "--out", tmp_path / "out") == 1
+    assert f"dwc: {cohort / 'sub-3_T1w.nii.gz'}: no such file" in capsys.readouterr().err
+    assert [row["quality"] for row in table(tmp_path / "out")][-1] == "failed"
 
 
 def test_a_run_folder_is_a_network_and_an_unfinished_one_is_told(network, cohort, tmp_path, capsys):
