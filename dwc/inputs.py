@@ -121,10 +121,11 @@ def _in_list(path: Path, out: Path) -> Iterator[GivenScan]:
 def _by_pattern(pattern: Path, out: Path) -> Iterator[GivenScan]:
     root = next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))
     matches = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True))]
-    volumes = [match for match in matches if match.is_dir() or match.name.lower().endswith(EXTENSIONS)]
-    if not volumes:
+    scans = {folder: _scans_among(os.listdir(folder)) for folder in {match.parent for match in matches}}
+    chosen = [match for match in matches if match.is_dir() or match.name in scans[match.parent]]
+    if not chosen:
         raise InputError(f"{pattern}: matches no scan; check the pattern")
-    for match in volumes:
+    for match in chosen:
         for scan in _expanded(match, out):
             yield GivenScan(scan.image, _below(scan.image, root), scan.fault)
 
@@ -157,19 +158,28 @@ def _in_plain_folder(root: Path, out: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _images(folder: Path, names: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    volumes = {}
-    for name in sorted(names):
-        extension = next((end for end in _IN_FOLDERS if name.lower().endswith(end)), None)
-        if extension and not name.startswith("."):
-            volumes[name] = name[: -len(extension)]
-    stems = set(volumes.values())
     by_result = defaultdict(list)
-    for name, stem in volumes.items():
-        if not (is_segmentation(stem, stems) or _OTHER.fullmatch(stem) or _is_result(stem, stems)):
+    for name in _scans_among(names):
+        if name.lower().endswith(_IN_FOLDERS):
             by_result[stem_of(Path(name))].append(name)
     for alike in by_result.values():
         several = f"{folder}: the results of {' and '.join(alike)} would have one name; keep one"
         yield folder / alike[0], several if len(alike) > 1 else ""
+
+
+def _scans_among(names: Iterable[str]) -> list[str]:
+    """The volumes of a folder that are neither segmentations nor results nor of another modality, in order."""
+    stems = {}
+    for name in sorted(names):
+        extension = next((end for end in EXTENSIONS if name.lower().endswith(end)), None)
+        if extension and not name.startswith("."):
+            stems[name] = name[: -len(extension)]
+    known = set(stems.values())
+
+    def is_scan(stem: str) -> bool:
+        return not (is_segmentation(stem, known) or _OTHER.fullmatch(stem) or _is_result(stem, known))
+
+    return [name for name, stem in stems.items() if is_scan(stem)]
 
 
 def _is_result(stem: str, stems: Iterable[str]) -> bool:

@@ -81,6 +81,8 @@ def test_a_pattern_gives_its_matches_and_results_lie_as_below_its_fixed_part(tre
     folder = tree("one/T1.nii.gz", "two/T1.nii.gz", "two/T2.nii.gz", "two/notes.txt", "odd[1].nii.gz")
     assert found(folder / "*" / "T1*") == [("T1.nii.gz", "one"), ("T1.nii.gz", "two")]
     assert len(found(folder / "**" / "*")) >= 3
+    tree("two/T1_dseg.nii.gz", "two/T1_T2w.nii.gz", "two/T1_entropy.nii.gz")
+    assert found(folder / "*" / "T1*") == [("T1.nii.gz", "one"), ("T1.nii.gz", "two")]
     assert found(folder / "odd[1].nii.gz") == [("odd[1].nii.gz", ".")]  # a name that exists is no pattern
 
 
