@@ -29,9 +29,9 @@ class Interrupted(Exception):
 
 
 def difference(theirs: object, ours: object) -> tuple[str, str]:
-    """Two header entries for an error message: what differs in them, shortened."""
+    """Two header entries for an error message: what differs in them, and their names, shortened."""
     both = [entry if isinstance(entry, dict) else {} for entry in (theirs, ours)]
-    keys = [key for key in {**both[1], **both[0]} if both[0].get(key) != both[1].get(key)]
+    keys = [key for key in {**both[1], **both[0]} if key == "name" or both[0].get(key) != both[1].get(key)]
     first, second = (", ".join(f"{key} {str(entry.get(key, 'missing'))[:40]}" for key in keys) for entry in both)
     return first if both[0] else "missing", second if both[1] else "missing"
 
