@@ -31,6 +31,7 @@ __all__ = ["Ensemble", "Prediction", "load_networks", "predict_volume"]
 
 _SLAB = 1 << 16  # voxels classified at a time
 _FREE_PART = 0.5  # of the free memory, for a block, by default
+_MOST_ON_CPU = 4e9  # bytes, by default: others work on the machine too, and more saves little time
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def predict_volume(
     precision : str
         "fp32", or "bf16" for autocast.
     memory_limit : float, optional
-        GB for one block, estimated. By default half of the device's free memory, shared by this machine's processes.
+        GB for one block, estimated. By default half of the device's free memory, on the CPU at most 4 and
+        shared by this machine's processes.
     progress : str, optional
         Label of a progress bar; without it, none is shown.
     """
@@ -206,7 +208,8 @@ def _limit(gigabytes: float | None, device: torch.device) -> float:
     """Bytes that a block may take."""
     if gigabytes is not None:
         return gigabytes * 1e9
-    return _FREE_PART * free_memory(device) / (1 if device.type == "cuda" else launcher.local_processes())
+    free = _FREE_PART * free_memory(device)
+    return free if device.type == "cuda" else min(free / launcher.local_processes(), _MOST_ON_CPU)
 
 
 def _blocks(networks: Sequence[MeshNet], box: Region, shape: Sequence[int], n_draws: int, limit: float) -> list[Region]:

@@ -27,7 +27,7 @@ class PredictionSettings(Settings):
     precision
         fp32, or bf16 for autocast.
     memory_limit
-        GB that a block of the scan may take. Default: half of the device's free memory.
+        GB that a block of the scan may take. Default: half of the device's free memory, on the CPU at most 4.
     label_map
         The TSV that the networks were trained on, if it is not one shipped with dwc.
     """
