@@ -215,6 +215,7 @@ class Batch:
         self.failures = [Row(name, "failed", tuple(reasons), []) for part in parts for name, reasons in part]
         if ranks.is_main():
             self._write_tables()
+        ranks.barrier()  # torchrun ends all ranks when the first one fails
         if self.failures:
             raise PartlyFailed(
                 f"{len(self.failures)} of {n_scans} scans could not be segmented; {self.out / FAILURES} says why"
