@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -29,7 +29,7 @@ from dwc.data.findings import CheckedScan, tell
 from dwc.data.paths import unreadable
 from dwc.data.reading import enough_memory, open_scan
 from dwc.data.scan import Scan
-from dwc.derivatives import Derivatives, name_derivatives
+from dwc.derivatives import Derivatives, is_foreign, name_derivatives
 from dwc.inputs import GivenScan, stem_of
 from dwc.prediction import Ensemble
 from dwc.prediction_settings import OutputSettings, PredictionSettings
@@ -52,11 +52,20 @@ class Batch:
     """Segments scans with an ensemble into a folder; ranks share the scans.
 
     `run` takes scans that `given_scans` found. Results that are there are an error, unless they are to be kept
-    (`skip_existing`) or replaced (`overwrite`).
+    (`skip_existing`) or replaced (`overwrite`). `wording` turns a reason of a failure into what the user reads.
     """
 
-    def __init__(self, ensemble: Ensemble, out: Path, settings: PredictionSettings, outputs: OutputSettings) -> None:
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        out: Path,
+        settings: PredictionSettings,
+        outputs: OutputSettings,
+        *,
+        wording: Callable[[str], str] = str,
+    ) -> None:
         self.ensemble, self.out, self.settings, self.outputs = ensemble, out, settings, outputs
+        self.wording = wording
         self.made_with: dict[str, Any] = {
             "Networks": [posterior.sha256 for posterior in ensemble.posteriors],
             "LabelMap": {"Name": ensemble.label_map.name, "SHA256": ensemble.label_map.sha256},
@@ -88,6 +97,9 @@ class Batch:
         for job in ranks.share(jobs):
             if skip_existing and self._is_done(job):
                 print(f"{printable(str(job.files.labels))}  (done before)", flush=True)
+            elif skip_existing and (foreign := [path for path in job.files.images(self.outputs) if is_foreign(path)]):
+                reason = "was not written by dwc and is kept; give another `out`, or `overwrite` to replace it"
+                self._fail(job.files.stem, f"{foreign[0]}: {reason}")
             else:
                 self._segment(job)
             if ranks.is_main():
@@ -172,6 +184,7 @@ class Batch:
         return content
 
     def _fail(self, stem: Path, reason: str) -> None:
+        reason = self.wording(reason)
         self.failures.append(Row(self._name(stem), "failed", (reason,), []))
         print(f"dwc: {printable(reason)}", file=sys.stderr, flush=True)
 

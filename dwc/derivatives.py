@@ -23,7 +23,9 @@ from dwc.metrics.confusion import volumes
 from dwc.prediction import Prediction
 from dwc.prediction_settings import MAPS, OutputSettings
 
-__all__ = ["Derivatives", "name_derivatives", "native_labels", "write_derivatives"]
+__all__ = ["Derivatives", "is_foreign", "name_derivatives", "native_labels", "write_derivatives"]
+
+_MARK = f"dwc {__version__}"  # in the header of each image
 
 _GEOMETRY = (
     "pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
@@ -156,6 +158,15 @@ def write_derivatives(
     return mm3
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether there is a whole image that dwc has not written, such as labels made by hand."""
+    try:
+        header = open_scan(path).header
+    except InputError:  # none, or what is left of one
+        return False
+    return not (isinstance(header, nib.Nifti1Header) and header["descrip"].tobytes().startswith(_MARK[:4].encode()))
+
+
 def native_labels(prediction: Prediction, scan: Path, label_map: LabelMap, grid: Grid) -> nib.Nifti1Image:
     """The label ids of a prediction on the scan's own grid."""
     target = _Target.of(scan, grid, conformed=False)
@@ -202,6 +213,7 @@ class _Target:
             image.header.set_xyzt_units("mm")
             image.set_qform(self.affine, code=1)
             image.set_sform(self.affine, code=1)
+            image.header["descrip"] = _MARK.encode()
             return image
         header = self.source.header
         affine = header.get_best_affine()  # in the header's unit
@@ -219,7 +231,7 @@ class _Target:
         """Classes on this grid as label ids."""
         image = self.nifti(_ids(label_map)[classes])
         image.header.set_intent("label", name=label_map.name[:15])
-        image.header["descrip"] = f"dwc {__version__} labels: {label_map.name}"[:79].encode()
+        image.header["descrip"] = f"{_MARK} labels: {label_map.name}"[:79].encode()
         return image
 
     def map(self, name: str, values: np.ndarray) -> bytes:
@@ -228,7 +240,7 @@ class _Target:
         slope = np.float32(values.max() / 255) or np.float32(1)
         image = self.nifti(np.rint(values / slope).astype(np.uint8))
         image.header["cal_max"] = values.max()
-        image.header["descrip"] = f"dwc {__version__} {name}: {_UNITS[name]}".encode()
+        image.header["descrip"] = f"{_MARK} {name}: {_UNITS[name]}".encode()
         image.header.set_slope_inter(slope, 0)
         return _compressed(image)
 

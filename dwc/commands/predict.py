@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from dwc.base.errors import InputError
-from dwc.commands.arguments import Parser, add_settings, new_parser, parse
+from dwc.commands.arguments import Parser, add_settings, in_flags, new_parser, parse
 from dwc.data.paths import is_network, network_file
 from dwc.prediction_settings import MAPS, Map, OutputSettings, PredictionSettings
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     from dwc.prediction import load_networks
 
     with ranks.joined(), interrupted_by_signals("go on with --skip-existing"):
-        batch = Batch(load_networks(networks, settings.label_map), values.out, settings, outputs)
+        batch = Batch(load_networks(networks, settings.label_map), values.out, settings, outputs, wording=in_flags)
         batch.run(given_scans(scans, values.out), skip_existing=values.skip_existing, overwrite=values.overwrite)
 
 

@@ -131,6 +131,18 @@ def _recorded(function, names: list[str]):
     return recorded
 
 
+def test_labels_made_by_hand_are_kept_when_going_on(network, cohort, site, tmp_path, capsys):
+    (cohort / "sub-2_T1w.nii.gz").unlink()
+    by_hand = cohort / "sub-3_dseg.nii.gz"
+    by_hand.write_bytes((site / "sub-3_dseg.nii.gz").read_bytes())
+    assert predict(cohort, "--network", network, "--out", cohort, "--skip-existing") == 1
+    assert f"{by_hand}: was not written by dwc and is kept; give another --out, or --over" in capsys.readouterr().err
+    assert by_hand.read_bytes() == (site / "sub-3_dseg.nii.gz").read_bytes()
+    assert [row["quality"] == "failed" for row in table(cohort)] == [False, True]
+    (cohort / "sub-0_dseg.json").unlink()  # as after a kill just before the end of a scan
+    assert predict(cohort / "sub-0_T1w.nii.gz", "--network", network, "--out", cohort, "--skip-existing") == 0
+
+
 def test_a_scan_that_goes_away_during_the_run_is_a_failure(network, cohort, tmp_path, capsys, monkeypatch):
     (cohort / "sub-2_T1w.nii.gz").unlink()
 
