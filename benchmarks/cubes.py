@@ -24,7 +24,7 @@ from dwc.data.cache import prepare
 from dwc.data.cubes import join_volume, split_volume
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
-from dwc.data.intensity import moments, z_score
+from dwc.data.intensity import scaling_of
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import read_manifest
 from dwc.meshnet import MeshNet
@@ -164,7 +164,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 @torch.inference_mode()
 def _cube_by_cube(network: MeshNet, image: np.ndarray) -> np.ndarray:
     """The paper's prediction: each sub-volume alone, padded with zeros."""
-    cubes = torch.from_numpy(z_score(split_volume(image), *moments(image)))[:, None]
+    cubes = torch.from_numpy(scaling_of(image, "z_score")(split_volume(image)))[:, None]
     labels = torch.cat([network(part, sample=False).argmax(dim=1) for part in cubes.split(4)])
     return join_volume(labels.to(torch.uint8).numpy(), image.shape)
 

@@ -36,7 +36,8 @@ def audit_posterior(
         scans = scans_to_score(manifest, split, split=part)
         if len(scans) < 2:
             raise InputError(f"{manifest}: has {len(scans)} {part} scans; an audit needs two of each at least")
-        data = prepare(scans, networks.label_map, networks.grid, cache_dir)
+        where = networks.label_map, networks.grid, cache_dir
+        data = prepare(scans, *where, intensity=networks.intensity)
         groups.append([scan_log_likelihoods(network, data, sub_volumes, seed, device) for network in networks.networks])
     members, others = groups
     lines = [f"{networks.posteriors[0].name}: {len(members[0])} training scans, {len(others[0])} held out"]

@@ -1,6 +1,7 @@
 """The command line: `dwc COMMAND ...`; each command is a file in `dwc.commands`, imported on use.
 
-Errors that the user can fix become one line on stderr and exit code 2; a signal's exit code is 128 plus its number.
+Errors that the user can fix become one line on stderr and exit code 2, or 1 where the rest of the work was done; a
+signal's exit code is 128 plus its number.
 """
 
 import errno
@@ -11,7 +12,7 @@ from difflib import get_close_matches
 
 from dwc import __version__
 from dwc.base import launcher
-from dwc.base.errors import InputError, Interrupted, printable
+from dwc.base.errors import InputError, Interrupted, PartlyFailed, printable
 
 __all__ = ["COMMANDS", "main"]
 
@@ -19,6 +20,7 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
     "data": "check scans and labels before a run: data check",
     "train": "train a network: MAP, variational, from a prior at a site, or fine-tuned",
     "consolidate": "consolidate the posteriors of several sites into one",
+    "import": "turn a network that others published into a posterior file",
     "posterior": "sign, verify, inspect and audit posterior files",
     "federated": "run the cycle over many sites on NVIDIA FLARE: init, serve, join, status, amend, ...",
     "predict": "segment scans with one network or an ensemble",
@@ -62,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from dwc.commands.arguments import in_flags
 
         return _end(in_flags(str(error)), 2)
+    except PartlyFailed as rest:
+        return _end(f"{rest}", 1)
     except Interrupted as stop:
         return _end(f"{stop}", 128 + stop.signal_number)
     except ModuleNotFoundError as error:

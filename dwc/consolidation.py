@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from dwc.base.errors import InputError, brief
+from dwc.base.errors import InputError, difference
 from dwc.posterior import Posterior
 
 __all__ = ["Consolidation", "LayerWeight", "consolidate"]
@@ -226,9 +226,9 @@ class Consolidation:
             )
         for key in _SHARED:
             if site.shared(key) != self.prior.shared(key):
-                theirs, ours = site.metadata.get(key), self.prior.metadata.get(key)
+                theirs, ours = difference(site.entry(key), self.prior.entry(key))
                 raise InputError(
-                    f"{site.name}: {key.replace('_', ' ')} {brief(theirs)} differs from the prior's {brief(ours)}; "
+                    f"{site.name}: {key.replace('_', ' ')} {theirs} differs from the prior's {ours}; "
                     "give sites trained alike"
                 )
         if odd := site.mu.keys() ^ prior.mu.keys():

@@ -1,112 +1,248 @@
-"""Name and write the result files of a predicted scan: BIDS-like derivatives on the scan's own grid."""
+"""Name and write the result files of a predicted scan: BIDS-like derivatives, by default on the scan's own grid."""
 
-import csv
 import gzip
-import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from dwc.base.cells import as_text
+from dwc import __version__
 from dwc.base.errors import InputError
 from dwc.base.files import write_whole
-from dwc.data.conform import to_native
+from dwc.base.tsv import as_tsv
+from dwc.colours import label_table
+from dwc.data.conform import place, to_native
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
-from dwc.data.paths import check_printable, existing_file, unreadable
 from dwc.data.reading import ScanFile, open_scan
+from dwc.inputs import stem_of
 from dwc.metrics.confusion import volumes
 from dwc.prediction import Prediction
+from dwc.prediction_settings import MAPS, OutputSettings
 
-__all__ = ["Derivatives", "find_scan", "name_derivatives", "native_labels", "write_derivatives"]
+__all__ = ["Derivatives", "is_foreign", "name_derivatives", "native_labels", "write_derivatives"]
 
-_EXTENSIONS = (".nii.gz", ".nii", ".mgz", ".mgh", ".img.gz", ".img", ".hdr.gz", ".hdr")
+_MARK = f"dwc {__version__}"  # in the header of each image
+
 _GEOMETRY = (
     "pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
     "sform_code", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
+_UNITS = {
+    "entropy": "nats",
+    "mutual_information": "nats",
+    "variance": "summed over classes",
+    "confidence": "probability",
+}
 
 
 @dataclass(frozen=True)
 class Derivatives:
-    """Result files of one scan, on its own grid.
+    """Result files of one scan, `<stem>_<suffix>`; see docs/prediction.md."""
 
-    Attributes
-    ----------
-    labels, table, entropy, picture : Path
-        `<stem>_dseg.nii.gz`, label ids; `<stem>_dseg.tsv`, index (label id) and name of each class;
-        `<stem>_entropy.nii.gz`, float32, nats; `<stem>_overlay.png`.
-    volumes : Path
-        `<stem>_volumes.tsv`, index, name and volume_mm3 of each class, and sd_mm3, its standard deviation over the
-        draws, which is counted on the conformed grid; n/a with fewer than two draws.
+    stem: Path
+
+    def file(self, suffix: str) -> Path:
+        """The file with a suffix, such as `dseg.nii.gz`."""
+        return self.stem.with_name(f"{self.stem.name}_{suffix}")
+
+    def map(self, name: str) -> Path:
+        """uint8 map of uncertainty with a slope, one of `MAPS`."""
+        return self.file(f"{name}.nii.gz")
+
+    @property
+    def labels(self) -> Path:
+        """Label ids."""
+        return self.file("dseg.nii.gz")
+
+    @property
+    def sidecar(self) -> Path:
+        """JSON: what the results were made from, and their digests; written last."""
+        return self.file("dseg.json")
+
+    @property
+    def table(self) -> Path:
+        """Index (label id), name, colour, side and FreeSurfer's ids of each class."""
+        return self.file("dseg.tsv")
+
+    @property
+    def entropy(self) -> Path:
+        """`map("entropy")`."""
+        return self.map("entropy")
+
+    @property
+    def volumes(self) -> Path:
+        """Index, name and volume_mm3 of each class, and sd_mm3, its standard deviation over the draws, which is counted
+        on the conformed grid; n/a with fewer than two draws.
+        """
+        return self.file("volumes.tsv")
+
+    @property
+    def image(self) -> Path:
+        """The conformed scan, for results on its grid."""
+        return self.file("desc-conformed_T1w.nii.gz")
+
+    @property
+    def picture(self) -> Path:
+        """The scan with its classes in colour."""
+        return self.file("overlay.png")
+
+    def images(self, settings: OutputSettings) -> list[Path]:
+        """The volumes that settings ask for."""
+        conformed = [self.image] if settings.conformed else []
+        return [*map(self.map, settings.maps), *conformed, self.labels]
+
+    def files(self, settings: OutputSettings) -> list[Path]:
+        """All files that settings ask for, but for the sidecar."""
+        pictures = [self.picture] if settings.picture else []
+        return [*self.images(settings), self.table, self.volumes, *pictures]
+
+
+def name_derivatives(
+    scans: Sequence[Path], out: Path, *, folders: Sequence[Path] | None = None, overwrite: bool = False
+) -> list[Derivatives]:
+    """The result files of each scan, named after it without its extension and `_T1w`; they must not clash.
+
+    They lie in `out`, or in `folders` below it, one for each scan. Without `overwrite` none may exist.
     """
-
-    labels: Path
-    table: Path
-    entropy: Path
-    volumes: Path
-    picture: Path
-
-
-def find_scan(path: str | Path) -> Path:
-    """The scan's file; its extension may be left out."""
-    path = Path(path)
-    check_printable(str(path))
-    try:
-        for candidate in (path, *(path.with_name(path.name + extension) for extension in _EXTENSIONS[:3])):
-            if candidate.is_file() or candidate.is_symlink():
-                return existing_file(candidate)
-        is_folder = path.is_dir()
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error) from error
-    if is_folder:
-        raise InputError(f"{path}: is a folder; give scans")
-    raise InputError(f"{path}: no such file, with or without {', '.join(_EXTENSIONS[:3])}; check the path")
-
-
-def name_derivatives(scans: Sequence[Path], out: Path, *, overwrite: bool = False) -> list[Derivatives]:
-    """The result files of each scan in `out`, named after it without its extension and `_T1w`; they must not clash."""
-    stems = [_stem(scan) for scan in scans]
-    stem, count = Counter(stems).most_common(1)[0]
+    places = [out / folder for folder in folders] if folders is not None else [out] * len(scans)
+    names = [Derivatives(place / stem_of(scan)) for scan, place in zip(scans, places, strict=True)]
+    twin, count = Counter(names).most_common(1)[0]
     if count > 1:
-        names = ", ".join(str(scan) for scan, theirs in zip(scans, stems, strict=True) if theirs == stem)
-        raise InputError(f"{names}: would all be written as {out / stem}_dseg.nii.gz; give each its own `out`")
-    suffixes = ("dseg.nii.gz", "dseg.tsv", "entropy.nii.gz", "volumes.tsv", "overlay.png")
-    derivatives = [Derivatives(*(out / f"{stem}_{suffix}" for suffix in suffixes)) for stem in stems]
-    for path in (path for files in derivatives for path in astuple(files)):
+        shown = ", ".join(str(scan) for scan, files in zip(scans, names, strict=True) if files == twin)
+        raise InputError(
+            f"{shown}: would all be written as {twin.labels}; give each its own `out`, or the folder that holds them"
+        )
+    suffixes = OutputSettings(maps=MAPS, conformed=True, picture=True)  # all there are
+    for path in (path for files in names for path in (*files.files(suffixes), files.sidecar)):
         if path.exists() and not overwrite:
-            raise InputError(f"{path}: exists already; give another `out`, or `overwrite` to replace it")
-    return derivatives
+            raise InputError(
+                f"{path}: exists already; give another `out`, `skip_existing` to keep what is done, or `overwrite` to "
+                f"replace it"
+            )
+    return names
 
 
 def write_derivatives(
-    files: Derivatives, prediction: Prediction, scan: Path, *, label_map: LabelMap, grid: Grid
+    files: Derivatives,
+    prediction: Prediction,
+    scan: Path,
+    *,
+    label_map: LabelMap,
+    grid: Grid,
+    settings: OutputSettings | None = None,
+    image: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Write a scan's labels, table, entropy and volumes, but not its picture; returns mm^3 per class, [n_classes].
+    """Write a scan's maps, labels, table and volumes, but not its picture and sidecar; returns mm^3 per class.
 
-    The images get the grid, qform and sform of `scan`; `label_map` and `grid` are the networks'.
+    The images get the grid, qform and sform of `scan`, or the conformed grid if the settings say so, with the conformed
+    `image` beside them; `label_map` and `grid` are the networks'.
     """
-    classes = to_native(prediction.labels, scan, grid, order=0)
-    ids = _ids(label_map)
-    source = open_scan(scan)
-    voxel_volume = abs(np.linalg.det(source.affine[:3, :3]))
-    mm3 = volumes(classes, label_map.n_classes, voxel_volume).numpy()
-    write_whole(files.entropy, _compressed(_nifti(to_native(prediction.entropy, scan, grid, order=1), source)))
-    write_whole(files.labels, _compressed(_nifti(ids[classes], source)))
-    write_whole(files.table, _tsv(("index", "name"), zip(ids, label_map.names, strict=True)))
-    rows = zip(ids, label_map.names, (f"{volume:.3f}" for volume in mm3), _spread(prediction, grid), strict=True)
-    write_whole(files.volumes, _tsv(("index", "name", "volume_mm3", "sd_mm3"), rows))
+    settings = settings or OutputSettings()
+    target = _Target.of(scan, grid, conformed=settings.conformed)
+    classes = target.resampled(prediction.labels, order=0)
+    mm3 = volumes(classes, label_map.n_classes, target.voxel_volume).numpy()
+    for name in settings.maps:
+        write_whole(files.map(name), target.map(name, getattr(prediction, name)))
+    if settings.conformed and image is not None:
+        write_whole(files.image, _compressed(target.nifti(image)))
+    write_whole(files.labels, _compressed(target.labels(classes, label_map)))
+    write_whole(files.table, label_table(label_map))
+    rows = zip(
+        _ids(label_map), label_map.titles, map("{:.3f}".format, mm3), _spread(prediction.draws, grid), strict=True
+    )
+    write_whole(files.volumes, as_tsv(("index", "name", "volume_mm3", "sd_mm3"), list(rows)))
     return mm3
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether there is a whole image that dwc has not written, such as labels made by hand."""
+    try:
+        header = open_scan(path).header
+    except InputError:  # none, or what is left of one
+        return False
+    return not (isinstance(header, nib.Nifti1Header) and header["descrip"].tobytes().startswith(_MARK[:4].encode()))
 
 
 def native_labels(prediction: Prediction, scan: Path, label_map: LabelMap, grid: Grid) -> nib.Nifti1Image:
     """The label ids of a prediction on the scan's own grid."""
-    classes = to_native(prediction.labels, scan, grid, order=0)
-    return _nifti(_ids(label_map)[classes], open_scan(scan))
+    target = _Target.of(scan, grid, conformed=False)
+    return target.labels(target.resampled(prediction.labels, order=0), label_map)
+
+
+def _spread(counts: np.ndarray, grid: Grid) -> list[str]:
+    """Standard deviation over draws of volumes counted in voxels, [n_draws, n], in mm^3; n/a for a single draw."""
+    n_draws, n = counts.shape
+    if n_draws < 2:
+        return ["n/a"] * n
+    return [f"{sd * grid.voxel_size**3:.3f}" for sd in counts.std(axis=0, ddof=1)]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The grid that results are written on: the scan's own, or the conformed one."""
+
+    scan: Path
+    grid: Grid
+    source: ScanFile | None
+    affine: np.ndarray  # to mm
+
+    @classmethod
+    def of(cls, scan: Path, grid: Grid, *, conformed: bool) -> "_Target":
+        if conformed:
+            return cls(scan, grid, None, place(scan, grid).affine)
+        source = open_scan(scan)
+        return cls(scan, grid, source, source.affine)
+
+    @property
+    def voxel_volume(self) -> float:
+        """mm^3."""
+        return float(abs(np.linalg.det(self.affine[:3, :3])))
+
+    def resampled(self, array: np.ndarray, *, order: int) -> np.ndarray:
+        """An array of the conformed grid on this one."""
+        return array if self.source is None else to_native(array, self.scan, self.grid, order=1 if order else 0)
+
+    def nifti(self, voxels: np.ndarray) -> nib.Nifti1Image:
+        """An image on this grid: the bits of the scan's geometry, and nothing else from its header."""
+        if self.source is None:
+            image = nib.Nifti1Image(voxels, self.affine, dtype=voxels.dtype)
+            image.header.set_xyzt_units("mm")
+            image.set_qform(self.affine, code=1)
+            image.set_sform(self.affine, code=1)
+            image.header["descrip"] = _MARK.encode()
+            return image
+        header = self.source.header
+        affine = header.get_best_affine()  # in the header's unit
+        kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+        image = kind(voxels, affine, dtype=voxels.dtype)
+        if isinstance(header, nib.Nifti1Header):  # NIfTI-2 headers included
+            for field in _GEOMETRY:
+                image.header[field] = header[field]
+        else:
+            image.set_qform(affine, code=1)
+            image.set_sform(affine, code=1)
+        return image
+
+    def labels(self, classes: np.ndarray, label_map: LabelMap) -> nib.Nifti1Image:
+        """Classes on this grid as label ids."""
+        image = self.nifti(_ids(label_map)[classes])
+        image.header.set_intent("label", name=label_map.name[:15])
+        image.header["descrip"] = f"{_MARK} labels: {label_map.name}"[:79].encode()
+        return image
+
+    def map(self, name: str, values: np.ndarray) -> bytes:
+        """A map of the conformed grid as the content of a file: uint8 with the slope that brings back its values."""
+        values = self.resampled(values, order=1)
+        slope = np.float32(values.max() / 255) or np.float32(1)
+        image = self.nifti(np.rint(values / slope).astype(np.uint8))
+        image.header["cal_max"] = values.max()
+        image.header["descrip"] = f"{_MARK} {name}: {_UNITS[name]}".encode()
+        image.header.set_slope_inter(slope, 0)
+        return _compressed(image)
 
 
 def _ids(label_map: LabelMap) -> np.ndarray:
@@ -115,41 +251,5 @@ def _ids(label_map: LabelMap) -> np.ndarray:
     return ids.astype(np.int16 if ids.max() <= np.iinfo(np.int16).max else np.int32)
 
 
-def _spread(prediction: Prediction, grid: Grid) -> list[str]:
-    """Standard deviation of each class's volume over the draws, in mm^3."""
-    n_draws, n_classes = prediction.draws.shape
-    if n_draws < 2:
-        return ["n/a"] * n_classes
-    return [f"{sd * grid.voxel_size**3:.3f}" for sd in prediction.draws.std(axis=0, ddof=1)]
-
-
-def _stem(scan: Path) -> str:
-    extension = next((end for end in _EXTENSIONS if scan.name.lower().endswith(end)), scan.suffix)
-    return scan.name[: len(scan.name) - len(extension)].removesuffix("_T1w")
-
-
-def _nifti(voxels: np.ndarray, source: ScanFile) -> nib.Nifti1Image:
-    """A NIfTI image on the grid of `source`: the bits of its geometry, and nothing else from its header."""
-    header = source.header
-    affine = header.get_best_affine()  # in the header's unit
-    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    image = kind(voxels, affine, dtype=voxels.dtype)
-    if isinstance(header, nib.Nifti1Header):  # NIfTI-2 headers included
-        for field in _GEOMETRY:
-            image.header[field] = header[field]
-    else:
-        image.set_qform(affine, code=1)
-        image.set_sform(affine, code=1)
-    return image
-
-
 def _compressed(image: nib.Nifti1Image) -> bytes:
     return gzip.compress(image.to_bytes(), compresslevel=5, mtime=0)  # no date, so that equal results are equal files
-
-
-def _tsv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([as_text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
-    return text.getvalue().encode()

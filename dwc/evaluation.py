@@ -103,7 +103,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as temporary:
         where = ensemble.label_map, ensemble.grid, cache_dir or temporary
         admit(scans, *where, progress=progress)
-        volumes = prepare(scans, *where, progress=progress)
+        volumes = prepare(scans, *where, intensity=ensemble.intensity, progress=progress)
         scores = score_volumes(
             ensemble.networks, volumes, n_samples=settings.n_samples, seed=settings.seed, device=device,
             precision=settings.precision, progress=progress, memory_limit=settings.memory_limit,
@@ -177,7 +177,8 @@ def score_volumes(
     for v, scan in enumerate(data.scans):
         image, truth = data.volume(v)
         prediction = predict_volume(
-            networks, image, n_samples=n_samples, seed=seed, device=device, precision=precision,
+            networks, image, intensity=data.intensity, n_samples=n_samples, seed=seed, device=device,
+            precision=precision,
             memory_limit=memory_limit,
             progress=f"{printable(scan.subject)} ({v + 1} of {data.n_volumes})" if progress else None,
         )  # fmt: skip

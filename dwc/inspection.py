@@ -20,6 +20,7 @@ _MEANING = {
     "n_volumes": "number of training volumes",
     "prior_sha256": "the posterior that it was trained from, by digest",
     "training": "settings and outcome of the training; no paths",
+    "provenance": "where an imported network comes from",
     "sites": "the sites that were consolidated, by digest, with volumes and power",
 }
 

@@ -1,32 +1,39 @@
-"""MeshNet, the dilated convolutional network of Table 1, plain or Bayesian: 3x3x3 convolutions with ReLU, then 1x1x1.
+"""MeshNet, the dilated convolutional network of Table 1, plain or Bayesian: 3x3x3 layers with ReLU or ELU, then 1x1x1.
 
 It returns logits. In a Bayesian network the weights have a fully factorized Gaussian (FFG) posterior.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv3d, relu
+from torch.nn.functional import conv3d, elu, relu
 from torch.nn.utils.parametrizations import weight_norm as normalize_weight
 from torch.utils.checkpoint import checkpoint
 
 from dwc.base.errors import InputError
-from dwc.blocks import grow
+from dwc.blocks import PLANES, grow, stream
 from dwc.data.head import Region
 from dwc.posterior import Posterior
 from dwc_kernels import FFGConv3d
 from dwc_kernels.network import drawn_weights
 
-__all__ = ["DILATIONS", "MeshNet", "checked_architecture", "describe"]
+__all__ = ["DILATIONS", "Activation", "MeshNet", "checked_architecture", "describe"]
 
+Activation = Literal["relu", "elu"]
 WIDTH = 96
 DILATIONS = (1, 1, 1, 2, 4, 8, 1)  # Table 1, layers 1 to 7
+_ACTIVATIONS: dict[Activation, Callable[..., Tensor]] = {"relu": relu, "elu": elu}
 
 
 def describe(
-    n_classes: int, width: int = 96, dilations: Sequence[int] = DILATIONS, in_channels: int = 1
+    n_classes: int,
+    width: int = 96,
+    dilations: Sequence[int] = DILATIONS,
+    in_channels: int = 1,
+    activation: Activation = "relu",
 ) -> dict[str, Any]:
     """The ``architecture`` of a MeshNet, as JSON: everything that determines the names and shapes of its weights."""
     return {
@@ -35,35 +42,45 @@ def describe(
         "width": width,
         "dilations": list(dilations),
         "in_channels": in_channels,
+        "activation": activation,
     }
 
 
 def checked_architecture(posterior: Posterior) -> dict[str, Any]:
     """The ``architecture`` in a posterior's header, checked to be a complete MeshNet."""
-    theirs = posterior.metadata.get("architecture")
+    theirs = posterior.entry("architecture")
     if not isinstance(theirs, dict) or theirs.get("network") != "MeshNet":
         raise InputError(f"{posterior.name}: holds no MeshNet; give a network trained with dwc train")
     if odd := theirs.keys() ^ describe(1).keys():
         what = "unknown" if min(odd) in theirs else "missing"
         raise InputError(f"{posterior.name}: its architecture's {min(odd)!r} is {what}; write it again with dwc train")
     for key, value in theirs.items():
-        if key == "network":
-            continue
-        numbers = value if key == "dilations" else [value]
-        if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n > 0 for n in numbers):
+        if not _is_valid(key, value):
             raise InputError(
                 f"{posterior.name}: its architecture's {key} is {str(value)[:40]!r}; write it again with dwc train"
             )
     return theirs
 
 
+def _is_valid(key: str, value: Any) -> bool:
+    """Whether an entry of an architecture has a value that makes a network."""
+    if key == "network":
+        return True
+    if key == "activation":
+        return value in get_args(Activation)
+    numbers = value if key == "dilations" else [value]
+    return isinstance(numbers, list) and bool(numbers) and all(type(n) is int and n > 0 for n in numbers)
+
+
 class MeshNet(nn.Module):
-    """The network of Table 1: a ReLU layer per dilation, padded by it, and a 1x1x1 convolution to the classes.
+    """The network of Table 1: a 3x3x3 layer per dilation, padded by it, and a 1x1x1 convolution to the classes.
 
     Parameters
     ----------
     width : int
         Filters of each hidden layer.
+    activation : str
+        "relu", as in the paper, or "elu", after each hidden layer.
     bayesian : bool
         Use `FFGConv3d` with an N(0, 1) prior and sigma = 1e-3, instead of `torch.nn.Conv3d`.
     weight_norm : bool
@@ -79,6 +96,7 @@ class MeshNet(nn.Module):
         width: int = 96,
         dilations: Sequence[int] = DILATIONS,
         in_channels: int = 1,
+        activation: Activation = "relu",
         bayesian: bool = True,
         weight_norm: bool = True,
         activation_checkpointing: bool = False,
@@ -88,7 +106,10 @@ class MeshNet(nn.Module):
         for name, values in sizes.items():
             if not values or not all(isinstance(value, int) and value > 0 for value in values):
                 raise InputError(f"`{name}` {values}: give positive whole numbers")
-        self.architecture = describe(n_classes, width, dilations, in_channels)
+        if activation not in get_args(Activation):
+            raise InputError(f"`activation` {activation!r}: choose one of {', '.join(get_args(Activation))}")
+        self.architecture = describe(n_classes, width, dilations, in_channels, activation)
+        self._activate: Callable[..., Tensor] = _ACTIVATIONS[activation]
         convolution = FFGConv3d if bayesian else nn.Conv3d
         mean = "weight_mu" if bayesian else "weight"
         self.layers = nn.ModuleList()
@@ -97,7 +118,7 @@ class MeshNet(nn.Module):
             in_channels = width
         self.layers.append(convolution(in_channels, n_classes, 1))
         for layer in self.layers:
-            # He et al. 2015: preserves the variance of activations under ReLU; the last layer has none.
+            # He et al. 2015: preserves the variance under ReLU and nearly so under ELU; the last layer has neither.
             gain: Literal["linear", "relu"] = "linear" if layer is self.layers[-1] else "relu"
             nn.init.kaiming_normal_(getattr(layer, mean), nonlinearity=gain)
             nn.init.zeros_(getattr(layer, "bias_mu" if bayesian else "bias"))
@@ -117,7 +138,7 @@ class MeshNet(nn.Module):
         again = self.activation_checkpointing and torch.is_grad_enabled()
 
         def hidden(layer: nn.Module, x: Tensor) -> Tensor:
-            return relu(layer(x, **options), inplace=True)  # safe: no layer needs its output in the backward pass
+            return self._activate(layer(x, **options), inplace=True)  # safe: no layer's backward needs its own output
 
         for layer in self.layers[:-1]:
             x = checkpoint(hidden, layer, x, use_reentrant=False) if again else hidden(layer, x)
@@ -133,28 +154,27 @@ class MeshNet(nn.Module):
         weight, bias = ("weight_mu", "bias_mu") if self.bayesian else ("weight", "bias")
         return [(getattr(layer, weight), getattr(layer, bias)) for layer in self.layers]
 
-    def block_features(self, image: Tensor, block: Region, weights: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-        """The last layer's input in a block, [d, h, w, width]; equal to a pass over the whole image but for rounding.
+    def block_features(
+        self, image: Tensor, block: Region, weights: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> Iterator[Tensor]:
+        """The last layer's input in a block, a few planes at a time: [planes, h, w, width] along the first axis.
 
-        `image` is the whole one, [in_channels, D, H, W]; `weights` come from `convolutions`. Each layer is computed on
-        the margin that the next layers need. Along an axis where the margin reaches the image's edge, every layer keeps
-        that extent and is zero-padded. That is correct at the edge, and errors from the other side do not reach the
-        block.
+        Together they equal a pass over the whole image but for rounding. `image` is the whole one, [in_channels, D, H,
+        W]; `weights` come from `convolutions`. Each layer computes the margin that the next layers need.
         """
-        dilations = self.architecture["dilations"]
-        reach = sum(dilations)
+        reach = sum(self.architecture["dilations"])
         seen = grow(block, reach, image.shape[1:])
-        at_edge = [s.start > b.start - reach or s.stop < b.stop + reach for s, b in zip(seen, block, strict=True)]
-        x = image[(slice(None), *seen)][None].contiguous(memory_format=torch.channels_last_3d)
-        for (weight, bias), dilation in zip(weights[:-1], dilations, strict=True):
-            x = relu(
-                conv3d(x, weight, bias, padding=[dilation * edge for edge in at_edge], dilation=dilation), inplace=True
-            )
-        inner = [
-            slice(b.start - s.start, b.stop - s.start) if edge else slice(None)
-            for s, b, edge in zip(seen, block, at_edge, strict=True)
-        ]
-        return x[0].movedim(0, -1)[tuple(inner)]
+        slabs = iter(image[(slice(None), *seen)][None].split(PLANES, dim=2))
+        for (weight, bias), dilation in zip(weights[:-1], self.architecture["dilations"], strict=True):
+            reach -= dilation
+            wanted = grow(block, reach, image.shape[1:])
+            layer = partial(self._hidden, weight, bias, dilation)
+            slabs = stream(slabs, seen, wanted, dilation, layer)
+            seen = wanted
+        return (slab[0].movedim(0, -1) for slab in slabs)
+
+    def _hidden(self, weight: Tensor, bias: Tensor | None, dilation: int, x: Tensor) -> Tensor:
+        return self._activate(conv3d(x, weight, bias, dilation=dilation), inplace=True)
 
     def kl_loss(self) -> Tensor:
         """KL[q(w) || p(w)] in nats, summed over all weights (Eq. 5); a TypeError for a plain network."""

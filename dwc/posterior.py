@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from dwc import __version__
 from dwc.base.errors import InputError
 from dwc.base.files import DIGEST, canonical_json, content_sha256, load_entries, save_tensors
+from dwc.data.intensity import IN_HEADERS
 from dwc.header import check_header
 from dwc_kernels import FFGConv3d, inverse_softplus
 
@@ -20,6 +21,10 @@ __all__ = ["FORMAT_VERSION", "Posterior"]
 
 FORMAT_VERSION = 2  # 1 is read too; it may lack the digest of the content
 _SIGNATURE = "dwc_signature"  # entry of the file's metadata
+_LEFT_OUT = {  # entries that files of earlier versions may lack, with what they mean then
+    "architecture": {"activation": "relu"},
+    "preprocessing": {"intensity": IN_HEADERS["z_score"]},
+}
 _COARSE = 0.1  # of sigma: rounding of a mean to fp32 beyond which `coarse` counts it
 
 
@@ -60,9 +65,16 @@ class Posterior:
         """Whether it has standard deviations."""
         return bool(self.sigma)
 
+    def entry(self, key: str) -> Any:
+        """A header entry, with what files of earlier versions leave out filled in."""
+        entry = self.metadata.get(key)
+        if not isinstance(entry, dict):
+            return entry
+        return {**entry, **{name: value for name, value in _LEFT_OUT.get(key, {}).items() if name not in entry}}
+
     def shared(self, key: str) -> Any:
         """The part of a header entry that must be equal for networks to go together; label maps compare by content."""
-        entry = self.metadata.get(key)
+        entry = self.entry(key)
         if key == "label_map" and isinstance(entry, dict):
             return {"sha256": entry.get("sha256")}
         return entry

@@ -1,7 +1,8 @@
 """Segment conformed scans with one network or an ensemble, in blocks that give the result of one pass over the scan."""
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ from torch.nn.functional import linear
 from tqdm import tqdm
 
 from dwc.base import launcher
-from dwc.base.errors import InputError, brief
+from dwc.base.errors import InputError, difference
 from dwc.base.memory import free_memory
 from dwc.base.seeds import seed_of
 from dwc.blocks import extent, plan_blocks
 from dwc.data.constants import SHIPPED, SIDE
 from dwc.data.grid import Grid
 from dwc.data.head import Region, head_box
-from dwc.data.intensity import moments, z_score
+from dwc.data.intensity import IN_HEADERS, Scheme, scaling_of
 from dwc.data.labels import LabelMap
+from dwc.data.paths import network_file
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
 
@@ -29,6 +31,7 @@ __all__ = ["Ensemble", "Prediction", "load_networks", "predict_volume"]
 
 _SLAB = 1 << 16  # voxels classified at a time
 _FREE_PART = 0.5  # of the free memory, for a block, by default
+_MOST_ON_CPU = 4e9  # bytes, by default: others work on the machine too, and more saves little time
 
 
 @dataclass(frozen=True)
@@ -43,28 +46,34 @@ class Prediction:
     draws : ndarray
         int64 [n_draws, n_classes], voxels of each class in the segmentation of each draw alone: every draw of a
         Bayesian network, and each MAP network once. Their spread is the uncertainty of the volumes.
+    mutual_information, variance : ndarray
+        float32, how far the draws disagree: the entropy minus the mean entropy of each draw, in nats, and the variance
+        of the probabilities over the draws, summed over the classes, 0 to 1. Both are 0 for a single draw.
     """
 
     labels: np.ndarray
     entropy: np.ndarray
     confidence: np.ndarray
     draws: np.ndarray
+    mutual_information: np.ndarray | None = None
+    variance: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """One or more networks that predict together, their posteriors, and the label map and grid they share."""
+    """One or more networks that predict together, their posteriors, and the label map and preprocessing they share."""
 
     posteriors: tuple[Posterior, ...]
     networks: tuple[MeshNet, ...]
     label_map: LabelMap
     grid: Grid
+    intensity: Scheme
 
 
 def load_networks(
     networks: str | Path | Posterior | Sequence[str | Path | Posterior], label_map: str | None = None
 ) -> Ensemble:
-    """Read networks from `dwc train` or `dwc consolidate` and check that they can predict together.
+    """Read networks from `dwc train` or `dwc consolidate`, files or run folders, and check that they go together.
 
     Widths and dilations may differ, and MAP and Bayesian networks may be mixed. `label_map` is the TSV that the
     networks were trained on, if it is not one shipped with dwc.
@@ -72,15 +81,16 @@ def load_networks(
     given = [networks] if isinstance(networks, str | Path | Posterior) else networks
     if not given:
         raise InputError("no `network`: give a posterior.safetensors, several for an ensemble")
-    posteriors = tuple(item if isinstance(item, Posterior) else Posterior.load(item) for item in given)
+    posteriors = tuple(item if isinstance(item, Posterior) else Posterior.load(network_file(item)) for item in given)
     members = tuple(MeshNet.from_posterior(posterior) for posterior in posteriors)
-    first, classes, grid = posteriors[0], _label_map(posteriors[0], label_map), _grid(posteriors[0])
+    first, classes = posteriors[0], _label_map(posteriors[0], label_map)
+    grid, intensity = _preprocessing(first)
     for position, (posterior, network) in enumerate(zip(posteriors, members, strict=True)):
         for key in ("label_map", "preprocessing"):
             if posterior.shared(key) != first.shared(key):
-                theirs, ours = posterior.metadata.get(key), first.metadata[key]
+                theirs, ours = difference(posterior.entry(key), first.entry(key))
                 raise InputError(
-                    f"{posterior.name}: its {key.replace('_', ' ')} {brief(theirs)} is not {brief(ours)} as in "
+                    f"{posterior.name}: its {key.replace('_', ' ')} {theirs} is not {ours} as in "
                     f"{first.name}; give networks that share it"
                 )
         if network.architecture["n_classes"] != classes.n_classes:
@@ -91,13 +101,14 @@ def load_networks(
         for twin in posteriors[:position]:
             if twin.sha256 == posterior.sha256:
                 raise InputError(f"{posterior.name}: is the same network as {twin.name}; give each network once")
-    return Ensemble(posteriors, members, classes, grid)
+    return Ensemble(posteriors, members, classes, grid, intensity)
 
 
 def predict_volume(
     networks: Sequence[MeshNet],
     image: np.ndarray,
     *,
+    intensity: Scheme = "z_score",
     n_samples: int = 10,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -117,13 +128,16 @@ def predict_volume(
     networks : sequence of MeshNet
         Moved to `device`; the probabilities of several are averaged.
     image : ndarray
-        uint8 [D, H, W] on the networks' grid, from `conform_image`; z-scored here over all voxels.
+        uint8 [D, H, W] on the networks' grid, from `conform_image`.
+    intensity : str
+        The networks' intensity scheme, by which the image is scaled.
     n_samples, seed : int
         Draws per Bayesian network, >= 1, and their seed, >= 0.
     precision : str
         "fp32", or "bf16" for autocast.
     memory_limit : float, optional
-        GB for one block, estimated. By default half of the device's free memory, shared by this machine's processes.
+        GB for one block, estimated. By default half of the device's free memory, on the CPU at most 4 and
+        shared by this machine's processes.
     progress : str, optional
         Label of a progress bar; without it, none is shown.
     """
@@ -134,9 +148,10 @@ def predict_volume(
     draws = [(j, k) for j, network in enumerate(networks) for k in range(n_samples if network.bayesian else 1)]
     n_classes = networks[0].architecture["n_classes"]
     box = head_box(image)
-    blocks = _blocks(networks, box, image.shape, _limit(memory_limit, device))
+    blocks = _blocks(networks, box, image.shape, len(draws), _limit(memory_limit, device))
     labels = np.zeros(image.shape, np.uint8)
-    entropy, confidence = np.zeros(image.shape, np.float32), np.ones(image.shape, np.float32)
+    entropy, information, variance = (np.zeros(image.shape, np.float32) for _ in range(3))
+    confidence = np.ones(image.shape, np.float32)
     counts = torch.zeros(len(draws), n_classes, dtype=torch.int64)
     counts[:, 0] = image.size - math.prod(extent(box))
     with (
@@ -147,26 +162,35 @@ def predict_volume(
             dynamic_ncols=True,
         ) as bar,
     ):  # fmt: skip
-        x = torch.from_numpy(z_score(image, *moments(image)))[None].to(device)
+        x = torch.from_numpy(scaling_of(image, intensity)(image))[None].to(device)
         for block in blocks:
-            mean = torch.zeros(*extent(block), n_classes, device=device)
-            for (j, k), count in zip(draws, counts, strict=True):
+            sums: deque[Tensor] = deque()  # over the draws so far, a few planes each
+            for n, ((j, k), count) in enumerate(zip(draws, counts, strict=True), start=1):
                 network = networks[j]
                 weights = network.convolutions(seed_of(seed, j, k))
-                features = network.block_features(x, block, weights)
                 share = 1 / (len(networks) * (n_samples if network.bayesian else 1))
-                for part in _slabs(block):
-                    probability = _classify(features[part], *weights[-1]).softmax(dim=-1)
+                start = block[0].start
+                for features in _thinner(network.block_features(x, block, weights)):
+                    probability = _classify(features, *weights[-1]).softmax(dim=-1)
                     count += torch.bincount(probability.max(dim=-1).indices.flatten(), minlength=n_classes).cpu()
-                    mean[part].add_(probability, alpha=share)
-                del features  # frees memory for the next pass
+                    part = (slice(start, start + len(probability)), *block[1:])
+                    start += len(probability)
+                    if len(draws) > 1:  # the sums over the draws so far
+                        information[part] += share * torch.special.entr(probability).sum(dim=-1).cpu().numpy()
+                        variance[part] += share * probability.square().sum(dim=-1).cpu().numpy()
+                    mean = probability * share if n == 1 else sums.popleft().add_(probability, alpha=share)
+                    if n < len(draws):
+                        sums.append(mean)
+                        continue
+                    highest, chosen = mean.max(dim=-1)
+                    labels[part] = chosen.to(torch.uint8).cpu()
+                    entropy[part] = torch.special.entr(mean).sum(dim=-1).clamp_min_(0).cpu()
+                    confidence[part] = highest.clamp_max_(1).cpu()
+                    if len(draws) > 1:
+                        information[part] = np.maximum(entropy[part] - information[part], 0)
+                        variance[part] = np.maximum(variance[part] - mean.square().sum(dim=-1).cpu().numpy(), 0)
                 bar.update()
-            for part in _slabs(block):
-                highest, chosen = mean[part].max(dim=-1)
-                labels[block][part] = chosen.to(torch.uint8).cpu()
-                entropy[block][part] = torch.special.entr(mean[part]).sum(dim=-1).clamp_min_(0).cpu()
-                confidence[block][part] = highest.clamp_max_(1).cpu()
-    return Prediction(labels, entropy, confidence, counts.numpy())
+    return Prediction(labels, entropy, confidence, counts.numpy(), information, variance)
 
 
 def _classify(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -174,26 +198,27 @@ def _classify(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear(features, weight[..., 0, 0, 0], bias).float()
 
 
-def _slabs(block: Region) -> list[slice]:
-    """Ranges of a few planes of a block, so that tensors with a channel per class stay small."""
-    depth, *plane = extent(block)
-    step = max(1, _SLAB // math.prod(plane))
-    return [slice(start, start + step) for start in range(0, depth, step)]
+def _thinner(slabs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Slabs [planes, h, w, width] in fewer planes each, so that tensors with a channel per class stay small."""
+    for slab in slabs:
+        yield from slab.split(max(1, _SLAB // math.prod(slab.shape[1:3])))
 
 
 def _limit(gigabytes: float | None, device: torch.device) -> float:
     """Bytes that a block may take."""
     if gigabytes is not None:
         return gigabytes * 1e9
-    return _FREE_PART * free_memory(device) / (1 if device.type == "cuda" else launcher.local_processes())
+    free = _FREE_PART * free_memory(device)
+    return free if device.type == "cuda" else min(free / launcher.local_processes(), _MOST_ON_CPU)
 
 
-def _blocks(networks: Sequence[MeshNet], box: Region, shape: Sequence[int], limit: float) -> list[Region]:
+def _blocks(networks: Sequence[MeshNet], box: Region, shape: Sequence[int], n_draws: int, limit: float) -> list[Region]:
     """Blocks for all networks: for the widest one, with the dilations of the one with the largest reach."""
     architectures = [network.architecture for network in networks]
     dilations = max((a["dilations"] for a in architectures), key=sum)
     width = max(a["width"] for a in architectures)
-    return plan_blocks(box, shape, dilations, width, architectures[0]["n_classes"], limit)
+    n_summed = architectures[0]["n_classes"] if n_draws > 1 else 0
+    return plan_blocks(box, shape, dilations, width, n_summed, limit)
 
 
 def _label_map(posterior: Posterior, path: str | None) -> LabelMap:
@@ -210,15 +235,14 @@ def _label_map(posterior: Posterior, path: str | None) -> LabelMap:
     return label_map
 
 
-def _grid(posterior: Posterior) -> Grid:
-    theirs: Any = posterior.metadata.get("preprocessing")
+def _preprocessing(posterior: Posterior) -> tuple[Grid, Scheme]:
+    theirs: Any = posterior.entry("preprocessing")
     try:
         grid = Grid(theirs["grid_size"], theirs["voxel_size"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{posterior.name}: names no preprocessing grid; give a network from dwc train") from error
-    known = {"sub_volume": SIDE, "intensity": "z-score per volume"}
-    if any(theirs.get(key) != value for key, value in known.items()) or grid.size % SIDE:
-        raise InputError(
-            f"{posterior.name}: this dwc cannot preprocess {brief(theirs)}; use the version that trained it"
-        )
-    return grid
+    schemes = [scheme for scheme, text in IN_HEADERS.items() if text == theirs["intensity"]]
+    if not schemes or theirs.get("sub_volume") != SIDE or grid.size % SIDE:
+        asked, _ = difference(theirs, {})
+        raise InputError(f"{posterior.name}: this dwc cannot preprocess {asked}; use the version that trained it")
+    return grid, schemes[0]

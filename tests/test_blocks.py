@@ -48,9 +48,7 @@ def test_blocks_cover_their_region_once():
 @pytest.mark.parametrize("limit", [1e8, 1e9, 4e9, 64e9])
 def test_blocks_stay_within_the_memory_limit_and_are_as_few_as_it_allows(limit):
     blocks = plan_blocks(WHOLE, (256,) * 3, DILATIONS, 96, 50, limit)
-    edges, reaches = extent(blocks[len(blocks) // 2]), np.cumsum((0, *DILATIONS[::-1]))
-    spans = [math.prod(min(edge + 2 * reach, 256) for edge in edges) for reach in reaches.tolist()]
-    assert memory(spans, 96, 50) <= limit
+    assert memory(extent(blocks[len(blocks) // 2]), (256,) * 3, DILATIONS, 96, 50) <= limit
     assert sum(math.prod(extent(block)) for block in blocks) == 256**3
     assert len(blocks) == 1 or len(plan_blocks(WHOLE, (256,) * 3, DILATIONS, 96, 50, 2 * limit)) < len(blocks)
 

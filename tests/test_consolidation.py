@@ -236,6 +236,14 @@ def _altered(change) -> Posterior:
         (a_site(a_prior(), 1, architecture={"width": 8}), "architecture width 8 differs"),
         (a_site(a_prior(), 1, label_map={"sha256": "cd"}), "label map .* differs"),
         (a_site(a_prior(), 1, preprocessing=None), "preprocessing missing differs"),
+        (
+            a_site(a_prior(), 1, architecture={"width": 4, "activation": "elu"}),
+            "architecture activation elu differs from the prior's activation relu",
+        ),
+        (
+            a_site(a_prior(), 1, preprocessing={"grid_size": 32, "intensity": "min-max per volume"}),
+            "preprocessing intensity min-max per volume differs from the prior's intensity z-score per volume",
+        ),
         (_altered(lambda s: s.mu["layers.0.bias"].fill_(torch.nan)), r"layers\.0\.bias\.mu holds non-finite"),
         (_altered(lambda s: s.sigma["layers.0.bias"].fill_(torch.inf)), r"layers\.0\.bias\.sigma holds non-finite"),
         (_altered(lambda s: s.sigma["layers.0.bias"].zero_()), r"layers\.0\.bias\.sigma has 4 non-positive"),
@@ -253,6 +261,15 @@ def test_a_label_map_of_another_name_is_the_same_by_its_content():
     prior = a_prior()
     site = a_site(prior, 1, label_map={"sha256": "ab", "name": "ours"})
     assert consolidate(prior, [site]).metadata["label_map"] == prior.metadata["label_map"]
+
+
+def test_a_site_whose_header_names_what_earlier_versions_left_out_goes_with_their_prior():
+    prior = a_prior()
+    site = a_site(
+        prior, 1, architecture={"width": 4, "activation": "relu"},
+        preprocessing={"grid_size": 32, "intensity": "z-score per volume"},
+    )  # fmt: skip
+    assert consolidate(prior, [site]).metadata["architecture"] == prior.metadata["architecture"]
 
 
 def test_sigma_above_the_priors_by_one_ulp_is_refused_and_at_it_is_not():

@@ -7,10 +7,12 @@ import pytest
 
 from dwc.base.errors import InputError
 from dwc.base.files import open_folder
+from dwc.base.tsv import as_tsv
 from dwc.data.conform import conform_image
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
-from dwc.derivatives import _tsv, find_scan, name_derivatives, write_derivatives
+from dwc.derivatives import name_derivatives, write_derivatives
+from dwc.inputs import find_scan
 from dwc.prediction import Prediction
 
 COARSE = LabelMap.load("coarse")
@@ -50,7 +52,7 @@ def test_results_lie_on_the_scans_own_grid_with_its_qform_and_sform(tmp_path, ki
     scan = scan_of(tmp_path / "sub-01_T1w.nii.gz", kind)
     files, _ = written(scan, tmp_path)
     source = nib.load(scan)
-    for path, dtype in ((files.labels, np.int16), (files.entropy, np.float32)):
+    for path, dtype in ((files.labels, np.int16), (files.entropy, np.uint8)):
         image = nib.load(path)
         assert type(image) is kind
         assert image.shape == source.shape
@@ -73,8 +75,8 @@ def test_labels_are_freesurfer_ids_where_the_scan_shows_them(tmp_path):
     assert set(np.unique(ids)) == {0, COARSE.to_ids(np.array([4]))[0]}
     assert 2 * ((ids > 0) & block).sum() / ((ids > 0).sum() + block.sum()) > 0.85  # a round trip through 2 mm voxels
     rows = [line.split("\t") for line in files.table.read_text().splitlines()]
-    assert rows[0] == ["index", "name"]
-    assert [str(ids.max()), name] in rows
+    assert rows[0] == ["index", "name", "color", "side", "freesurfer_ids"]
+    assert [str(ids.max()), name] in [row[:2] for row in rows]
     assert len(rows) == 1 + COARSE.n_classes
     np.testing.assert_array_equal(COARSE.apply(ids), np.where(ids > 0, 4, 0))
 
@@ -213,4 +215,4 @@ def test_results_are_named_after_the_scan_in_any_case(tmp_path, name):
 
 
 def test_no_name_of_a_class_runs_in_a_spreadsheet():
-    assert _tsv(("index", "name"), [(1, "=cmd|x"), (2, "plain")]) == b"index\tname\n1\t'=cmd|x\n2\tplain\n"
+    assert as_tsv(("index", "name"), [(1, "=cmd|x"), (2, "plain")]) == b"index\tname\n1\t'=cmd|x\n2\tplain\n"

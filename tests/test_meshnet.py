@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import Ledger
@@ -107,6 +107,8 @@ def test_a_file_whose_tensors_do_not_fit_its_architecture_is_refused():
         ({"dilations": [1, 0.5]}, r"dilations is '\[1, 0.5\]'"),
         ("MeshNet", "holds no MeshNet"),
         (["MeshNet"], "holds no MeshNet"),
+        ({"activation": "tanh"}, "activation is 'tanh'"),
+        ({"activation": ["elu"]}, "activation is"),
     ],
 )
 def test_an_architecture_that_makes_no_network_is_refused_by_name(change, words):
@@ -117,6 +119,14 @@ def test_an_architecture_that_makes_no_network_is_refused_by_name(change, words)
         MeshNet.from_posterior(posterior)
 
 
+def test_an_architecture_without_activation_as_earlier_versions_wrote_it_is_that_of_relu():
+    posterior = Posterior.from_model(MeshNet(3, 4, (1,)))
+    digest = posterior.sha256
+    del posterior.metadata["architecture"]["activation"]
+    assert MeshNet.from_posterior(posterior).architecture["activation"] == "relu"
+    assert posterior.sha256 != digest  # the file's own header stays as it is
+
+
 @pytest.mark.parametrize("key", ["n_classes", "width", "dilations", "in_channels"])
 def test_an_architecture_that_lacks_a_part_is_refused_by_name(key):
     posterior = Posterior.from_model(MeshNet(50, 4, (1,)))
@@ -125,12 +135,34 @@ def test_an_architecture_that_lacks_a_part_is_refused_by_name(key):
         MeshNet.from_posterior(posterior)
 
 
+@pytest.mark.parametrize("bayesian", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "elu"])
+def test_the_activation_works_in_place_and_its_gradient_is_that_of_the_plain_formula(activation, bayesian):
+    torch.manual_seed(0)
+    network = MeshNet(3, 4, (1, 2), activation=activation, bayesian=bayesian).double()
+    x = torch.randn(2, 1, 6, 6, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for forward in (network, lambda x: composed(network, x, activation)):
+        torch.manual_seed(1)  # one noise for both
+        logits = forward(x)
+        parameters = [x, *network.parameters()]
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), parameters, allow_unused=True)])
+    torch.testing.assert_close(*results)
+
+
+def composed(network: MeshNet, x: Tensor, activation: str) -> Tensor:
+    for layer in network.layers[:-1]:
+        x = getattr(nn.functional, activation)(layer(x))
+    return network.layers[-1](x)
+
+
+@pytest.mark.parametrize("activation", ["relu", "elu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activation_checkpointing_replays_the_noise_to_the_bit(dtype):
+def test_activation_checkpointing_replays_the_noise_to_the_bit(dtype, activation):
     gradients = {}
     for again in (False, True):
         torch.manual_seed(0)
-        network = MeshNet(3, 4, (1, 2, 1), activation_checkpointing=again)
+        network = MeshNet(3, 4, (1, 2, 1), activation=activation, activation_checkpointing=again)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = network(torch.randn(2, 1, 8, 8, 8))
         logits.float().square().mean().backward()
@@ -158,3 +190,8 @@ def test_activation_checkpointing_halves_what_is_kept_for_the_backward():
 def test_sizes_that_make_no_network_are_refused_by_name(arguments):
     with pytest.raises(InputError, match=f"`{next(iter(arguments))}` .*: give positive whole numbers"):
         MeshNet(**{"n_classes": 3, "width": 2, "dilations": (1,), **arguments})
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(InputError, match="`activation` 'tanh': choose one of relu, elu"):
+        MeshNet(3, 2, (1,), activation="tanh")

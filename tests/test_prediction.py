@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import nibabel
 import numpy as np
@@ -12,6 +13,7 @@ from dwc.base.errors import InputError
 from dwc.data.cache import prepare
 from dwc.data.grid import Grid
 from dwc.data.head import head_box
+from dwc.data.intensity import Scheme
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan
 from dwc.meshnet import MeshNet
@@ -81,11 +83,13 @@ def test_the_confidence_is_the_probability_of_the_chosen_class():
     assert 1 / 3 <= confidence.min() < confidence.max() <= 1
 
 
+@pytest.mark.parametrize("activation", ["relu", "elu"])
+@pytest.mark.parametrize("dilations", [(1, 2, 4), (2, 16, 1)], ids=str)
 @pytest.mark.parametrize("limit", [2e-5, 1e-4, 3e-4, 1e-3, 2e-3], ids=str)
 @pytest.mark.parametrize("sigma", [None, 0.3], ids=["map", "bayesian"])
-def test_blocks_of_any_size_give_what_one_pass_over_the_scan_gives(limit, sigma):
+def test_blocks_of_any_size_give_what_one_pass_over_the_scan_gives(limit, sigma, dilations, activation):
     torch.manual_seed(1)
-    net = MeshNet(3, 2, (1, 2, 4), bayesian=sigma is not None, weight_norm=False)
+    net = MeshNet(3, 2, dilations, activation=activation, bayesian=sigma is not None, weight_norm=False)
     volume = image(32)[:26, :20, :23]
     whole, blocks = (predict_volume([net], volume, n_samples=2, memory_limit=gb) for gb in (1, limit))
     np.testing.assert_array_equal(blocks.labels, whole.labels)
@@ -123,11 +127,13 @@ def test_a_head_moved_by_16_voxels_gets_the_same_labels(axis):
     assert (np.roll(still, 16, axis) == moved).mean() > 0.9999
 
 
-def test_volumes_are_z_scored_as_in_training(tmp_path):
+@pytest.mark.parametrize("scheme", get_args(Scheme))
+def test_volumes_are_scaled_as_in_training(tmp_path, scheme):
     voxels = np.random.default_rng(1).integers(0, 200, (64, 64, 64), np.uint8)
     nibabel.save(nibabel.Nifti1Image(voxels, Grid(64, 3.0).affine(np.zeros(3))), tmp_path / "a.nii.gz")
     scan = Scan(tmp_path / "a.nii.gz", None, "a", "H", "test")
-    data = prepare([scan], LabelMap.load("coarse"), Grid(64, 3.0), tmp_path / "cache", progress=False)
+    where = LabelMap.load("coarse"), Grid(64, 3.0), tmp_path / "cache"
+    data = prepare([scan], *where, intensity=scheme, progress=False)
     seen = []
 
     class Spy(MeshNet):
@@ -135,8 +141,8 @@ def test_volumes_are_z_scored_as_in_training(tmp_path):
             seen.append(image.clone())
             return super().block_features(image, block, weights)
 
-    predict_volume([Spy(3, 2, (1,), bayesian=False)], data.volume(0)[0])
-    np.testing.assert_array_equal(seen[0][0], data.z_score(0, data.volume(0)[0]))
+    predict_volume([Spy(3, 2, (1,), bayesian=False)], data.volume(0)[0], intensity=scheme)
+    np.testing.assert_array_equal(seen[0][0], data.scaling(0)(data.volume(0)[0]))
 
 
 def test_ensembles_average_probabilities_not_votes():
@@ -151,6 +157,19 @@ def test_a_bayesian_network_weighs_as_much_as_a_map_network_however_often_it_is_
     nets, volume = [network(sigma=1e-7, seed=0), network(seed=1)], image()
     mean = sum(probabilities(net, volume) for net in nets) / 2
     np.testing.assert_allclose(predict_volume(nets, volume, n_samples=3).entropy, entropy_of(mean), atol=1e-4)
+
+
+def test_mutual_information_and_variance_are_how_far_networks_disagree():
+    nets, volume = [network(seed=0), network(seed=1)], image()
+    p, q = (probabilities(net, volume) for net in nets)
+    prediction = predict_volume(nets, volume, memory_limit=1e-3)
+    information = entropy_of((p + q) / 2) - (entropy_of(p) + entropy_of(q)) / 2
+    np.testing.assert_allclose(prediction.mutual_information, information, atol=1e-4)
+    np.testing.assert_allclose(prediction.variance, (((p - q) / 2) ** 2).sum(axis=0), atol=1e-4)
+    assert prediction.mutual_information.max() > 0.01
+    alone = predict_volume(nets[:1], volume)
+    assert not alone.mutual_information.any()
+    assert not alone.variance.any()
 
 
 def test_a_bayesian_network_whose_sigmas_vanish_predicts_as_its_means():
@@ -250,6 +269,16 @@ def test_an_ensemble_of_map_and_bayesian_networks_loads_with_its_grid_and_classe
     assert [posterior.sha256 for posterior in ensemble.posteriors] == [networks[n].sha256 for n in ("map", "finetune")]
 
 
+def test_the_folder_of_a_run_stands_for_its_posterior(networks):
+    ensemble = load_networks([Path(networks["map"].name).parent, networks["finetune"].name])
+    assert [posterior.sha256 for posterior in ensemble.posteriors] == [networks[n].sha256 for n in ("map", "finetune")]
+    with pytest.raises(InputError, match=r"holds no posterior\.safetensors; give the folder of a run"):
+        load_networks(Path(networks["map"].name).parents[1])
+
+
+SAME_GRID = {"grid_size": 32, "voxel_size": 1.0, "sub_volume": 32}
+
+
 def changed(posterior: Posterior, path: Path, **metadata) -> str:
     replace(posterior, metadata={**posterior.metadata, **metadata}).save(path)
     return str(path)
@@ -270,6 +299,10 @@ def test_networks_of_one_label_map_predict_together_whatever_its_file_was_called
             "preprocessing .*grid_size 64.* is not .*grid_size 32",
         ),
         ({"preprocessing": None}, "preprocessing missing is not"),
+        (
+            {"preprocessing": {**SAME_GRID, "intensity": "min-max per volume"}},
+            "preprocessing intensity min-max per volume is not intensity z-score per volume as in",
+        ),
     ],
 )
 def test_networks_of_another_label_map_or_grid_are_refused_naming_both(networks, tmp_path, metadata, message):
@@ -279,6 +312,15 @@ def test_networks_of_another_label_map_or_grid_are_refused_naming_both(networks,
     assert odd in str(refusal.value)
     assert networks["map"].name in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_file_of_an_earlier_version_predicts_with_relu_and_z_scores_and_beside_a_new_one(networks, tmp_path):
+    metadata = networks["a"].metadata
+    architecture = {key: value for key, value in metadata["architecture"].items() if key != "activation"}
+    old = changed(networks["a"], tmp_path / "old.safetensors", architecture=architecture, preprocessing=SAME_GRID)
+    ensemble = load_networks([old, networks["map"].name])
+    assert ensemble.intensity == "z_score"
+    assert ensemble.networks[0].architecture["activation"] == "relu"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
-"""Errors that end a command with one line: bad input (exit code 2) or a signal (128 plus its number)."""
+"""Errors that end a command with one line.
 
-__all__ = ["InputError", "Interrupted", "brief", "one_line", "printable"]
+Bad input has exit code 2, work of which a part failed 1, a signal 128 plus its number.
+"""
+
+__all__ = ["InputError", "Interrupted", "PartlyFailed", "difference", "one_line", "printable"]
 
 
 class InputError(ValueError):
@@ -13,6 +16,10 @@ class InputError(ValueError):
         super().__init__(printable(message))
 
 
+class PartlyFailed(Exception):
+    """A command has done what it could; the message says how much failed and where the reasons are."""
+
+
 class Interrupted(Exception):
     """A signal ended a run after a complete step, with its state on disk; the message says how to resume."""
 
@@ -21,9 +28,12 @@ class Interrupted(Exception):
         self.signal_number, self.stopped = signal_number, stopped
 
 
-def brief(value: object) -> str:
-    """A header entry, shortened for an error message."""
-    return ", ".join(f"{key} {str(part)[:20]}" for key, part in value.items()) if isinstance(value, dict) else "missing"
+def difference(theirs: object, ours: object) -> tuple[str, str]:
+    """Two header entries for an error message: what differs in them, and their names, shortened."""
+    both = [entry if isinstance(entry, dict) else {} for entry in (theirs, ours)]
+    keys = [key for key in {**both[1], **both[0]} if key == "name" or both[0].get(key) != both[1].get(key)]
+    first, second = (", ".join(f"{key} {str(entry.get(key, 'missing'))[:40]}" for key in keys) for entry in both)
+    return first if both[0] else "missing", second if both[1] else "missing"
 
 
 def printable(text: str) -> str:

@@ -183,6 +183,8 @@ def _in_short(message: str, parser: ArgumentParser) -> str:
         return re.sub(r"(?<![\w-])--[a-z][\w.]*", lambda m: m[0].replace("_", "-"), line)
     key, expected, value = misfit.groups()
     expected = re.sub(r"Expected (?:a )?<class\s+'(\w+)'>", r"expected \1", expected)
+    choices = re.search(r"Expected an? typing\.Literal\[(.+?)\]", expected)
+    expected = f"choose one of {choices[1]}".replace("'", "") if choices else expected
     expected = expected.replace("expected tuple", "expected a list, such as [1,1,2]")
     return f"--{key.replace('_', '-')} {value}: {expected}"
 

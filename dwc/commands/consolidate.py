@@ -138,9 +138,8 @@ def _chooser(values: Namespace) -> "Callable[[Consolidation, Sequence[Path]], fl
     scans = scans_to_score(values.data, [prior])
 
     def choose(consolidation: "Consolidation", sites: Sequence[Path]) -> float:
-        data = prepare(
-            scans, organization.label_map, organization.grid, values.cache_dir or values.out.parent / "cache"
-        )
+        cache_dir = values.cache_dir or values.out.parent / "cache"
+        data = prepare(scans, organization.label_map, organization.grid, cache_dir, intensity=organization.intensity)
         chosen, scores = tempering.choose_temper(
             consolidation, data, at_most=values.validation_sub_volumes, device=device
         )

@@ -16,7 +16,7 @@ from dwc.data.paths import unreadable
 from dwc.data.scan import SPLITS, Scan, is_missing
 from dwc.data.subjects import plain_name, subject_of
 
-__all__ = ["has_split", "scans_in_folder"]
+__all__ = ["has_split", "images_in_bids", "is_segmentation", "scans_in_folder"]
 
 _NIFTI = re.compile(r"(.+)\.nii(\.gz)?", re.IGNORECASE)
 _VOLUMES = (".nii.gz", ".nii", ".mgz", ".mgh")
@@ -72,6 +72,27 @@ def scans_in_folder(path: Path, *, lenient: bool = False) -> list[Scan]:
         return _from_bids(path, subjects, lenient) if subjects else _from_plain(path)
     except OSError as error:
         raise unreadable(path, error, "check its permissions") from error
+
+
+def images_in_bids(path: Path) -> list[tuple[Path, str]]:
+    """The images of a BIDS data set as they were scanned, and why one cannot be chosen; none in a plain folder."""
+    subjects = [folder for folder in sorted(path.glob("sub-*")) if folder.is_dir()]
+    images = _group(_volumes(path, subjects))
+    chosen: dict[Path, tuple[Path, str]] = {}
+    for identity in sorted(images, key=lambda identity: images[identity][0].path):
+        if _is_resampled(identity, images):
+            continue
+        try:
+            image, fault = _choose_image(images[identity]), ""
+        except InputError as error:
+            image, fault = images[identity][0].path, str(error)
+        chosen.setdefault(image.resolve(), (image, fault))
+    return list(chosen.values())
+
+
+def is_segmentation(stem: str, stems: Iterable[str]) -> bool:
+    """Whether a volume of a plain folder is a segmentation by its name, its own or one of the other volumes'."""
+    return stem.endswith("_dseg") or _segmented(stem, stems)
 
 
 def has_split(path: Path) -> bool:
@@ -156,7 +177,7 @@ def _from_plain(path: Path) -> list[Scan]:
             names = ", ".join(file.name for file in named)
             raise InputError(f"{path}: several files of one name ({names}); keep one, or write a manifest")
     volumes = {stem: file for stem, (file,) in files.items()}
-    segmentations = {stem for stem in volumes if stem.endswith("_dseg") or _segmented(stem, volumes)}
+    segmentations = {stem for stem in volumes if is_segmentation(stem, volumes)}
     scans = []
     for stem, file in volumes.items():
         if stem in segmentations:

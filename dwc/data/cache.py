@@ -26,7 +26,7 @@ from dwc.data.constants import SIDE
 from dwc.data.cubes import split_volume
 from dwc.data.dataset import MOMENTS, SubVolumes, read_content, read_moments
 from dwc.data.grid import Grid
-from dwc.data.intensity import content_of, moments
+from dwc.data.intensity import Scheme, content_of, moments
 from dwc.data.labels import LabelMap
 from dwc.data.paths import OUT_OF_HANDLES, unreadable
 from dwc.data.reading import enough_memory
@@ -47,6 +47,7 @@ def prepare(
     grid: Grid,
     cache_dir: str | os.PathLike,
     *,
+    intensity: Scheme = "z_score",
     workers: int | None = None,
     progress: bool = True,
 ) -> SubVolumes:
@@ -61,6 +62,8 @@ def prepare(
     cache_dir : path
         Folder of the cache, made if need be. It holds 2 bytes per voxel and scan. Any number of processes may share it.
         Entries are named by the content of the scans; a scan is hashed again when its size or date has changed.
+    intensity : str
+        How the items are scaled; the cache does not depend on it.
     workers : int
         Threads that read and resample; 0 counts as 1. None: one per core of this process's share of the machine, up to
         8. The result does not depend on it. Each holds one scan in memory, 0.5 GB at 256^3.
@@ -93,7 +96,7 @@ def prepare(
         raise InputError(
             f"{cache_dir}: cannot write the cache ({reason}); free space or choose another folder"
         ) from error
-    return SubVolumes(scans, folders, label_map, grid)
+    return SubVolumes(scans, folders, label_map, grid, intensity)
 
 
 def is_prepared(scans: Sequence[Scan], label_map: LabelMap, grid: Grid, cache_dir: str | os.PathLike) -> bool:

@@ -19,11 +19,11 @@ from dwc.data.conform import Placement, check_ids, classes_on_grid, image_on_gri
 from dwc.data.findings import CheckedScan, Finding, odd
 from dwc.data.grid import Grid
 from dwc.data.intensity import SIGNAL, content_of, to_uint8
-from dwc.data.labels import LabelMap
+from dwc.data.labels import LEFT, RIGHT, LabelMap
 from dwc.data.reading import ScanFile, enough_memory, load_labels, open_scan, varying
 from dwc.data.scan import Scan
 
-__all__ = ["axes_of", "check_each", "check_scans"]
+__all__ = ["axes_of", "check_each", "check_scans", "examine"]
 
 _FEW_LEVELS = 64  # of 255
 _INNER = 0.99  # of the voxels that are not black
@@ -35,9 +35,6 @@ _ANISOTROPIC = 3.0  # the longest edge of a voxel over the shortest
 _DISAGREEMENT_MM = 2.0  # between sform and qform
 _UNLISTED = 0.05  # of the labelled voxels
 _ON_SIGNAL = 0.6  # of the labelled voxels
-# FreeSurfer's ids of structures that are on one side
-_LEFT = (2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 17, 18, 26, 28)
-_RIGHT = (41, 42, 43, 44, 46, 47, 49, 50, 51, 52, 53, 54, 58, 60)
 
 
 def check_scans(
@@ -88,6 +85,19 @@ def check_each(
         return checked
     parts = ranks.gather([one.to_json() for one in checked])
     return [CheckedScan.from_json(scan, values) for scan, values in zip(scans, ranks.merge(parts), strict=True)]
+
+
+def examine(path: Path, grid: Grid) -> tuple[np.ndarray, CheckedScan]:
+    """A scan's image on the grid, as `conform_image` gives it, and what is odd about it."""
+    scan = Scan(path, None, "", "", "test")
+    found: list[Finding] = []
+    facts: dict[str, Any] = {}
+    with enough_memory(path):
+        image, _ = _check_image(scan, grid, found, facts)
+    for finding in found:
+        if finding.severity == "error":
+            raise InputError(finding.message)
+    return image, CheckedScan(scan, tuple(found), facts, content=content_of(image))
 
 
 def axes_of(opened: ScanFile) -> dict[str, Any]:
@@ -253,7 +263,7 @@ def _label_findings(
     if ids.dtype.itemsize == 1 and max(label_map.ids) > np.iinfo(ids.dtype).max:
         found.append(odd("labels", label, f"{ids.dtype} cannot hold all ids of {label_map.name}; were they cut?"))
     sides = []
-    for one_side, parcels in ((_LEFT, 1000), (_RIGHT, 2000)):
+    for one_side, parcels in ((LEFT, 1000), (RIGHT, 2000)):
         here = np.argwhere(np.isin(ids, one_side) | ((ids >= parcels) & (ids < parcels + 1000)))
         if len(here):
             sides.append(apply_affine(affine, here.mean(axis=0))[0])

@@ -13,7 +13,7 @@ from dwc.base.errors import InputError
 from dwc.data.constants import SIDE
 from dwc.data.cubes import join_volume
 from dwc.data.grid import Grid
-from dwc.data.intensity import z_score
+from dwc.data.intensity import Scaling, Scheme, scaling_of
 from dwc.data.labels import LabelMap
 from dwc.data.paths import OUT_OF_HANDLES, unreadable
 from dwc.data.scan import Scan
@@ -26,21 +26,28 @@ MOMENTS = "moments.json"
 class SubVolumes(torch.utils.data.Dataset):
     """The 32^3 sub-volumes of prepared scans, scan by scan; made by `prepare`.
 
-    Item i is (image, label): image float32 [1, 32, 32, 32], z-scored with the mean and standard deviation of its
-    volume, and label int64 [32, 32, 32]. Its volume is i // sub_volumes_per_volume. Files are memory-mapped, so that
-    memory use does not grow with the number of volumes.
+    Item i is (image, label): image float32 [1, 32, 32, 32], scaled by the intensity scheme as its whole volume is, and
+    label int64 [32, 32, 32]. Its volume is i // sub_volumes_per_volume. Files are memory-mapped, so that memory use
+    does not grow with the number of volumes.
     """
 
-    def __init__(self, scans: Sequence[Scan], folders: Sequence[Path], label_map: LabelMap, grid: Grid) -> None:
-        self.scans, self.label_map, self.grid = list(scans), label_map, grid
+    def __init__(
+        self,
+        scans: Sequence[Scan],
+        folders: Sequence[Path],
+        label_map: LabelMap,
+        grid: Grid,
+        intensity: Scheme = "z_score",
+    ) -> None:
+        self.scans, self.label_map, self.grid, self.intensity = list(scans), label_map, grid, intensity
         self._folders = list(folders)
-        self._moments = [read_moments(folder) for folder in self._folders]
+        self._scalings: dict[int, Scaling] = {}
         self.n_volumes = len(self.scans)
         self.sub_volumes_per_volume = (grid.size // SIDE) ** 3
 
     @property
     def digest(self) -> str:
-        """SHA-256, hex, of what determines the items: content and order of the scans, label map and grid."""
+        """SHA-256, hex, of content and order of the scans, label map and grid."""
         keys = [folder.name for folder in self._folders]
         return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
 
@@ -51,7 +58,7 @@ class SubVolumes(torch.utils.data.Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"sub-volume {index} of {len(self)}")
         volume, place = divmod(index, self.sub_volumes_per_volume)
-        image = self.z_score(volume, self._cubes(volume, "image")[place])
+        image = self.scaling(volume)(self._cubes(volume, "image")[place])
         label = self._cubes(volume, "label")[place].astype(np.int64)
         return torch.from_numpy(image)[None], torch.from_numpy(label)
 
@@ -63,11 +70,11 @@ class SubVolumes(torch.utils.data.Dataset):
         return image, join_volume(self._cubes(v, "label"), self.grid.shape)
 
     def region(self, v: int, start: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (float32, not z-scored) and classes (uint8) of a cube anywhere in volume v.
+        """Image (float32, not scaled) and classes (uint8) of a cube anywhere in volume v.
 
-        Outside the volume the image is its mean, which z-scores to 0, and the class is 0.
+        Outside the volume the image is what scales to 0, and the class is 0.
         """
-        image = np.full((side,) * 3, self._moments[v][0], np.float32)
+        image = np.full((side,) * 3, self.scaling(v).zero, np.float32)
         labels = np.zeros((side,) * 3, np.uint8)
         first, last = np.maximum(start, 0), np.minimum(start + side, self.grid.size)
         for place in np.ndindex(*(-(-last // SIDE) - first // SIDE)):
@@ -78,9 +85,16 @@ class SubVolumes(torch.utils.data.Dataset):
             image[to], labels[to] = (self._cubes(v, name)[index][of] for name in ("image", "label"))
         return image, labels
 
-    def z_score(self, v: int, voxels: np.ndarray) -> np.ndarray:
-        """`z_score` of voxels of volume v with the moments of the whole volume."""
-        return z_score(voxels, *self._moments[v])
+    def scaling(self, v: int) -> Scaling:
+        """The scaling of volume v."""
+        if v not in self._scalings:
+            is_z_score = self.intensity == "z_score"  # the only scheme whose numbers the cache holds
+            self._scalings[v] = (
+                Scaling(*read_moments(self._folders[v]))
+                if is_z_score
+                else scaling_of(self._cubes(v, "image"), self.intensity)
+            )
+        return self._scalings[v]
 
     def _cubes(self, v: int, name: str) -> np.ndarray:
         if name == "label" and self.scans[v].label is None:

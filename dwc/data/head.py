@@ -2,7 +2,7 @@
 
 import numpy as np
 
-__all__ = ["Region", "head_box"]
+__all__ = ["Region", "head_box", "head_mask"]
 
 Region = tuple[slice, ...]  # one slice per axis
 
@@ -16,7 +16,7 @@ def head_box(image: np.ndarray) -> Region:
     Along each axis it spans the first to the last plane with bright voxels, plus 1/64 of the axis (4 mm of 256) on
     either side.
     """
-    bright = image > _otsu(image) // 2
+    bright = head_mask(image)
     region = []
     for axis, size in enumerate(image.shape):
         others = tuple(other for other in range(3) if other != axis)
@@ -26,6 +26,11 @@ def head_box(image: np.ndarray) -> Region:
         margin = size // 64
         region.append(slice(max(0, kept[0] - margin), min(size, kept[-1] + 1 + margin)))
     return tuple(region)
+
+
+def head_mask(image: np.ndarray) -> np.ndarray:
+    """The voxels of a uint8 image that are brighter than half of Otsu's threshold."""
+    return image > _otsu(image) // 2
 
 
 def _otsu(image: np.ndarray) -> int:

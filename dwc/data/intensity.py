@@ -1,10 +1,19 @@
 """Intensities: from the scanner's values to 8 bits, and from those to a network's input."""
 
 import hashlib
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-__all__ = ["SIGNAL", "content_of", "moments", "to_uint8", "z_score"]
+__all__ = ["IN_HEADERS", "SIGNAL", "Scaling", "Scheme", "content_of", "moments", "scaling_of", "to_uint8"]
+
+Scheme = Literal["z_score", "min_max", "quantile"]
+IN_HEADERS: dict[Scheme, str] = {  # how the header of a posterior names each scheme
+    "z_score": "z-score per volume",
+    "min_max": "min-max per volume",
+    "quantile": "quantiles 0.02 to 0.98 per volume",
+}
 
 SIGNAL = 25  # of 255: brighter voxels are not air; a tenth of the range, as in FSL's BET
 
@@ -13,6 +22,7 @@ _LIFTED = 8  # grey levels; rare voxels that would lift everything else by more 
 _HEAD_LEVELS = 32  # fewer occupied grey levels are no head with the air around it
 _AIR = 0.25  # least share of air in a head's field of view
 _FEW_BINS = 64  # of the histogram; a head in fewer is looked at more closely
+_QUANTILES = (0.02, 0.98)
 _PLAIN = (1e-30, 1e30)  # spans that float32 arithmetic holds
 
 
@@ -115,6 +125,34 @@ def moments(image: np.ndarray) -> tuple[np.float32, np.float32]:
     return np.float32(image.mean(dtype=np.float64)), np.float32(image.std(dtype=np.float64))
 
 
-def z_score(voxels: np.ndarray, mean: np.float32, sd: np.float32) -> np.ndarray:
-    """(voxels - mean) / sd in float32, a network's input; `moments` of the whole volume."""
-    return (voxels.astype(np.float32) - np.float32(mean)) / np.float32(sd)
+@dataclass(frozen=True)
+class Scaling:
+    """A network's input from a volume's grey levels: (clip(voxels, low, high) - zero) / unit, in float32."""
+
+    zero: np.float32
+    unit: np.float32
+    low: float = -np.inf
+    high: float = np.inf
+
+    def __call__(self, voxels: np.ndarray) -> np.ndarray:
+        scaled = voxels.astype(np.float32)
+        np.clip(scaled, self.low, self.high, out=scaled)
+        scaled -= self.zero
+        scaled /= self.unit
+        return scaled
+
+
+def scaling_of(image: np.ndarray, scheme: Scheme) -> Scaling:
+    """How a scheme scales a conformed volume, from all its voxels, air included.
+
+    `z_score` gives mean 0 and variance 1, `min_max` 0..1. `quantile` clips to the quantiles 0.02 and 0.98 and gives
+    0..1; the maximum takes the place of the upper one if less than 2 % of the volume stands out.
+    """
+    if scheme == "z_score":
+        return Scaling(*moments(image))
+    if scheme == "min_max":
+        low, high = np.float32(image.min()), np.float32(image.max())
+        return Scaling(low, high - low)
+    low, high = np.quantile(image, _QUANTILES).astype(np.float32)
+    high = high if high > low else np.float32(image.max())
+    return Scaling(low, high - low, float(low), float(high))

@@ -21,7 +21,11 @@ from dwc.data.paths import check_printable, unreadable
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-__all__ = ["LabelMap", "read_tsv"]
+__all__ = ["LEFT", "RIGHT", "LabelMap", "read_tsv"]
+
+# FreeSurfer's ids of structures on one side, but for the cortex: 1000 + parcel on the left, 2000 + parcel on the right
+LEFT = (2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 17, 18, 26, 28)
+RIGHT = (41, 42, 43, 44, 46, 47, 49, 50, 51, 52, 53, 54, 58, 60)
 
 _COLUMNS = ("index", "class", "name")
 _SIDES = ("Left-", "Right-", "ctx-lh-", "ctx-rh-")
@@ -132,6 +136,23 @@ class LabelMap:
     def n_classes(self) -> int:
         """Number of classes, background (class 0) included."""
         return len(self.names)
+
+    @cached_property
+    def sides(self) -> tuple[str, ...]:
+        """The side of the brain that each class is on by FreeSurfer's ids: left, right, both (merged), or n/a."""
+        found: list[set[str]] = [set() for _ in self.names]
+        for index, klass in zip(self.ids, self.classes, strict=True):
+            if index in LEFT or index // 1000 == 1:
+                found[klass].add("left")
+            if index in RIGHT or index // 1000 == 2:
+                found[klass].add("right")
+        return tuple("both" if len(sides) == 2 else next(iter(sides), "n/a") for sides in found)
+
+    @cached_property
+    def titles(self) -> tuple[str, ...]:
+        """Name of each class for people to read, with the side of the brain where a class has one side only."""
+        words = {"left": "Left-", "right": "Right-"}
+        return tuple(words.get(side, "") + name for side, name in zip(self.sides, self.names, strict=True))
 
     @cached_property
     def sha256(self) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from dwc.base.errors import InputError, one_line
 
-__all__ = ["OUT_OF_HANDLES", "check_printable", "existing_file", "unreadable"]
+__all__ = ["OUT_OF_HANDLES", "check_printable", "existing_file", "is_network", "network_file", "unreadable"]
 
+_NETWORK = "posterior.safetensors"  # in a run folder
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, line and paragraph separators
 OUT_OF_HANDLES = (errno.EMFILE, errno.ENFILE)
 
@@ -27,6 +28,25 @@ def existing_file(path: str | os.PathLike) -> Path:
     except (OSError, ValueError) as error:  # PermissionError, a name of 5000 letters, a NUL
         raise unreadable(path, error) from error
     raise InputError(f"{path}: {what}; check the path")
+
+
+def is_network(path: Path) -> bool:
+    """Whether a path names a network by its extension or is the folder of a finished run."""
+    return path.suffix == ".safetensors" or (path / _NETWORK).is_file()
+
+
+def network_file(path: str | os.PathLike) -> Path:
+    """The file of a network, which may be given by the folder of its run."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if not (path / _NETWORK).is_file():
+        unfinished = (path / "checkpoint.safetensors").is_file()
+        what = (
+            "its run has not ended, go on with it" if unfinished else "give the folder of a run or a .safetensors file"
+        )
+        raise InputError(f"{path}: holds no {_NETWORK}; {what}")
+    return path / _NETWORK
 
 
 def unreadable(path: str | os.PathLike, error: OSError | ValueError, remedy: str = "check the path") -> InputError:

@@ -33,7 +33,7 @@ class PaperCubes(Dataset[Item]):
 class SurroundedCubes(Dataset[Item]):
     """The sub-volumes of a dataset with `margin` voxels of their neighbours on each side.
 
-    Item i is (image, labels): image float32 [1, 32 + 2 margin, ...], z-scored as in the dataset and 0 outside the
+    Item i is (image, labels): image float32 [1, 32 + 2 margin, ...], scaled as in the dataset and 0 outside the
     volume, where a network pads with zeros too; labels int64 [32, 32, 32].
     """
 
@@ -47,7 +47,7 @@ class SurroundedCubes(Dataset[Item]):
         volume, place = divmod(index, self.data.sub_volumes_per_volume)
         start = SIDE * np.array(np.unravel_index(place, (self.data.grid.size // SIDE,) * 3))
         image, labels = self.data.region(volume, start - self.margin, SIDE + 2 * self.margin)
-        return _item(self.data.z_score(volume, image), labels, self.margin)
+        return _item(self.data.scaling(volume)(image), labels, self.margin)
 
 
 class RandomCubes(Dataset[Item]):
@@ -72,7 +72,7 @@ class RandomCubes(Dataset[Item]):
         image, labels = self.data.region(volume, start - border, SIDE + 2 * border)
         if any(vars(self.augmentation).values()):
             image, labels = augment(image, labels, side, self.augmentation, rng)
-        return _item(self.data.z_score(volume, image), labels, self.margin)
+        return _item(self.data.scaling(volume)(image), labels, self.margin)
 
     def _box(self, volume: int) -> Region:
         if volume not in self._boxes:

@@ -158,7 +158,8 @@ def _rounds(settings: SimulationSettings, folder: Path, manifests: dict[str, Pat
     write_whole(settings.out / "traffic.csv", as_csv(traffic, index=True, float_format=None).encode())
     grid, label_map = Grid(settings.grid_size, settings.voxel_size), LabelMap.load(settings.label_map)
     scans = [scan for manifest in manifests.values() for scan in read_manifest(manifest) if scan.split == "test"]
-    held_out = prepare(scans, label_map, grid, settings.out / "cache", progress=False)
+    intensity = settings.intensity or "z_score"
+    held_out = prepare(scans, label_map, grid, settings.out / "cache", intensity=intensity, progress=False)
     published = [datetime.fromisoformat(time) for time in state["published"]]
     rows = []
     for number in range(settings.rounds + 1):

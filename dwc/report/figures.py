@@ -1,6 +1,5 @@
 """Pictures of volumes: the scan, its true and predicted classes, and the errors in red."""
 
-import colorsys
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,22 +10,20 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from dwc.base.files import write_whole
+from dwc.colours import class_colours
 from dwc.metrics.confusion import confusion_matrix, mean_dice
 
-__all__ = ["class_colours", "overlay", "save", "site_slices"]
+__all__ = ["overlay", "save", "site_slices"]
 
 _PLANES = ("axial", "sagittal", "coronal")
 _LEGEND_AT_MOST = 16  # classes; longer legends are not readable
 _PANEL = 2.4  # inches
 _RED = (1.0, 0.1, 0.1)
-# Distinguishable with most kinds of colour blindness, and from the red of errors.
-_FIRST = ("#4477dd", "#e6a817", "#aa4fb0", "#14c6a4", "#f2ec6b", "#8fd3ff", "#5f8f2f", "#ffb3c6")
 
 
 @dataclass(frozen=True)
@@ -36,13 +33,6 @@ class _Row:
     panels: list[np.ndarray]
     notes: list[str | None]
     has_sides: bool
-
-
-def class_colours(n_classes: int) -> np.ndarray:
-    """RGB in 0..1 of each class, [n_classes, 3]: black, eight colour-blind-safe, then hues a golden angle apart."""
-    lights = ((0.65, 0.95), (0.95, 0.85), (0.45, 0.75))  # saturation and value, alternating so that neighbours differ
-    hues = [colorsys.hsv_to_rgb(k * 0.618034 % 1, *lights[k % 3]) for k in range(len(_FIRST) + 1, n_classes)]
-    return np.array([(0.0, 0.0, 0.0), *map(to_rgb, _FIRST), *hues])[:n_classes]
 
 
 def overlay(

@@ -16,6 +16,7 @@ from dwc.base.tables import read_settings
 from dwc.data.cache import digest_of_scans, is_prepared, prepare
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
+from dwc.data.intensity import Scheme
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan, read_manifest
 from dwc.study.settings import StudySettings
@@ -68,6 +69,10 @@ class Study:
         return self.out / "cache"
 
     @property
+    def intensity(self) -> Scheme:
+        return self.settings.intensity or "z_score"
+
+    @property
     def prediction(self) -> dict[str, Any]:
         """Keyword arguments of `predict_volume` and `score_volumes`."""
         settings = self.settings
@@ -108,7 +113,8 @@ class Study:
 
     def prepare(self, scans: list[Scan], *, progress: bool = False) -> SubVolumes:
         """Conform scans to the study's grid and classes, through its cache."""
-        return prepare(scans, self.label_map, self.grid, self.cache_dir, progress=progress)
+        where = self.label_map, self.grid, self.cache_dir
+        return prepare(scans, *where, intensity=self.intensity, progress=progress)
 
     def held_out(self, site: str) -> SubVolumes:
         return self.prepare(self.held_out_scans(site))

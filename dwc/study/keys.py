@@ -9,7 +9,7 @@ from dwc.base.files import canonical_json
 from dwc.study.context import Study
 from dwc.study.graph import Network
 from dwc.study.settings import Stage, shared
-from dwc.training.settings import ComputeSettings, CubeSettings, NetworkSettings, OptimizerSettings
+from dwc.training.settings import ComputeSettings, CubeSettings, NetworkSettings, OptimizerSettings, without_later
 
 __all__ = ["digest_of", "network_key"]
 
@@ -23,7 +23,7 @@ def network_key(study: Study, network: Network, stage: Stage | None, parents: Se
     if stage is not None and network.site is not None:
         values = shared(study.settings, NetworkSettings, ComputeSettings) | shared(stage, OptimizerSettings)
         values |= {"mode": network.mode, "epochs": stage.epochs, "steps_per_epoch": stage.steps // stage.epochs}
-        content["settings"] = {name: value for name, value in values.items() if name not in _BY_CONTENT}
+        content["settings"] = without_later({n: value for n, value in values.items() if n not in _BY_CONTENT})
         content["settings"] |= study.settings.decisive_cubes()
         content["label_map"] = study.label_map.sha256
         content["scans"] = study.digest(network.site)

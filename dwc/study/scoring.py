@@ -64,7 +64,8 @@ class Scores:
 
     def predict(self, row: Row, image: np.ndarray) -> np.ndarray:
         """The classes that a row predicts in a conformed volume."""
-        return predict_volume(self._models(row), image, **self.study.prediction).labels
+        intensity = self.study.intensity
+        return predict_volume(self._models(row), image, intensity=intensity, **self.study.prediction).labels
 
     def _score(self, row: Row) -> None:
         missing, models = self.missing(row), self._models(row)

@@ -77,8 +77,8 @@ def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior
                 specification.label_map, specification.grid, specification.cache_dir,
             )  # fmt: skip
             where = specification.label_map, specification.grid, specification.cache_dir
-            data = prepare(specification.train_scans, *where)
-            held_out = prepare(specification.test_scans, *where)
+            data = prepare(specification.train_scans, *where, intensity=specification.intensity)
+            held_out = prepare(specification.test_scans, *where, intensity=specification.intensity)
             specification = specification.with_data(data, held_out)
             specification.check_resumes(checkpoint)
             if ranks.is_main():

@@ -4,6 +4,7 @@
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,16 @@ from dwc.base.settings import Settings
 from dwc.data.augmentation_settings import Augmentation
 from dwc.data.constants import SHIPPED, SIDE
 
-__all__ = ["ComputeSettings", "CubeSettings", "NetworkSettings", "OptimizerSettings", "TrainSettings"]
+__all__ = [
+    "ComputeSettings", "CubeSettings", "NetworkSettings", "OptimizerSettings", "TrainSettings", "without_later",
+]  # fmt: skip
+
+_LATER = {"activation": "relu", "intensity": "z_score", "stream": 0}  # settings added later, with what was done before
+
+
+def without_later(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings less those that dwc did not have at first, where they are what it did then: runs keep their identity."""
+    return {name: value for name, value in values.items() if name not in _LATER or value not in (None, _LATER[name])}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +41,11 @@ class NetworkSettings(Settings):
         Filters per layer. Default: as the prior or initial network, else 96.
     dilations
         One per 3x3x3 layer, such as [1,1,2]. Default: as the prior or initial network, else [1,1,1,2,4,8,1].
+    activation
+        relu or elu, after each 3x3x3 layer. Default: as the prior or initial network, else relu.
+    intensity
+        How a conformed volume is scaled: z_score, min_max (0..1), or quantile (clipped to its quantiles 0.02 and 0.98,
+        0..1). Default: as the prior or initial network, else z_score.
     """
 
     label_map: str | None = None
@@ -38,6 +53,8 @@ class NetworkSettings(Settings):
     voxel_size: float | None = None
     width: int | None = None
     dilations: tuple[int, ...] | None = None
+    activation: Literal["relu", "elu"] | None = None
+    intensity: Literal["z_score", "min_max", "quantile"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,17 +14,18 @@ import torch
 import yaml
 
 from dwc.base.devices import choose_device
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, difference
 from dwc.base.files import PARTS, sweep, write_whole
 from dwc.base.ranks import world_size
 from dwc.data.constants import SHIPPED, SIDE
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
+from dwc.data.intensity import IN_HEADERS, Scheme
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan, has_split_column, labelled, read_manifest
 from dwc.meshnet import DILATIONS, WIDTH, checked_architecture, describe
 from dwc.posterior import Posterior
-from dwc.training.settings import CubeSettings, TrainSettings
+from dwc.training.settings import CubeSettings, TrainSettings, without_later
 from dwc.training.state import Checkpoint, fingerprint_of, load_checkpoint
 
 __all__ = ["LOCK", "RunSpecification", "labelled_scans", "resolve"]
@@ -59,20 +60,27 @@ class RunSpecification:
     def cache_dir(self) -> Path:
         return self.settings.cache_dir or self.settings.out / "cache"
 
+    @property
+    def intensity(self) -> Scheme:
+        return self.settings.intensity or "z_score"
+
     @cached_property
     def header(self) -> dict[str, Any]:
         """The part of the posterior's header that must equal the prior's."""
         settings = self.settings
         return {
             "architecture": describe(
-                self.label_map.n_classes, settings.width or WIDTH, settings.dilations or DILATIONS
+                self.label_map.n_classes,
+                settings.width or WIDTH,
+                settings.dilations or DILATIONS,
+                activation=settings.activation or "relu",
             ),
             "label_map": {"name": self.label_map.name, "sha256": self.label_map.sha256},
             "preprocessing": {
                 "grid_size": self.grid.size,
                 "voxel_size": self.grid.voxel_size,
                 "sub_volume": SIDE,
-                "intensity": "z-score per volume",
+                "intensity": IN_HEADERS[self.intensity],
             },
         }
 
@@ -84,9 +92,7 @@ class RunSpecification:
             values["epochs"] = self.settings.epochs  # every step depends on the length of the cycle
         cubes = {field.name for field in fields(CubeSettings)}
         values = {name: value for name, value in values.items() if name not in cubes} | self.settings.decisive_cubes()
-        if not self.settings.stream:
-            del values["stream"]  # so that the header of a run without one stays the same
-        return values
+        return without_later(values)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -219,13 +225,17 @@ def _inherit(settings: TrainSettings, base: Posterior | None) -> TrainSettings:
     """Fill in open settings from the prior or the initial network, else with the paper's."""
     metadata = base.metadata if base else {}
     architecture = checked_architecture(base) if base else {}
-    preprocessing = metadata.get("preprocessing") or {}
+    preprocessing = (base.entry("preprocessing") if base else None) or {}
     values = {
         "label_map": (metadata.get("label_map") or {}).get("name", SHIPPED[0]),
         "grid_size": preprocessing.get("grid_size", GRID.size),
         "voxel_size": preprocessing.get("voxel_size", GRID.voxel_size),
         "width": architecture.get("width", WIDTH),
         "dilations": tuple(architecture.get("dilations", DILATIONS)),
+        "activation": architecture.get("activation", "relu"),
+        "intensity": next(
+            (scheme for scheme, text in IN_HEADERS.items() if text == preprocessing.get("intensity")), None
+        ),
     }
     if settings.label_map is None and values["label_map"] not in SHIPPED:
         raise InputError(
@@ -253,13 +263,13 @@ def _check_base(specification: RunSpecification) -> None:
     if settings.has_learned_prior and not base.is_bayesian:
         raise InputError(f"`prior` {base.name}: is a MAP network; train one with `mode` vi from it first")
     for key, ours in specification.header.items():
-        theirs = base.metadata.get(key)
+        theirs = base.entry(key)
         if theirs != ours:
-            differing = [name for name in ours if not isinstance(theirs, dict) or theirs.get(name) != ours[name]]
+            their_values, our_values = difference(theirs, ours)
             raise InputError(
                 f"`{_base_parameter(settings)}` {base.name}: its {key.replace('_', ' ')} differs from this run's in "
-                f"{', '.join(differing) or 'its entries'}; leave `width`, `dilations`, `label_map`, `grid_size` and "
-                "`voxel_size` out to take the file's"
+                f"{their_values}, here {our_values}; leave `width`, `dilations`, `activation`, `label_map`, "
+                "`grid_size`, `voxel_size` and `intensity` out to take the file's"
             )
 
 

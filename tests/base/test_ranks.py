@@ -214,7 +214,7 @@ def test_ranks_share_the_scans_to_predict(networks, site, tmp_path, capsys):
     assert cli.main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
     alone = capsys.readouterr().out.replace(str(tmp_path / "one"), str(tmp_path / "many"))
     assert sorted(printed.splitlines()) == sorted(alone.splitlines())
-    assert len(list((tmp_path / "one").iterdir())) == 3 * 4
+    assert len(list((tmp_path / "one").iterdir())) == 3 * 5 + 5
     for path in (tmp_path / "one").iterdir():
         assert (tmp_path / "many" / path.name).read_bytes() == path.read_bytes()
 

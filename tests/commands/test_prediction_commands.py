@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dwc import cli
+from dwc.colours import VIEWER_TABLES
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.metrics.confusion import confusion_matrix, mean_dice
@@ -60,8 +61,10 @@ def test_predict_leaves_labels_entropy_volumes_and_a_picture(networks, network, 
     scans = [site / "sub-3_T1w.nii.gz", site / "sub-2_T1w"]
     code, printed, error = dwc("predict", "--network", networks["map"].name, network, *scans, "--out", out)
     assert (code, error) == (0, "")
-    suffixes = ("dseg.nii.gz", "dseg.tsv", "entropy.nii.gz", "volumes.tsv", "overlay.png")
-    assert {path.name for path in out.iterdir()} == {f"sub-{n}_{suffix}" for n in (2, 3) for suffix in suffixes}
+    suffixes = ("dseg.nii.gz", "dseg.tsv", "dseg.json", "entropy.nii.gz", "volumes.tsv", "overlay.png")
+    of_all = {"volumes.tsv", "dataset_description.json", *VIEWER_TABLES}
+    of_each = {f"sub-{n}_{suffix}" for n in (2, 3) for suffix in suffixes}
+    assert {path.name for path in out.iterdir()} == of_all | of_each
     assert printed.splitlines()[0].startswith(f"{out / 'sub-3_dseg.nii.gz'}  (")
     coarse = LabelMap.load("coarse")
     table = list(csv.DictReader((out / "sub-3_dseg.tsv").open(), delimiter="\t"))
@@ -70,8 +73,8 @@ def test_predict_leaves_labels_entropy_volumes_and_a_picture(networks, network, 
     assert ids.shape == (32, 32, 32)
     assert {str(index) for index in np.unique(ids)} <= {row["index"] for row in table}
     entropy = ids_of(out / "sub-3_entropy.nii.gz")
-    assert entropy.dtype == np.float32
-    assert 0 < entropy.mean() <= np.log(9)
+    assert nibabel.load(out / "sub-3_entropy.nii.gz").get_data_dtype() == np.uint8
+    assert 0 < entropy.mean() <= entropy.max() <= np.log(9) + 1e-6
     volumes = list(csv.DictReader((out / "sub-3_volumes.tsv").open(), delimiter="\t"))
     assert sum(float(row["volume_mm3"]) for row in volumes) == 32**3
 
@@ -126,12 +129,16 @@ BAD_SCANS = {
 
 
 @pytest.mark.parametrize(("kind", "message"), BAD_SCANS.items())
-def test_a_bad_scan_ends_predict_before_any_work(network, scan, tmp_path, capsys, kind, message):
+def test_a_bad_scan_is_one_line_and_the_others_are_segmented(network, scan, tmp_path, capsys, kind, message):
     bad = bad_scan(tmp_path, kind)
-    line = refused(capsys, "predict", "--network", network, scan, bad, "--out", tmp_path / "out")
+    words = ["predict", "--network", network, bad, scan, "--out", tmp_path / "out", "--no-picture"]
+    assert cli.main([str(word) for word in words]) == 1
+    line, last = capsys.readouterr().err.splitlines()
     assert line.startswith(f"dwc: {bad}: ")
     assert re.search(message, line)
-    assert not (tmp_path / "out").exists()
+    assert last.startswith("dwc: 1 of 2 scans could not be segmented; ")
+    assert (tmp_path / "out" / "sub-3_dseg.nii.gz").exists()
+    assert re.search(message, (tmp_path / "out" / "failures.tsv").read_text())
 
 
 @pytest.mark.parametrize(("kind", "message"), BAD_SCANS.items())

@@ -22,7 +22,7 @@ from dwc.data.cache import prepare
 from dwc.data.cubes import join_volume, split_volume
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
-from dwc.data.intensity import moments, z_score
+from dwc.data.intensity import scaling_of
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan
 
@@ -84,16 +84,15 @@ def test_items_are_z_scored_cubes_with_their_classes(scans, tmp_path):
 
 def test_a_volume_of_z_scores_has_mean_zero_and_variance_one():
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 64), np.uint8)
-    mean, sd = moments(image)
-    z = z_score(image, mean, sd)
-    assert mean.dtype == sd.dtype == z.dtype == np.float32
+    z = scaling_of(image, "z_score")(image)
+    assert z.dtype == np.float32
     np.testing.assert_allclose([z.mean(dtype=np.float64), z.std(dtype=np.float64)], [0, 1], atol=1e-6)
 
 
 def test_items_are_exactly_the_z_scores_of_the_volume(scans, tmp_path):
     data = _prepare(scans, tmp_path / "cache")
     image, _ = data.volume(2)
-    np.testing.assert_array_equal(data[16][0][0], z_score(image[:32, :32, :32], *moments(image)))
+    np.testing.assert_array_equal(data[16][0][0], scaling_of(image, "z_score")(image[:32, :32, :32]))
 
 
 def test_the_digest_follows_content_order_label_map_and_grid_and_not_names(scans, tmp_path):

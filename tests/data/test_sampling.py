@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import get_args
 
 import nibabel
 import numpy as np
@@ -12,6 +13,7 @@ from dwc.data.cache import prepare
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
 from dwc.data.head import head_box
+from dwc.data.intensity import Scheme, scaling_of
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan
 from dwc.data.sampling import PaperCubes, RandomCubes, SurroundedCubes
@@ -44,7 +46,7 @@ def place_of(data: SubVolumes, image: np.ndarray) -> list[tuple[int, tuple[int, 
     """Where a cube without margin comes from: volumes and corners whose z-scores it equals."""
     found = []
     for v in range(data.n_volumes):
-        volume = data.z_score(v, data.volume(v)[0])
+        volume = data.scaling(v)(data.volume(v)[0])
         for corner in np.argwhere(volume[:33, :33, :33] == image[0, 0, 0]):
             cut = tuple(slice(c, c + 32) for c in corner)
             if np.array_equal(volume[cut], image):
@@ -75,7 +77,7 @@ def test_the_margin_holds_the_cubes_real_neighbours_and_zeros_beyond_the_volume(
         assert torch.equal(surrounded[:, 9:-9, 9:-9, 9:-9], image)
         assert torch.equal(labels, same_labels)
         ((volume, corner),) = place_of(data, image[0].numpy())
-        padded = np.pad(data.z_score(volume, data.volume(volume)[0]), 9)
+        padded = np.pad(data.scaling(volume)(data.volume(volume)[0]), 9)
         np.testing.assert_array_equal(surrounded[0], padded[tuple(slice(c, c + 50) for c in corner)])
 
 
@@ -128,7 +130,7 @@ def test_surrounded_cubes_are_the_sub_volumes_with_their_neighbours(data):
         assert torch.equal(surrounded[:, 5:-5, 5:-5, 5:-5], image)
         assert torch.equal(labels, same)
     np.testing.assert_array_equal(
-        cubes[0][0][0, :37, :37, :37][5:, 5:, 5:], data.z_score(0, data.volume(0)[0])[:32, :32, :32]
+        cubes[0][0][0, :37, :37, :37][5:, 5:, 5:], data.scaling(0)(data.volume(0)[0])[:32, :32, :32]
     )
     assert not cubes[0][0][0, :5].any()
 
@@ -188,3 +190,15 @@ def test_mirroring_flips_the_first_axis_in_its_share_of_the_cubes():
 def test_strengths_that_cannot_be_meant_are_refused_by_name(name, value):
     with pytest.raises(InputError, match=f"`{name}`"):
         replace(NONE, **{name: value})
+
+
+@pytest.mark.parametrize("scheme", get_args(Scheme))
+def test_cubes_and_their_margins_are_scaled_as_the_whole_volume_is(data, scheme):
+    scaled = SubVolumes(data.scans, data._folders, data.label_map, data.grid, scheme)
+    whole = scaling_of(data.volume(1)[0], scheme)(data.volume(1)[0])
+    first = scaled.sub_volumes_per_volume
+    np.testing.assert_array_equal(scaled[first][0][0], whole[:32, :32, :32])
+    surrounded, _ = SurroundedCubes(scaled, 3)[first]
+    np.testing.assert_array_equal(surrounded[0], np.pad(whole[:35, :35, :35], ((3, 0),) * 3))
+    drawn, _ = RandomCubes(scaled, 0, 0, 0.0, Augmentation())[0]
+    assert scheme == "z_score" or 0 <= drawn.min() < drawn.max() <= 1

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from dwc.base.errors import InputError
-from dwc.report.figures import _busiest, _slice, class_colours, overlay, site_slices
+from dwc.colours import class_colours
+from dwc.report.figures import _busiest, _slice, overlay, site_slices
 
 
 @pytest.fixture

@@ -438,6 +438,15 @@ def test_bf16_autocast_trains_close_to_fp32(settings, tmp_path):
         ({"mode": "vcl", "prior": "{vi}", "width": 3}, "architecture differs from this run's in width"),
         ({"mode": "vcl", "prior": "{vi}", "label_map": "fifty"}, "differs from this run's in n_classes"),
         ({"mode": "vcl", "prior": "{vi}", "grid_size": 64}, "preprocessing differs from this run's in grid_size"),
+        (
+            {"mode": "vcl", "prior": "{vi}", "activation": "elu"},
+            "`prior` .* architecture differs from this run's in activation relu, here activation elu",
+        ),
+        (
+            {"init": "{map}", "intensity": "quantile"},
+            "`init` .* preprocessing differs from this run's in intensity z-score per volume, here intensity quantiles",
+        ),
+        ({"intensity": "bogus"}, "`intensity` 'bogus': give 'z_score', 'min_max' or 'quantile'"),
         ({"init": "{vi}", "dilations": (2,)}, "`init` .* architecture differs from this run's in dilations"),
         ({"data": "missing.csv"}, r"missing\.csv"),
         ({"grid_size": 33}, "`grid_size` 33: give a multiple of 32"),
