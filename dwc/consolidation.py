@@ -282,9 +282,7 @@ class Consolidation:
             )
         return bounds
 
-    def _refuse_rounded(
-        self, who: str, sums: dict[str, _Sums], rounded: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> None:
+    def _refuse_rounded(self, who: str, sums: dict[str, _Sums], rounded: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         for name, (shift_error, precision_error) in rounded.items():
             shift, precision = self._eta(name, sums[name], self.temper)
             of_mean = (shift_error + (shift / precision).abs() * precision_error) * precision.rsqrt()

@@ -155,6 +155,8 @@ class Spool:
                 return _answer("trained", key) | {"posterior": content}
             if reason:
                 write_whole(task / "refused", reason.encode())  # to be read by people
+            else:
+                (task / "refused").unlink(missing_ok=True)  # it counts again
         wanted = question["round"] and not (self._task(question) / "task.json").exists()
         if not wanted:
             return _answer("idle", question)
