@@ -22,6 +22,7 @@ from dwc_kernels.network import drawn_weights
 __all__ = ["DILATIONS", "MeshNet", "checked_architecture", "describe"]
 
 WIDTH = 96
+_MAX_SIZE = 10_000  # of any number in an architecture that comes in a file
 DILATIONS = (1, 1, 1, 2, 4, 8, 1)  # Table 1, layers 1 to 7
 
 
@@ -50,11 +51,33 @@ def checked_architecture(posterior: Posterior) -> dict[str, Any]:
         if key == "network":
             continue
         numbers = value if key == "dilations" else [value]
-        if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n > 0 for n in numbers):
+        whole = isinstance(numbers, list) and all(type(n) is int and 0 < n <= _MAX_SIZE for n in numbers)
+        if not whole or not numbers:
             raise InputError(
                 f"{posterior.name}: its architecture's {key} is {str(value)[:40]!r}; write it again with dwc train"
             )
+    shapes = _shapes(theirs)
+    odd = [name for name, mu in posterior.mu.items() if name in shapes and list(mu.shape) != shapes[name]]
+    if odd:  # before memory is taken for the network
+        raise InputError(
+            f"{posterior.name}: {odd[0]} has shape {list(posterior.mu[odd[0]].shape)}, the network's "
+            f"{shapes[odd[0]]}; give networks of one architecture"
+        )
+    if missing := shapes.keys() - posterior.mu.keys():
+        raise InputError(
+            f"{posterior.name}: {min(missing)} exists only in the network; give networks of one architecture"
+        )
     return theirs
+
+
+def _shapes(architecture: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Names and shapes of a network's weights in a posterior."""
+    width, n_channels, shapes = architecture["width"], architecture["in_channels"], {}
+    for number in range(len(architecture["dilations"])):
+        shapes |= {f"layers.{number}.weight": [width, n_channels, 3, 3, 3], f"layers.{number}.bias": [width]}
+        n_channels = width
+    last, n_classes = len(architecture["dilations"]), architecture["n_classes"]
+    return {**shapes, f"layers.{last}.weight": [n_classes, width, 1, 1, 1], f"layers.{last}.bias": [n_classes]}
 
 
 class MeshNet(nn.Module):

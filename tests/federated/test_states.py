@@ -26,7 +26,7 @@ from tests.made_cycles import NOW, trained
 from tests.made_posteriors import a_prior
 
 SITES = ("north", "east", "west", "south")
-ROUNDS = 3
+ROUNDS = 2
 LATER = NOW + timedelta(days=9)
 sites = st.sampled_from(SITES)
 numbers = st.integers(1, ROUNDS)
@@ -38,9 +38,7 @@ class CycleMachine(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp())
         self.real_now, module._now = module._now, lambda state: NOW
         a_prior().save(self.root / "prior.safetensors")
-        project = Project(
-            "brains", "localhost", list(SITES), self.root / "prior.safetensors", ROUNDS, quorum=3, grace_hours=24
-        )
+        project = Project("brains", "localhost", list(SITES), self.root / "prior.safetensors", ROUNDS, quorum=3)
         self.cycle = Cycle.create(self.root / "server", project)
         self.kept: dict[str, dict[str, bytes]] = {site: {} for site in SITES}  # by prior: what each site has trained
         self.sent: dict[str, int] = dict.fromkeys(SITES, 0)
@@ -70,6 +68,12 @@ class CycleMachine(RuleBasedStateMachine):
         self.cycle.receive(site, message)
         if waiting:
             assert digest(waiting[0]) in self.cycle.question(site)["settled"]
+
+    @rule()
+    def everybody_is_asked_and_the_round_closes_if_it_can(self) -> None:
+        for site in SITES:
+            self.answer(site)
+        self.make_a_pass(True)
 
     @rule(late=st.booleans())
     def make_a_pass(self, late: bool) -> None:
@@ -170,7 +174,7 @@ class CycleMachine(RuleBasedStateMachine):
 
 
 CycleMachine.TestCase.settings = settings(
-    max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=25, stateful_step_count=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
