@@ -33,7 +33,7 @@ _ALIKE = 0.9  # correlation of two sites' shifts, to be warned about if they are
 _CLOSER = 1 / 3  # which is this multiple of its distance, 1 - |correlation|
 
 
-_IN_A_TENSOR = Movement(
+_IN_A_TENSOR = (  # in the order of `Movement`
     "it adds {:.3g} times the precision of the median site in {}",
     "it pulls the means {:.3g} times as hard as the median site in {}",
     "it is {:.3g} times as sure of one weight as the median site of any in {}",

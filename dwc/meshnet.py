@@ -57,11 +57,11 @@ def checked_architecture(posterior: Posterior) -> dict[str, Any]:
                 f"{posterior.name}: its architecture's {key} is {str(value)[:40]!r}; write it again with dwc train"
             )
     shapes = _shapes(theirs)
-    odd = [name for name, mu in posterior.mu.items() if name in shapes and list(mu.shape) != shapes[name]]
-    if odd:  # before memory is taken for the network
+    misfits = [name for name, mu in posterior.mu.items() if name in shapes and list(mu.shape) != shapes[name]]
+    if misfits:  # before memory is taken for the network
         raise InputError(
-            f"{posterior.name}: {odd[0]} has shape {list(posterior.mu[odd[0]].shape)}, the network's "
-            f"{shapes[odd[0]]}; give networks of one architecture"
+            f"{posterior.name}: {misfits[0]} has shape {list(posterior.mu[misfits[0]].shape)}, the network's "
+            f"{shapes[misfits[0]]}; give networks of one architecture"
         )
     if missing := shapes.keys() - posterior.mu.keys():
         raise InputError(
@@ -72,7 +72,8 @@ def checked_architecture(posterior: Posterior) -> dict[str, Any]:
 
 def _shapes(architecture: Mapping[str, Any]) -> dict[str, list[int]]:
     """Names and shapes of a network's weights in a posterior."""
-    width, n_channels, shapes = architecture["width"], architecture["in_channels"], {}
+    width, n_channels = architecture["width"], architecture["in_channels"]
+    shapes: dict[str, list[int]] = {}
     for number in range(len(architecture["dilations"])):
         shapes |= {f"layers.{number}.weight": [width, n_channels, 3, 3, 3], f"layers.{number}.bias": [width]}
         n_channels = width

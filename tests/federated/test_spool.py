@@ -143,6 +143,17 @@ def test_a_refused_posterior_is_put_aside_with_the_reason(spool, cycle):
     assert "which no round had" in refused.read_text()
 
 
+def test_a_posterior_that_counts_again_is_marked_as_refused_no_longer(spool, cycle):
+    begin(spool, cycle)
+    let_finish(spool, a_site(a_prior(), 1))
+    question = cycle.question("north")
+    file = digest(spool.answer(question)["posterior"])
+    spool.answer({**question, "settled": {file: "round 1 was reopened"}})
+    assert list(spool.folder.glob("round-*/refused"))
+    spool.answer({**question, "settled": {file: ""}})
+    assert not list(spool.folder.glob("round-*/refused"))
+
+
 def test_a_site_sends_again_what_a_server_restored_from_a_backup_has_forgotten(spool, cycle):
     backup = (cycle.folder / "state.json").read_bytes()
     begin(spool, cycle)
