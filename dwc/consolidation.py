@@ -116,7 +116,9 @@ class Consolidation:
         self._check(site, prior)
         members = _members(site)
         if members.keys() & self._members.keys():
-            raise InputError(f"{site.name}: this site has been added already; give each site's posterior once")
+            raise InputError(
+                f"{site.name}: this site has been added already, alone or in a consolidated file; give each once"
+            )
         sums = self._accumulated(site, prior, factor=power)
         if site.metadata.get("sites"):
             self._rounded, self._files = self._rounding(site, power), self._files | {site.sha256}

@@ -399,7 +399,9 @@ class Cycle:
     def _prior(self, number: int) -> Posterior:
         prior = Posterior.load(self._prior_file(number))
         if prior.sha256 != self.state["priors"][number - 1]:
-            raise InputError(f"{prior.name}: is not the prior that was published; restore it from a backup")
+            raise InputError(
+                f"{prior.name}: is not the prior that was published; recompute its round, or restore it from a backup"
+            )
         return prior
 
 

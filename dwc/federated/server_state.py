@@ -110,11 +110,11 @@ def uncount(row: dict[str, Any]) -> None:
 def small_quorum(project: Mapping[str, Any], n_sites: int) -> str | None:
     """A warning if a round may close with too few sites to compare them with each other."""
     n_least = min(project["quorum"], n_sites)
-    if project["max_influence"] is None or n_least >= MIN_SITES:
+    if project["max_influence"] is None or not 0 < n_least < MIN_SITES:
         return None
     return (
-        f"a round may close with {n_least} posteriors; with fewer than {MIN_SITES} there is no median site, so that "
-        f"nobody's influence is limited: set quorum to {MIN_SITES} or more"
+        f"a round closes with {n_least} of {n_sites} sites; with fewer than {MIN_SITES} posteriors there is no median "
+        f"site, and nobody's influence is limited: set quorum to {MIN_SITES} or more"
     )
 
 

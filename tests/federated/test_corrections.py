@@ -370,12 +370,12 @@ def test_a_late_answer_is_judged_with_the_round_that_it_was_trained_in_and_its_w
 
 
 def test_a_quorum_with_which_nobody_is_limited_is_warned_of(cycle, project, capsys):
-    assert "warning: a round may close with 2 posteriors; with fewer than 3 there is no median site" in (
+    assert "warning: a round closes with 2 of 3 sites; with fewer than 3 posteriors there is no median site" in (
         describe(cycle.state)
     )
     cycle.amend(Project(**{**project.to_json(), "quorum": 3}))
-    assert "may close with" not in describe(cycle.state)
+    assert "no median site" not in describe(cycle.state)
     corrections.ban(cycle, "west")
-    assert "may close with 2 posteriors" in describe(cycle.state)
+    assert "a round closes with 2 of 2 sites" in describe(cycle.state)
     cycle.amend(Project(**{**project.to_json(), "max_influence": None}))
-    assert "may close with" not in describe(cycle.state)
+    assert "no median site" not in describe(cycle.state)

@@ -409,4 +409,4 @@ def test_folders_of_past_jobs_are_cleared_and_nothing_else(tmp_path):
 
 def test_a_quorum_with_which_nobody_is_limited_is_warned_of_when_kits_are_made(agreement, tmp_path, capsys):
     assert cli.main(["federated", "init", str(agreement), "--out", str(tmp_path / "out")]) == 0
-    assert "dwc: warning: a round may close with 1 posteriors; with fewer than 3" in capsys.readouterr().err
+    assert "dwc: warning: a round closes with 1 of 2 sites; with fewer than 3" in capsys.readouterr().err
