@@ -1,17 +1,20 @@
 """How often honest sites are limited or warned of, and bad ones that steer one weight: `benchmarks.honest_sites`.
 
 Six simulated sites of one to six volumes train from one prior, for short and longer trainings. Then each of them in
-turn is replaced by one that moves a single weight far and is sure of it. Networks are kept in the output folder: a
-second call goes on where the first one stopped.
+turn is replaced by one that moves a single weight far and is sure of it, and the largest effect is searched that is
+neither limited nor warned of. Networks are kept in the output folder: a second call goes on where the first stopped.
 """
 
 import argparse
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from benchmarks.robust_consolidation import GRID, _trained
+from dwc.consolidation import consolidate
 from dwc.influence import limit_powers, measure, warnings_about
 from dwc.posterior import Posterior
 from dwc.simulation.scans import load_sites, write_site
@@ -19,6 +22,10 @@ from dwc.training.settings import TrainSettings
 
 N_VOLUMES = (2, 1, 2, 3, 4, 6, 2)  # of the organization, then of the sites
 STEERED = ((90.0, 0.1), (90.0, 1.0), (30.0, 0.1), (0.0, 0.03))  # shift and sigma of one weight, in sigma_0
+SHIFTS, RATIOS = (
+    (2.0, 5.0, 10.0, 20.0, 30.0, 50.0, 90.0),
+    (1.0, 0.5, 0.3, 0.2, 0.1, 0.05),
+)  # searched for what is unseen
 LIMIT = 3.0
 
 
@@ -38,7 +45,13 @@ def main() -> None:
         steered += rounds
     print("| one weight: shift, sigma | sites | limited | left out | warned of |", "| --- " * 5 + "|", sep="\n")
     for shift, ratio in STEERED:
-        print(_steered_row(shift, ratio, steered))
+        print(_steered_row(shift, ratio, steered), flush=True)
+    unseen, honest = zip(*(_unseen(*one_round) for one_round in steered), strict=True)
+    print(
+        f"one weight of the result moved unseen by up to {max(unseen):.1f} sigma_0, median {median(unseen):.1f};",
+        end=" ",
+    )
+    print(f"the furthest that an honest site moves one: up to {max(honest):.1f}, median {median(honest):.1f}")
 
 
 def _honest_row(name: str, rounds: list[tuple[Posterior, list[Posterior]]]) -> str:
@@ -68,6 +81,21 @@ def _steered_row(shift: float, ratio: float, rounds: list[tuple[Posterior, list[
                     warned += str(bad) in warnings_about({str(n): one for n, one in enumerate(influences)})
     left_out, limited = sum(power == 0 for power in powers), sum(power < 1 for power in powers)
     return f"| {shift:g} sigma_0, {ratio:g} sigma_0 | {len(powers)} | {limited} | {left_out} | {warned} |"
+
+
+def _unseen(prior: Posterior, sites: list[Posterior]) -> tuple[float, float]:
+    """How far (in sigma_0) the second site moves a weight of the result unseen, and the furthest honest move."""
+    honest = [measure(site, prior) for site in sites]
+    before, most = consolidate(prior, sites), 0.0
+    for tensor, (shift, ratio) in product(prior.mu, product(SHIFTS, RATIOS)):
+        bad = _steering(sites[1], prior, tensor, 0, shift, ratio)
+        influences = [honest[0], measure(bad, prior), *honest[2:]]
+        warned = "1" in warnings_about({str(n): one for n, one in enumerate(influences)})
+        if limit_powers(influences, LIMIT)[1] == 1 and not warned:
+            after = consolidate(prior, [sites[0], bad, *sites[2:]])
+            moved = (after.mu[tensor] - before.mu[tensor]).view(-1)[0] / prior.sigma[tensor].view(-1)[0]
+            most = max(most, moved.item())
+    return most, max(one.furthest for one in honest)
 
 
 def _steering(site: Posterior, prior: Posterior, tensor: str, place: int, shift: float, ratio: float) -> Posterior:
