@@ -202,6 +202,7 @@ def test_one_key_does_not_answer_for_two_sites(tmp_path, key, consortium, capsys
     assert not (tmp_path / "out.safetensors").exists()
     other = signed(tmp_path, "east", a_site(a_prior(), 1), tmp_path / "east.key")
     assert main(["consolidate", files[0], other, *consortium]) == 0
+    assert f"{other}: signed by east" in capsys.readouterr().out
 
 
 def test_a_site_that_was_late_is_in_with_two_rounds_under_one_key(tmp_path, key, consortium):
