@@ -36,7 +36,8 @@ class Project(Settings):
     rounds
         Number of rounds.
     quorum
-        Number of posteriors with which a round may close; by default one of every site.
+        Number of posteriors with which a round may close; by default one of every site. With fewer than three, nobody's
+        influence is limited.
     grace_hours
         How long a round that has its quorum waits for the other sites.
     port
