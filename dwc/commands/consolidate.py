@@ -114,8 +114,8 @@ def main(arguments: Sequence[str]) -> None:
         consolidation = consolidation.tempered(choose(consolidation, entered))
     posterior = consolidation.posterior(str(out))
     posterior.save(out)
-    for (key, _), path in signed.items():
-        print(printable(f"{path}: signed by {key}"))
+    for (signer, _), path in signed.items():
+        print(printable(f"{path}: signed by {signer}"))
     names = [str(path) for path in values.sites]
     judged = dict(zip(names, influences, strict=True))
     for name, verdict in verdicts(judged).items():
