@@ -22,23 +22,19 @@ _EXCLUDED_BELOW = 0.01  # power: a site that would have to be weakened more than
 _UNMOVED = 1e-6  # a median below this: most sites returned the prior, and nobody can be compared with them
 _HARMLESS = 1.0  # then: the prior's own precision, or shifts of one sigma_0
 _LOUD = 3.0  # times the median, to be warned about
-_ONE_TENSOR = (
-    3.0  # how much higher the limit is within one tensor, where honest sites differ more than over all weights
-)
+_ONE_TENSOR = 3.0  # how much higher the limit is within one tensor, where honest sites differ more
 _LOUD_IN_ONE_TENSOR = 5.0  # times the median, and times what the site has over all weights, to be warned about
 _FAR = 100.0  # sigma_0, to be warned about
 _SURE = 1e-3  # of sigma_0, likewise
 _OPPOSED = 0.2  # correlation of a site's shift with minus the other sites' pull, likewise
 _ALIKE = 0.9  # correlation of two sites' shifts, to be warned about if they are also much closer than the median pair,
 _CLOSER = 1 / 3  # which is this multiple of its distance, 1 - |correlation|
-
-
 _IN_A_TENSOR = (  # in the order of `Movement`
-    "it adds {:.3g} times the precision of the median site in {}",
-    "it pulls the means {:.3g} times as hard as the median site in {}",
-    "it is {:.3g} times as sure of one weight as the median site of any in {}",
-    "it pulls one mean {:.3g} times as hard as the median site any in {}",
-    "it moves one mean {:.3g} times as far as the median site any in {}",
+    "in {1}, it adds {0:.3g} times the precision of the median site",
+    "in {1}, it pulls the means {0:.3g} times as hard as the median site",
+    "in {1}, one weight gains {0:.3g} times the precision that any gains in the median site",
+    "in {1}, one mean is pulled {0:.3g} times as hard as any in the median site",
+    "in {1}, one mean moves {0:.3g} times as far as any in the median site",
 )
 
 

@@ -21,6 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 VERSION = 4
+_HELD_BEFORE = ("the site is banned", "so its prior is void; train again")  # refusals that an earlier dwc kept for ever
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -44,9 +45,12 @@ def read_state(folder: Path) -> dict[str, Any]:
             "or restore it from a backup"
         )
     state = {"dropped": [], **state}
-    for row in state["posteriors"] if isinstance(state.get("posteriors"), list) else []:
-        if isinstance(row, dict) and isinstance(row.get("influence"), dict) and "tensors" not in row["influence"]:
+    for row in _dicts(state.get("posteriors")):
+        if isinstance(row.get("influence"), dict) and "tensors" not in row["influence"]:
             del row["influence"]  # an earlier dwc did not look at single tensors; measured again from the file
+    for entry in _dicts(state.get("refused")):
+        if str(entry.get("reason")).endswith(_HELD_BEFORE):
+            state["refused"].remove(entry)  # so that the site sends its posterior again
     if odd := odd_entry(state):
         raise InputError(one_line(f"{path}: {odd}; restore it from a backup"))
     return state
@@ -179,6 +183,11 @@ def _judged(state: Mapping[str, Any]) -> list[str]:
         for site, found in warnings_about(influences).items():
             lines += [f"warning: {site} in round {number}: {line}" for line in found]
     return lines
+
+
+def _dicts(rows: Any) -> list[dict[str, Any]]:
+    """The rows that are objects, of what may be anything."""
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def _from_version_3(state: dict[str, Any]) -> dict[str, Any]:

@@ -349,6 +349,21 @@ def test_rows_of_an_earlier_dwc_are_measured_from_their_files_so_that_the_limit_
     assert powers["west"] < 1
 
 
+@pytest.mark.parametrize("reason", ["the site is banned", "round 1 was reopened, so its prior is void; train again"])
+def test_what_an_earlier_dwc_refused_for_a_ban_or_a_void_prior_is_sent_again(cycle, reason):
+    answer = trained(cycle, 0)
+    cycle.receive("north", answer)
+    path = cycle.folder / "state.json"
+    state = json.loads(path.read_text())
+    (row,) = state["posteriors"]
+    kept = {name: row[name] for name in ("site", "file_sha256", "received", "bytes")}
+    path.write_text(json.dumps({**state, "posteriors": [], "refused": [{**kept, "reason": f"north's: {reason}"}]}))
+    again = Cycle(cycle.folder)
+    assert again.question("north")["settled"] == {}
+    again.receive("north", answer)
+    assert [row["site"] for row in again.state["posteriors"]] == ["north"]
+
+
 def test_a_late_answer_is_judged_with_the_round_that_it_was_trained_in_and_its_warnings_are_kept(cycle, project):
     sites = [*SITES, "south"]
     cycle.amend(Project(**{**project.to_json(), "sites": sites, "quorum": 3}))
