@@ -4,7 +4,7 @@ Files come from other sites, so everything is bounded before it is used: depth, 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dwc.base.errors import InputError
@@ -19,6 +19,22 @@ _MAX_TEXT = 1000  # characters of one string
 _MAX_BYTES = 64 * 1024  # of all entries but the list of sites
 _OBJECTS = ("architecture", "label_map", "preprocessing", "training")
 _TEXTS = ("package_version", "prior_sha256")
+_MAX_GRID = 1024  # voxels of each edge
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+# What else dwc reads, and what it may be where it is given.
+_READ: dict[tuple[str, str], Callable[[Any], bool]] = {
+    ("label_map", "name"): lambda value: isinstance(value, str),
+    ("label_map", "sha256"): lambda value: isinstance(value, str),
+    ("preprocessing", "grid_size"): lambda value: type(value) is int and 0 < value <= _MAX_GRID,
+    ("preprocessing", "voxel_size"): lambda value: _is_number(value) and 0 < value < 1000,
+    ("training", "seed"): lambda value: type(value) is int and 0 <= value < 2**63,
+    ("training", "test_fraction"): lambda value: _is_number(value) and 0 <= value < 1,
+}
 
 
 def check_header(name: str, header: Mapping[str, Any]) -> None:
@@ -31,6 +47,12 @@ def check_header(name: str, header: Mapping[str, Any]) -> None:
     for key in _TEXTS:
         if not isinstance(header.get(key) or "", str):
             raise InputError(f"{name}: its header's {key} is not text; write the file again with dwc train")
+    for (key, part), may_be in _READ.items():
+        entry = header.get(key) or {}
+        if part in entry and not may_be(entry[part]):
+            raise InputError(
+                f"{name}: its header's {key}.{part} is {str(entry[part])[:20]!r}; write the file again with dwc train"
+            )
     sites = _checked_sites(name, header.get("sites"))
     n_volumes = header.get("n_volumes")
     if n_volumes is None:

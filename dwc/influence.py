@@ -1,126 +1,41 @@
 """How far each site would move a consolidated posterior, judged before anything is summed.
 
 A site with a tiny sigma or huge means can replace everybody else's result, and Eq. 17 does not notice. Here each site's
-factor q_s / q_0 is measured, compared with the other sites' and with the volumes it claims, and, if asked for, limited
-to a multiple of the median.
+factor q_s / q_0 is measured over all weights and tensor by tensor, compared with the other sites' and with the volumes
+it claims, and, if asked for, limited to a multiple of the median.
 """
 
-import hashlib
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dwc.base.errors import InputError
-from dwc.posterior import Posterior
+from dwc.factors import Influence, Movement, measure
 
-__all__ = ["Influence", "limit_powers", "limited_because", "measure", "verdicts", "warnings_about"]
+__all__ = ["MIN_SITES", "Influence", "limit_powers", "limited_because", "measure", "verdicts", "warnings_about"]
 
-_TELLING = 8  # values of a tensor that two sites do not share by chance
-_SKETCH = 512  # random sums over the weights that are kept to compare sites: correlations are right within 0.04
-_CLIP = 5.0  # sigma_0: single weights further away do not decide how alike two sites are
-_MIN_SITES = 3  # with fewer there is no majority, and no median to compare with
+MIN_SITES = 3  # with fewer there is no majority, and no median to compare with
 _EXCLUDED_BELOW = 0.01  # power: a site that would have to be weakened more than this is left out
-_HARMLESS = 1.0  # the prior's own precision, or shifts of one sigma_0: no limit is below these
+_UNMOVED = 1e-6  # a median below this: most sites returned the prior, and nobody can be compared with them
+_HARMLESS = 1.0  # then: the prior's own precision, or shifts of one sigma_0
 _LOUD = 3.0  # times the median, to be warned about
+_ONE_TENSOR = 3.0  # how much higher the limit is within one tensor, where honest sites differ more
+_LOUD_IN_ONE_TENSOR = 5.0  # times the median, and times what the site has over all weights, to be warned about
 _FAR = 100.0  # sigma_0, to be warned about
 _SURE = 1e-3  # of sigma_0, likewise
 _OPPOSED = 0.2  # correlation of a site's shift with minus the other sites' pull, likewise
 _ALIKE = 0.9  # correlation of two sites' shifts, to be warned about if they are also much closer than the median pair,
 _CLOSER = 1 / 3  # which is this multiple of its distance, 1 - |correlation|
-_TUPLES: dict[str, Callable[[str], Any]] = {"shift_sketch": float, "pull_sketch": float, "fingerprints": str}
-
-
-@dataclass(frozen=True)
-class Influence:
-    """What one site's factor q_s / q_0 would do.
-
-    Attributes
-    ----------
-    kl : float
-        KL[q_s || q_0] in nats: how far the site moved.
-    precision : float
-        Mean over the weights of sigma_0^2 / sigma_s^2 - 1: the precision it adds, in units of the prior's.
-    shift : float
-        Root mean square over the weights of |mu_s - mu_0| sigma_0 / sigma_s^2: its pull on the means.
-    furthest : float
-        Maximum of |mu_s - mu_0| / sigma_0.
-    surest : float
-        Minimum of sigma_s / sigma_0.
-    n_volumes : int
-        Training volumes that the site claims.
-    shift_sketch, pull_sketch : tuple of float
-        Random sums over the weights of (mu_s - mu_0) / sigma_0 and of the same times sigma_0^2 / sigma_s^2: their
-        correlations between sites are those of the whole vectors.
-    fingerprints : tuple of str
-        Digests of the tensors that differ from the prior's. Two trainings never end at the same values: sites that
-        share a tensor share a file.
-    """
-
-    kl: float
-    precision: float
-    shift: float
-    furthest: float
-    surest: float
-    n_volumes: int
-    shift_sketch: tuple[float, ...]
-    pull_sketch: tuple[float, ...]
-    fingerprints: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; tuples are text, which a state file shows on one line."""
-        texts = {name: " ".join(map(str, getattr(self, name))) for name in _TUPLES}
-        return {**asdict(self), **texts}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Influence":
-        """From `to_json`."""
-        try:
-            tuples = {name: tuple(map(kind, values[name].split())) for name, kind in _TUPLES.items()}
-            return cls(**{**values, **tuples})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"influence of a site in the state file: {error}; restore it from a backup") from error
-
-    def copies(self, other: "Influence") -> bool:
-        """Whether half of the tensors are the same; after one or two steps a small one may be so by chance."""
-        shared = len(set(self.fingerprints).intersection(other.fingerprints))
-        return shared > 0 and 2 * shared >= min(len(self.fingerprints), len(other.fingerprints))
-
-
-@torch.no_grad()
-def measure(site: Posterior, prior: Posterior) -> Influence:
-    """Measure a site's factor; the site has passed `Consolidation.add`'s checks against the prior."""
-    kl = precision = squared_shift = furthest = 0.0
-    surest, n_weights = 1.0, 0
-    shifts, pulls, fingerprints = [], [], []
-    for name, sigma_0 in prior.sigma.items():
-        ratio = site.sigma[name].double() / sigma_0
-        shift = (site.mu[name].double() - prior.mu[name]) / sigma_0
-        kl += (0.5 * (ratio**2 + shift**2 - 1) - ratio.log()).sum().item()
-        precision += (ratio**-2 - 1).sum().item()
-        squared_shift += (shift / ratio**2).square().sum().item()
-        furthest, surest = max(furthest, shift.abs().max().item()), min(surest, ratio.min().item())
-        n_weights += shift.numel()
-        shifts.append(shift.clamp(-_CLIP, _CLIP).flatten())
-        pulls.append(shifts[-1] / ratio.clamp(min=_SURE).square().flatten())
-        for ours, start in ((site.mu[name], prior.mu[name]), (site.sigma[name], sigma_0)):
-            if ours.numel() >= _TELLING and not torch.equal(ours, start):
-                fingerprints.append(hashlib.sha256(ours.numpy().tobytes()).hexdigest()[:16])
-    return Influence(
-        kl=_finite(kl),
-        precision=_finite(precision / n_weights),
-        shift=_finite(math.sqrt(squared_shift / n_weights)),
-        furthest=_finite(furthest),
-        surest=surest,
-        n_volumes=site.metadata.get("n_volumes") or 0,
-        shift_sketch=_sketch(torch.cat(shifts)),
-        pull_sketch=_sketch(torch.cat(pulls)),
-        fingerprints=tuple(fingerprints),
-    )
+_IN_A_TENSOR = (  # in the order of `Movement`
+    "in {1}, it adds {0:.3g} times the precision of the median site",
+    "in {1}, it pulls the means {0:.3g} times as hard as the median site",
+    "in {1}, one weight gains {0:.3g} times the precision that any gains in the median site",
+    "in {1}, one mean is pulled {0:.3g} times as hard as any in the median site",
+    "in {1}, one mean moves {0:.3g} times as far as any in the median site",
+)
 
 
 def limit_powers(influences: Sequence[Influence], max_influence: float | None) -> list[float]:
@@ -131,7 +46,8 @@ def limit_powers(influences: Sequence[Influence], max_influence: float | None) -
     influences : sequence of Influence
         Of all sites that enter one consolidation.
     max_influence : float or None
-        Allowed multiple of the median, or of the prior's own precision and sigma where the median is below these; None
+        Allowed multiple of the median over all weights; within one tensor, and for one weight of it, three times as
+        much is allowed. Where most sites returned the prior, a multiple of the prior's own precision and sigma. None
         limits nobody.
 
     Returns
@@ -142,12 +58,9 @@ def limit_powers(influences: Sequence[Influence], max_influence: float | None) -
     """
     if max_influence is not None and not 0 < max_influence < math.inf:
         raise InputError(f"`max_influence` {max_influence}: give a positive number, a multiple of the median site's")
-    if max_influence is None or len(influences) < _MIN_SITES:
+    if max_influence is None or len(influences) < MIN_SITES:
         return [1.0] * len(influences)
-    powers = [1.0] * len(influences)
-    for values in ([x.precision for x in influences], [x.shift for x in influences]):
-        cap = max_influence * _usual(values)
-        powers = [min(power, _power(value, cap)) for power, value in zip(powers, values, strict=True)]
+    powers = [_power(_most(multiples)[0], max_influence) for multiples in _multiples(influences)]
     return [power if power >= _EXCLUDED_BELOW else 0.0 for power in powers]
 
 
@@ -156,15 +69,18 @@ def limited_because(influences: Sequence[Influence], powers: Sequence[float]) ->
 
     A site with many more volumes than the others is right to have more influence, but volumes are only claimed.
     """
-    usual = _usual([x.precision for x in influences]), _usual([x.shift for x in influences])
-    volumes = max(statistics.median(x.n_volumes for x in influences), 1)
+    volumes = max(statistics.median(x.n_volumes for x in influences), 1) if influences else 1
     reasons = []
-    for own, power in zip(influences, powers, strict=True):
-        most, claimed = max(own.precision / usual[0], own.shift / usual[1]), own.n_volumes / volumes
+    for own, multiples, power in zip(influences, _multiples(influences), powers, strict=True):
+        (most, tensor), claimed = _most(multiples), own.n_volumes / volumes
         verdict = "more than its volumes explain"
         if most <= claimed:
             verdict = "as its volumes would explain; raise the limit if they are right"
-        reason = f"{most:.3g} times the influence of the median site for {claimed:.3g} times its volumes, {verdict}"
+        where = f" in {tensor}" if tensor else ""
+        reason = (
+            f"{multiples[tensor]:.3g} times the influence of the median site{where} for {claimed:.3g} times its "
+            f"volumes, {verdict}"
+        )
         reasons.append(reason if power < 1 else "")
     return reasons
 
@@ -187,8 +103,9 @@ def warnings_about(influences: Mapping[str, Influence]) -> dict[str, list[str]]:
     names, everyone = list(influences), list(influences.values())
     _, opposed = _agreement(everyone)
     correlation, alike = _alike(everyone)
+    in_one_tensor = _in_one_tensor(everyone)
     for index, (name, own) in enumerate(influences.items()):
-        lines = [*_alone(own), *_against_volumes(own, everyone), *_against_median(own, everyone)]
+        lines = [*_alone(own), *_against_volumes(own, everyone), *_against_median(own, everyone), *in_one_tensor[index]]
         copies = [other for other in names if other != name and own.copies(influences[other])]
         if copies:
             lines.append(f"it has tensors in common with {_and_more(copies)}")
@@ -224,7 +141,7 @@ def _agreement(everyone: Sequence[Influence]) -> tuple[list[float], list[bool]]:
         rest = pulls[kept].sum(dim=0) - pulls * kept[:, None]
         agreement = torch.nn.functional.cosine_similarity(shifts, rest)
         worst = agreement.where(kept, math.inf).argmin()
-        if kept.sum() < _MIN_SITES or agreement[worst] >= limit:
+        if kept.sum() < MIN_SITES or agreement[worst] >= limit:
             return agreement.tolist(), (~kept).tolist()
         kept[worst] = False
 
@@ -235,7 +152,7 @@ def _alike(everyone: Sequence[Influence]) -> tuple[Tensor, Tensor]:
     Sites that learned the same are close to each other too, but then all of them are.
     """
     n_sites = len(everyone)
-    if n_sites < _MIN_SITES:
+    if n_sites < MIN_SITES:
         return torch.eye(n_sites), torch.zeros(n_sites, n_sites, dtype=torch.bool)
     shifts = torch.tensor([one.shift_sketch for one in everyone])
     shifts = torch.nn.functional.normalize(shifts)
@@ -259,10 +176,59 @@ def _alone(own: Influence) -> list[str]:
     return lines
 
 
+def _multiples(everyone: Sequence[Influence]) -> list[dict[str, float]]:
+    """Per site, the largest multiple of what the median site does: over all weights, "", and in each tensor."""
+    if not everyone:
+        return []
+    usual = _usual([x.precision for x in everyone]), _usual([x.shift for x in everyone])
+    found = [{"": max(x.precision / usual[0], x.shift / usual[1])} for x in everyone]
+    for own, multiples in zip(_in_tensors(everyone), found, strict=True):
+        multiples |= {name: max(in_one) for name, in_one in own.items()}
+    return found
+
+
+def _in_tensors(everyone: Sequence[Influence]) -> list[dict[str, Movement]]:
+    """Per site and tensor, the multiples of what the median site does there.
+
+    Where it does less than in the whole network, they are multiples of what it does in the whole network.
+    """
+    precision, shift = _usual([x.precision for x in everyone]), _usual([x.shift for x in everyone])
+    least = Movement(precision, shift, precision, shift, shift)
+    found: list[dict[str, Movement]] = [{} for _ in everyone]
+    for name in everyone[0].tensors:
+        moved = [x.tensors[name] for x in everyone]
+        medians = map(statistics.median, zip(*moved, strict=True))
+        usual = [max(median, floor) for median, floor in zip(medians, least, strict=True)]
+        for multiples, own in zip(found, moved, strict=True):
+            multiples[name] = Movement(*(value / median for value, median in zip(own, usual, strict=True)))
+    return found
+
+
+def _most(multiples: Mapping[str, float]) -> tuple[float, str]:
+    """The multiple that is furthest above what is allowed, as one over all weights, and the tensor; "" for all."""
+    return max((multiple / _ONE_TENSOR if name else multiple, name) for name, multiple in multiples.items())
+
+
+def _in_one_tensor(everyone: Sequence[Influence]) -> list[list[str]]:
+    """Per site, a warning of the tensor where it does much more than the median site and than in the whole network."""
+    if len(everyone) < MIN_SITES:
+        return [[] for _ in everyone]
+    lines: list[list[str]] = []
+    for multiples, tensors in zip(_multiples(everyone), _in_tensors(everyone), strict=True):
+        limit = _LOUD_IN_ONE_TENSOR * max(1.0, multiples[""])
+        loud = sorted(((max(in_one), name) for name, in_one in tensors.items() if max(in_one) > limit), reverse=True)
+        lines.append([])
+        if loud:
+            multiple, name = loud[0]
+            more = f", and much more in {len(loud) - 1} other tensors" if len(loud) > 1 else ""
+            lines[-1].append(_IN_A_TENSOR[tensors[name].index(multiple)].format(multiple, name) + more)
+    return lines
+
+
 def _against_volumes(own: Influence, everyone: Sequence[Influence]) -> list[str]:
     """A warning if a site brings much more precision than its share of the claimed volumes."""
     precision, volumes = sum(x.precision for x in everyone), sum(x.n_volumes for x in everyone)
-    above_median = own.precision > max(statistics.median(x.precision for x in everyone), _HARMLESS)
+    above_median = own.precision > _usual([x.precision for x in everyone])
     if not above_median or own.precision * volumes <= _LOUD * own.n_volumes * precision:
         return []
     return [
@@ -273,7 +239,7 @@ def _against_volumes(own: Influence, everyone: Sequence[Influence]) -> list[str]
 
 def _against_median(own: Influence, everyone: Sequence[Influence]) -> list[str]:
     """Warnings about a site that does much more, or for its claimed volumes much less or more, than the median site."""
-    if len(everyone) < _MIN_SITES:
+    if len(everyone) < MIN_SITES:
         return []
     lines = []
     measures = {
@@ -283,9 +249,9 @@ def _against_median(own: Influence, everyone: Sequence[Influence]) -> list[str]:
         "it claims {:.3g} times as many volumes as the median site": [float(x.n_volumes) for x in everyone],
     }
     for text, values in measures.items():
-        value, median = values[everyone.index(own)], statistics.median(values)
-        if value > _LOUD * median and value > _HARMLESS:
-            lines.append(text.format(value / median if median else math.inf))
+        multiple = values[everyone.index(own)] / _usual(values)
+        if multiple > _LOUD:
+            lines.append(text.format(multiple))
     return lines
 
 
@@ -302,24 +268,10 @@ def _power(value: float, cap: float) -> float:
 
 
 def _usual(values: Sequence[float]) -> float:
-    """What the median site has, or the prior itself, whichever is more."""
-    return max(statistics.median(values), _HARMLESS)
+    """What the median site has; where most have nothing, what the prior has."""
+    median = statistics.median(values)
+    return median if median > _UNMOVED else _HARMLESS
 
 
 def _and_more(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-def _sketch(values: Tensor) -> tuple[float, ...]:
-    """Sums of the values with random signs in `_SKETCH` random groups; the values themselves if they are fewer."""
-    if len(values) > _SKETCH:
-        generator = torch.Generator().manual_seed(0)
-        group = torch.randint(_SKETCH, values.shape, generator=generator)
-        sign = 2 * torch.randint(2, values.shape, generator=generator) - 1
-        values = torch.zeros(_SKETCH, dtype=torch.float64).index_add_(0, group, sign * values)
-    return tuple(float(f"{value:.3g}") for value in values.tolist())
-
-
-def _finite(value: float) -> float:
-    """Within what JSON can hold."""
-    return min(max(value, -1e300), 1e300) if not math.isnan(value) else 1e300

@@ -24,6 +24,7 @@ __all__ = ["DILATIONS", "Activation", "MeshNet", "checked_architecture", "descri
 
 Activation = Literal["relu", "elu"]
 WIDTH = 96
+_MAX_SIZE = 10_000  # of any number in an architecture that comes in a file
 DILATIONS = (1, 1, 1, 2, 4, 8, 1)  # Table 1, layers 1 to 7
 _ACTIVATIONS: dict[Activation, Callable[..., Tensor]] = {"relu": relu, "elu": elu}
 
@@ -59,6 +60,17 @@ def checked_architecture(posterior: Posterior) -> dict[str, Any]:
             raise InputError(
                 f"{posterior.name}: its architecture's {key} is {str(value)[:40]!r}; write it again with dwc train"
             )
+    shapes = _shapes(theirs)
+    misfits = [name for name, mu in posterior.mu.items() if name in shapes and list(mu.shape) != shapes[name]]
+    if misfits:  # before memory is taken for the network
+        raise InputError(
+            f"{posterior.name}: {misfits[0]} has shape {list(posterior.mu[misfits[0]].shape)}, the network's "
+            f"{shapes[misfits[0]]}; give networks of one architecture"
+        )
+    if missing := shapes.keys() - posterior.mu.keys():
+        raise InputError(
+            f"{posterior.name}: {min(missing)} exists only in the network; give networks of one architecture"
+        )
     return theirs
 
 
@@ -69,7 +81,18 @@ def _is_valid(key: str, value: Any) -> bool:
     if key == "activation":
         return value in get_args(Activation)
     numbers = value if key == "dilations" else [value]
-    return isinstance(numbers, list) and bool(numbers) and all(type(n) is int and n > 0 for n in numbers)
+    return isinstance(numbers, list) and bool(numbers) and all(type(n) is int and 0 < n <= _MAX_SIZE for n in numbers)
+
+
+def _shapes(architecture: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Names and shapes of a network's weights in a posterior."""
+    width, n_channels = architecture["width"], architecture["in_channels"]
+    shapes: dict[str, list[int]] = {}
+    for number in range(len(architecture["dilations"])):
+        shapes |= {f"layers.{number}.weight": [width, n_channels, 3, 3, 3], f"layers.{number}.bias": [width]}
+        n_channels = width
+    last, n_classes = len(architecture["dilations"]), architecture["n_classes"]
+    return {**shapes, f"layers.{last}.weight": [n_classes, width, 1, 1, 1], f"layers.{last}.bias": [n_classes]}
 
 
 class MeshNet(nn.Module):

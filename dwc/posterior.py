@@ -84,6 +84,11 @@ class Posterior:
         """Digest of header and tensors, `dwc.base.files.content_sha256`; it does not depend on the file's layout."""
         return content_sha256(dict(self._tensors()), self.metadata)
 
+    @property
+    def payload_sha256(self) -> str:
+        """Digest of the tensors alone: the same under another header."""
+        return content_sha256(dict(self._tensors()), {})
+
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for kind, tensors in (("mu", self.mu), ("sigma", self.sigma)):
             for name, tensor in tensors.items():

@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 import weakref
 from collections.abc import Iterator
 
@@ -414,3 +415,73 @@ def test_volumes_that_no_site_has_are_refused_before_their_sum_breaks_the_file()
         consolidate(a_prior(), [a_site(a_prior(), 1, n_volumes=2**53 - 1), a_site(a_prior(), 2)])
     most = consolidate(a_prior(), [a_site(a_prior(), seed, n_volumes=10**9) for seed in range(3)])
     assert most.validate().metadata["n_volumes"] == 3 * 10**9
+
+
+def sure_of(prior: Posterior, seed: int, ratio: float) -> Posterior:
+    site = a_site(prior, seed)
+    return Posterior(
+        site.mu, {name: ratio * sigma for name, sigma in prior.sigma.items()}, site.metadata, f"sure {seed}"
+    )
+
+
+def test_removing_a_consolidated_file_counts_the_rounding_of_that_file_too():
+    prior = a_prior()
+    kept, gone = a_site(prior, 1), [sure_of(prior, seed, 1e-3) for seed in (2, 3)]
+    merged = consolidate(prior, gone)
+    consolidation = Consolidation(prior)
+    for site in (kept, *gone):
+        consolidation.add(site)
+    before = consolidation.posterior()
+    with pytest.raises(InputError, match=r"would be off by up to .* sigma, more than 0\.01"):
+        consolidation.remove(merged)
+    assert consolidation.posterior().sha256 == before.sha256
+    for site in gone:
+        consolidation.remove(site)
+    assert consolidation.posterior().sha256 == consolidate(prior, [kept]).sha256
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, sure=st.sampled_from([0.5, 1e-1, 1e-2, 1e-3, 1e-4]), temper=st.sampled_from([0.25, 1.0, 2.0]))
+def test_what_is_left_after_removing_a_consolidated_file_is_exact_to_the_stated_bound_or_refused(seed, sure, temper):
+    prior = a_prior(seed)
+    kept, gone = a_site(prior, seed), [sure_of(prior, seed + n, sure) for n in (1, 2)]
+    consolidation = Consolidation(prior).tempered(temper)
+    for site in (kept, *gone):
+        consolidation.add(site)
+    try:
+        consolidation.remove(consolidate(prior, gone))
+    except InputError as error:
+        assert re.search(r"more than 0\.01|precision <= 0", str(error))  # noqa: PT017
+        return
+    less, expected = consolidation.posterior(), consolidate(prior, [kept], temper=temper)
+    for name, sigma in expected.sigma.items():
+        assert ((less.mu[name] - expected.mu[name]).abs() <= 0.01 * sigma).all()
+        assert ((less.sigma[name] / sigma - 1).abs() <= 0.01).all()
+
+
+def test_the_very_file_that_was_added_is_removed_without_a_trace():
+    prior = a_prior()
+    kept, merged = a_site(prior, 1), consolidate(prior, [sure_of(prior, seed, 1e-4) for seed in (2, 3)])
+    consolidation = Consolidation(prior)
+    consolidation.add(kept)
+    consolidation.add(merged)
+    consolidation.remove(merged)
+    assert consolidation.posterior().sha256 == consolidate(prior, [kept]).sha256
+
+
+def test_a_lambda_chosen_after_a_removal_is_held_to_the_same_bound():
+    prior = a_prior()
+    kept, gone = a_site(prior, 1), a_site(prior, 2)
+    for ratio in (2e-3, 4e-3, 8e-3, 2e-2, 4e-2):  # the surest site that can be removed with lambda = 1
+        gone = sure_of(prior, 2, ratio)
+        consolidation = Consolidation(prior)
+        consolidation.add(consolidate(prior, [kept, gone]))
+        try:
+            consolidation.remove(gone)
+        except InputError:
+            continue
+        with pytest.raises(InputError, match="what was removed cannot be taken out"):
+            consolidation.tempered(1e4).posterior()
+        consolidation.posterior()
+        return
+    raise AssertionError("no removal was within the bound")

@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -218,3 +219,94 @@ def test_honest_sites_among_sites_of_noise_are_not_taken_for_copies_of_each_othe
             Posterior({"w": 0.1 * noise}, {"w": torch.full((3000,), 0.07)}, {"n_volumes": 2}), WIDE
         )
     assert not any("as a copy" in line for lines in warnings_about(found).values() for line in lines)
+
+
+def with_one_weight(seed: int, tensor: str, shift: float, ratio: float) -> Posterior:
+    """A site that learned as others did, but for one weight, whose shift and sigma are given in sigma_0."""
+    site = a_site(PRIOR, seed)
+    site.mu[tensor].view(-1)[0] = PRIOR.mu[tensor].view(-1)[0] + shift * PRIOR.sigma[tensor].view(-1)[0]
+    site.sigma[tensor].view(-1)[0] = ratio * PRIOR.sigma[tensor].view(-1)[0]
+    return site
+
+
+STEERING = [(90.0, 1.0), (90.0, 0.1), (-90.0, 0.1), (5.0, 0.01), (0.0, 0.01), (30.0, 1.0)]
+
+
+@pytest.mark.parametrize("tensor", ["layers.0.bias", "layers.0.weight"])
+@pytest.mark.parametrize(
+    ("shift", "ratio"), [(90.0, 1.0), (90.0, 0.1), (-90.0, 0.1), (5.0, 0.01), (0.0, 1e-2), (30, 1)]
+)
+def test_a_site_that_changes_one_weight_alone_is_limited_and_warned_of_by_its_tensor(tensor, shift, ratio):
+    influences = {**sites(4), "steers": measure(with_one_weight(9, tensor, shift, ratio), PRIOR)}
+    powers = limit_powers(list(influences.values()), 3.0)
+    assert powers[:4] == [1.0] * 4
+    assert powers[4] < 1
+    assert re.search(
+        rf"times the influence of the median site( in {tensor})? for 1 times its volumes, more than",
+        limited_because(list(influences.values()), powers)[4],
+    )
+    found = warnings_about(influences)
+    assert found.keys() == {"steers"}
+    assert any(tensor in line or "a mean is" in line or "times" in line for line in found["steers"])
+
+
+def test_one_weight_of_a_large_network_is_not_lost_in_its_mean():
+    """In a network of 1.5 million weights, one bias of 50 moved by 90 sigma_0."""
+    prior = Posterior(
+        {"w": torch.zeros(500_000), "b": torch.zeros(50)}, {"w": torch.ones(500_000), "b": torch.ones(50)}, {}
+    )
+
+    def site(seed: int, steers: bool = False) -> Influence:
+        generator = torch.Generator().manual_seed(seed)
+        mu = {name: torch.randn(sigma.shape, generator=generator) for name, sigma in prior.sigma.items()}
+        sigma = {name: 0.5 + 0.4 * torch.rand(s.shape, generator=generator) for name, s in prior.sigma.items()}
+        if steers:
+            mu["b"][7], sigma["b"][7] = 90.0, 0.1
+        return measure(Posterior(mu, sigma, {"n_volumes": 3}), prior)
+
+    found = {**{str(seed): site(seed) for seed in range(4)}, "steers": site(4, steers=True)}
+    assert found["steers"].shift < 10 * found["0"].shift
+    assert limit_powers(list(found.values()), 3.0)[:4] == [1.0] * 4
+    assert limit_powers(list(found.values()), 3.0)[4] == 0  # would have to be weakened more than a hundredfold
+    warned = warnings_about(found)
+    assert warned.keys() == {"steers"}
+    assert any(line.startswith("in b, one ") for line in warned["steers"])
+
+
+def test_what_a_limited_site_does_with_one_weight_is_at_most_nine_times_the_usual():
+    influences = [*sites(4).values(), measure(with_one_weight(9, "layers.0.bias", 90.0, 1.0), PRIOR)]
+    power = limit_powers(influences, 3.0)[-1]
+    usual = sorted(one.tensors["layers.0.bias"].strongest for one in influences)[2]
+    assert 0 < power < 1
+    assert power * influences[-1].tensors["layers.0.bias"].strongest <= 9 * usual * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-1, 1e-2, 1e-4])
+def test_after_short_trainings_a_site_is_limited_to_the_same_multiple_of_the_median(scale):
+    def barely(seed: int, more: float = 1.0) -> Influence:
+        site = a_site(PRIOR, seed)
+        mu = {n: PRIOR.mu[n] + more * scale * (site.mu[n] - PRIOR.mu[n]) for n in PRIOR.mu}
+        sigma = {n: PRIOR.sigma[n] * (site.sigma[n] / PRIOR.sigma[n]) ** scale for n in PRIOR.mu}
+        return measure(Posterior(mu, sigma, site.metadata), PRIOR)
+
+    influences = [*(barely(seed) for seed in range(4)), barely(9, more=20.0)]
+    powers = limit_powers(influences, 3.0)
+    median = sorted(one.shift for one in influences)[2]
+    assert powers[:4] == [1.0] * 4
+    assert powers[4] * influences[4].shift <= 3.0 * median * (1 + 1e-9)
+    assert "it pulls the means" in " ".join(warnings_about({str(n): one for n, one in enumerate(influences)})["4"])
+
+
+def test_honest_sites_of_unequal_size_are_neither_limited_nor_warned_of_in_one_tensor():
+    """Of 500 sites in 100 rounds, with 1 to 3 volumes and as much more precision."""
+    limited, warned = 0, 0
+    for number in range(100):
+        prior = a_prior(number)
+        found = {}
+        for size in (1, 2, 2, 2, 3):
+            site = a_site(prior, 10 * number + len(found), n_volumes=size, shrink=0.2 + 0.1 * size)
+            found[str(len(found))] = measure(site, prior)
+        limited += sum(power < 1 for power in limit_powers(list(found.values()), 3.0))
+        warned += sum(line.startswith("in layers.") for lines in warnings_about(found).values() for line in lines)
+    assert limited <= 5
+    assert warned <= 5

@@ -1,6 +1,7 @@
 """`dwc federated`: the cycle over many sites, from start-up kits to the last round, and its simulation."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +45,7 @@ def _init_arguments(parser: ArgumentParser) -> None:
 
 def _init(values: Namespace) -> None:
     from dwc.federated.provisioning import FIRST, provision
+    from dwc.federated.server_state import small_quorum
 
     project = _agreement(values.project)
     kits = provision(project, values.out.absolute())
@@ -53,6 +55,8 @@ def _init(values: Namespace) -> None:
     else:
         first = kits.parent / FIRST / project.server
         print(f"the cycle stays in the first server kit; next: dwc federated amend {first} {values.project}")
+    if warning := small_quorum(project.to_json(), len(project.sites)):
+        print(f"dwc: warning: {warning}", file=sys.stderr)
     unless = "" if kits.name == FIRST else "if it has none yet, "
     for site in project.sites:
         print(f"{kits / site}  for {site}, {unless}over a safe channel")
@@ -92,7 +96,7 @@ def _amend_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("project", type=Path | None, nargs="?", default=None, help="the new project.yml")
     parser.add_argument("--drop", type=str | None, default=None, help="take out a posterior, as north/1: site/round")
     parser.add_argument("--reopen", type=int | None, default=None, help="open this closed round again")
-    parser.add_argument("--recompute", type=int | None, default=None, help="consolidate this closed round again, now")
+    parser.add_argument("--recompute", type=int | None, default=None, help="consolidate this round from its files, now")
     parser.add_argument("--ban", type=str | None, default=None, help="ignore this site from now on")
     parser.add_argument("--allow", type=str | None, default=None, help="listen to this banned site again")
 

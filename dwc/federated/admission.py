@@ -7,8 +7,8 @@ from typing import Any
 
 from dwc.base.errors import InputError, one_line
 from dwc.consolidation import Consolidation
+from dwc.factors import Influence, measure
 from dwc.federated.wire import HEADER
-from dwc.influence import Influence, measure
 from dwc.posterior import Posterior
 
 __all__ = ["Refused", "admit", "blamed_on", "check_size"]
@@ -18,7 +18,11 @@ _MAX_EXCESS = 2**20  # bytes of a file beyond its prior's: header and padding
 
 
 class Refused(InputError):
-    """A site's posterior does not belong."""
+    """A site's posterior does not belong; `more` are further entries of the state about it."""
+
+    def __init__(self, message: str, **more: str) -> None:
+        super().__init__(message)
+        self.more = more
 
 
 @contextmanager

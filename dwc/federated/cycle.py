@@ -12,14 +12,24 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, one_line
 from dwc.base.files import open_folder, sweep, write_whole
 from dwc.consolidation import Consolidation
+from dwc.factors import Influence, measure
 from dwc.federated.admission import Refused, admit, blamed_on, check_size
 from dwc.federated.project import Project
-from dwc.federated.server_state import VERSION, n_expected, quorum_since, read_state, steady_time, write_state
+from dwc.federated.server_state import (
+    VERSION,
+    n_expected,
+    quorum_since,
+    read_state,
+    steady_time,
+    uncount,
+    waiting,
+    write_state,
+)
 from dwc.federated.wire import ANSWER, check, digest
-from dwc.influence import Influence, limit_powers, limited_because
+from dwc.influence import limit_powers, limited_because
 from dwc.posterior import Posterior
 from dwc.signing import TrustedKeys
 
@@ -74,6 +84,7 @@ class Cycle:
             "acts": [],  # of the organizer: what was dropped, reopened or banned, and when
             "posteriors": [],
             "refused": [],
+            "dropped": [],  # by the organizer: how to know them if they are sent again
             "trouble": [],  # problems of the last pass
             "traffic": {},  # by site and round: bytes of the messages to it and from it
             "sites": {site: dict(_UNHEARD) for site in project.sites},
@@ -98,6 +109,8 @@ class Cycle:
             raise InputError(f"`prior` {prior.name}: is not the one that the cycle began with; put that back")
         if gone := sorted({row["site"] for row in self.state["posteriors"]} - {*project.sites}):
             raise InputError(f"`sites`: {gone[0]} has sent a posterior already; leave it in")
+        if project.trusted is not None:
+            TrustedKeys(project.trusted)
         if project.rounds < (begun := self.round or len(self.state["priors"]) - 1):
             raise InputError(f"`rounds` {project.rounds}: round {begun} has begun already; give {begun} or more")
         self.project = self.state["project"] = agreed
@@ -160,28 +173,28 @@ class Cycle:
         posteriors of earlier rounds enter the round that closes next; after the last round they are added to its
         result.
         """
-        now, number = now or _now(self.state), self.round
-        waiting = [row for row in self.state["posteriors"] if row["counted_in"] is None]
+        now, number, rows = now or _now(self.state), self.round, waiting(self.state)
         if number is None:
-            return bool(waiting) and self._publish(self.project["rounds"], waiting)
+            return bool(rows) and self._publish(self.project["rounds"], rows)
         since = quorum_since(self.state)
         if since is None:
             return False
         until = datetime.fromisoformat(since) + timedelta(hours=self.project["grace_hours"])
-        n_received = sum(row["round"] == number for row in waiting)
+        n_received = sum(row["round"] == number for row in rows)
         if n_received < n_expected(self.state) and now < until:
             return False
-        return self._publish(number, waiting)
+        return self._publish(number, rows)
 
     def close(self) -> None:
         """Close the open round now, whatever its quorum."""
-        number = self.round or self.project["rounds"]
-        waiting = [row for row in self.state["posteriors"] if row["counted_in"] is None]
-        self._publish(number, waiting)
+        self._publish(self.round or self.project["rounds"], waiting(self.state))
 
     def record(self, act: str, **about: Any) -> None:
-        """Record an act of the organizer and write the state."""
+        """Record an act of the organizer; written with the next change."""
         self.state["acts"].append({"at": _now(self.state).isoformat(), "act": act, **about})
+
+    def write(self) -> None:
+        """Write the state."""
         write_state(self.folder, self.state)
 
     def note(self, trouble: list[str]) -> None:
@@ -195,32 +208,68 @@ class Cycle:
         row = self.state["traffic"].setdefault(site, {}).setdefault(str(number), [0, 0])
         row[:] = row[0] + to_site, row[1] + from_site
 
-    def _publish(self, number: int, waiting: list[dict[str, Any]]) -> bool:
-        """Consolidate the posteriors that count in a round into the next prior (Eq. 17), and read it back."""
-        rows = [row for row in self.state["posteriors"] if row["counted_in"] == number] + waiting
+    def _publish(self, number: int, rows: list[dict[str, Any]]) -> bool:
+        """Consolidate these posteriors, and those that count in this round already, into the next prior (Eq. 17).
+
+        The result is read back before it is published.
+        """
+        before = [row for row in self.state["posteriors"] if row["counted_in"] == number]
+        rows = [*rows, *(row for row in before if row["site"] not in self.state["banned"])]
         rows.sort(key=lambda row: (row["round"], row["site"]))
-        powers, reasons = [1.0] * len(rows), [""] * len(rows)
-        if all(row.get("influence") for row in rows):  # a row from before an upgrade has none
-            influences = [Influence.from_json(row["influence"]) for row in rows]
-            powers = limit_powers(influences, self.project["max_influence"])
-            reasons = limited_because(influences, powers)
+        limits = self._limits(rows)
         consolidation = Consolidation(self._prior(number)).tempered(self.project["temper"])
-        for row, power, reason in zip(rows, powers, reasons, strict=True):
+        for row, limit in zip(rows, limits, strict=True):
             site = self._posterior(row)
-            row |= {"power": power, "limited_because": reason}
-            if power > 0:
+            if limit["power"] > 0:
                 trained_from = None if row["round"] == number else self._prior(row["round"])
-                consolidation.add(site, prior=trained_from, power=power)
+                consolidation.add(site, prior=trained_from, power=limit["power"])
         posterior = consolidation.posterior()
         posterior.save(self._prior_file(number + 1))
         if Posterior.load(self._prior_file(number + 1)).sha256 != posterior.sha256:
             raise InputError(f"{self._prior_file(number + 1)}: reads back as something else; check the disk")
-        for row in waiting:
-            row["counted_in"] = number
+        for row in before:
+            uncount(row)
+        for row, limit in zip(rows, limits, strict=True):
+            row |= {"counted_in": number, **limit}
         self.state["priors"][number:] = [posterior.sha256]
         self.state["published"][number:] = [_now(self.state).isoformat()]
+        self._revive(posterior.sha256)
         write_state(self.folder, self.state)
         return True
+
+    def _limits(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The power of each posterior and why, compared with the others of the round that it was trained in."""
+        found: dict[str, dict[str, Any]] = {}  # by file
+        for number in {row["round"] for row in rows}:
+            group = [
+                row for row in self.state["posteriors"]
+                if row["round"] == number and row["site"] not in self.state["banned"]
+                and ("influence" in row or "pruned" not in row)
+            ]  # fmt: skip
+            influences = [self._influence(row) for row in group]
+            powers = limit_powers(influences, self.project["max_influence"])
+            reasons = limited_because(influences, powers)
+            for row, power, reason in zip(group, powers, reasons, strict=True):
+                found[row["file"]] = {"power": power, "limited_because": reason}
+        return [found[row["file"]] for row in rows]
+
+    def _influence(self, row: dict[str, Any]) -> Influence:
+        """What a recorded posterior does; measured now if an earlier dwc has entered it."""
+        if "influence" not in row:
+            row["influence"] = measure(self._posterior(row), self._prior(row["round"])).to_json()
+        return Influence.from_json(row["influence"])
+
+    def _revive(self, prior_sha256: str) -> None:
+        """Let posteriors of the round that opens count that were trained from this very prior before it was void.
+
+        Where the file is gone, the refusal is forgotten, and the site sends it again.
+        """
+        busy = {row["site"] for row in self.state["posteriors"] if row["counted_in"] is None}
+        for entry in [entry for entry in self.state["refused"] if entry.get("prior_sha256") == prior_sha256]:
+            self.state["refused"].remove(entry)
+            row = entry.get("void")
+            if row and entry["site"] not in busy and (self.folder / row["file"]).exists():
+                self.state["posteriors"].append(row)
 
     def _posterior(self, row: dict[str, Any]) -> Posterior:
         """A posterior that was recorded; one that was damaged since is asked for again."""
@@ -257,22 +306,31 @@ class Cycle:
             check_size(site, content, self._prior_file(1))
             write_whole(incoming, content)
             row |= self._checked(site, incoming)
-            row |= {"file": f"round-{row['round']}/{site}.safetensors", "counted_in": None}
-            (self.folder / f"round-{row['round']}").mkdir(exist_ok=True)
+            row |= {"file": self._place(row), "counted_in": None}
+            (self.folder / row["file"]).parent.mkdir(exist_ok=True)
             os.replace(incoming, self.folder / row["file"])
             self.state["posteriors"].append(row)
         except Refused as error:
-            self.refuse(row, str(error))
+            self.refuse(row, str(error), **error.more)
         finally:
             incoming.unlink(missing_ok=True)
 
-    def refuse(self, row: Mapping[str, Any], reason: str) -> None:
+    def refuse(self, row: Mapping[str, Any], reason: str, **more: Any) -> None:
         """Note a refusal, written with the next change; the site is told with the next question."""
         kept = ("site", "file_sha256", "received", "bytes")
-        self.state["refused"].append({**{name: row[name] for name in kept if name in row}, "reason": reason})
-        earlier = [other for other in self.state["refused"] if other["site"] == row["site"]]
+        self.state["refused"].append({**{name: row[name] for name in kept if name in row}, "reason": reason, **more})
+        earlier = [other for other in self.state["refused"] if other["site"] == row["site"] and not other.get("void")]
         if len(earlier) > _MAX_REFUSALS:
             self.state["refused"].remove(earlier[0])
+
+    def _place(self, row: Mapping[str, Any]) -> str:
+        """Where a posterior's file goes; one of the same site and round may be there, of a prior that is void."""
+        void = [entry["void"] for entry in self.state["refused"] if entry.get("void")]
+        taken = {other["file"] for other in self.state["posteriors"] + void}
+        file = f"round-{row['round']}/{row['site']}.safetensors"
+        return (
+            file if file not in taken else f"round-{row['round']}-{row['prior_sha256'][:12]}/{row['site']}.safetensors"
+        )
 
     def _rows_of(self, site: str) -> list[dict[str, Any]]:
         return [row for row in self.state["posteriors"] if row["site"] == site]
@@ -281,30 +339,31 @@ class Cycle:
         """The state's entries about a posterior that belongs; `Refused` if it does not."""
         with blamed_on(site, incoming):
             posterior = Posterior.load(incoming)
-            number = self._round_of(posterior)
+            number = self._round_of(site, posterior)
             row = {"round": number, "prior_sha256": posterior.metadata["prior_sha256"], "sha256": posterior.sha256}
+            row |= {"payload_sha256": posterior.payload_sha256}
         prior = self._prior(number)
         trusted = self.project["trusted"] and TrustedKeys(Path(self.project["trusted"]))
         others = {
-            other["site"]: Influence.from_json(other["influence"])
+            other["site"]: self._influence(other)
             for other in self.state["posteriors"]
-            if other["round"] == number and other["site"] != site and other.get("influence")
+            if other["round"] == number and other["site"] != site and not {"damaged", "pruned"} & other.keys()
         }
         with blamed_on(site, incoming):
             if trusted:
                 trusted.require(posterior, site)
             self._check_once(site, row, posterior)
-            return row | admit(posterior, prior, others, self.project["temper"])
+            admitted = admit(posterior, prior, others, self.project["temper"])
+            self._check_dropped(site, row | admitted, posterior)
+            return row | admitted
 
-    def _round_of(self, posterior: Posterior) -> int:
+    def _round_of(self, site: str, posterior: Posterior) -> int:
         """The round of the prior that a posterior was trained from, whatever the site says."""
-        trained_from = posterior.metadata.get("prior_sha256")
+        trained_from = str(posterior.metadata.get("prior_sha256"))
         opened = self.state["priors"][: self.project["rounds"]]
         if trained_from not in opened:
-            raise InputError(
-                f"{posterior.name}: was trained from prior {str(trained_from)[:12]}, which no round had; "
-                "train from the prior that the server sent"
-            )
+            reason = f"was trained from prior {trained_from[:12]}, which no round had; train from the one that was sent"
+            raise Refused(one_line(f"{site}'s posterior: {reason}"), prior_sha256=trained_from)
         return opened.index(trained_from) + 1
 
     def _check_once(self, site: str, row: dict[str, Any], posterior: Posterior) -> None:
@@ -316,6 +375,16 @@ class Cycle:
                 raise InputError(f"{posterior.name}: of round {row['round']}, but one of round {other['round']} is in")
             if other["sha256"] == row["sha256"]:
                 raise InputError(f"{posterior.name}: is the posterior of {other['site']}; each counts once")
+
+    def _check_dropped(self, site: str, row: dict[str, Any], posterior: Posterior) -> None:
+        """Refuse what the organizer has dropped, also under another header or with a part of its tensors changed."""
+        influence = Influence.from_json(row["influence"])
+        for other in self.state["dropped"]:
+            again = other["payload_sha256"] == row["payload_sha256"]
+            if other["site"] == site and other["influence"] is not None:
+                again = again or influence.copies(Influence.from_json(other["influence"]))
+            if again:
+                raise InputError(f"{posterior.name}: was dropped by the organizer before; train again")
 
     def _content(self, number: int) -> bytes:
         """The file of a round's prior, kept in memory for all sites that ask."""
@@ -330,7 +399,9 @@ class Cycle:
     def _prior(self, number: int) -> Posterior:
         prior = Posterior.load(self._prior_file(number))
         if prior.sha256 != self.state["priors"][number - 1]:
-            raise InputError(f"{prior.name}: is not the prior that was published; restore it from a backup")
+            raise InputError(
+                f"{prior.name}: is not the prior that was published; recompute its round, or restore it from a backup"
+            )
         return prior
 
 

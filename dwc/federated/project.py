@@ -36,7 +36,8 @@ class Project(Settings):
     rounds
         Number of rounds.
     quorum
-        Number of posteriors with which a round may close; by default one of every site.
+        Number of posteriors with which a round may close; by default one of every site. With fewer than three, nobody's
+        influence is limited.
     grace_hours
         How long a round that has its quorum waits for the other sites.
     port
@@ -80,6 +81,8 @@ class Project(Settings):
         super().__post_init__()
         self._require_positive("rounds", "certificate_years", "temper", "answer_timeout_s", "max_influence")
         self._require("grace_hours", self.grace_hours >= 0, "give 0 or more")
+        self._require("grace_hours", self.grace_hours <= 1e6, "give a million or less")
+        self._require("certificate_years", self.certificate_years <= 1000, "give 1000 or less")
         self._require("port", 1 <= self.port <= 65535, "give 1 to 65535")
         self._require("organizer", "@" in self.organizer, "give an e-mail address")
         self._check_names()

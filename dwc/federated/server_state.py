@@ -10,25 +10,18 @@ from typing import Any
 
 from dwc.base.errors import InputError, one_line
 from dwc.base.files import write_whole
+from dwc.factors import Influence
+from dwc.federated.books import odd_entry
 from dwc.federated.project import Project
-from dwc.influence import Influence, verdicts, warnings_about
+from dwc.influence import MIN_SITES, verdicts, warnings_about
 
-__all__ = ["VERSION", "describe", "n_expected", "quorum_since", "read_state", "steady_time", "write_state"]
+__all__ = [
+    "VERSION", "describe", "n_expected", "quorum_since", "read_state", "small_quorum", "steady_time", "uncount",
+    "waiting", "write_state",
+]  # fmt: skip
 
 VERSION = 4
-_ENTRIES: dict[str, type] = {
-    "project": dict, "priors": list, "published": list, "clock": dict, "banned": list, "acts": list,
-    "posteriors": list, "refused": list, "trouble": list, "traffic": dict, "sites": dict,
-}  # fmt: skip
-_ROWS: dict[str, dict[str, tuple[type, ...]]] = {
-    "posteriors": {
-        "site": (str,), "round": (int,), "file": (str,), "sha256": (str,), "file_sha256": (str,), "received": (str,),
-        "counted_in": (int, type(None)),
-    },
-    "refused": {"site": (str,), "reason": (str,), "file_sha256": (str,)},
-    "acts": {"at": (str,), "act": (str,)},
-}  # fmt: skip
-_SITE: dict[str, tuple[type, ...]] = {"state": (str,), "round": (int,), "heard": (str, type(None))}
+_HELD_BEFORE = ("the site is banned", "so its prior is void; train again")  # refusals that an earlier dwc kept for ever
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -44,15 +37,22 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise InputError(f"{path}: is not a JSON object; restore it from a backup")
     version = state.get("version")
-    if version == 3:
+    if version == 3 and type(version) is int:
         state = _from_version_3(state)
-    elif version != VERSION:
+    elif version != VERSION or type(version) is not int:
         raise InputError(
             f"{path}: version {str(version)[:20]}, this dwc reads 3 and {VERSION}; use the dwc that wrote it, "
             "or restore it from a backup"
         )
-    if odd := _odd_entry(state):
-        raise InputError(f"{path}: {odd} is missing or of another type; restore it from a backup")
+    state = {"dropped": [], **state}
+    for row in _dicts(state.get("posteriors")):
+        if isinstance(row.get("influence"), dict) and "tensors" not in row["influence"]:
+            del row["influence"]  # an earlier dwc did not look at single tensors; measured again from the file
+    for entry in _dicts(state.get("refused")):
+        if str(entry.get("reason")).endswith(_HELD_BEFORE):
+            state["refused"].remove(entry)  # so that the site sends its posterior again
+    if odd := odd_entry(state):
+        raise InputError(one_line(f"{path}: {odd}; restore it from a backup"))
     return state
 
 
@@ -70,6 +70,8 @@ def describe(state: Mapping[str, Any]) -> str:
     lines = [f"{project['name']}: {open_round} q{number - 1}.safetensors ({state['priors'][-1][:12]})"]
     if since := quorum_since(state):
         lines.append(f"quorum since {since}, grace {project['grace_hours']:g} h")
+    if warning := small_quorum(project, n_expected(state)):
+        lines.append(f"warning: {warning}")
     width = max(map(len, state["sites"]), default=0)
     for site, row in state["sites"].items():
         entered = [str(posterior["round"]) for posterior in state["posteriors"] if posterior["site"] == site]
@@ -93,8 +95,31 @@ def describe(state: Mapping[str, Any]) -> str:
 def quorum_since(state: Mapping[str, Any]) -> str | None:
     """When the posterior arrived that completed the open round's quorum; None if it has none."""
     number, quorum = len(state["priors"]), min(state["project"]["quorum"], n_expected(state))
-    received = sorted(row["received"] for row in state["posteriors"] if row["round"] == number)
+    received = sorted(row["received"] for row in waiting(state) if row["round"] == number)
     return received[quorum - 1] if 0 < quorum <= len(received) else None
+
+
+def waiting(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The posteriors that count in the round that closes next; those of banned sites do not."""
+    return [row for row in state["posteriors"] if row["counted_in"] is None and row["site"] not in state["banned"]]
+
+
+def uncount(row: dict[str, Any]) -> None:
+    """Take a posterior out of the round that it counted in."""
+    row["counted_in"] = None
+    for name in ("power", "limited_because"):
+        row.pop(name, None)
+
+
+def small_quorum(project: Mapping[str, Any], n_sites: int) -> str | None:
+    """A warning if a round may close with too few sites to compare them with each other."""
+    n_least = min(project["quorum"], n_sites)
+    if project["max_influence"] is None or not 0 < n_least < MIN_SITES:
+        return None
+    return (
+        f"a round closes with {n_least} of {n_sites} sites; with fewer than {MIN_SITES} posteriors there is no median "
+        f"site, and nobody's influence is limited: set quorum to {MIN_SITES} or more"
+    )
 
 
 def n_expected(state: Mapping[str, Any]) -> int:
@@ -142,13 +167,27 @@ def _limited(state: Mapping[str, Any]) -> list[str]:
 
 
 def _judged(state: Mapping[str, Any]) -> list[str]:
-    """Verdicts and warnings about the posteriors of the newest round that has any."""
-    rows = [row for row in state["posteriors"] if row.get("influence")]
-    newest = max((row["round"] for row in rows), default=0)
-    influences = {row["site"]: Influence.from_json(row["influence"]) for row in rows if row["round"] == newest}
-    lines = [f"round {newest}: {site} {line}" for site, line in verdicts(influences).items()]
-    found = warnings_about(influences)
-    return lines + [f"warning: {site} in round {newest}: {line}" for site, own in found.items() for line in own]
+    """Verdicts on the posteriors of the newest round that has any, and warnings about those of every round.
+
+    Sites are compared with the others of the round that they were trained in, also where they came late.
+    """
+    rounds: dict[int, dict[str, Influence]] = {}
+    for row in state["posteriors"]:
+        if "influence" in row and row["site"] not in state["banned"]:
+            rounds.setdefault(row["round"], {})[row["site"]] = Influence.from_json(row["influence"])
+    lines = []
+    if rounds:
+        newest = max(rounds)
+        lines = [f"round {newest}: {site} {line}" for site, line in verdicts(rounds[newest]).items()]
+    for number, influences in sorted(rounds.items()):
+        for site, found in warnings_about(influences).items():
+            lines += [f"warning: {site} in round {number}: {line}" for line in found]
+    return lines
+
+
+def _dicts(rows: Any) -> list[dict[str, Any]]:
+    """The rows that are objects, of what may be anything."""
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def _from_version_3(state: dict[str, Any]) -> dict[str, Any]:
@@ -158,24 +197,3 @@ def _from_version_3(state: dict[str, Any]) -> dict[str, Any]:
         defaults = {item.name: item.default for item in fields(Project) if item.default is not MISSING}
         project = {**defaults, "training": {}, "max_influence": None, **project}
     return {"banned": [], "acts": [], "clock": {}, **state, "project": project, "version": VERSION}
-
-
-def _odd_entry(state: Mapping[str, Any]) -> str | None:
-    """The first entry that is missing or not of the type that everything else relies on."""
-    for name, kind in _ENTRIES.items():
-        if not isinstance(state.get(name), kind):
-            return name
-    for name in (item.name for item in fields(Project)):
-        if name not in state["project"]:
-            return f"project.{name}"
-    if not state["priors"] or not all(isinstance(digest, str) for digest in state["priors"]):
-        return "priors"
-    for name, columns in _ROWS.items():
-        for row in state[name]:
-            if not _has(row, columns):
-                return name
-    return None if all(_has(row, _SITE) for row in state["sites"].values()) else "sites"
-
-
-def _has(row: Any, columns: Mapping[str, tuple[type, ...]]) -> bool:
-    return isinstance(row, dict) and all(name in row and type(row[name]) in kinds for name, kinds in columns.items())

@@ -52,8 +52,9 @@ def serve(kit: Path, admin_kit: Path, every_s: float) -> None:
         keep()
         while True:
             began = time.monotonic()
+            until = began + 2 * pass_limit(kit)
             with _ended(subprocess.Popen(words)) as one_pass:
-                while one_pass.poll() is None and time.monotonic() < began + 2 * pass_limit(kit):
+                while one_pass.poll() is None and time.monotonic() < until:
                     time.sleep(1)
                     if keep():  # FLARE was restarted: the job that the pass waits for will never end
                         break

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, one_line
 from dwc.base.files import open_folder, sweep, write_whole
 from dwc.base.locks import held
 from dwc.base.processes import rotate, start_once
@@ -39,6 +40,29 @@ def stream_of(site: str) -> int:
     return int(digest(site.encode())[:8], 16)
 
 
+class _Kept(BaseModel):
+    """What the site's folder keeps; the types are checked, because people can edit it."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Scans(_Kept):
+    data: str | None = None
+    scans: list[str]
+
+
+class _Site(_Scans):
+    command: list[str]
+    arguments: list[str]
+    again: bool
+    key: str | None = None
+
+
+class _Task(_Kept):
+    round: int
+    prior_sha256: str
+
+
 class Spool:
     """A site's folder.
 
@@ -52,13 +76,9 @@ class Spool:
 
     def __init__(self, folder: Path, name: str = "") -> None:
         self.folder, self.name = folder, name
-        path = folder / "site.yml"
-        try:
-            self.site = yaml.safe_load(path.read_text(encoding="utf-8"))
-            self._command = [*self.site["command"], *self.site["arguments"]]
-            self._begun_with = {name: self.site[name] for name in ("data", "scans")}
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); write it with dwc federated join") from error
+        self.site = _read(folder / "site.yml", _Site, "write it with dwc federated join")
+        self._command = [*self.site["command"], *self.site["arguments"]]
+        self._begun_with = {name: self.site[name] for name in ("data", "scans")}
 
     @classmethod
     def create(
@@ -141,7 +161,7 @@ class Spool:
     def _next(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Work on the oldest round that is not settled, or ask for the open round's prior."""
         for task in self._tasks():
-            key = json.loads((task / "task.json").read_text(encoding="utf-8"))
+            key = _read(task / "task.json", _Task, f"remove {task} to begin this round again")
             if (task / "given-up").exists():
                 continue
             path = task / "run" / "posterior.safetensors"
@@ -155,6 +175,8 @@ class Spool:
                 return _answer("trained", key) | {"posterior": content}
             if reason:
                 write_whole(task / "refused", reason.encode())  # to be read by people
+            else:
+                (task / "refused").unlink(missing_ok=True)  # it counts again
         wanted = question["round"] and not (self._task(question) / "task.json").exists()
         if not wanted:
             return _answer("idle", question)
@@ -197,7 +219,7 @@ class Spool:
         if not (task / "run").exists():  # a new round, or one whose run was removed to start over
             write_whole(task / "scans.json", json.dumps(self._begun_with).encode())
             (task / "run").mkdir()
-        data = json.loads((task / "scans.json").read_text(encoding="utf-8"))["data"]
+        data = _scans(task)["data"]
         words = [*self._command, *(["--data", data] if data else []), "--stream", stream_of(self.name)]
         words += ["--prior", task / "prior.safetensors", "--out", task / "run", "--resume"]
         trainer = start_once(words, task / "trainer.lock", task / "trainer.log", cwd=self.folder)
@@ -207,8 +229,24 @@ class Spool:
 def _counted(folder: Path) -> set[str]:
     """Digests of the scans of all rounds with a posterior that was not refused."""
     done = [path.parents[1] for path in folder.glob("round-*/run/posterior.safetensors")]
-    entered = [task / "scans.json" for task in done if not (task / "refused").exists()]
-    return {scan for path in entered for scan in json.loads(path.read_text(encoding="utf-8"))["scans"]}
+    entered = [task for task in done if not (task / "refused").exists()]
+    return {scan for task in entered for scan in _scans(task)["scans"]}
+
+
+def _scans(task: Path) -> dict[str, Any]:
+    return _read(task / "scans.json", _Scans, "restore it from a backup: it says which scans have counted")
+
+
+def _read(path: Path, kind: type[_Kept], remedy: str) -> dict[str, Any]:
+    """A file of the site's folder, JSON or YAML, with all its entries."""
+    try:
+        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).model_dump()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: cannot be read ({where}: {first['msg']}); {remedy}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(one_line(f"{path}: cannot be read ({error}); {remedy}")) from error
 
 
 def _answer(state: str, key: Mapping[str, Any]) -> dict[str, Any]:

@@ -223,6 +223,29 @@ def test_removing_a_confident_site_from_a_file_is_refused_and_says_the_bound(mad
     )
 
 
+def test_removing_a_consolidated_file_is_refused_with_the_bound_where_its_own_rounding_exceeds_it(
+    made, tmp_path, capsys
+):
+    make, sites, words = made
+    sure = [make(name, scaled(seed, 1.0, 2e-3)) for seed, name in ((9, "sure"), (10, "surer"))]
+    merged = str(tmp_path / "merged.safetensors")
+    assert main(["consolidate", *sure, "--prior", words[1], "--out", merged]) == 0
+    assert main([*sites, *sure, *words, "--without", merged]) == 2
+    assert re.search(r"off by up to [\d.e+]+ sigma, more than 0\.01", capsys.readouterr().err)
+    assert not (tmp_path / "out.safetensors").exists()
+    assert main([*sites, *sure, *words, "--without", *sure]) == 0
+    expected = consolidate(a_prior(), [Posterior.load(site) for site in sites[1:]])
+    assert Posterior.load(tmp_path / "out.safetensors").sha256 == expected.sha256
+
+
+def test_a_limit_that_two_sites_are_too_few_for_is_said(made, capsys):
+    _, sites, words = made
+    assert main([*sites[:3], *words, "--max-influence", "3"]) == 0
+    assert "warning: 2 sites have no median to be compared with: nobody's influence is limited" in (
+        capsys.readouterr().err
+    )
+
+
 def test_leaving_each_site_out_says_whether_the_organizations_scans_get_likelier(words, settings, tmp_path, capsys):
     auto = ["--temper", "auto", "--data", str(settings.data), "--cache-dir", str(tmp_path / "cache")]
     assert main([*words, *auto, "--leave-one-out"]) == 0

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from dwc import audit
 from dwc.base.errors import InputError
 from dwc.cli import main
+from dwc.consolidation import consolidate
 from dwc.federated.cycle import Cycle
 from dwc.federated.project import Project
 from dwc.posterior import Posterior
@@ -173,3 +174,96 @@ def test_intervals_hold_the_estimate_never_vanish_and_shrink_with_the_scans():
         assert 0 <= few[0] <= auc <= few[1] <= 1
         assert few[1] - few[0] > many[1] - many[0] > 0
     assert audit.wilson_interval(1.0, 10)[0] == pytest.approx(0.722, abs=1e-3)  # by hand: 1 / (1 + z^2 / 10)
+
+
+def signed(folder: Path, name: str, posterior: Posterior, key: Path) -> str:
+    sign(posterior, key).save(folder / f"{name}.safetensors")
+    return str(folder / f"{name}.safetensors")
+
+
+@pytest.fixture
+def consortium(tmp_path, key):
+    """Keys of north, east and the organization; words of a consolidation that trusts them."""
+    write_keys(tmp_path, "east")
+    (tmp_path / "trusted" / "organizations").mkdir()
+    write_keys(tmp_path, "ministry")
+    (tmp_path / "trusted" / "ministry.pem").rename(tmp_path / "trusted" / "organizations" / "ministry.pem")
+    a_prior().save(tmp_path / "prior.safetensors")
+    return [
+        "--prior", str(tmp_path / "prior.safetensors"), "--out", str(tmp_path / "out.safetensors"),
+        "--trusted", str(tmp_path / "trusted"),
+    ]  # fmt: skip
+
+
+def test_one_key_does_not_answer_for_two_sites(tmp_path, key, consortium, capsys):
+    files = [signed(tmp_path, name, a_site(a_prior(), n), key) for n, name in enumerate(("north", "copy"))]
+    assert main(["consolidate", *files, *consortium]) == 2
+    assert f"{files[1]}: is signed by north, as {files[0]} is; a key answers for one site" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+    other = signed(tmp_path, "east", a_site(a_prior(), 1), tmp_path / "east.key")
+    assert main(["consolidate", files[0], other, *consortium]) == 0
+    assert f"{other}: signed by east" in capsys.readouterr().out
+
+
+def test_a_site_that_was_late_is_in_with_two_rounds_under_one_key(tmp_path, key, consortium):
+    late = signed(tmp_path, "late", a_site(a_prior(), 1), key)
+    second = consolidate(a_prior(), [a_site(a_prior(), 5), a_site(a_prior(), 6)])
+    second.save(tmp_path / "q1.safetensors")
+    now = signed(tmp_path, "now", a_site(second, 2), key)
+    words = [*consortium[2:], "--prior", str(tmp_path / "q1.safetensors"), "--earlier", consortium[1]]
+    assert main(["consolidate", late, now, *words]) == 0
+
+
+def test_a_key_under_two_names_is_refused(tmp_path, key, consortium, capsys):
+    (tmp_path / "trusted" / "west.pem").write_bytes((tmp_path / "trusted" / "north.pem").read_bytes())
+    file = signed(tmp_path, "north", a_site(a_prior(), 1), key)
+    assert main(["consolidate", file, *consortium]) == 2
+    error = capsys.readouterr().err
+    assert "west.pem: is the same key as " in error
+    assert "north.pem; a key stands for one party" in error
+
+
+def test_a_consolidated_file_needs_an_organizations_signature_where_signatures_are_asked_for(
+    tmp_path, key, consortium, capsys
+):
+    merged = consolidate(a_prior(), [a_site(a_prior(), seed) for seed in range(3)])
+    forged = signed(tmp_path, "forged", merged, key)
+    assert main(["consolidate", forged, *consortium]) == 2
+    assert (
+        "forged.safetensors: is a consolidated file signed by north, who can vouch for one" in capsys.readouterr().err
+    )
+    vouched = signed(tmp_path, "vouched", merged, tmp_path / "ministry.key")
+    assert main(["consolidate", vouched, *consortium]) == 0
+    assert "nobody has vouched" not in capsys.readouterr().err
+    assert main(["consolidate", vouched, *consortium[:4]]) == 0
+    assert "lists 3 sites, which nobody has vouched for; its influence is judged as one site's, see --trusted" in (
+        capsys.readouterr().err
+    )
+
+
+# A curve, secp112r1, that `cryptography` does not support: openssl genpkey -algorithm EC -pkeyopt \
+#   ec_paramgen_curve:secp112r1
+PUBLIC = """-----BEGIN PUBLIC KEY-----
+MDIwEAYHKoZIzj0CAQYFK4EEAAYDHgAEbv2kTVcOFdNJ78meAtawCKgRNV1R8hVJ
+fAYqcQ==
+-----END PUBLIC KEY-----
+"""
+PRIVATE = """-----BEGIN PRIVATE KEY-----
+ME4CAQAwEAYHKoZIzj0CAQYFK4EEAAYENzA1AgEBBA7QU7/h/4zh2rpapPh8uqEg
+Ax4ABG79pE1XDhXTSe/JngLWsAioETVdUfIVSXwGKnE=
+-----END PRIVATE KEY-----
+"""
+
+
+def test_a_key_on_a_curve_that_the_library_does_not_support_is_one_line(tmp_path, file, capsys):
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "odd.pem").write_text(PUBLIC)
+    (tmp_path / "odd.key").write_text(PRIVATE)
+    for words, name in (
+        (["verify", str(file), "--trusted", str(tmp_path / "keys")], "odd.pem"),
+        (["sign", str(file), "--key", str(tmp_path / "odd.key")], "odd.key"),
+    ):
+        assert main(["posterior", *words]) == 2
+        error = capsys.readouterr().err
+        assert f"{name}: is not an Ed25519 key" in error
+        assert error.count("\n") == 1

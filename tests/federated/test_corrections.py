@@ -10,10 +10,11 @@ from dwc.cli import main
 from dwc.consolidation import consolidate
 from dwc.federated import corrections
 from dwc.federated.cycle import Cycle
+from dwc.federated.project import Project
 from dwc.federated.server_state import describe
 from dwc.posterior import Posterior
-from tests.made_cycles import NOW, trained
-from tests.made_posteriors import a_prior
+from tests.made_cycles import NOW, file_of, trained
+from tests.made_posteriors import a_prior, a_site
 
 SITES = ("north", "east", "west")
 
@@ -170,3 +171,226 @@ def test_amend_and_prune_do_it_from_the_command_line(tmp_path, closed, capsys, m
     ):
         assert main(["federated", "amend", str(kit), *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def answer_all(cycle: Cycle, number: int, first_seed: int, sites=SITES) -> None:
+    for seed, site in enumerate(sites):
+        cycle.receive(site, trained(cycle, first_seed + seed, number=number))
+
+
+def test_answers_to_the_next_round_count_again_if_a_round_ends_with_the_same_network(closed):
+    before = closed.question("north")["settled"]
+    corrections.reopen(closed, 1)
+    assert [row["round"] for row in closed.state["posteriors"]] == [1, 1, 1]
+    assert any("is void" in reason for reason in closed.question("north")["settled"].values())
+    assert closed.advance(NOW)
+    assert [(row["site"], row["round"]) for row in closed.state["posteriors"][3:]] == [("north", 2)]
+    assert closed.question("north")["settled"] == before  # the site need not do anything
+    answer_all(closed, 2, 20, ("east", "west"))
+    assert closed.advance(NOW)
+    assert len(Posterior.load(closed.result).metadata["sites"]) == 3
+
+
+def test_answers_to_the_next_round_are_void_if_a_round_ends_otherwise_and_count_again_when_it_is_put_back(closed):
+    first = closed.state["priors"][1]
+    corrections.ban(closed, "west")
+    corrections.recompute(closed, 1)
+    assert closed.state["priors"][1] != first
+    assert {row["round"] for row in closed.state["posteriors"]} == {1}
+    closed.receive("north", trained(closed, 30, number=2))  # from the other network
+    second = [row["file"] for row in closed.state["posteriors"] if row["round"] == 2]
+    corrections.allow(closed, "west")
+    corrections.recompute(closed, 1)
+    assert closed.state["priors"][1] == first
+    (row,) = [row for row in closed.state["posteriors"] if row["round"] == 2]
+    assert row["prior_sha256"] == first
+    assert row["file"] not in second
+    assert Posterior.load(closed.folder / row["file"]).sha256 == row["sha256"]
+    assert not any("is void" in reason for reason in [closed.question("north")["settled"][row["file_sha256"]]])
+
+
+def test_an_answer_whose_file_is_gone_is_asked_for_again_when_its_prior_comes_back(closed):
+    content = (closed.folder / "round-2/north.safetensors").read_bytes()
+    corrections.reopen(closed, 1)
+    corrections.prune(closed)
+    assert not (closed.folder / "round-2/north.safetensors").exists()
+    closed.advance(NOW)
+    assert len(closed.question("north")["settled"]) == 1  # round 1's alone
+    closed.receive("north", {"state": "trained", "round": 2, "prior_sha256": "", "posterior": content})
+    assert [row["site"] for row in closed.state["posteriors"] if row["round"] == 2] == ["north"]
+
+
+def test_a_server_restored_from_before_a_round_closed_asks_again_for_the_answers_to_the_next(closed):
+    content = (closed.folder / "round-2/north.safetensors").read_bytes()
+    early = {"state": "trained", "round": 2, "prior_sha256": "", "posterior": content}
+    corrections.drop(closed, "north", 2)
+    closed.state["dropped"].clear()
+    corrections.reopen(closed, 1)
+    closed.state["refused"].clear()  # as in the backup
+    closed.receive("north", early)
+    assert "which no round had" in closed.state["refused"][0]["reason"]
+    assert closed.advance(NOW)
+    assert closed.state["refused"] == []
+    closed.receive("north", early)
+    assert [row["site"] for row in closed.state["posteriors"] if row["round"] == 2] == ["north"]
+
+
+def test_a_banned_site_counts_neither_in_the_sum_nor_towards_the_quorum_of_a_round_that_is_reopened(closed):
+    corrections.ban(closed, "west")
+    corrections.reopen(closed, 1)
+    corrections.ban(closed, "east")
+    assert "quorum since 2026" in describe(closed.state)  # of one: north
+    corrections.allow(closed, "east")
+    assert closed.advance(NOW)
+    expected = consolidate(a_prior(), [file_of_site(closed, site) for site in ("north", "east")])
+    assert closed.state["priors"][1] == expected.sha256
+    (row,) = [row for row in closed.state["posteriors"] if row["site"] == "west"]
+    assert row["counted_in"] is None
+
+
+def test_a_quorum_is_not_made_by_a_banned_site(cycle):
+    for seed, site in enumerate(("north", "west")):
+        cycle.receive(site, trained(cycle, seed))
+    assert "quorum since" in describe(cycle.state)
+    corrections.ban(cycle, "west")
+    assert "quorum since" not in describe(cycle.state)
+    assert not cycle.advance(NOW + timedelta(days=9))
+    corrections.allow(cycle, "west")  # it need not send its posterior again
+    assert cycle.advance(NOW + timedelta(days=9))
+    assert len(Posterior.load(cycle.result).metadata["sites"]) == 2
+
+
+def test_a_late_posterior_after_the_last_round_does_not_bring_a_banned_site_back(cycle):
+    for number in (1, 2):
+        answer_all(cycle, number, 10 * number, ("north", "west"))
+        assert cycle.advance(NOW + timedelta(days=9))
+    corrections.ban(cycle, "west")
+    cycle.receive("east", trained(cycle, 40, number=2))
+    assert cycle.advance(NOW)
+    prior = Posterior.load(cycle.folder / "q1.safetensors")
+    expected = consolidate(prior, [file_of_site(cycle, site, 2) for site in ("north", "east")])
+    assert cycle.state["priors"][2] == expected.sha256
+
+
+def test_a_round_with_a_dropped_posterior_is_closed_without_it_when_the_organizer_says_so(cycle, project):
+    cycle.amend(Project(**{**project.to_json(), "quorum": 3}))
+    answer_all(cycle, 1, 0)
+    corrections.drop(cycle, "west", 1)
+    assert not cycle.advance(NOW + timedelta(days=9))
+    corrections.recompute(cycle, 1)
+    assert cycle.round == 2
+    with pytest.raises(InputError, match="`recompute` 2: no posterior counts in it"):
+        corrections.recompute(cycle, 2)
+
+
+def test_a_recomputation_that_fails_leaves_the_round_as_it_was(closed):
+    before = [*closed.state["priors"]]
+    damage(closed, "east")
+    with pytest.raises(InputError, match="east is asked to send it again"):
+        corrections.recompute(closed, 1)
+    assert Cycle(closed.folder).state["priors"] == before
+    assert Cycle(closed.folder).state["acts"] == []
+
+
+@pytest.mark.parametrize("header", [{"n_volumes": 9}, {"training": {"lr": 0.5}}])
+def test_a_dropped_posterior_is_known_under_another_header_and_from_another_site(cycle, header):
+    cycle.receive("north", trained(cycle, 0))
+    corrections.drop(cycle, "north", 1)
+    for site in ("north", "east"):
+        cycle.receive(site, trained(cycle, 0, **header))
+        assert "was dropped by the organizer before" in cycle.state["refused"][-1]["reason"]
+    assert cycle.state["posteriors"] == []
+
+
+def test_a_dropped_posterior_is_known_when_refusals_are_forgotten_and_when_a_tensor_is_changed(cycle, monkeypatch):
+    monkeypatch.setattr("dwc.federated.cycle._MAX_REFUSALS", 2)
+    bad = trained(cycle, 0)
+    cycle.receive("north", bad)
+    corrections.drop(cycle, "north", 1)
+    for number in range(3):
+        cycle.receive("north", {**bad, "posterior": b"%d" % number})
+    assert not any("dropped" in reason for reason in cycle.question("north")["settled"].values())
+    changed = a_site(Posterior.load(cycle.folder / "q0.safetensors"), 0)
+    changed.mu["layers.0.bias"][0] += 1e-3
+    for answer in (bad, {**bad, "posterior": file_of(changed, cycle.folder)}):
+        cycle.receive("north", answer)
+        assert "was dropped by the organizer before" in cycle.state["refused"][-1]["reason"]
+    assert cycle.state["posteriors"] == []
+
+
+def test_a_cycle_is_not_amended_to_a_folder_of_keys_that_is_not_there(cycle, project, tmp_path):
+    before = (cycle.folder / "state.json").read_bytes()
+    with pytest.raises(InputError, match="none: no such folder; give a folder of public keys"):
+        cycle.amend(Project(**{**project.to_json(), "trusted": tmp_path / "none"}))
+    assert (cycle.folder / "state.json").read_bytes() == before
+
+
+def loud(cycle: Cycle, seed: int, number: int = 1) -> dict:
+    """An answer whose means are twelve times as far from the prior's as others'."""
+    prior = Posterior.load(cycle.folder / f"q{number - 1}.safetensors")
+    site = a_site(prior, seed)
+    mu = {name: prior.mu[name] + 12 * (mean - prior.mu[name]) for name, mean in site.mu.items()}
+    content = file_of(Posterior(mu, site.sigma, site.metadata), cycle.folder)
+    return {"state": "trained", "round": number, "prior_sha256": prior.sha256, "posterior": content}
+
+
+def test_rows_of_an_earlier_dwc_are_measured_from_their_files_so_that_the_limit_holds(cycle):
+    answer_all(cycle, 1, 0, ("north", "east"))
+    path = cycle.folder / "state.json"
+    state = json.loads(path.read_text())
+    del state["posteriors"][0]["influence"], state["dropped"]
+    del state["posteriors"][1]["influence"]["tensors"]  # as the version that did not look at single tensors wrote it
+    path.write_text(json.dumps(state))
+    again = Cycle(cycle.folder)
+    again.receive("west", loud(again, 2))
+    assert again.advance(NOW)
+    powers = {row["site"]: row["power"] for row in again.state["posteriors"]}
+    assert powers["north"] == powers["east"] == 1
+    assert powers["west"] < 1
+
+
+@pytest.mark.parametrize("reason", ["the site is banned", "round 1 was reopened, so its prior is void; train again"])
+def test_what_an_earlier_dwc_refused_for_a_ban_or_a_void_prior_is_sent_again(cycle, reason):
+    answer = trained(cycle, 0)
+    cycle.receive("north", answer)
+    path = cycle.folder / "state.json"
+    state = json.loads(path.read_text())
+    (row,) = state["posteriors"]
+    kept = {name: row[name] for name in ("site", "file_sha256", "received", "bytes")}
+    path.write_text(json.dumps({**state, "posteriors": [], "refused": [{**kept, "reason": f"north's: {reason}"}]}))
+    again = Cycle(cycle.folder)
+    assert again.question("north")["settled"] == {}
+    again.receive("north", answer)
+    assert [row["site"] for row in again.state["posteriors"]] == ["north"]
+
+
+def test_a_late_answer_is_judged_with_the_round_that_it_was_trained_in_and_its_warnings_are_kept(cycle, project):
+    sites = [*SITES, "south"]
+    cycle.amend(Project(**{**project.to_json(), "sites": sites, "quorum": 3}))
+    late = loud(cycle, 3)
+    answer_all(cycle, 1, 0)
+    assert cycle.advance(NOW + timedelta(days=9))
+    cycle.receive("south", late)
+    answer_all(cycle, 2, 20)
+    said = describe(cycle.state)
+    assert "round 2: north moved" in said
+    assert "warning: south in round 1: it pulls the means" in said
+    assert cycle.advance(NOW + timedelta(days=9))
+    (row,) = [row for row in cycle.state["posteriors"] if row["site"] == "south"]
+    assert row["counted_in"] == 2
+    assert row["power"] < 1
+    assert "times the influence of the median site" in row["limited_because"]
+    answer_all(cycle, 2, 30, ("south",))
+    assert "warning: south in round 1: it pulls the means" in describe(Cycle(cycle.folder).state)
+
+
+def test_a_quorum_with_which_nobody_is_limited_is_warned_of(cycle, project, capsys):
+    assert "warning: a round closes with 2 of 3 sites; with fewer than 3 posteriors there is no median site" in (
+        describe(cycle.state)
+    )
+    cycle.amend(Project(**{**project.to_json(), "quorum": 3}))
+    assert "no median site" not in describe(cycle.state)
+    corrections.ban(cycle, "west")
+    assert "a round closes with 2 of 2 sites" in describe(cycle.state)
+    cycle.amend(Project(**{**project.to_json(), "max_influence": None}))
+    assert "no median site" not in describe(cycle.state)

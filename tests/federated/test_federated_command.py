@@ -405,3 +405,8 @@ def test_folders_of_past_jobs_are_cleared_and_nothing_else(tmp_path):
     assert sum(path.exists() for path in jobs) == 20
     assert folder_in(tmp_path).exists()
     assert (tmp_path / "startup").exists()
+
+
+def test_a_quorum_with_which_nobody_is_limited_is_warned_of_when_kits_are_made(agreement, tmp_path, capsys):
+    assert cli.main(["federated", "init", str(agreement), "--out", str(tmp_path / "out")]) == 0
+    assert "dwc: warning: a round closes with 1 of 2 sites; with fewer than 3" in capsys.readouterr().err

@@ -185,6 +185,27 @@ def test_a_site_a_little_too_loud_enters_with_less_power(tmp_path):
     assert members[row["sha256"]] == row["power"]
 
 
+def one_bias(shift: float, sigma: float):
+    def make(site: Posterior, folder) -> bytes:
+        prior = a_prior()
+        site.mu["layers.0.bias"][2] = prior.mu["layers.0.bias"][2] + shift * prior.sigma["layers.0.bias"][2]
+        site.sigma["layers.0.bias"][2] = sigma * prior.sigma["layers.0.bias"][2]
+        return file_of(site, folder)
+
+    return make
+
+
+@pytest.mark.parametrize(("shift", "sigma"), [(90.0, 0.05), (90.0, 1.0), (0.0, 1e-3)])
+def test_a_site_that_steers_one_bias_is_limited_and_named(tmp_path, shift, sigma):
+    cycle = closed_with(tmp_path, one_bias(shift, sigma))
+    (row,) = [row for row in cycle.state["posteriors"] if row["site"] == "loud"]
+    assert row["power"] < 1
+    said = describe(cycle.state)
+    assert re.search("(limited|left out): loud in round 1, its influence is (far )?above the limit", said)
+    assert re.search("warning: loud in round 1: (it|in) ", said)
+    assert not any(f"{word} {site} in round 1" in said for site in "abcd" for word in ("limited:", "warning:"))
+
+
 def test_without_the_limit_a_confident_site_makes_the_means_its_own(tmp_path):
     assert shift(closed_with(tmp_path, louder(sigma=1e-8), max_influence=None)) < 1e-6
 

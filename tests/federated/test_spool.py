@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import sys
@@ -5,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dwc.base import processes
 from dwc.base.errors import InputError
@@ -141,6 +143,44 @@ def test_a_refused_posterior_is_put_aside_with_the_reason(spool, cycle):
     assert spool.answer(cycle.question("north"))["state"] == "idle"
     (refused,) = spool.folder.glob("round-*/refused")
     assert "which no round had" in refused.read_text()
+
+
+def test_a_posterior_that_counts_again_is_marked_as_refused_no_longer(spool, cycle):
+    begin(spool, cycle)
+    let_finish(spool, a_site(a_prior(), 1))
+    question = cycle.question("north")
+    file = digest(spool.answer(question)["posterior"])
+    spool.answer({**question, "settled": {file: "round 1 was reopened"}})
+    assert list(spool.folder.glob("round-*/refused"))
+    spool.answer({**question, "settled": {file: ""}})
+    assert not list(spool.folder.glob("round-*/refused"))
+
+
+def test_whatever_stands_in_a_sites_own_files_is_one_line_that_names_the_file(spool, cycle, give):
+    give("a")
+    spool = Spool(spool.folder)
+    begin(spool, cycle)
+    let_finish(spool, a_site(a_prior(), 1))
+    (task,) = spool.folder.glob("round-1-*")
+    for path in (spool.folder / "site.yml", task / "task.json", task / "scans.json"):
+        whole = path.read_text()
+        texts = ["", "[", "3", "[]", "{}", "\x00"]
+        for name, value in yaml.safe_load(whole).items():
+            for wrong in (None, 7, 10**400, {}, [7], [[]], "x", True):
+                if type(wrong) is not type(value) and not (value is None and wrong == "x"):  # a path
+                    texts.append(json.dumps({**yaml.safe_load(whole), name: wrong}))
+        errors = []
+        for text in texts:
+            path.write_text(text)
+            try:
+                site = Spool(spool.folder, "north")
+                site.answer(cycle.question("north"))
+                site._lacks_scans()
+            except InputError as error:
+                errors.append(str(error))
+        path.write_text(whole)
+        assert len(errors) > 6
+        assert [error for error in errors if not error.startswith(f"{path}: ") or "\n" in error] == []
 
 
 def test_a_site_sends_again_what_a_server_restored_from_a_backup_has_forgotten(spool, cycle):
