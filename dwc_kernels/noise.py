@@ -100,23 +100,22 @@ def _key_words(key: tuple[int, int], n_rounds: int) -> list[list[int]]:
 def _round_keys(key: tuple[Key, Key], n_rounds: int, like: Tensor) -> Tensor:
     """The key words of each round, [n_rounds, 2, 1, ...]; made where the seed is, so that no one waits for it."""
     shape = (n_rounds, 2, *[1] * (like.dim() - 1))
-    if isinstance(key[0], int):
-        return torch.tensor(_key_words(key, n_rounds), device=like.device).view(shape)
+    if isinstance(key[0], int) and isinstance(key[1], int):
+        return torch.tensor(_key_words((key[0], key[1]), n_rounds), device=like.device).view(shape)
     steps = torch.arange(n_rounds, device=like.device)
     return torch.stack([(k + steps * w) & _MASK for k, w in zip(key, (_W0, _W1), strict=True)], 1).view(shape)
 
 
 def _four_normals(group: Tensor, seed: Tensor | int, out: Tensor) -> None:
     """Write the normals of each group (int64, any shape) to out[lane], lane = 0..3 (fp32)."""
-    key = (seed & _MASK, (seed >> 32) & _MASK)
-    here = isinstance(seed, int) and group.device.type == "cpu" and group.numel() <= _ALONE
-    if here and group.max() <= _MASK:
-        even, odd = _philox_by_numpy(group, key)
+    few = group.device.type == "cpu" and group.numel() <= _ALONE
+    if isinstance(seed, int) and few and group.max() <= _MASK:
+        even, odd = _philox_by_numpy(group, (seed & _MASK, (seed >> 32) & _MASK))
     else:
         even, odd = group.new_zeros(2, *group.shape), group.new_zeros(2, *group.shape)
         torch.bitwise_and(group, _MASK, out=even[0])
         torch.bitwise_right_shift(group, 32, out=odd[0])
-        even, odd = _philox(even, odd, key, N_ROUNDS)
+        even, odd = _philox(even, odd, (seed & _MASK, (seed >> 32) & _MASK), N_ROUNDS)
     # u in (0, 1], so the logarithm is finite; the angle is the signed word as a fraction of a turn, in [-1/2, 1/2).
     u = even.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
     radius = u.log_().mul_(-2.0).sqrt_()
