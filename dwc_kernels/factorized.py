@@ -153,8 +153,7 @@ class FFGModule(nn.Module):
             return choice
         if not (self.training if choice is None else choice):
             return self.weight_mu, self.bias_mu
-        if torch.onnx.is_in_onnx_export():
-            raise RuntimeError("ONNX has no operator that samples; call eval() to export the mean, or draw_weights")
+        _refuse_onnx()
         return None
 
     def _seed(self, seed: Tensor | int | None, device: torch.device) -> Tensor | int | None:
@@ -287,6 +286,15 @@ class FFGModule(nn.Module):
         values = {name: (getattr(self, name), default) for name, default in {**defaults, "backend": "auto"}.items()}
         named = [f"{name}={value!r}" for name, (value, default) in values.items() if value != default]
         return ", ".join([arguments, *named])
+
+
+def _refuse_onnx() -> None:
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError("ONNX has no operator that samples; call eval() to export the mean, or draw_weights")
+
+
+# Called while tracing, not traced: the exporter's second attempt traces with a compiler that takes the answer to be no.
+_refuse_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:

@@ -293,12 +293,19 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("ffg_conv3d has no second derivative")
 
 
+def _refuse_to_compile() -> None:
+    raise RuntimeError("torch.compile cannot trace torch.func derivatives of ffg_conv3d; take them without compiling")
+
+
+# Called while tracing, not traced: from an error in the traced code the compiler would go on without compiling, into an
+# assertion of its own.
+_refuse_to_compile._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _once(op: CustomOpDef, *arguments: Any) -> Any:
     if transforming():
         if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "torch.compile cannot trace torch.func derivatives of ffg_conv3d; take them without compiling"
-            )
+            _refuse_to_compile()
         return _Once.apply(op, *arguments)
     # With a graph of the gradients the operators are needed: they refuse a second derivative.
     direct = not torch.is_grad_enabled() and _unobserved(arguments)

@@ -152,7 +152,8 @@ def forward(
         return y, x.new_empty(0)
     r_layout = output_layout(x) if plain else torch.channels_last_3d
     r = eps.div_(std).mul_(0.5)
-    if std.device.type != "cpu" or not std.amin() > 0:  # a look at the values, which a GPU would have to be waited for
+    # A look at the values, which a GPU would have to be waited for.
+    if std.device.type != "cpu" or (std.numel() and not std.amin() > 0):
         r.masked_fill_(std == 0, 0.0)
     if x.dtype == torch.float16:  # where std < 8e-6, 1 / std leaves its range; saturated, r keeps the gradient finite
         r.clamp_(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)

@@ -68,7 +68,7 @@ def onednn_wins(
         return False
     weight = x.new_empty(()).expand(weight_shape)
     geometry = (stride, padding, dilation, False, (0, 0, 0), groups)
-    return torch._C._select_conv_backend(x, weight, None, *geometry) == torch._C._ConvBackend.Mkldnn
+    return torch._C._select_conv_backend(x, weight, None, *geometry) == torch._C._ConvBackend.Mkldnn  # type: ignore[attr-defined]
 
 
 def convolve(x: Tensor, weight: Tensor, padding: Triple, dilation: Triple, times: Tensor | None = None) -> Tensor:
