@@ -1,7 +1,8 @@
 """MONAI's networks converted, against the plain composition in each layer: `python -m benchmarks.whole_networks`.
 
-Forward and backward on the CPU, in turn, the least CPU seconds of each, and the bytes kept for the backward. With
-several threads CPU seconds count their waiting too, so one thread is the default. Needs MONAI.
+Forward and backward on the CPU, in turn, the least CPU seconds of each, and the bytes kept for the backward; and
+likewise `kl_loss` with its gradients against the formula as it is usually written. With several threads CPU seconds
+count their waiting too, so one thread is the default. Needs MONAI.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.composition import composition, saved_bytes
-from dwc_kernels import convert, module
+from dwc_kernels import convert, kl_loss, module
+from dwc_kernels.factorized import FFGModule
 
 __all__ = ["NETWORKS", "compare", "main"]
 
@@ -69,6 +71,18 @@ def convolution_composition(
     return composition(x, weight_mu, weight_sigma, bias_mu, bias_sigma, **options)
 
 
+def naive_kl(net: nn.Module) -> Tensor:
+    """The divergence of every layer, in logarithms and squares of fp32."""
+    total = torch.zeros(())
+    for layer in net.modules():
+        for name in layer._names if isinstance(layer, FFGModule) else ():
+            mu, sigma = getattr(layer, f"{name}_mu"), F.softplus(getattr(layer, f"{name}_rho"))
+            mu_0, sigma_0 = getattr(layer, f"prior_{name}_mu"), getattr(layer, f"prior_{name}_sigma")
+            squares = (sigma.square() + (mu - mu_0).square()) / (2.0 * sigma_0.square())
+            total = total + (torch.log(sigma_0 / sigma) + squares - 0.5).sum()
+    return total
+
+
 def compare(build: Callable[[], nn.Module], size: int, batch: int, seconds: float) -> dict[str, float]:
     """Milliseconds and megabytes kept of both, and their ratios."""
     torch.manual_seed(0)
@@ -85,6 +99,7 @@ def compare(build: Callable[[], nn.Module], size: int, batch: int, seconds: floa
         y = net(x)
         torch.autograd.grad(y, parameters, torch.ones_like(y))
 
+    divergences: dict[Callable[[nn.Module], Tensor], list[float]] = {naive_kl: [], kl_loss: []}
     start = time.process_time()
     while len(spent["op"]) < 3 or time.process_time() - start < seconds:
         for name, layers in (("composition", composed), ("op", nullcontext())):
@@ -94,6 +109,10 @@ def compare(build: Callable[[], nn.Module], size: int, batch: int, seconds: floa
                 spent[name].append(time.process_time() - before)
                 if name not in kept:
                     kept[name] = saved_bytes(lambda: net(x), *parameters) / 2**20
+        for kl, times in divergences.items():
+            before = time.process_time()
+            torch.autograd.grad(kl(net), parameters, allow_unused=True)
+            times.append(time.process_time() - before)
     theirs_s, ours_s = (min(times[1:]) for times in spent.values())
     return {
         "composition_ms": 1e3 * theirs_s,
@@ -101,6 +120,8 @@ def compare(build: Callable[[], nn.Module], size: int, batch: int, seconds: floa
         "time": ours_s / theirs_s,
         "composition_MB": kept["composition"],
         "op_MB": kept["op"],
+        "naive_kl_ms": 1e3 * min(divergences[naive_kl][1:]),
+        "kl_ms": 1e3 * min(divergences[kl_loss][1:]),
     }
 
 

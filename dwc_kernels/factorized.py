@@ -153,8 +153,7 @@ class FFGModule(nn.Module):
             return choice
         if not (self.training if choice is None else choice):
             return self.weight_mu, self.bias_mu
-        if torch.onnx.is_in_onnx_export():
-            raise RuntimeError("ONNX has no operator that samples; call eval() to export the mean, or draw_weights")
+        _refuse_onnx()
         return None
 
     def _seed(self, seed: Tensor | int | None, device: torch.device) -> Tensor | int | None:
@@ -248,10 +247,18 @@ class FFGModule(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Also takes the state of a plain layer, whose weight and bias become the means, and priors of any shape."""
         plain = [key for name in ("weight", "bias") for key in _plain_keys(name) if prefix + key in state_dict]
-        for key in plain:
-            ours = key.replace("weight", "weight_mu").replace("bias", "bias_mu")
-            if prefix + ours not in state_dict:
-                state_dict[prefix + ours] = state_dict.pop(prefix + key)
+        means = {key: key.replace("weight", "weight_mu").replace("bias", "bias_mu") for key in plain}
+        # `set_model_state_dict` adds the means as they are to a whole plain checkpoint, which one rank alone may have.
+        if plain and (
+            hasattr(self.weight_rho, "device_mesh") or any(prefix + key in state_dict for key in means.values())
+        ):
+            args[-1].append(  # error_msgs
+                f"Unexpected key {prefix}{plain[0]} of a plain layer in a sharded network or beside the means; "
+                "rename the keys by mean_names(net)"
+            )
+            return
+        for key, mean in means.items():
+            state_dict[prefix + mean] = state_dict.pop(prefix + key)
         parts = [f"{name}_{moment}" for name in self._names for moment in MOMENTS]
         for name in parts:
             if wrong := self._fit_prior(name, state_dict, f"{prefix}prior_{name}"):
@@ -277,8 +284,8 @@ class FFGModule(nn.Module):
             return f"{key}: {wrong}"
         if not value.is_meta and value.numel() and (value == value.flatten()[0]).all():
             value = state_dict[key] = value.flatten()[0].clone()
-        if value.shape != buffer.shape:
-            self._buffers[f"prior_{name}"] = buffer.new_empty(value.shape)
+        if value.shape != buffer.shape or hasattr(value, "device_mesh") != hasattr(buffer, "device_mesh"):
+            self._buffers[f"prior_{name}"] = torch.empty_like(value, dtype=buffer.dtype, device=buffer.device)
         self._note_number(name, value)
         return None
 
@@ -287,6 +294,15 @@ class FFGModule(nn.Module):
         values = {name: (getattr(self, name), default) for name, default in {**defaults, "backend": "auto"}.items()}
         named = [f"{name}={value!r}" for name, (value, default) in values.items() if value != default]
         return ", ".join([arguments, *named])
+
+
+def _refuse_onnx() -> None:
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError("ONNX has no operator that samples; call eval() to export the mean, or draw_weights")
+
+
+# Called while tracing, not traced: the exporter's second attempt traces with a compiler that takes the answer to be no.
+_refuse_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:

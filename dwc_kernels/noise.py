@@ -63,45 +63,59 @@ def _philox(even: Tensor, odd: Tensor, key: tuple[Key, Key], n_rounds: int) -> t
     return even, odd.bitwise_and_(_MASK)
 
 
-def _philox_by_numpy(group: Tensor, key: tuple[Key, Key]) -> tuple[Tensor, Tensor]:
-    """The words of groups by numpy, whose calls cost half as much as PyTorch's where one thread does the work."""
+def _philox_by_numpy(group: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The words of groups below 2^32 by numpy, whose calls cost half as much as PyTorch's on one thread.
+
+    Words 1 to 3 of these counters are 0, so the first two rounds act on one word each.
+    """
     counter = group.numpy().view(np.uint64)
-    even, odd = np.zeros((2, *counter.shape), np.uint64), np.zeros((2, *counter.shape), np.uint64)
-    np.bitwise_and(counter, _MASK, out=even[0])
-    np.right_shift(counter, 32, out=odd[0])
-    product = np.empty_like(even)
+    even, odd, product = (np.empty((2, *counter.shape), np.uint64) for _ in range(3))
+    (k_0, k_1), (l_0, l_1), *keys = _key_words(key, N_ROUNDS)
+    np.multiply(counter, _M0, out=odd[1])
+    np.right_shift(odd[1], 32, out=even[1])
+    even[1] ^= k_1
+    np.multiply(even[1], _M1, out=odd[0])
+    np.right_shift(odd[0], 32, out=even[0])
+    even[0] ^= l_0
+    np.bitwise_xor(odd[1], (_M0 * k_0 >> 32) ^ l_1, out=even[1])
+    even[1] &= _MASK
+    odd[1] = _M0 * k_0 & _MASK
     factors = np.array((_M1, _M0), np.uint64).reshape(2, *[1] * counter.ndim)
-    for keys in _round_keys(key, N_ROUNDS, group[None]).numpy().view(np.uint64):
+    for words in np.array(keys, np.uint64).reshape(-1, *factors.shape):
         np.multiply(even[::-1], factors, out=product)
         np.right_shift(product, 32, out=even)
         even ^= odd
-        even ^= keys
+        even ^= words
         even &= _MASK
         odd, product = product, odd
     odd &= _MASK
     return torch.from_numpy(even.view(np.int64)), torch.from_numpy(odd.view(np.int64))
 
 
+def _key_words(key: tuple[int, int], n_rounds: int) -> list[list[int]]:
+    """The two key words of each round."""
+    return [[(k + r * w) & _MASK for k, w in zip(key, (_W0, _W1), strict=True)] for r in range(n_rounds)]
+
+
 def _round_keys(key: tuple[Key, Key], n_rounds: int, like: Tensor) -> Tensor:
     """The key words of each round, [n_rounds, 2, 1, ...]; made where the seed is, so that no one waits for it."""
     shape = (n_rounds, 2, *[1] * (like.dim() - 1))
-    if isinstance(key[0], int):
-        words = [[(k + r * w) & _MASK for k, w in zip(key, (_W0, _W1), strict=True)] for r in range(n_rounds)]
-        return torch.tensor(words, device=like.device).view(shape)
+    if isinstance(key[0], int) and isinstance(key[1], int):
+        return torch.tensor(_key_words((key[0], key[1]), n_rounds), device=like.device).view(shape)
     steps = torch.arange(n_rounds, device=like.device)
     return torch.stack([(k + steps * w) & _MASK for k, w in zip(key, (_W0, _W1), strict=True)], 1).view(shape)
 
 
 def _four_normals(group: Tensor, seed: Tensor | int, out: Tensor) -> None:
     """Write the normals of each group (int64, any shape) to out[lane], lane = 0..3 (fp32)."""
-    key = (seed & _MASK, (seed >> 32) & _MASK)
-    if isinstance(key[0], int) and group.device.type == "cpu" and group.numel() <= _ALONE:
-        even, odd = _philox_by_numpy(group, key)
+    few = group.device.type == "cpu" and group.numel() <= _ALONE
+    if isinstance(seed, int) and few and group.max() <= _MASK:
+        even, odd = _philox_by_numpy(group, (seed & _MASK, (seed >> 32) & _MASK))
     else:
         even, odd = group.new_zeros(2, *group.shape), group.new_zeros(2, *group.shape)
         torch.bitwise_and(group, _MASK, out=even[0])
         torch.bitwise_right_shift(group, 32, out=odd[0])
-        even, odd = _philox(even, odd, key, N_ROUNDS)
+        even, odd = _philox(even, odd, (seed & _MASK, (seed >> 32) & _MASK), N_ROUNDS)
     # u in (0, 1], so the logarithm is finite; the angle is the signed word as a fraction of a turn, in [-1/2, 1/2).
     u = even.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
     radius = u.log_().mul_(-2.0).sqrt_()

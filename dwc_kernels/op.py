@@ -6,6 +6,7 @@ the backend it is given. Choosing a backend, checking arguments and casting unde
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -25,9 +26,11 @@ __all__ = ["ffg_conv3d", "sample", "transforming"]
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _as_given(x: Tensor) -> torch.autocast:
+def _as_given(x: Tensor) -> AbstractContextManager[Any]:
     """Turn autocast off: the arguments are cast already, and what a backend computes in fp32 must stay in fp32."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _implementation(backend: str) -> ModuleType:
@@ -146,7 +149,9 @@ def _(
         size = output_size(x.shape[2:], weight_mu.shape[2:], tuple(stride), tuple(padding), tuple(dilation))
         shape = (x.shape[0], weight_mu.shape[0], *size)
     transposed = transposed_size is not None
-    plain = backend == "reference" and stays_plain(x, weight_mu, tuple(dilation), prod(shape), transposed)
+    plain = backend == "reference" and stays_plain(
+        x, weight_mu, tuple(stride), tuple(dilation), prod(shape), transposed
+    )
     y, r = (
         torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         for layout in (output_layout(x), output_layout(x) if plain else torch.channels_last_3d)
@@ -216,7 +221,7 @@ def _backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     # Under vmap and under autograd's batched gradients tensors have no layout.
     unlaid = transforming() or torch._C._functorch.is_legacy_batchedtensor(g)
     layout = None if unlaid else output_layout(x)
-    plain = stays_plain(x, weight_mu, tuple(ctx.geometry[2]), g.numel(), ctx.transposed)
+    plain = stays_plain(x, weight_mu, tuple(ctx.geometry[0]), tuple(ctx.geometry[2]), g.numel(), ctx.transposed)
     if layout and not plain and ctx.backend == "reference" and wants_x and any(wants_weights):  # once for both
         g, x = native(g), native(x)
     if wants_x:
@@ -288,12 +293,19 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("ffg_conv3d has no second derivative")
 
 
+def _refuse_to_compile() -> None:
+    raise RuntimeError("torch.compile cannot trace torch.func derivatives of ffg_conv3d; take them without compiling")
+
+
+# Called while tracing, not traced: from an error in the traced code the compiler would go on without compiling, into an
+# assertion of its own.
+_refuse_to_compile._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _once(op: CustomOpDef, *arguments: Any) -> Any:
     if transforming():
         if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "torch.compile cannot trace torch.func derivatives of ffg_conv3d; take them without compiling"
-            )
+            _refuse_to_compile()
         return _Once.apply(op, *arguments)
     # With a graph of the gradients the operators are needed: they refuse a second derivative.
     direct = not torch.is_grad_enabled() and _unobserved(arguments)
@@ -314,13 +326,10 @@ class _Direct(torch.autograd.Function):
 
 def _unobserved(arguments: tuple[Any, ...]) -> bool:
     """Whether plain tensors on the CPU are computed with here and now, and nobody traces, counts or batches calls."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._is_tracing()
-        and all(type(t) in _PLAIN and t.device.type == "cpu" for t in arguments if isinstance(t, Tensor))
-        and not any(torch._C._functorch.is_legacy_batchedtensor(t) for t in arguments if isinstance(t, Tensor))
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+        return False
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return all(type(t) in _PLAIN and t.is_cpu and not batched(t) for t in arguments if isinstance(t, Tensor))
 
 
 def sample(*arguments: Any) -> Tensor:

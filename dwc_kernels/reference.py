@@ -69,6 +69,7 @@ def native(x: Tensor) -> Tensor:
 def stays_plain(
     x: Tensor,  # [N, C, D, H, W]
     weight: Tensor,  # [F, C / groups, kD, kH, kW], or of a transposed convolution [C, F / groups, ...]
+    stride: Triple,
     dilation: Triple,
     n_outputs: int,
     transposed: bool = False,
@@ -76,13 +77,14 @@ def stays_plain(
     """Whether PyTorch's own convolutions in the plain layout win, on the CPU without dilation.
 
     They do where there are more weights than voxels, for every copy of the weights, mirrored or in another layout,
-    costs as much as they do; and for plain inputs of transposed or 1x1x1 convolutions.
+    costs as much as they do; and for plain inputs of transposed, strided or 1x1x1 convolutions.
     """
     if x.device.type != "cpu" or dilation != (1, 1, 1):
         return False
     if weight.numel() >= x.numel() + n_outputs:
         return True
-    return output_layout(x) == torch.contiguous_format and (transposed or prod(weight.shape[2:]) == 1)
+    few_products = transposed or stride != (1, 1, 1) or prod(weight.shape[2:]) == 1
+    return few_products and output_layout(x) == torch.contiguous_format
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ def forward(
     size = transposed_size or output_size(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
     n_filters = weight_mu.shape[1] * groups if transposed_size else len(weight_mu)
     n_outputs = len(x) * n_filters * prod(size)
-    plain = stays_plain(x, weight_mu, dilation, n_outputs, transposed_size is not None)
+    plain = stays_plain(x, weight_mu, stride, dilation, n_outputs, transposed_size is not None)
     laid_out = _plain if plain else native
     h, mu, sigma = (laid_out(t.to(working)) for t in (x, weight_mu, weight_sigma))
     b_mu = None if bias_mu is None else bias_mu.to(working)
@@ -140,7 +142,8 @@ def forward(
     else:
         y = _conv3d(h, mu, b_mu, stride, padding, dilation, groups)
         # Direct: Winograd's differences could make a variance that is nearly 0 negative.
-        var = F.conv3d(h.square(), sigma.square(), b_var, stride, padding, dilation, groups)
+        squared = h.square() if h.data_ptr() == x.data_ptr() else h.square_()
+        var = F.conv3d(squared, sigma.square(), b_var, stride, padding, dilation, groups)
     std = var.sqrt_()
     eps = _noise(std, seed).to(working)
     y.addcmul_(std, eps)
@@ -149,7 +152,8 @@ def forward(
         return y, x.new_empty(0)
     r_layout = output_layout(x) if plain else torch.channels_last_3d
     r = eps.div_(std).mul_(0.5)
-    if std.device.type != "cpu" or not std.all():  # a look at the values, which a GPU would have to be waited for
+    # A look at the values, which a GPU would have to be waited for.
+    if std.device.type != "cpu" or (std.numel() and not std.amin() > 0):
         r.masked_fill_(std == 0, 0.0)
     if x.dtype == torch.float16:  # where std < 8e-6, 1 / std leaves its range; saturated, r keeps the gradient finite
         r.clamp_(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
@@ -180,7 +184,9 @@ def _conv3d(
     times: Tensor | None = None,
 ) -> Tensor:
     """conv3d(x, weight), or of x * times."""
-    if not winograd.suits(x, weight.shape, stride, padding, dilation):
+    geometry = (stride, padding, dilation)
+    tiled = winograd.suits(x, weight.shape, *geometry)
+    if not tiled or winograd.onednn_wins(x, weight.shape, *geometry, groups):
         return F.conv3d(x if times is None else x * times, weight, bias, stride, padding, dilation, groups)
     y = winograd.convolve(x, weight, padding, dilation, times)
     return y if bias is None else y.add_(bias.view(-1, 1, 1, 1))
@@ -201,7 +207,7 @@ def grad_input(
 ) -> Tensor:
     """dL/dx = convT(g, mu) + 2 x * convT(g * r, sigma^2), in the dtype and layout of x; conv for convT."""
     working = _working_dtype(x.dtype, x.device)
-    plain = stays_plain(x, weight_mu, dilation, g.numel(), transposed)
+    plain = stays_plain(x, weight_mu, stride, dilation, g.numel(), transposed)
     laid_out = _plain if plain else native
     g, r, h, mu, sigma = (laid_out(t.to(working)) for t in (g, r, x, weight_mu, weight_sigma))
     geometry = (stride, padding, dilation, groups)
@@ -267,7 +273,7 @@ def grad_weight(
     dmu = dsigma = db_mu = db_sigma = weight_sigma.new_empty(0)
     if bias_sigma is not None:
         db_mu, db_sigma = grad_bias(g, r, bias_sigma)
-    plain = stays_plain(x, weight_sigma, dilation, g.numel(), transposed)
+    plain = stays_plain(x, weight_sigma, stride, dilation, g.numel(), transposed)
     # With one channel x has either layout, and PyTorch's sum over a plain g is faster.
     plain_sum = plain or (output_layout(g) == torch.contiguous_format and x.shape[1] == 1 and not transposed)
     laid_out = _plain if plain_sum and x.device.type == "cpu" else native
@@ -275,8 +281,10 @@ def grad_weight(
     r = laid_out(r.to(working)) if wants_sigma else r
     # A transposed convolution's input is the output of the convolution whose weight it has.
     a, b, a_times, b_times = (g, h, r, h) if transposed else (h, g, h, r)
-    tiled = winograd.suits(a, shape, stride, padding, dilation)
-    wide = x.device.type == "cpu" and not plain and x.shape[1] * g.shape[1] >= _WIDE
+    # Dilated weight gradients are the one sum that oneDNN is slow at.
+    direct = dilation == (1, 1, 1) and winograd.onednn_wins(a, shape, *geometry)
+    tiled = winograd.suits(a, shape, stride, padding, dilation) and not direct
+    wide = x.device.type == "cpu" and not plain and not direct and x.shape[1] * g.shape[1] >= _WIDE
     both = wants_mu and wants_sigma and not transposed
     if both and unfolded.suits(h, weight_sigma, dilation, groups, g.numel() // g.shape[1]):
         dmu, dsigma = unfolded.both_correlations(h, g, r, weight_sigma.to(working), stride, padding)

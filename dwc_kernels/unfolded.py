@@ -16,13 +16,14 @@ from dwc_kernels.geometry import Triple
 __all__ = ["both_convolutions", "both_correlations", "both_transposed", "suits"]
 
 _ROWS = 32  # of the unfolded input; with more, PyTorch's convolutions outrun the products
+_WEIGHTS = 1 << 10  # with fewer, calls cost more than the products
 _BLOCK = 1 << 18  # weights squared at a time
 
 
 def suits(x: Tensor, weight: Tensor, dilation: Triple, groups: int, n_rows: int) -> bool:
     """Whether to convolve x [N, C, D, H, W] with weight [F, C, kD, kH, kW] here, to ``n_rows`` output voxels."""
     here = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    few = 0 < n_rows <= _ROWS and weight.numel() >= x.numel() + n_rows * len(weight)
+    few = 0 < n_rows <= _ROWS and weight.numel() >= max(_WEIGHTS, x.numel() + n_rows * len(weight))
     return here and few and groups == 1 and dilation == (1, 1, 1)
 
 
@@ -38,8 +39,8 @@ def both_convolutions(
     rows, sigma = _rows(x, mu.shape[2:], size, stride, padding), sigma.flatten(1)
     mean = torch.mm(rows, mu.flatten(1).t())
     squares, var = rows.square(), torch.empty_like(mean)
-    for some in _blocks(*sigma.shape):
-        torch.mm(squares, sigma[some].square().t(), out=var[:, some])
+    for some, squared in _squares(sigma, 0):
+        torch.mm(squares, squared.t(), out=var[:, some])
     return _volume(mean, x, size), _volume(var, x, size)
 
 
@@ -56,8 +57,8 @@ def both_transposed(
     rows, rows_times, sigma = _voxels(g), _voxels(g * times), sigma.flatten(1)
     both = g.new_empty(2, len(rows), sigma.shape[1])
     torch.mm(rows, mu.flatten(1), out=both[0])
-    for some in _blocks(sigma.shape[1], len(sigma)):
-        torch.mm(rows_times, sigma[:, some].square(), out=both[1, :, some])
+    for some, squared in _squares(sigma, 1):
+        torch.mm(rows_times, squared, out=both[1, :, some])
     mean, var = _fold(both.view(2 * len(g), *g.shape[2:], *mu.shape[1:]), x.shape[2:], stride, padding).chunk(2)
     return mean, var
 
@@ -83,6 +84,15 @@ def _blocks(n: int, width: int) -> Iterator[slice]:
     """Slices of n lines of ``width`` weights."""
     step = max(16, _BLOCK // width)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
+def _squares(sigma: Tensor, axis: int) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks along an axis of a matrix, squared into the same memory one after the other."""
+    scratch = sigma.new_empty(0)
+    for some in _blocks(sigma.shape[axis], sigma.shape[1 - axis]):
+        block = sigma[some] if axis == 0 else sigma[:, some]
+        scratch = scratch if scratch.numel() >= block.numel() else sigma.new_empty(block.numel())
+        yield some, torch.square(block, out=scratch[: block.numel()].view(block.shape))
 
 
 def _voxels(g: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["convolve", "correlate", "suits"]
+__all__ = ["convolve", "correlate", "onednn_wins", "suits"]
 
 Triple = tuple[int, ...]  # of three
 Slices = Sequence[Tensor]
@@ -50,6 +50,25 @@ def suits(x: Tensor, weight_shape: Sequence[int], stride: Triple, padding: Tripl
     )
     points = 64 * prod(t * d for t, d in zip(tiles, dilation, strict=True))
     return tiles[1] * dilation[1] * tiles[2] * dilation[2] >= _TILES and points < 0.6 * direct
+
+
+def onednn_wins(
+    x: Tensor,  # [N, C, D, H, W]
+    weight_shape: Sequence[int],  # [F, C / groups, kD, kH, kW]
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+) -> bool:
+    """Whether PyTorch convolves x by oneDNN with AVX-512, so near the CPU's peak that shorter sums win nothing.
+
+    With AVX2, and for single small volumes, PyTorch is two to four times slower.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    weight = x.new_empty(()).expand(weight_shape)
+    geometry = (stride, padding, dilation, False, (0, 0, 0), groups)
+    return torch._C._select_conv_backend(x, weight, None, *geometry) == torch._C._ConvBackend.Mkldnn  # type: ignore[attr-defined]
 
 
 def convolve(x: Tensor, weight: Tensor, padding: Triple, dilation: Triple, times: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from dwc_kernels import noise
 from dwc_kernels.noise import N_ROUNDS, normal, philox
 
 # Random123's published vectors (kat_vectors): rounds, counter, key, result.
@@ -101,6 +102,16 @@ def test_a_seed_that_stays_a_tensor_gives_the_same_words(seed):
     as_tensors = philox(counter, tuple(map(torch.tensor, halves)))
     assert all(torch.equal(a, b) for a, b in zip(as_tensors, philox(counter, halves), strict=True))
     assert torch.equal(normal(torch.empty(9), torch.tensor(seed)), normal(torch.empty(9), seed))
+
+
+@pytest.mark.parametrize("group", [0, 2**32 - 3, 2**32 - 1, 2**32, 2**40 + 5])
+def test_groups_around_2_to_the_32_have_the_words_of_the_generator(group):
+    """The CPU's shortcut for smaller groups ends there."""
+    out, groups = torch.empty(4, 2), torch.tensor([group, group + 1])
+    noise._four_normals(groups, 7, out)
+    for column, counter in zip(out.T, groups.tolist(), strict=True):
+        expected = [one_normal(7, 4 * counter + lane) for lane in range(4)]
+        assert column.tolist() == pytest.approx(expected, abs=2e-6)
 
 
 def test_the_high_half_of_the_seed_matters():

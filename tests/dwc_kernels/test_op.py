@@ -340,6 +340,8 @@ def test_compile_takes_other_shapes_and_inductor():
 def test_an_empty_batch_and_an_expanded_one():
     x, *rest = (t.detach() for t in make(batch=1))
     assert ffg_conv3d(x[:0], *rest, padding=1).shape == (0, 5, 6, 7, 9)
+    empty = [x[:0].requires_grad_(), *(t.clone().requires_grad_() for t in rest)]
+    assert not any(t.any() for t in results(ffg_conv3d, empty, x.new_zeros(0, 5, 6, 7, 9), padding=1))
     expanded = x.expand(3, -1, -1, -1, -1)
     assert torch.equal(
         ffg_conv3d(expanded, *rest, padding=1, seed=1), ffg_conv3d(expanded.clone(), *rest, padding=1, seed=1)

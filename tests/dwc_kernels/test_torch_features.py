@@ -240,13 +240,14 @@ def test_networks_under_fsdp2_are_drawn_projected_and_become_priors(tmp_path):
         dist.destroy_process_group()
 
 
-def test_a_compiled_gradient_of_torch_func_is_a_clear_error():
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_gradient_of_torch_func_is_a_clear_error(fullgraph):
     layer = FFGConv3d(1, 1, 1)
 
     def loss(p, x):
         return torch.func.functional_call(layer, p, (x,)).square().mean()
 
-    compiled = torch.compile(torch.func.grad(loss), backend="eager", fullgraph=True)
+    compiled = torch.compile(torch.func.grad(loss), backend="eager", fullgraph=fullgraph)
     with pytest.raises(Exception, match=r"cannot trace torch.func derivatives of ffg_conv3d"):
         compiled(dict(layer.named_parameters()), torch.ones(1, 1, 1, 1, 2))
 

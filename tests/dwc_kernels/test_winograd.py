@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dwc_kernels import reference, winograd
+from tests.dwc_kernels.problems import assert_as_accurate_as_composition, make
 
 ONE = (1, 1, 1)
 GEOMETRIES = [  # size, padding, dilation
@@ -88,3 +89,24 @@ def test_the_variance_of_a_wide_layer_is_never_summed_in_differences(monkeypatch
     assert len(taken) == 1  # the mean
     assert (y[..., :7] == 0).all()
     assert (r[..., :7] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dilation", "n_taken"),
+    [("AVX2", 1, 5), ("AVX2", 2, 5), ("AVX512", 1, 0), ("AVX512", 2, 2)],  # dilated, oneDNN is slow to the weights
+)
+def test_where_onednn_is_faster_the_sums_are_direct_and_as_accurate(capability, dilation, n_taken, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    taken = []
+    monkeypatch.setattr(winograd, "convolve", lambda *a, f=winograd.convolve: taken.append(f) or f(*a))
+    monkeypatch.setattr(winograd, "correlate", lambda *a, f=winograd.correlate: taken.append(f) or f(*a))
+    tensors = make(c=64, f=64, size=(16, 16, 16))
+    assert_as_accurate_as_composition(tensors, padding=dilation, dilation=dilation)
+    assert len(taken) == n_taken
+
+
+def test_a_single_small_volume_takes_winograd_because_pytorch_leaves_onednn_out(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for batch, wins in ((1, False), (2, True)):
+        x = torch.zeros(batch, 64, 16, 16, 16)
+        assert winograd.onednn_wins(x, (64, 64, 3, 3, 3), ONE, ONE, ONE, 1) == wins
