@@ -85,8 +85,11 @@ class Consolidation:
         self._members: dict[str, _Member] = {}  # by digest
         # By the digests of one file: its name, its power, and per tensor precision, sigma ratio and shift.
         self._rows: dict[frozenset[str], tuple[str, float, dict[str, tuple[float, float, float]]]] = {}
-        # Bounds on the errors of both natural parameters, from consolidated files that were rounded to fp32.
+        # Bounds on the errors of both natural parameters, from consolidated files that were rounded to fp32, and the
+        # digests of those that were added.
         self._rounded: dict[str, tuple[Tensor, Tensor]] = {}
+        self._files: frozenset[str] = frozenset()
+        self._removed = False
         # sum_s (q_s - prior), not tempered, so that removal cancels exactly. Copies share it: never change it in place.
         self._sums = {name: _zero(prior, name) for name in prior.mu}
 
@@ -116,7 +119,7 @@ class Consolidation:
             raise InputError(f"{site.name}: this site has been added already; give each site's posterior once")
         sums = self._accumulated(site, prior, factor=power)
         if site.metadata.get("sites"):
-            self._rounded = self._rounding(site, power)
+            self._rounded, self._files = self._rounding(site, power), self._files | {site.sha256}
         self._sums = sums
         self._members.update(
             {digest: replace(member, temper=power * member.temper) for digest, member in members.items()}
@@ -134,8 +137,8 @@ class Consolidation:
     def remove(self, site: Posterior, *, prior: Posterior | None = None) -> None:
         """Undo `add`, with the power that the site has here.
 
-        Taking a site out of a consolidated file is refused where the file's rounding to fp32 would leave a mean off by
-        more than 0.01 sigma, or a sigma by more than 1 %: the site was too confident.
+        Where consolidated files were added or are removed, this is refused if their rounding to fp32 would leave a mean
+        off by more than 0.01 sigma, or a sigma by more than 1 %: what is removed was too confident.
         """
         prior = self.prior if prior is None else prior
         self._check(site, prior)
@@ -146,8 +149,12 @@ class Consolidation:
         if not all(math.isclose(power, powers[0], rel_tol=1e-12) for power in powers):
             raise InputError(f"{site.name}: its sites have other powers here than in it; remove them one by one")
         sums = self._accumulated(site, prior, factor=-powers[0])
-        self._refuse_rounded(site.name, sums)
-        self._sums = sums
+        rounded, files = self._rounded, self._files
+        if site.metadata.get("sites"):  # the very file that was added takes its own rounding with it
+            sign = -1.0 if site.sha256 in files else 1.0
+            rounded, files = self._rounding(site, sign * powers[0]), files - {site.sha256}
+        self._refuse_rounded(f"{site.name}:", sums, rounded)
+        self._sums, self._rounded, self._files, self._removed = sums, rounded, files, True
         for digest in members:
             del self._members[digest]
         self._rows = {came: row for came, row in self._rows.items() if not came & members.keys()}
@@ -175,6 +182,8 @@ class Consolidation:
             eta_1, eta_2 = self._eta(tensor, self._sums[tensor], self.temper)
             self._refuse_improper(name, tensor, eta_2, f"with lambda {self.temper:g}", "give a smaller lambda")
             mu[tensor], sigma[tensor] = eta_1 / eta_2, eta_2.rsqrt()
+        if self._removed:
+            self._refuse_rounded(f"{name}: what was removed", self._sums, self._rounded)  # with the lambda of now
         inherited = {key: self.prior.metadata.get(key) for key in _SHARED}
         sites = [
             {"sha256": digest, "n_volumes": member.n_volumes, "temper": self.temper * member.temper}
@@ -259,25 +268,30 @@ class Consolidation:
         return updated
 
     def _rounding(self, site: Posterior, power: float) -> dict[str, tuple[Tensor, Tensor]]:
-        """The error bounds with those of a consolidated file added: half an fp32 step of each mean and sigma."""
+        """The error bounds with those of a consolidated file added: half an fp32 step of each mean and sigma.
+
+        A negative power takes them out again.
+        """
         bounds = {}
         for name in self._sums:
             shift, precision = _natural(site, name)
             before = self._rounded.get(name, (torch.zeros_like(shift), torch.zeros_like(precision)))
             bounds[name] = (
-                before[0] + power * 3 * _HALF_STEP * shift.abs(),
-                before[1] + power * 2 * _HALF_STEP * precision,
+                (before[0] + power * 3 * _HALF_STEP * shift.abs()).clamp(min=0),
+                (before[1] + power * 2 * _HALF_STEP * precision).clamp(min=0),
             )
         return bounds
 
-    def _refuse_rounded(self, who: str, sums: dict[str, _Sums]) -> None:
-        for name, (shift_error, precision_error) in self._rounded.items():
-            shift, precision = self._eta(name, sums[name], 1.0)
+    def _refuse_rounded(
+        self, who: str, sums: dict[str, _Sums], rounded: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        for name, (shift_error, precision_error) in rounded.items():
+            shift, precision = self._eta(name, sums[name], self.temper)
             of_mean = (shift_error + (shift / precision).abs() * precision_error) * precision.rsqrt()
-            worst = max(of_mean.max().item(), (precision_error / (2 * precision)).max().item())
+            worst = self.temper * max(of_mean.max().item(), (precision_error / (2 * precision)).max().item())
             if worst > _MAX_ERROR:
                 raise InputError(
-                    f"{who}: cannot be taken out of a consolidated file, which is rounded to fp32: {name} would be off "
+                    f"{who} cannot be taken out of a consolidated file, which is rounded to fp32: {name} would be off "
                     f"by up to {worst:.2g} sigma, more than {_MAX_ERROR:g}; consolidate the other sites' files instead"
                 )
 

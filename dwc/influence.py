@@ -18,12 +18,12 @@ from torch import Tensor
 from dwc.base.errors import InputError
 from dwc.posterior import Posterior
 
-__all__ = ["Influence", "limit_powers", "limited_because", "measure", "verdicts", "warnings_about"]
+__all__ = ["MIN_SITES", "Influence", "limit_powers", "limited_because", "measure", "verdicts", "warnings_about"]
 
 _TELLING = 8  # values of a tensor that two sites do not share by chance
 _SKETCH = 512  # random sums over the weights that are kept to compare sites: correlations are right within 0.04
 _CLIP = 5.0  # sigma_0: single weights further away do not decide how alike two sites are
-_MIN_SITES = 3  # with fewer there is no majority, and no median to compare with
+MIN_SITES = 3  # with fewer there is no majority, and no median to compare with
 _EXCLUDED_BELOW = 0.01  # power: a site that would have to be weakened more than this is left out
 _HARMLESS = 1.0  # the prior's own precision, or shifts of one sigma_0: no limit is below these
 _LOUD = 3.0  # times the median, to be warned about
@@ -142,7 +142,7 @@ def limit_powers(influences: Sequence[Influence], max_influence: float | None) -
     """
     if max_influence is not None and not 0 < max_influence < math.inf:
         raise InputError(f"`max_influence` {max_influence}: give a positive number, a multiple of the median site's")
-    if max_influence is None or len(influences) < _MIN_SITES:
+    if max_influence is None or len(influences) < MIN_SITES:
         return [1.0] * len(influences)
     powers = [1.0] * len(influences)
     for values in ([x.precision for x in influences], [x.shift for x in influences]):
@@ -224,7 +224,7 @@ def _agreement(everyone: Sequence[Influence]) -> tuple[list[float], list[bool]]:
         rest = pulls[kept].sum(dim=0) - pulls * kept[:, None]
         agreement = torch.nn.functional.cosine_similarity(shifts, rest)
         worst = agreement.where(kept, math.inf).argmin()
-        if kept.sum() < _MIN_SITES or agreement[worst] >= limit:
+        if kept.sum() < MIN_SITES or agreement[worst] >= limit:
             return agreement.tolist(), (~kept).tolist()
         kept[worst] = False
 
@@ -235,7 +235,7 @@ def _alike(everyone: Sequence[Influence]) -> tuple[Tensor, Tensor]:
     Sites that learned the same are close to each other too, but then all of them are.
     """
     n_sites = len(everyone)
-    if n_sites < _MIN_SITES:
+    if n_sites < MIN_SITES:
         return torch.eye(n_sites), torch.zeros(n_sites, n_sites, dtype=torch.bool)
     shifts = torch.tensor([one.shift_sketch for one in everyone])
     shifts = torch.nn.functional.normalize(shifts)
@@ -273,7 +273,7 @@ def _against_volumes(own: Influence, everyone: Sequence[Influence]) -> list[str]
 
 def _against_median(own: Influence, everyone: Sequence[Influence]) -> list[str]:
     """Warnings about a site that does much more, or for its claimed volumes much less or more, than the median site."""
-    if len(everyone) < _MIN_SITES:
+    if len(everyone) < MIN_SITES:
         return []
     lines = []
     measures = {

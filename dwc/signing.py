@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TrustedKeys", "sign"]
 
+_ORGANIZATIONS = "organizations"
+_NOT_ED25519 = "is not an Ed25519 key; make one with openssl genpkey -algorithm ed25519"
 _CONTEXT = b"dwc posterior, content SHA-256: "  # so that the signature means nothing elsewhere
 
 
@@ -28,7 +30,10 @@ def sign(posterior: Posterior, key: Path) -> Posterior:
 
 
 class TrustedKeys:
-    """The public keys in a folder, one `<name>.pem` for each party whose posteriors are accepted.
+    """The public keys in a folder, one for each party whose posteriors are accepted.
+
+    `<site>.pem` is a site's, `organizations/<name>.pem` that of an organization, which may also sign consolidated
+    posteriors: it vouches for the list of sites in them. No key may stand there under two names.
 
     Parameters
     ----------
@@ -40,7 +45,14 @@ class TrustedKeys:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; give a folder of public keys, NAME.pem")
         self.folder = folder
-        self.keys = {path.stem: _public_key(path) for path in sorted(folder.glob("*.pem"))}
+        self.keys: dict[str, Ed25519PublicKey] = {}
+        names: dict[bytes, Path] = {}  # by the key itself
+        for path in (*sorted(folder.glob("*.pem")), *sorted((folder / _ORGANIZATIONS).glob("*.pem"))):
+            key = _public_key(path)
+            first = names.setdefault(key.public_bytes_raw(), path)
+            if first != path:
+                raise InputError(f"{path}: is the same key as {first}; a key stands for one party, remove one of them")
+            self.keys[str(path.relative_to(folder).with_suffix(""))] = key
         if not self.keys:
             raise InputError(f"{folder}: holds no public key, NAME.pem; put those of the parties you trust there")
 
@@ -65,6 +77,16 @@ class TrustedKeys:
             "do not use it, or add its maker's key"
         )
 
+    def answers_for(self, posterior: Posterior) -> str:
+        """The signer's name, as `signer`; a consolidated posterior is refused unless an organization signed it."""
+        name = self.signer(posterior)
+        if posterior.metadata.get("sites") and not name.startswith(f"{_ORGANIZATIONS}/"):
+            raise InputError(
+                f"{posterior.name}: is a consolidated file signed by {name}, who can vouch for one site; give the "
+                f"sites' own files, or put the key of who made it into {self.folder / _ORGANIZATIONS}"
+            )
+        return name
+
     def require(self, posterior: Posterior, name: str) -> None:
         """Refuse a posterior that this party did not sign."""
         if name not in self.keys:
@@ -78,30 +100,36 @@ def _message(posterior: Posterior) -> bytes:
 
 
 def _private_key(path: Path) -> "Ed25519PrivateKey":
+    from cryptography.exceptions import InternalError, UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     content = _read(path)
     try:
         key = load_pem_private_key(content, password=None)
+    except (InternalError, UnsupportedAlgorithm) as error:
+        raise InputError(f"{path}: {_NOT_ED25519}") from error
     except (ValueError, TypeError) as error:  # no key, or an encrypted one
         raise InputError(f"{path}: is not an unencrypted private key in PEM; make one with openssl genpkey") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise InputError(f"{path}: is not an Ed25519 key; make one with openssl genpkey -algorithm ed25519")
+        raise InputError(f"{path}: {_NOT_ED25519}")
     return key
 
 
 def _public_key(path: Path) -> "Ed25519PublicKey":
+    from cryptography.exceptions import InternalError, UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     content = _read(path)
     try:
         key = load_pem_public_key(content)
+    except (InternalError, UnsupportedAlgorithm) as error:
+        raise InputError(f"{path}: {_NOT_ED25519}") from error
     except ValueError as error:
         raise InputError(f"{path}: is not a public key in PEM; make one with openssl pkey -pubout") from error
     if not isinstance(key, Ed25519PublicKey):
-        raise InputError(f"{path}: is not an Ed25519 key; make one with openssl genpkey -algorithm ed25519")
+        raise InputError(f"{path}: {_NOT_ED25519}")
     return key
 
 

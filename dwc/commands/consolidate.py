@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import Namespace
 
 from dwc.base.errors import InputError, printable
-from dwc.commands.arguments import new_parser, parse
+from dwc.commands.arguments import in_flags, new_parser, parse
 
 if TYPE_CHECKING:
     from dwc.consolidation import Consolidation, LayerWeight
@@ -37,7 +37,11 @@ def main(arguments: Sequence[str]) -> None:
         help="limit each site's precision and pull on the means to this multiple of the median site's, with three "
         "sites or more; a server's default is 3",
     )  # fmt: skip
-    parser.add_argument("--trusted", type=Path | None, default=None, help="folder of public keys; others are refused")
+    parser.add_argument(
+        "--trusted", type=Path | None, default=None,
+        help="folder of public keys: NAME.pem of each site, organizations/NAME.pem of who may sign consolidated files; "
+        "others are refused, and a key answers for one site",
+    )  # fmt: skip
     parser.add_argument(
         "--leave_one_out", type=bool, default=False, help="with --temper auto: also score the result without each site"
     )
@@ -56,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from dwc.base.files import check_suffix  # here, so that help does not import PyTorch
     from dwc.consolidation import Consolidation
-    from dwc.influence import limit_powers, measure, verdicts
+    from dwc.influence import MIN_SITES, limit_powers, measure, verdicts
     from dwc.posterior import Posterior
     from dwc.signing import TrustedKeys
 
@@ -80,12 +84,21 @@ def main(arguments: Sequence[str]) -> None:
         """A site, and its prior if it is an earlier one."""
         site = Posterior.load(path)
         if trusted:
-            trusted.signer(site)
+            trusted.answers_for(site)
         return site, earlier.get(str(site.metadata.get("prior_sha256")))
 
     influences = []
+    signed: dict[tuple[str, str], Path] = {}  # by key and prior: a site that was late may be in with two rounds
+    consolidated: dict[Path, int] = {}
     for path in values.sites:  # read twice, so that only one site at a time is in memory
         site, its_prior = load(path)
+        if trusted:
+            key = trusted.signer(site), str(site.metadata.get("prior_sha256"))
+            if key in signed:
+                raise InputError(f"{path}: is signed by {key[0]}, as {signed[key]} is; a key answers for one site")
+            signed[key] = path
+        elif site.metadata.get("sites"):
+            consolidated[path] = len(site.metadata["sites"])
         Consolidation(prior).add(site, prior=its_prior)  # refuses a wrong file before it is measured
         influences.append(measure(site, its_prior or prior))
     powers = limit_powers(influences, values.max_influence)
@@ -105,6 +118,12 @@ def main(arguments: Sequence[str]) -> None:
     judged = dict(zip(names, influences, strict=True))
     for name, verdict in verdicts(judged).items():
         print(printable(f"{name}: {verdict}"))
+    _warn(
+        f"{path}: lists {n} sites, which nobody has vouched for; its influence is judged as one site's, see `trusted`"
+        for path, n in consolidated.items()
+    )
+    if values.max_influence is not None and len(influences) < MIN_SITES:
+        _warn([f"{len(influences)} sites have no median to be compared with: nobody's influence is limited"])
     _warn(_doubts(judged, powers))
     _warn(f"{out}: {name}: fp32 rounds {n} means by over 0.1 sigma" for name, n in posterior.coarse().items())
     print(_table(consolidation.report()))
@@ -172,7 +191,7 @@ def _doubts(influences: "Mapping[str, Influence]", powers: Sequence[float]) -> I
 
 def _warn(lines: Iterable[str]) -> None:
     for line in lines:
-        print(printable(f"dwc: warning: {line}"), file=sys.stderr)
+        print(printable(f"dwc: warning: {in_flags(line)}"), file=sys.stderr)
 
 
 def _table(rows: "Iterable[LayerWeight]") -> str:
