@@ -13,7 +13,7 @@ from dwc.report import studies as pictures
 from dwc.study.context import Study
 from dwc.study.graph import Network, variational
 from dwc.study.networks import Networks
-from dwc.study.rows import Result, mixed_names, score_row, simulate_mixed, tests_of
+from dwc.study.rows import Result, mixed_names, score_row, simulate_mixed, paired_tests
 
 __all__ = ["Method", "rounds", "trajectory"]
 
@@ -64,7 +64,7 @@ def rounds(study: Study, folder: Path) -> Result:
     nll = means["nll"][list(held_out)].add_prefix("nll ")
     table = pd.DataFrame(rows).join(dice, on="row").join(nll, on="row").drop(columns="row")
     pictures.rounds(table, settings.origin, folder / "rounds.png")
-    tests = pd.concat([tests_of(study, joined, pairs, value).assign(value=value) for value in ("dice", "nll")])
+    tests = pd.concat([paired_tests(study, joined, pairs, value).assign(value=value) for value in ("dice", "nll")])
     return table, joined, tests
 
 

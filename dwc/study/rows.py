@@ -19,7 +19,7 @@ from dwc.study.settings import ManySites, StudySettings
 from dwc.study.sites import simulate
 from dwc.study.statistics import dice_table
 
-__all__ = ["Result", "held_out_of", "join_rows", "mixed_names", "score_row", "simulate_mixed", "tests_of"]
+__all__ = ["Result", "held_out_of", "join_rows", "mixed_names", "score_row", "simulate_mixed", "paired_tests"]
 
 Result: TypeAlias = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]  # table, volumes, tests
 
@@ -66,7 +66,7 @@ def join_rows(
     return pd.DataFrame(rows).join(dice, on="row"), joined
 
 
-def tests_of(
+def paired_tests(
     study: Study, volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], value: str = "dice"
 ) -> pd.DataFrame:
     """Paired t-tests of a value of row a against row b, for each column and for all training sites (Avg.)."""

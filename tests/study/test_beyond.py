@@ -121,7 +121,7 @@ def test_leaving_one_out_scores_the_network_that_the_others_alone_would_give(run
     monkeypatch.setattr(beyond, "score_row", lambda _, posterior, __, row: scored.setdefault(row, posterior))
     monkeypatch.setattr(beyond.pictures, "leave_one_out", lambda *_: None)
     monkeypatch.setattr(beyond, "join_rows", lambda *_: (pd.DataFrame(columns=["row", "seconds"]), None))
-    monkeypatch.setattr(beyond, "tests_of", lambda *_: None)
+    monkeypatch.setattr(beyond, "paired_tests", lambda *_: None)
     beyond.leave_one_out(Study(tiny), tiny.out)
     networks = Networks(Study(tiny))
     origin = variational("H")
