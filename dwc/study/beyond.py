@@ -19,7 +19,7 @@ from dwc.study.context import Study
 from dwc.study.graph import cycle, variational, vcl
 from dwc.study.networks import Networks
 from dwc.study.rounds import rounds
-from dwc.study.rows import Result, held_out_of, join_rows, mixed_names, score_row, simulate_mixed, paired_tests
+from dwc.study.rows import Result, held_out_of, join_rows, mixed_names, paired_tests, score_row, simulate_mixed
 from dwc.study.settings import ManySites, StudySettings
 from dwc.study.sites import begin
 from dwc.tempering import TemperScore, choose_temper
@@ -109,7 +109,8 @@ def tempering(study: Study, folder: Path) -> Result:
     table, joined = join_rows(study, rows, volumes)
     pictures.tempering(table, settings.origin, len(settings.sites), folder / "tempering.png")
     best = f"lambda {chosen:.4g}"
-    return table, joined, paired_tests(study, joined, [(best, "lambda 0"), (best, "lambda 1"), ("lambda 1", "lambda 0")])
+    pairs = [(best, "lambda 0"), (best, "lambda 1"), ("lambda 1", "lambda 0")]
+    return table, joined, paired_tests(study, joined, pairs)
 
 
 def many_sites(study: Study, folder: Path) -> Result:

@@ -13,7 +13,7 @@ from dwc.report import studies as pictures
 from dwc.study.context import Study
 from dwc.study.graph import Network, variational
 from dwc.study.networks import Networks
-from dwc.study.rows import Result, mixed_names, score_row, simulate_mixed, paired_tests
+from dwc.study.rows import Result, mixed_names, paired_tests, score_row, simulate_mixed
 
 __all__ = ["Method", "rounds", "trajectory"]
 

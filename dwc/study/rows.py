@@ -19,7 +19,7 @@ from dwc.study.settings import ManySites, StudySettings
 from dwc.study.sites import simulate
 from dwc.study.statistics import dice_table
 
-__all__ = ["Result", "held_out_of", "join_rows", "mixed_names", "score_row", "simulate_mixed", "paired_tests"]
+__all__ = ["Result", "held_out_of", "join_rows", "mixed_names", "paired_tests", "score_row", "simulate_mixed"]
 
 Result: TypeAlias = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]  # table, volumes, tests
 
