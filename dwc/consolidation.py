@@ -15,16 +15,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from dwc.base.errors import InputError, difference
+from dwc.base.errors import InputError
+from dwc.natural import SHARED, Sum, check_alike, check_answer, natural, two_sum
 from dwc.posterior import Posterior
 
 __all__ = ["Consolidation", "LayerWeight", "consolidate"]
 
-_SHARED = ("architecture", "label_map", "preprocessing")
 _HALF_STEP = 2.0**-24  # of fp32, relative
 _MAX_ERROR = 0.01  # of sigma, that rounding may leave in a mean when a site is taken out of a file
-_Sum: TypeAlias = tuple[Tensor, Tensor]  # fp64 sum and its rounding error
-_Sums: TypeAlias = tuple[_Sum, _Sum]  # of both natural parameters
+_Sums: TypeAlias = tuple[Sum, Sum]  # of both natural parameters
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ class Consolidation:
             mu[tensor], sigma[tensor] = eta_1 / eta_2, eta_2.rsqrt()
         if self._removed:
             self._refuse_rounded(f"{name}: what was removed", self._sums, self._rounded)  # with the lambda of now
-        inherited = {key: self.prior.metadata.get(key) for key in _SHARED}
+        inherited = {key: self.prior.metadata.get(key) for key in SHARED}
         sites = [
             {"sha256": digest, "n_volumes": member.n_volumes, "temper": self.temper * member.temper}
             for digest, member in sorted(self._members.items())
@@ -217,52 +216,29 @@ class Consolidation:
     def _eta(self, name: str, sums: _Sums, temper: float) -> tuple[Tensor, Tensor]:
         """Natural parameters prior + lambda sum_s (q_s - prior) of a tensor, fp64."""
 
-        def tempered(part: _Sum, ours: Tensor) -> Tensor:
-            total, error = _two_sum((part[0], 0.0), part[1])  # the same split in whatever order the sites came
-            high, low = _two_sum((temper * total, temper * error), ours)
+        def tempered(part: Sum, ours: Tensor) -> Tensor:
+            total, error = two_sum((part[0], 0.0), part[1])  # the same split in whatever order the sites came
+            high, low = two_sum((temper * total, temper * error), ours)
             return high + low
 
-        shift, precision = _natural(self.prior, name)
+        shift, precision = natural(self.prior, name)
         return tempered(sums[0], shift), tempered(sums[1], precision)
 
     def _check(self, site: Posterior, prior: Posterior) -> None:
-        if not site.validate().is_bayesian:
-            raise InputError(f"{site.name}: a MAP network has no standard deviations; train with `mode` vcl")
-        trained_from = site.metadata.get("prior_sha256")
-        prior_sha256 = self._prior_sha256 if prior is self.prior else prior.sha256
-        if trained_from != prior_sha256:
-            raise InputError(
-                f"{site.name}: was trained from prior {str(trained_from)[:12]}, not from {prior.name} "
-                f"({prior_sha256[:12]}); give the prior that the sites started from"
-            )
-        for key in _SHARED:
-            if site.shared(key) != self.prior.shared(key):
-                theirs, ours = difference(site.entry(key), self.prior.entry(key))
-                raise InputError(
-                    f"{site.name}: {key.replace('_', ' ')} {theirs} differs from the prior's {ours}; "
-                    "give sites trained alike"
-                )
-        if odd := site.mu.keys() ^ prior.mu.keys():
-            raise InputError(f"{site.name}: {min(odd)} is not in both this file and {prior.name}")
-        for name, sigma_0 in prior.sigma.items():
-            if site.mu[name].shape != sigma_0.shape:
-                raise InputError(
-                    f"{site.name}: {name} has shape {list(site.mu[name].shape)}, not {list(sigma_0.shape)}"
-                )
-            if above := int((site.sigma[name] > sigma_0).sum()):
-                raise InputError(
-                    f"{site.name}: {name}.sigma exceeds the prior's in {above} of {sigma_0.numel()} weights, "
-                    "where Eq. 17 may not be defined; train with `mode` vcl, which keeps sigma <= sigma_0"
-                )
+        if prior is self.prior:
+            check_answer(site, prior, self._prior_sha256)
+        else:
+            check_alike(prior, self.prior)
+            check_answer(site, prior, prior.sha256)
 
     def _accumulated(self, site: Posterior, prior: Posterior, *, factor: float) -> dict[str, _Sums]:
         """The sums with factor * (site - prior) added; refused if a precision of Eq. 17 would not stay positive."""
         updated = {}
         for name, (shifts, precisions) in self._sums.items():
-            theirs, ours = _natural(site, name), _natural(prior, name)
+            theirs, ours = natural(site, name), natural(prior, name)
             sums = (
-                _two_sum(_two_sum(shifts, factor * theirs[0]), -factor * ours[0]),
-                _two_sum(_two_sum(precisions, factor * theirs[1]), -factor * ours[1]),
+                two_sum(two_sum(shifts, factor * theirs[0]), -factor * ours[0]),
+                two_sum(two_sum(precisions, factor * theirs[1]), -factor * ours[1]),
             )
             precision = self._eta(name, sums, 1.0)[1]
             self._refuse_improper(site.name, name, precision, "where Eq. 17 is not defined", "leave this site out")
@@ -276,7 +252,7 @@ class Consolidation:
         """
         bounds = {}
         for name in self._sums:
-            shift, precision = _natural(site, name)
+            shift, precision = natural(site, name)
             before = self._rounded.get(name, (torch.zeros_like(shift), torch.zeros_like(precision)))
             bounds[name] = (
                 (before[0] + power * 3 * _HALF_STEP * shift.abs()).clamp(min=0),
@@ -342,23 +318,9 @@ def _check_power(name: str, power: float) -> None:
         raise InputError(f"`{name}` {power}: give a positive number; 1 is Eq. 17, 1/S the sites' geometric mean")
 
 
-def _natural(posterior: Posterior, name: str) -> tuple[Tensor, Tensor]:
-    """(mu / sigma^2, 1 / sigma^2) in fp64."""
-    precision = posterior.sigma[name].double().pow(-2)
-    return posterior.mu[name].double() * precision, precision
-
-
 def _zero(prior: Posterior, name: str) -> _Sums:
     zero = torch.zeros_like(prior.mu[name], dtype=torch.float64)
     return (zero, zero), (zero, zero)
-
-
-def _two_sum(total: tuple[Tensor, Tensor | float], term: Tensor) -> _Sum:
-    """Add a term to (sum, rounding error) and keep what the sum rounds away (Knuth's TwoSum)."""
-    high, low = total
-    new = high + term
-    virtual = new - high
-    return new, low + ((high - (new - virtual)) + (term - virtual))
 
 
 def _members(site: Posterior) -> Mapping[str, _Member]:

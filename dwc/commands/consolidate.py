@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import Namespace
 
 from dwc.base.errors import InputError, printable
+from dwc.commands import rounds
 from dwc.commands.arguments import in_flags, new_parser, parse
 
 if TYPE_CHECKING:
@@ -56,7 +57,14 @@ def main(arguments: Sequence[str]) -> None:
         "--cache_dir", type=Path | None, default=None, help="folder for conformed scans; default beside --out"
     )
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="for --temper auto")
+    rounds.add_flags(parser)
     values = parse(parser, arguments)
+    if values.state is not None:
+        rounds.take_round(values)
+        return
+    for name in ("damping", "cavities"):
+        if values[name] is not None:
+            raise InputError(f"`{name}` {values[name]}: is for rounds on the same scans; give `state` too")
 
     from dwc.base.files import check_suffix  # here, so that help does not import PyTorch
     from dwc.consolidation import Consolidation

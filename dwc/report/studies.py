@@ -15,6 +15,10 @@ __all__ = ["leave_one_out", "many_sites", "rounds", "tempering"]
 
 _DICE = "mean Dice, %"
 _RULES = {"1": ("C3", "Eq. 17 (λ = 1)"), "1/S": ("C0", "geometric mean (λ = 1/S)"), "chosen": ("C2", "λ chosen by {}")}
+_METHODS = {
+    "dwc": "Eq. 17 again and again", "tempered": "Eq. 17, λ = 1/S", "average": "federated averaging",
+    "factors": "cavities, damping 1/S",
+}  # fmt: skip
 _NO_DICE = ("row", "round", "network", "weight", "sigma_ratio", "lambda", "log_likelihood", "validation_dice", "chosen")
 
 
@@ -46,17 +50,27 @@ def many_sites(table: pd.DataFrame, origin: str, unseen: Sequence[str], path: Pa
 
 
 def rounds(table: pd.DataFrame, origin: str, path: Path) -> Path:
-    """Dice of every column against the round, before and after fine-tuning."""
-    figure, panels = _figure(2, sharey=True)
-    start = table[table["round"] == 0]
-    tuned = table["row"].astype(str).str.endswith("FT")
-    parts = {"consolidated": table[~tuned & (table["round"] > 0)], f"fine-tuned on {origin}": table[tuned]}
-    for panel, (title, part) in zip(panels, parts.items(), strict=True):
-        _columns(panel, pd.concat([start, part]), "round")
-        panel.set_xticks(sorted(table["round"].unique()))
-        panel.set_xlabel("round (0: before the first)")
-        _titled(panel, title, _DICE)
-    panels[-1].legend(fontsize=7)
+    """Dice and negative log-likelihood on the sites' held-out scans against the round, a line per method.
+
+    Solid lines are the sites, dashed ones the origin; a column of panels for each number of sites.
+    """
+    counts = sorted(table.loc[table["S"] > 0, "S"].unique())
+    figure = Figure(figsize=(4 * len(counts), 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, len(counts), squeeze=False, sharex=True, sharey="row")
+    start = table[table["S"] == 0]
+    for panels, n_sites in zip(grid.T, counts, strict=True):
+        for k, (method, part) in enumerate(table[table["S"] == n_sites].groupby("method", sort=False)):
+            part = pd.concat([start, part])
+            for column, style in (("sites", "-"), (origin, "--")):
+                label = _METHODS[str(method)] if column == "sites" else None
+                panels[0].plot(part["round"], 100 * part[column], style, color=f"C{k}", label=label)
+                panels[1].plot(part["round"], part[f"nll {column}"], style, color=f"C{k}")
+        _titled(panels[0], f"{n_sites} sites", _DICE)
+        _titled(panels[1], "", "-log likelihood, nats per voxel")
+        panels[1].set_yscale("log")
+        panels[1].set_xlabel("round (0: before the first)")
+    grid[0, 0].legend(fontsize=7)
     return save(figure, path)
 
 

@@ -1,12 +1,10 @@
 """Studies of consolidation beyond the paper; each writes a table, raw scores and a picture."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dwc.base.errors import InputError
@@ -14,24 +12,19 @@ from dwc.base.files import open_folder
 from dwc.base.tables import write_table
 from dwc.consolidation import Consolidation
 from dwc.data.dataset import SubVolumes
-from dwc.evaluation import per_volume, score_volumes
-from dwc.meshnet import MeshNet
-from dwc.metrics.significance import paired_test
 from dwc.posterior import Posterior
 from dwc.report import studies as pictures
 from dwc.report.results import AVERAGE
-from dwc.simulation.scans import mixed_site
 from dwc.study.context import Study
-from dwc.study.graph import consolidated, cycle, finetuned, variational, vcl
+from dwc.study.graph import cycle, variational, vcl
 from dwc.study.networks import Networks
+from dwc.study.rounds import rounds
+from dwc.study.rows import Result, held_out_of, join_rows, mixed_names, paired_tests, score_row, simulate_mixed
 from dwc.study.settings import ManySites, StudySettings
-from dwc.study.sites import begin, simulate
-from dwc.study.statistics import dice_table
+from dwc.study.sites import begin
 from dwc.tempering import TemperScore, choose_temper
 
-__all__ = ["leave_one_out", "many_sites", "rounds", "run", "tempering"]
-
-_Result = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]  # table, volumes, tests
+__all__ = ["leave_one_out", "many_sites", "run", "tempering"]
 
 
 def run(name: str, settings: StudySettings) -> pd.DataFrame:
@@ -48,10 +41,10 @@ def run(name: str, settings: StudySettings) -> pd.DataFrame:
         raise InputError(f"`n_test.{origin}` 1: every second held-out scan chooses lambda; give 2 or more")
     if name == "leave-one-out" and len(settings.sites) < 2:
         raise InputError(f"`sites` {', '.join(settings.sites)}: one leaves none to consolidate without it; name two")
-    if name == "many-sites":
+    if name == "many-sites" or (name == "rounds" and settings.many_sites is not None):
         if given := settings.manifests or settings.anatomies:
             raise InputError(f"`study` {name}: simulates its own sites from the procedural head; leave {given} out")
-        if taken := set(_mixed_names(settings)) & set(settings.all_sites):
+        if taken := set(mixed_names(settings)) & set(settings.all_sites):
             raise InputError(f"`study` {name}: names its own sites {min(taken)} and so on; rename that site")
     begin(study, conform=False)
     folder = study.out / name
@@ -65,41 +58,18 @@ def run(name: str, settings: StudySettings) -> pd.DataFrame:
     return table
 
 
-def rounds(study: Study, folder: Path) -> _Result:
-    """Repeat the cycle over the same sites; score each round's consolidated network, also after fine-tuning.
-
-    Columns: round, network, Dice, and medians over sites and tensors of weight and of sigma_ratio (sigma_s / sigma_0).
-    """
-    networks, held_out = Networks(study), _held_out(study)
-    origin = study.settings.origin
-    prior = variational(origin)
-    volumes = [_score(study, networks.get(prior), held_out, "0")]
-    rows: list[dict[str, Any]] = [{"row": "0", "round": 0, "network": f"{origin}, before any round"}]
-    for number in range(1, study.settings.rounds + 1):
-        joint = consolidated(prior, [vcl(prior, site) for site in study.settings.sites])
-        for row, network in ((f"{number}", joint), (f"{number} FT", finetuned(joint, origin))):
-            volumes.append(_score(study, networks.get(network), held_out, row))
-        weights = pd.read_csv(networks.folder(joint) / "weights.csv")[["weight", "sigma_ratio"]].median()
-        rows.append({"row": f"{number}", "round": number, "network": "consolidated", **weights})
-        rows.append({"row": f"{number} FT", "round": number, "network": f"fine-tuned on {origin}"})
-        prior = joint
-    table, joined = _joined(study, rows, volumes)
-    pictures.rounds(table, origin, folder / "rounds.png")
-    return table, joined, _tests(study, joined, [(row["row"], "0") for row in rows[1:]])
-
-
-def leave_one_out(study: Study, folder: Path) -> _Result:
+def leave_one_out(study: Study, folder: Path) -> Result:
     """Remove each site in turn from the consolidated posterior; the loss is what it contributed.
 
     Columns: network, Dice, CPU seconds of the removal (of the training, in the row of all sites).
     """
-    networks, held_out, origin = Networks(study), _held_out(study), study.settings.origin
+    networks, held_out, origin = Networks(study), held_out_of(study), study.settings.origin
     site_of = {str(networks.file(network)): network for network in cycle(origin, study.settings.sites).sites}
     consolidation = _consolidation(study, networks)
     everything, nothing = f"all of {', '.join(study.settings.sites)}", f"none ({origin})"
     volumes = [
-        _score(study, consolidation.prior, held_out, nothing),
-        _score(study, consolidation.posterior(), held_out, everything),
+        score_row(study, consolidation.prior, held_out, nothing),
+        score_row(study, consolidation.posterior(), held_out, everything),
     ]
     trained = sum(map(networks.seconds, site_of.values()))
     rows: list[dict[str, Any]] = [{"row": nothing}, {"row": everything, "seconds": trained}]
@@ -107,23 +77,23 @@ def leave_one_out(study: Study, folder: Path) -> _Result:
     for site, rest in consolidation.leave_one_out(map(Posterior.load, site_of)):
         seconds = time.process_time() - began
         row = f"without {site_of[site.name].site}"
-        volumes.append(_score(study, rest, held_out, row))
+        volumes.append(score_row(study, rest, held_out, row))
         rows.append({"row": row, "seconds": seconds})
         began = time.process_time()
-    table, joined = _joined(study, rows, volumes)
-    tests = _tests(study, joined, [(everything, row["row"]) for row in rows if row["row"] != everything])
+    table, joined = join_rows(study, rows, volumes)
+    tests = paired_tests(study, joined, [(everything, row["row"]) for row in rows if row["row"] != everything])
     pictures.leave_one_out(tests, table.columns.drop(["row", "seconds"]), folder / "leave-one-out.png")
     return table, joined, tests
 
 
-def tempering(study: Study, folder: Path) -> _Result:
+def tempering(study: Study, folder: Path) -> Result:
     """Score every lambda of the grid; half of the origin's held-out scans choose it, the other half is scored.
 
     Columns: lambda (0: the prior), log_likelihood (nats per voxel) and validation_dice on scans that choose, chosen,
     Dice.
     """
     settings = study.settings
-    held_out = _held_out(study)
+    held_out = held_out_of(study)
     validation, held_out[settings.origin] = _halves(study)
     consolidation = _consolidation(study, Networks(study))
     chosen, scores = _choose(study, consolidation, validation)
@@ -131,18 +101,19 @@ def tempering(study: Study, folder: Path) -> _Result:
     for score in scores:
         network = consolidation.tempered(score.temper).posterior() if score.temper else consolidation.prior
         row = f"lambda {score.temper:.4g}"
-        volumes.append(_score(study, network, held_out, row))
+        volumes.append(score_row(study, network, held_out, row))
         rows.append(
             {"row": row, "lambda": score.temper, "log_likelihood": score.log_likelihood,
              "validation_dice": score.dice, "chosen": score.temper == chosen}
         )  # fmt: skip
-    table, joined = _joined(study, rows, volumes)
+    table, joined = join_rows(study, rows, volumes)
     pictures.tempering(table, settings.origin, len(settings.sites), folder / "tempering.png")
     best = f"lambda {chosen:.4g}"
-    return table, joined, _tests(study, joined, [(best, "lambda 0"), (best, "lambda 1"), ("lambda 1", "lambda 0")])
+    pairs = [(best, "lambda 0"), (best, "lambda 1"), ("lambda 1", "lambda 0")]
+    return table, joined, paired_tests(study, joined, pairs)
 
 
-def many_sites(study: Study, folder: Path) -> _Result:
+def many_sites(study: Study, folder: Path) -> Result:
     """Consolidate growing numbers of simulated sites, each a mixture of scanners.
 
     Columns: S (sites), rule (lambda is 1, 1/S or chosen on the origin), lambda, Dice (``sites`` is one held-out scan of
@@ -151,14 +122,14 @@ def many_sites(study: Study, folder: Path) -> _Result:
     """
     settings = study.settings
     origin, many = variational(settings.origin), settings.many_sites or ManySites()
-    names = _mixed_names(settings)
-    _simulate_mixed(study, names, many.n_train)
+    names = mixed_names(settings)
+    simulate_mixed(study, names, many.n_train)
     networks = Networks(study)
     validation, others = _halves(study)
     of_sites = [scan for name in names[: many.n_scored] for scan in study.held_out_scans(name)]
     held_out = {settings.origin: others, "sites": study.prepare(of_sites)}
     held_out |= {site: study.held_out(site) for site in settings.unseen}
-    volumes = [_score(study, networks.get(origin), held_out, "0")]
+    volumes = [score_row(study, networks.get(origin), held_out, "0")]
     rows: list[dict[str, Any]] = [{"row": "0", "S": 0}]
     networks.make(vcl(origin, name) for name in names)
     files = [networks.file(vcl(origin, name)) for name in names]
@@ -175,7 +146,7 @@ def many_sites(study: Study, folder: Path) -> _Result:
         for rule, temper in rules.items():
             row = f"{n_sites}, {rule}"
             if temper not in scored:
-                scored[temper] = _score(study, consolidation.tempered(temper).posterior(), held_out, row)
+                scored[temper] = score_row(study, consolidation.tempered(temper).posterior(), held_out, row)
             volumes.append(scored[temper].assign(row=row))
             rows.append({"row": row, "S": n_sites, "rule": rule, "lambda": temper, "seconds": seconds,
                          **report[["weight", "sigma_ratio"]].median()})  # fmt: skip
@@ -183,19 +154,15 @@ def many_sites(study: Study, folder: Path) -> _Result:
     dice = joined.pivot_table(index="row", columns="column", values="dice")[list(held_out)]
     table = pd.DataFrame(rows).join(dice, on="row").drop(columns="row")
     pictures.many_sites(table, settings.origin, settings.unseen, folder / "many-sites.png")
-    return table, joined, _tests(study, joined, [(row["row"], "0") for row in rows[1:]])
+    return table, joined, paired_tests(study, joined, [(row["row"], "0") for row in rows[1:]])
 
 
-_STUDIES: dict[str, Callable[[Study, Path], _Result]] = {
+_STUDIES: dict[str, Callable[[Study, Path], Result]] = {
     "many-sites": many_sites,
     "rounds": rounds,
     "leave-one-out": leave_one_out,
     "tempering": tempering,
 }
-
-
-def _held_out(study: Study) -> dict[str, SubVolumes]:
-    return {site: study.held_out(site) for site in study.settings.all_sites}
 
 
 def _consolidation(study: Study, networks: Networks) -> Consolidation:
@@ -206,20 +173,6 @@ def _consolidation(study: Study, networks: Networks) -> Consolidation:
     for network in sites:
         consolidation.add(networks.get(network))
     return consolidation
-
-
-def _mixed_names(settings: StudySettings) -> list[str]:
-    many = settings.many_sites or ManySites()
-    return [f"S{number:02d}" for number in range(1, max(many.counts) + 1)]
-
-
-def _simulate_mixed(study: Study, names: list[str], n_train: int) -> None:
-    """Simulate sites with randomly mixed scanners and people; add their manifests to the study."""
-    for number, name in enumerate(names, 1):
-        site = mixed_site(name, np.random.default_rng([study.settings.seed, number]))
-        study.manifests[name] = study.site_folder(f"{name}-{n_train}") / "manifest.csv"
-        with study.scans_held():
-            simulate(study, site, study.manifests[name], n_train, 1)
 
 
 def _halves(study: Study) -> tuple[SubVolumes, SubVolumes]:
@@ -238,40 +191,6 @@ def _choose(study: Study, consolidation: Consolidation, validation: SubVolumes) 
         consolidation, validation, n_samples=settings.n_samples, at_most=len(validation), seed=settings.seed,
         device=study.device, progress=False,
     )  # fmt: skip
-
-
-def _score(study: Study, posterior: Posterior, held_out: Mapping[str, SubVolumes], row: str) -> pd.DataFrame:
-    """One line per held-out volume: row, column (of the table), site, subject, image and Dice."""
-    print(f"scoring {row}", flush=True)
-    networks = [MeshNet.from_posterior(posterior)]
-    parts = []
-    for column, data in held_out.items():
-        part = per_volume(score_volumes(networks, data, progress=False, **study.prediction))
-        part.insert(0, "row", row)
-        part.insert(1, "column", column)
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
-
-
-def _joined(study: Study, rows: list[dict[str, Any]], volumes: list[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows with the mean Dice of each column, and all volumes."""
-    joined = pd.concat(volumes, ignore_index=True)
-    dice = dice_table(joined.assign(site=joined["column"]), study.settings.groups)
-    return pd.DataFrame(rows).join(dice, on="row"), joined
-
-
-def _tests(study: Study, volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
-    """Paired t-tests of row a against row b, for each column and for all training sites (Avg.)."""
-    dice = volumes.pivot(index=["column", "site", "subject", "image"], columns="row", values="dice")
-    of_column = dice.index.get_level_values("column")
-    groups = {column: of_column == column for column in volumes["column"].unique()}
-    if groups.keys() >= (training := set(study.settings.training_sites)):
-        groups[AVERAGE] = of_column.isin(training)
-    return pd.DataFrame(
-        {"row": a, "against": b, "column": column, **asdict(paired_test(dice[a][group], dice[b][group]))}
-        for a, b in pairs
-        for column, group in groups.items()
-    )
 
 
 def _for_people(table: pd.DataFrame, settings: StudySettings) -> str:

@@ -9,7 +9,7 @@ __all__ = [
     "variational", "vcl", "with_parents",
 ]  # fmt: skip
 
-_COMPUTED = ("consolidated", "average", "untrained")
+_TRAINED = ("map", "vi", "vcl", "finetune")
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,21 @@ class Network:
     """A network of a study."""
 
     name: str  # as in the paper, such as H->N
-    mode: Literal["map", "vi", "vcl", "finetune", "consolidated", "average", "untrained"]
-    site: str | None = None  # that it is trained on; None if it is computed
-    parents: tuple["Network", ...] = ()  # that it starts from; if computed, the prior and the sites' networks
+    mode: Literal[
+        "map", "vi", "vcl", "finetune",
+        "consolidated", "tempered", "average", "mean", "factors", "cavity", "untrained",
+    ]  # fmt: skip
+    site: str | None = None  # that it is trained on, or whose cavity it is; None for other computed ones
+    # Prior and start, which may be one; for a computed network, the prior, the current network and the sites'.
+    parents: tuple["Network", ...] = ()
     stage: str = ""  # the setting that describes its training; by default the one named like its mode
+    round: int = 0  # draws other cubes and noise in each round on the same scans
+    damping: float = 1.0  # of factors
 
     @property
     def is_trained(self) -> bool:
         """Whether it is trained, rather than computed from its parents."""
-        return self.mode not in _COMPUTED
+        return self.mode in _TRAINED
 
 
 def map_network(site: str, stage: str = "map") -> Network:

@@ -20,6 +20,12 @@ _BY_CONTENT = {"label_map", "workers", "device"} | {field.name for field in fiel
 def network_key(study: Study, network: Network, stage: Stage | None, parents: Sequence[str]) -> str:
     """SHA-256 (hex) of what determines the weights, except code; `stage` is None for a computed network."""
     content: dict[str, Any] = {"format": _FORMAT, "mode": network.mode, "parents": list(parents)}
+    if network.round:
+        content["round"] = network.round
+    if network.mode == "factors":
+        content["damping"] = network.damping
+    if network.mode == "cavity":
+        content["site"] = network.site
     if stage is not None and network.site is not None:
         values = shared(study.settings, NetworkSettings, ComputeSettings) | shared(stage, OptimizerSettings)
         values |= {"mode": network.mode, "epochs": stage.epochs, "steps_per_epoch": stage.steps // stage.epochs}

@@ -2,15 +2,18 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dwc.base.errors import Interrupted
 from dwc.base.files import open_folder, write_whole
+from dwc.base.seeds import seed_of
 from dwc.base.tables import as_csv
 from dwc.base.work_sharing import claimed
+from dwc.site_factors import Factors
 from dwc.posterior import Posterior
-from dwc.study.combining import average_means, consolidate_sites, fresh_network
+from dwc.study.combining import average, average_means, consolidate_sites, fresh_network
 from dwc.study.context import Study
 from dwc.study.graph import Network, with_parents
 from dwc.study.keys import network_key
@@ -19,6 +22,8 @@ from dwc.training.log import read_log
 from dwc.training.loop import train_network
 
 __all__ = ["Networks"]
+
+FACTORS = "factors.safetensors"  # beside the posterior of a network that is a product of factors
 
 
 class Networks:
@@ -77,6 +82,12 @@ class Networks:
     def stage(self, network: Network) -> Stage:
         return self.study.settings.stage(network.stage or network.mode)
 
+    def _factors(self, network: Network) -> Factors:
+        """The factors of the network before this one, its second parent; none yet if that is the prior."""
+        prior, before = network.parents[:2]
+        q0 = Posterior.load(self.file(prior))
+        return Factors(q0) if before == prior else Factors.load(self.folder(before) / FACTORS, q0)
+
     def _lock(self, network: Network) -> Path:
         return self.study.lock(self.folder(network).name)
 
@@ -85,17 +96,21 @@ class Networks:
 
     def _make(self, network: Network) -> None:
         print(f"{'training' if network.is_trained else 'computing'} {network.name}", flush=True)
-        if network.site is None:
-            self._compute(network)
-        else:
+        if network.is_trained and network.site is not None:
             self._train(network, network.site)
+        else:
+            self._compute(network)
 
     def _train(self, network: Network, site: str) -> None:
         study, folder = self.study, self.folder(network)
         paths = {"data": study.manifests[site], "out": folder, "cache_dir": study.cache_dir}
-        paths |= {"init" if network.mode == "vi" else "prior": self.file(parent) for parent in network.parents}
+        roles = ("init",) if network.mode == "vi" else ("prior", "init")
+        paths |= {role: self.file(parent) for role, parent in zip(roles, network.parents, strict=False)}
+        settings = study.settings.training(network.mode, self.stage(network), **paths)
+        if network.round:
+            settings = replace(settings, seed=seed_of(settings.seed, network.round))
         try:
-            train_network(study.settings.training(network.mode, self.stage(network), **paths), resume=folder.exists())
+            train_network(settings, resume=folder.exists())
         except Interrupted as stop:
             where = f"{network.name} {stop.stopped}"
             raise Interrupted(stop.signal_number, where, "the same command continues the study") from None
@@ -109,8 +124,20 @@ class Networks:
             case "average":
                 next(posteriors)  # the prior
                 posterior = average_means(posteriors)
+            case "mean":
+                posterior = average(next(posteriors), posteriors)
+            case "cavity":
+                posterior = self._factors(network).cavity(str(network.site))
+            case "factors":
+                factors = self._factors(network)
+                for trained in network.parents[2:]:
+                    site, cavity = (Posterior.load(self.file(n)) for n in (trained, trained.parents[0]))
+                    factors.replace(str(trained.site), site, cavity=cavity, damping=network.damping)
+                factors.save(self.folder(network) / FACTORS)
+                posterior = factors.posterior(network.name)
             case _:
-                posterior, weights = consolidate_sites(posteriors, network.name)
+                temper = 1 / (len(network.parents) - 1) if network.mode == "tempered" else 1.0
+                posterior, weights = consolidate_sites(posteriors, network.name, temper)
                 weights["site"] = weights["site"].map(
                     {str(self.file(parent)): parent.name for parent in network.parents}
                 )

@@ -235,19 +235,20 @@ class _Run:
     def _posterior(self) -> Posterior:
         specification, state = self.specification, self.state
         base = specification.base
-        base_sha256 = base.sha256 if base else None
+        prior_sha256 = base.sha256 if base and self.settings.has_learned_prior else None
+        start = specification.start
         training = {
             **specification.decisive_settings,
             "n_sub_volumes": self.objective.n_sub_volumes,
             "steps": state.step,
             "plateau_step": self._plateau_step(),
-            "init_sha256": None if self.settings.has_learned_prior else base_sha256,
+            "init_sha256": None if start is None or start.sha256 == prior_sha256 else start.sha256,
             "torch_version": torch.__version__,
         }
         metadata = {
             **specification.header,
             "n_volumes": len(specification.train_scans),
-            "prior_sha256": base_sha256 if self.settings.has_learned_prior else None,
+            "prior_sha256": prior_sha256,
             "training": training,
         }
         posterior = Posterior.from_model(self.network, **metadata)
@@ -262,10 +263,10 @@ def _network(specification: RunSpecification) -> MeshNet:
         bayesian=settings.bayesian,
         activation_checkpointing=settings.activation_checkpointing,
     )
-    if base is not None:
-        base.to_model(network)
-        if settings.has_learned_prior:
-            base.set_prior_of(network)
+    if specification.start is not None:
+        specification.start.to_model(network)
+    if base is not None and settings.has_learned_prior:
+        base.set_prior_of(network)
     return network
 
 

@@ -189,9 +189,10 @@ class TrainSettings(ComputeSettings, OptimizerSettings, NetworkSettings):
     out
         Run folder; created if needed, must be empty unless resuming.
     prior
-        Bayesian posterior to use as prior and starting point (vcl and finetune).
+        Bayesian posterior to use as prior and, without an initial network, as starting point (vcl and finetune).
     init
-        Network whose means to start from (map and vi); for vi, the paper uses the MAP network.
+        Network whose means to start from (map and vi); for vi, the paper uses the MAP network. For vcl in rounds on the
+        same scans: the current network, where the prior is the site's cavity.
     epochs
         Maximum number of epochs; each ends with validation, a log line and a checkpoint.
     steps_per_epoch
@@ -221,7 +222,8 @@ class TrainSettings(ComputeSettings, OptimizerSettings, NetworkSettings):
         self._require("stream", self.stream >= 0, "give a number >= 0")
         if self.has_learned_prior:
             self._require("mode", self.prior is not None, "needs a posterior to start from; give `prior`")
-            self._require("init", self.init is None, f"`mode` {self.mode} starts from its prior; leave `init` out")
+            own = self.mode == "vcl" or self.init is None
+            self._require("init", own, f"`mode` {self.mode} starts from its prior; leave `init` out")
         else:
             self._require("prior", self.prior is None, f"`mode` {self.mode} has the prior N(0, 1); leave `prior` out")
 

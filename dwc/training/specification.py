@@ -24,6 +24,7 @@ from dwc.data.intensity import IN_HEADERS, Scheme
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import Scan, has_split_column, labelled, read_manifest
 from dwc.meshnet import DILATIONS, WIDTH, checked_architecture, describe
+from dwc.natural import check_alike
 from dwc.posterior import Posterior
 from dwc.training.settings import CubeSettings, TrainSettings, without_later
 from dwc.training.state import Checkpoint, fingerprint_of, load_checkpoint
@@ -43,12 +44,13 @@ _FREE = {
 class RunSpecification:
     """A fully resolved run.
 
-    `base` is the prior (vcl, finetune) or the initial network (map, vi). All scans have labels. `data` holds the
-    SHA-256 of the training and test data once they are prepared.
+    `base` is the prior (vcl, finetune) or the initial network (map, vi), and `start` the network to start from. All
+    scans have labels. `data` holds the SHA-256 of the training and test data once they are prepared.
     """
 
     settings: TrainSettings
     base: Posterior | None
+    start: Posterior | None
     label_map: LabelMap
     grid: Grid
     train_scans: list[Scan]
@@ -101,6 +103,7 @@ class RunSpecification:
             **self.decisive_settings,
             "label_map_sha256": self.label_map.sha256,
             "base_sha256": self.base.sha256 if self.base else None,
+            **({"start_sha256": self.start.sha256} if self.start is not None and self.start is not self.base else {}),
             **({} if self.data is None else {"data": dict(self.data)}),
         }
 
@@ -165,6 +168,8 @@ def resolve(settings: TrainSettings, *, resume: bool = False) -> tuple[RunSpecif
     _check_folder(settings.out, resume=resume)
     device = choose_device(settings.device)
     base = None if settings.base is None else Posterior.load(settings.base)
+    both = settings.prior is not None and settings.init is not None
+    start = Posterior.load(settings.init) if settings.init is not None and both else base
     settings = replace(_inherit(settings, base), device="cuda" if device.type == "cuda" else "cpu")
     label_map = _label_map(settings.label_map or SHIPPED[0], base)
     grid = Grid(settings.grid_size or GRID.size, settings.voxel_size or GRID.voxel_size)
@@ -176,8 +181,9 @@ def resolve(settings: TrainSettings, *, resume: bool = False) -> tuple[RunSpecif
     train_scans, test_scans = labelled_scans(settings)
     path = settings.out / "checkpoint.safetensors"
     checkpoint = load_checkpoint(path) if resume and path.exists() else None
-    specification = RunSpecification(settings, base, label_map, grid, train_scans, test_scans, device)
+    specification = RunSpecification(settings, base, start, label_map, grid, train_scans, test_scans, device)
     _check_base(specification)
+    _check_start(specification)
     _check_split(specification)
     specification.check_resumes(checkpoint)
     if resume and checkpoint is None:
@@ -270,6 +276,22 @@ def _check_base(specification: RunSpecification) -> None:
                 f"`{_base_parameter(settings)}` {base.name}: its {key.replace('_', ' ')} differs from this run's in "
                 f"{their_values}, here {our_values}; leave `width`, `dilations`, `activation`, `label_map`, "
                 "`grid_size`, `voxel_size` and `intensity` out to take the file's"
+            )
+
+
+def _check_start(specification: RunSpecification) -> None:
+    """A start beside the prior must be a network like it that Eq. 17's condition, sigma <= the prior's, allows."""
+    prior, start = specification.base, specification.start
+    if prior is None or start is None or start is prior:
+        return
+    if not start.is_bayesian:
+        raise InputError(f"`init` {start.name}: is a MAP network; give the current network of the rounds")
+    check_alike(start, prior)
+    for name, sigma in start.sigma.items():
+        if above := int((sigma > prior.sigma[name]).sum()):
+            raise InputError(
+                f"`init` {start.name}: {name}.sigma exceeds the prior's in {above} of {sigma.numel()} weights; give "
+                "the current network and the cavity that was made from it"
             )
 
 

@@ -9,12 +9,15 @@ import pytest
 from dwc.base.errors import InputError
 from dwc.cli import main
 from dwc.consolidation import consolidate
+from dwc.site_factors import Factors
 from dwc.posterior import Posterior
 from dwc.simulation.scans import load_sites, mixed_site
 from dwc.study import beyond
 from dwc.study.context import Study
-from dwc.study.graph import consolidated, variational, vcl
+from dwc.study.graph import variational, vcl
 from dwc.study.networks import Networks
+from dwc.study.rounds import trajectory
+from dwc.study.rows import simulate_mixed
 from dwc.study.settings import STUDIES, ManySites, StudySettings
 from dwc.tempering import temper_grid
 from tests.study.tiny_study import tiny_settings
@@ -67,29 +70,58 @@ def test_a_study_leaves_its_table_raw_scores_and_a_picture(name, run, tiny):
     assert not raw.duplicated(["row", "column", "site", "subject", "image"]).any()
 
 
-def test_each_round_starts_from_the_consolidated_network_of_the_round_before(run, tiny):
+def test_rounds_compare_methods_that_share_their_first_training(run, tiny):
     table = run("rounds")
-    assert list(table["row"]) == ["0", "1", "1 FT", "2", "2 FT"]
-    networks = Networks(Study(tiny))
-    first = consolidated(variational("H"), [vcl(variational("H"), site) for site in SITES])
-    second = [vcl(first, site) for site in SITES]
-    prior = Posterior.load(networks.file(first))
-    sites = [Posterior.load(networks.file(network)) for network in second]
-    assert {site.metadata["prior_sha256"] for site in sites} == {prior.sha256}
-    joint = Posterior.load(networks.file(consolidated(first, second)))
-    assert joint.sha256 == consolidate(prior, sites).sha256
-    of_rounds = table[table["network"] == "consolidated"]
-    assert of_rounds[["weight", "sigma_ratio"]].notna().all(axis=None)
+    assert list(table["S"]) == [0, *[1] * 8, *[2] * 8]
+    assert list(table["method"]) == ["start", *np.repeat(["dwc", "tempered", "average", "factors"], 2).tolist() * 2]
+    assert table.filter(like="nll ").gt(0).all(axis=None)
+    of_one = table[(table["S"] == 1) & (table["round"] == 1)].set_index("method")
+    dice = ["H", "sites", "A"]
+    for method in ("tempered", "average", "factors"):  # one site's network, whatever the rule
+        np.testing.assert_allclose(of_one.loc[method, dice].astype(float), of_one.loc["dwc", dice].astype(float))
+
+
+def test_each_method_takes_its_prior_and_start_from_the_round_before(run, tiny):
+    run("rounds")
+    study = Study(tiny)
+    simulate_mixed(study, ["S01", "S02"], 1)
+    networks, q0 = Networks(study), variational("H")
+
+    def of(method):
+        first, second = trajectory(method, q0, ["S01", "S02"], 2)
+        posteriors = [networks.get(network) for network in (first, second)]
+        return *posteriors, [networks.get(network) for network in second.parents if network.mode == "vcl"]
+
+    start = networks.get(q0)
+    first, second, sites = of("dwc")
+    assert {site.metadata["prior_sha256"] for site in sites} == {first.sha256}
+    assert second.sha256 == consolidate(first, sites).sha256
+    first, second, sites = of("tempered")
+    assert second.sha256 == consolidate(first, sites, temper=0.5).sha256
+    first, second, sites = of("average")
+    assert {site.metadata["prior_sha256"] for site in sites} == {start.sha256}
+    assert {site.metadata["training"]["init_sha256"] for site in sites} == {first.sha256}
+    first, second, sites = of("factors")
+    answers = [networks.get(n) for n in trajectory("factors", q0, ["S01", "S02"], 1)[0].parents[2:]]
+    factors = Factors(start)
+    for name, answer in zip(("S01", "S02"), answers, strict=True):
+        factors.replace(name, answer, cavity=start, damping=0.5)
+    assert factors.posterior().sha256 == first.sha256
+    cavities = [factors.cavity(name) for name in ("S01", "S02")]
+    assert [site.metadata["prior_sha256"] for site in sites] == [cavity.sha256 for cavity in cavities]
+    for name, site, cavity in zip(("S01", "S02"), sites, cavities, strict=True):
+        factors.replace(name, site, cavity=cavity, damping=0.5)
+    assert factors.posterior().sha256 == second.sha256
 
 
 def test_leaving_one_out_scores_the_network_that_the_others_alone_would_give(run, tiny, monkeypatch):
     table = run("leave-one-out").set_index("row")
     assert list(table.index) == ["none (H)", "all of N, B, W", "without N", "without B", "without W"]
     scored = {}
-    monkeypatch.setattr(beyond, "_score", lambda _, posterior, __, row: scored.setdefault(row, posterior))
+    monkeypatch.setattr(beyond, "score_row", lambda _, posterior, __, row: scored.setdefault(row, posterior))
     monkeypatch.setattr(beyond.pictures, "leave_one_out", lambda *_: None)
-    monkeypatch.setattr(beyond, "_joined", lambda *_: (pd.DataFrame(columns=["row", "seconds"]), None))
-    monkeypatch.setattr(beyond, "_tests", lambda *_: None)
+    monkeypatch.setattr(beyond, "join_rows", lambda *_: (pd.DataFrame(columns=["row", "seconds"]), None))
+    monkeypatch.setattr(beyond, "paired_tests", lambda *_: None)
     beyond.leave_one_out(Study(tiny), tiny.out)
     networks = Networks(Study(tiny))
     origin = variational("H")

@@ -1,0 +1,194 @@
+"""Rounds on the same scans: each site's factor, replaced in every round (partitioned variational inference).
+
+q = q_0 prod_s t_s, where t_s is all that site s has contributed. In a round the site trains with the cavity q / t_s as
+its prior, so that no scan is counted twice, and its new factor q_s / (q / t_s) replaces the old one, damped:
+eta_s <- (1 - rho) eta_s + rho eta_new, in natural parameters eta = (mu / sigma^2, 1 / sigma^2). With empty factors and
+rho = 1, one round is Eq. 17. Bui et al. 2018, Ashman et al. 2022.
+
+Because sigma_s <= the cavity's sigma, every factor adds precision: cavities are proper, whatever is missing or late.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwc.base.errors import InputError
+from dwc.base.files import load_entries, save_tensors
+from dwc.natural import SHARED, Sum, check_answer, natural, two_sum
+from dwc.posterior import Posterior
+
+__all__ = ["Factors"]
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """A site's part in the network: per tensor eta_1 and eta_2, each an fp64 value and its rounding error."""
+
+    eta: dict[str, tuple[Sum, Sum]]
+    sha256: str  # of the posterior it came with last
+    n_volumes: int
+
+
+class Factors:
+    """The prior q_0 and the sites' factors.
+
+    Sites are known by name, and keep their factor while they do not answer. Factors are kept in fp64 with their
+    rounding errors, so that taking a site out leaves exactly what the others contributed.
+
+    Parameters
+    ----------
+    prior : Posterior
+        q_0, the network that the rounds began with.
+    """
+
+    def __init__(self, prior: Posterior) -> None:
+        if not prior.validate().is_bayesian:
+            raise InputError(f"{prior.name}: a MAP network has no standard deviations; give the sites' Bayesian prior")
+        self.prior = prior
+        self._factors: dict[str, _Factor] = {}
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites that have a factor, by name."""
+        return sorted(self._factors)
+
+    def posterior(self, name: str = "network") -> Posterior:
+        """q = q_0 prod_s t_s, in fp32; its header lists the sites' last posteriors. q_0 itself without any."""
+        return self._product(self._factors, name)
+
+    def cavity(self, site: str, name: str = "") -> Posterior:
+        """q / t_s, the prior of a site's next training; q for a site without a factor."""
+        others = {other: factor for other, factor in self._factors.items() if other != site}
+        return self._product(others, name or f"cavity of {site}")
+
+    def replace(
+        self, site: str, posterior: Posterior, *, cavity: Posterior | None = None, damping: float = 1.0
+    ) -> None:
+        """Replace a site's factor by that of its new posterior; nothing changes if it is refused.
+
+        Parameters
+        ----------
+        posterior : Posterior
+            Trained from the site's cavity, with sigma <= the cavity's.
+        cavity : Posterior, optional
+            The cavity it was trained from, if that is an earlier one: the factor of a late answer is
+            still the site's.
+        damping : float
+            rho in (0, 1], the share of the new factor; 1/S for S sites that train at the same time is safe.
+        """
+        if not 0 < damping <= 1:
+            raise InputError(f"`damping` {damping}: give a number above 0 and at most 1")
+        cavity = self.cavity(site) if cavity is None else cavity
+        check_answer(posterior, cavity, cavity.sha256)
+        known, eta = self._factors.get(site), {}
+        for tensor in self.prior.mu:
+            parts = []
+            for k, (theirs, ours) in enumerate(zip(natural(posterior, tensor), natural(cavity, tensor), strict=True)):
+                new = two_sum((theirs, 0.0), -ours)
+                if damping < 1:
+                    old = (torch.zeros_like(theirs),) * 2 if known is None else known.eta[tensor][k]
+                    new = two_sum(((1 - damping) * old[0], (1 - damping) * old[1]), damping * new[0])
+                parts.append(new)
+            eta[tensor] = (parts[0], parts[1])
+        self._factors[site] = _Factor(eta, posterior.sha256, posterior.metadata.get("n_volumes") or 0)
+
+    def remove(self, site: str) -> None:
+        """Take a site out, exactly: the network is what the others' factors make."""
+        if site not in self._factors:
+            raise InputError(f"{site}: has no factor here; give one of {', '.join(self.sites) or 'none yet'}")
+        del self._factors[site]
+
+    def shares(self) -> dict[str, float]:
+        """Each site's share of the precision that all factors add to the prior's; NaN if they add none."""
+        added = {site: sum(eta[1][0].sum().item() for eta in f.eta.values()) for site, f in self._factors.items()}
+        total = sum(added.values())
+        return {site: added[site] / total if total > 0 else math.nan for site in self.sites}
+
+    def save(self, path: str | Path) -> None:
+        """Write the factors, without the prior, as one safetensors file."""
+        tensors = {
+            f"{site}/{tensor}/{k}{part}": values
+            for site, factor in self._factors.items()
+            for tensor, eta in factor.eta.items()
+            for k, pair in enumerate(eta)
+            for part, values in zip(("", "_error"), pair, strict=True)
+        }
+        header: dict[str, Any] = {
+            "factors_version": STATE_VERSION,
+            "prior_sha256": self.prior.sha256,
+            "sites": {s: {"sha256": f.sha256, "n_volumes": f.n_volumes} for s, f in self._factors.items()},
+        }
+        save_tensors(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path, prior: Posterior) -> "Factors":
+        """Read a file written by `save` for this prior."""
+        tensors, header, _ = load_entries(path)
+        if header.get("factors_version") != STATE_VERSION or not isinstance(header.get("sites"), dict):
+            raise InputError(f"{path}: holds no factors of sites; give the file that `state` wrote")
+        factors = cls(prior)
+        if header.get("prior_sha256") != prior.sha256:
+            raise InputError(
+                f"{path}: its factors belong to prior {str(header.get('prior_sha256'))[:12]}, not to {prior.name} "
+                f"({prior.sha256[:12]}); give the network that the rounds began with"
+            )
+        for site, about in header["sites"].items():
+            factors._factors[site] = _read(str(path), site, about, tensors, prior)
+        return factors
+
+    def _product(self, factors: Mapping[str, _Factor], name: str) -> Posterior:
+        if not factors:
+            return self.prior
+        mu, sigma = {}, {}
+        for tensor in self.prior.mu:
+            eta = []
+            for k, ours in enumerate(natural(self.prior, tensor)):
+                total: Sum = (torch.zeros_like(ours), torch.zeros_like(ours))
+                for factor in factors.values():
+                    value, error = factor.eta[tensor][k]
+                    total = two_sum(two_sum(total, value), torch.as_tensor(error))
+                high, low = two_sum(two_sum((total[0], 0.0), torch.as_tensor(total[1])), ours)
+                eta.append(high + low)
+            mu[tensor], sigma[tensor] = eta[0] / eta[1], eta[1].rsqrt()
+        sites = [{"sha256": f.sha256, "n_volumes": f.n_volumes} for f in factors.values()]
+        metadata = {
+            **{key: self.prior.metadata.get(key) for key in SHARED},
+            "n_volumes": sum(factor.n_volumes for factor in factors.values()),
+            "prior_sha256": self.prior.sha256,
+            "sites": sorted(sites, key=lambda row: str(row["sha256"])),
+        }
+        return Posterior(mu, sigma, metadata, name=name).validate()
+
+
+def _read(path: str, site: str, about: Any, tensors: Mapping[str, Tensor], prior: Posterior) -> _Factor:
+    """A site's factor from a file's tensors, checked against the prior's shapes."""
+
+    def values(tensor: str, part: str) -> Tensor:
+        found = tensors.get(f"{site}/{tensor}/{part}")
+        if found is None or found.dtype != torch.float64 or found.shape != prior.mu[tensor].shape:
+            raise InputError(
+                f"{path}: the factor of {site} does not fit {prior.name}; give the file that `state` wrote"
+            )
+        return found
+
+    eta = {
+        tensor: (
+            (values(tensor, "0"), values(tensor, "0_error")),
+            (values(tensor, "1"), values(tensor, "1_error")),
+        )
+        for tensor in prior.mu
+    }
+    if (
+        not isinstance(about, dict)
+        or not isinstance(about.get("sha256"), str)
+        or type(about.get("n_volumes")) is not int
+    ):
+        raise InputError(f"{path}: its header names no posterior for {site}; give the file that `state` wrote")
+    return _Factor(eta, about["sha256"], about["n_volumes"])
