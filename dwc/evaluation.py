@@ -42,11 +42,12 @@ _MEANS = {"dice": False, "dice_with_background": True}
 
 @dataclass(frozen=True)
 class Score:
-    """The scores of one predicted volume: `confusion_matrix` and `CalibrationCounts.frame`."""
+    """The scores of one predicted volume: `confusion_matrix`, `CalibrationCounts.frame`, and nll in nats per voxel."""
 
     scan: Scan
     confusion: Tensor
     calibration: pd.DataFrame
+    nll: float
 
 
 @dataclass(frozen=True)
@@ -178,15 +179,15 @@ def score_volumes(
         image, truth = data.volume(v)
         prediction = predict_volume(
             networks, image, intensity=data.intensity, n_samples=n_samples, seed=seed, device=device,
-            precision=precision,
-            memory_limit=memory_limit,
+            precision=precision, memory_limit=memory_limit, truth=truth,
             progress=f"{printable(scan.subject)} ({v + 1} of {data.n_volumes})" if progress else None,
         )  # fmt: skip
         counts = CalibrationCounts(data.label_map.n_classes)
         counts.add(prediction.confidence, prediction.entropy, prediction.labels == truth)
         assert truth is not None  # `scans_to_score` refuses scans without labels
         confusion = confusion_matrix(truth, prediction.labels, data.label_map.n_classes)
-        scores.append(Score(scan, confusion, counts.frame()))
+        assert prediction.log_likelihood is not None
+        scores.append(Score(scan, confusion, counts.frame(), -prediction.log_likelihood / truth.size))
     return scores
 
 
@@ -208,16 +209,17 @@ def per_class(scores: Sequence[Score], label_map: LabelMap, grid: Grid) -> pd.Da
 
 
 def per_volume(scores: Sequence[Score]) -> pd.DataFrame:
-    """A row per volume: site, subject, image, n_classes (in its truth without background), dice, dice_with_background.
+    """A row per volume: site, subject, image, n_classes, dice, dice_with_background, nll.
 
-    Dice is the mean over the classes present in the truth, without and with class 0. image is the file name or, if that
-    is not unique for a subject, the path relative to the images' common folder.
+    n_classes are those in the truth, without background. Dice is their mean, without and with background. nll is the
+    mean negative log-likelihood of the truth, nats per voxel. image is the file name or, if that is not unique for a
+    subject, the path relative to the images' common folder.
     """
     rows = []
     for score, who in zip(scores, _who(scores), strict=True):
         present = (score.confusion.sum(dim=1) > 0)[1:]
         means = {name: mean_dice(score.confusion, with_background=flag) for name, flag in _MEANS.items()}
-        rows.append({**who, "n_classes": int(present.sum()), **means})
+        rows.append({**who, "n_classes": int(present.sum()), **means, "nll": score.nll})
     return pd.DataFrame(rows)
 
 

@@ -30,6 +30,7 @@ from dwc.posterior import Posterior
 __all__ = ["Ensemble", "Prediction", "load_networks", "predict_volume"]
 
 _SLAB = 1 << 16  # voxels classified at a time
+_LEAST = 1e-6  # probability that a true label is given at least
 _FREE_PART = 0.5  # of the free memory, for a block, by default
 _MOST_ON_CPU = 4e9  # bytes, by default: others work on the machine too, and more saves little time
 
@@ -49,6 +50,8 @@ class Prediction:
     mutual_information, variance : ndarray
         float32, how far the draws disagree: the entropy minus the mean entropy of each draw, in nats, and the variance
         of the probabilities over the draws, summed over the classes, 0 to 1. Both are 0 for a single draw.
+    log_likelihood : float, optional
+        Of the true labels, if they were given: nats, summed over the volume. No probability counts as less than 1e-6.
     """
 
     labels: np.ndarray
@@ -57,6 +60,7 @@ class Prediction:
     draws: np.ndarray
     mutual_information: np.ndarray | None = None
     variance: np.ndarray | None = None
+    log_likelihood: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def predict_volume(
     precision: str = "fp32",
     memory_limit: float | None = None,
     progress: str | None = None,
+    truth: np.ndarray | None = None,
 ) -> Prediction:
     """Segment a conformed volume.
 
@@ -140,6 +145,8 @@ def predict_volume(
         shared by this machine's processes.
     progress : str, optional
         Label of a progress bar; without it, none is shown.
+    truth : ndarray, optional
+        Classes, uint8 [D, H, W], whose log-likelihood is wanted.
     """
     if n_samples < 1 or seed < 0 or not networks:
         raise ValueError(f"{len(networks)} networks, n_samples {n_samples}, seed {seed}; need >= 1, >= 1 and >= 0")
@@ -154,6 +161,7 @@ def predict_volume(
     confidence = np.ones(image.shape, np.float32)
     counts = torch.zeros(len(draws), n_classes, dtype=torch.int64)
     counts[:, 0] = image.size - math.prod(extent(box))
+    log_likelihood = 0.0
     with (
         torch.inference_mode(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
@@ -186,11 +194,23 @@ def predict_volume(
                     labels[part] = chosen.to(torch.uint8).cpu()
                     entropy[part] = torch.special.entr(mean).sum(dim=-1).clamp_min_(0).cpu()
                     confidence[part] = highest.clamp_max_(1).cpu()
+                    if truth is not None:
+                        log_likelihood += _log_likelihood(mean, truth[part])
                     if len(draws) > 1:
                         information[part] = np.maximum(entropy[part] - information[part], 0)
                         variance[part] = np.maximum(variance[part] - mean.square().sum(dim=-1).cpu().numpy(), 0)
                 bar.update()
-    return Prediction(labels, entropy, confidence, counts.numpy(), information, variance)
+    if truth is not None:
+        log_likelihood += math.log(_LEAST) * (np.count_nonzero(truth) - np.count_nonzero(truth[box]))
+    return Prediction(
+        labels, entropy, confidence, counts.numpy(), information, variance, None if truth is None else log_likelihood
+    )
+
+
+def _log_likelihood(probability: Tensor, truth: np.ndarray) -> float:
+    """Of the true classes, in nats, summed."""
+    classes = torch.from_numpy(truth.astype(np.int64)).to(probability.device)
+    return probability.gather(-1, classes[..., None]).clamp_min_(_LEAST).double().log_().sum().item()
 
 
 def _classify(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

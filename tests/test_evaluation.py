@@ -42,7 +42,9 @@ def score(site: str, subject: str, right: int, wrong: int, klass: int = 1) -> Sc
     confusion[0, 0], confusion[klass, klass], confusion[klass, 2] = 100, right, wrong
     counts = CalibrationCounts(COARSE.n_classes)
     counts.add(np.full(right + wrong, 0.9), np.full(right + wrong, 0.5), np.arange(right + wrong) < right)
-    return Score(Scan(Path(f"{subject}_T1w.nii.gz"), Path("l"), subject, site, "test"), confusion, counts.frame())
+    return Score(
+        Scan(Path(f"{subject}_T1w.nii.gz"), Path("l"), subject, site, "test"), confusion, counts.frame(), nll=0.5
+    )
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_sessions_that_share_a_files_name_are_told_apart_by_their_folders(scores
 
 def test_each_volume_is_the_mean_over_the_classes_of_its_truth(scores):
     table = per_volume(scores)
-    assert list(table.columns) == ["site", "subject", "image", "n_classes", "dice", "dice_with_background"]
+    assert list(table.columns) == ["site", "subject", "image", "n_classes", "dice", "dice_with_background", "nll"]
     assert table.dice.tolist() == pytest.approx([1, 2 / 3, 0])
     assert table.dice_with_background.tolist() == pytest.approx([1, 5 / 6, 1 / 2])
     assert table.n_classes.tolist() == [1, 1, 1]

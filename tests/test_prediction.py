@@ -145,6 +145,37 @@ def test_volumes_are_scaled_as_in_training(tmp_path, scheme):
     np.testing.assert_array_equal(seen[0][0], data.scaling(0)(data.volume(0)[0]))
 
 
+@pytest.mark.parametrize("limit", [1, 1e-3, 3e-4], ids=str)
+def test_an_ensemble_of_unlike_networks_averages_the_same_voxels_and_scores_their_truth(limit):
+    torch.manual_seed(1)
+    shapes = ((2, (1,)), (5, (2, 4)), (3, (1, 1, 2)))
+    nets = [MeshNet(3, width, dilations, bayesian=False, weight_norm=False) for width, dilations in shapes]
+    volume = image(32)[:26, :20, :23]
+    truth = np.random.default_rng(1).integers(0, 3, volume.shape, np.uint8)
+    found = predict_volume(nets, volume, memory_limit=limit, truth=truth)
+    mean = sum(probabilities(net, volume) for net in nets) / len(nets)
+    np.testing.assert_allclose(found.entropy, entropy_of(mean), atol=1e-5)
+    of_truth = np.take_along_axis(mean, truth[None].astype(np.int64), axis=0)
+    assert found.log_likelihood == pytest.approx(np.log(of_truth).sum(), rel=1e-5)
+    information = entropy_of(mean) - sum(entropy_of(probabilities(net, volume)) for net in nets) / len(nets)
+    np.testing.assert_allclose(found.mutual_information, information, atol=1e-5)
+
+
+def test_a_true_label_outside_the_heads_box_counts_as_nearly_impossible():
+    volume = np.zeros((64, 64, 64), np.uint8)
+    volume[16:32, 12:36, 14:40] = image(64)[:16, :24, :26]
+    truth = np.zeros(volume.shape, np.uint8)
+    without, within = (predict_volume([network()], volume, truth=t).log_likelihood for t in (truth, _marked(truth)))
+    assert within - without == pytest.approx(math.log(1e-6), rel=1e-5)
+    assert predict_volume([network()], volume).log_likelihood is None
+
+
+def _marked(truth: np.ndarray) -> np.ndarray:
+    marked = truth.copy()
+    marked[0, 0, 0] = 1
+    return marked
+
+
 def test_ensembles_average_probabilities_not_votes():
     nets, volume = [network(seed=0), network(seed=1)], image()
     mean = sum(probabilities(net, volume) for net in nets) / 2

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from dwc.base.errors import InputError
 from dwc.consolidation import consolidate
-from dwc.site_factors import Factors
 from dwc.posterior import Posterior
+from dwc.site_factors import Factors
 from tests.made_posteriors import HEADER, TENSORS, a_prior, a_site
 
 seeds = st.integers(0, 2**20)

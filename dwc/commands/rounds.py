@@ -38,9 +38,9 @@ def take_round(values: Namespace) -> None:
     The state is written last: a killed command is repeated with the same files.
     """
     from dwc.base.files import check_suffix, open_folder
-    from dwc.site_factors import Factors
     from dwc.posterior import Posterior
     from dwc.signing import TrustedKeys
+    from dwc.site_factors import Factors
 
     for name, default in _OF_ONE_ROUND.items():
         if values[name] != default:

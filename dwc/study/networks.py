@@ -11,8 +11,8 @@ from dwc.base.files import open_folder, write_whole
 from dwc.base.seeds import seed_of
 from dwc.base.tables import as_csv
 from dwc.base.work_sharing import claimed
-from dwc.site_factors import Factors
 from dwc.posterior import Posterior
+from dwc.site_factors import Factors
 from dwc.study.combining import average, average_means, consolidate_sites, fresh_network
 from dwc.study.context import Study
 from dwc.study.graph import Network, with_parents

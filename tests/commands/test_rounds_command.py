@@ -8,8 +8,8 @@ import torch
 
 from dwc.base.errors import InputError
 from dwc.cli import main
-from dwc.site_factors import Factors
 from dwc.posterior import Posterior
+from dwc.site_factors import Factors
 from dwc.training.loop import train_network
 
 pytest_plugins = ["tests.tiny_runs"]

@@ -9,9 +9,9 @@ import pytest
 from dwc.base.errors import InputError
 from dwc.cli import main
 from dwc.consolidation import consolidate
-from dwc.site_factors import Factors
 from dwc.posterior import Posterior
 from dwc.simulation.scans import load_sites, mixed_site
+from dwc.site_factors import Factors
 from dwc.study import beyond
 from dwc.study.context import Study
 from dwc.study.graph import variational, vcl
