@@ -135,7 +135,7 @@ def test_an_imported_network_computes_what_its_layers_compute(tmp_path, kind, no
         (
             {"_normalize": {"type": "quantile"}},
             None,
-            "quantiles 0.02 to 0.98 per volume",
+            "quantiles 0.05 to 0.95 per volume",
             "model.json asks for quantiles",
         ),
         ({"_normalize": {"type": "quantile"}}, "z_score", "z-score per volume", "given at the import"),
@@ -280,7 +280,7 @@ def test_import_as_a_user_types_it_writes_a_network_that_can_be_inspected(tmp_pa
     command = ["import", str(folder), "--label-map", "coarse", "--intensity", "quantile", "--out", str(out)]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
-    assert "9 classes, 4 filters, dilations 1 2, elu; intensity quantiles 0.02 to 0.98 per volume" in said
+    assert "9 classes, 4 filters, dilations 1 2, elu; intensity quantiles 0.05 to 0.95 per volume" in said
     assert Posterior.load(out).metadata["label_map"]["name"] == "coarse"
     assert cli.main(["posterior", "inspect", str(out)]) == 0
     assert "provenance: where an imported network comes from" in capsys.readouterr().out

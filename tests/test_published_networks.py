@@ -71,7 +71,7 @@ def test_a_published_network_of_three_classes_finds_white_and_grey_matter(segmen
 @pytest.mark.published
 def test_the_published_network_of_fifty_classes_finds_white_matter_and_cortex_in_4_gb(segmented):
     predicted, truth, said = segmented("model30chan50cls", "fifty")
-    assert "50 classes, 30 filters, dilations 1 2 4 8 16 8 4 2 1, elu; intensity quantiles 0.02 to 0.98" in said
+    assert "50 classes, 30 filters, dilations 1 2 4 8 16 8 4 2 1, elu; intensity quantiles 0.05 to 0.95" in said
     classes, true_classes = FIFTY.apply(predicted), FIFTY.apply(truth)
     white = overlap(np.isin(classes, (1, 15)), np.isin(true_classes, (1, 15)))
     cortex = overlap(classes >= 16, true_classes >= 16)

@@ -12,7 +12,7 @@ Scheme = Literal["z_score", "min_max", "quantile"]
 IN_HEADERS: dict[Scheme, str] = {  # how the header of a posterior names each scheme
     "z_score": "z-score per volume",
     "min_max": "min-max per volume",
-    "quantile": "quantiles 0.02 to 0.98 per volume",
+    "quantile": "quantiles 0.05 to 0.95 per volume",
 }
 
 SIGNAL = 25  # of 255: brighter voxels are not air; a tenth of the range, as in FSL's BET
@@ -22,7 +22,7 @@ _LIFTED = 8  # grey levels; rare voxels that would lift everything else by more 
 _HEAD_LEVELS = 32  # fewer occupied grey levels are no head with the air around it
 _AIR = 0.25  # least share of air in a head's field of view
 _FEW_BINS = 64  # of the histogram; a head in fewer is looked at more closely
-_QUANTILES = (0.02, 0.98)
+_QUANTILES = (0.05, 0.95)
 _PLAIN = (1e-30, 1e30)  # spans that float32 arithmetic holds
 
 
@@ -145,8 +145,8 @@ class Scaling:
 def scaling_of(image: np.ndarray, scheme: Scheme) -> Scaling:
     """How a scheme scales a conformed volume, from all its voxels, air included.
 
-    `z_score` gives mean 0 and variance 1, `min_max` 0..1. `quantile` clips to the quantiles 0.02 and 0.98 and gives
-    0..1; the maximum takes the place of the upper one if less than 2 % of the volume stands out.
+    `z_score` gives mean 0 and variance 1, `min_max` 0..1. `quantile` clips to the quantiles 0.05 and 0.95 and gives
+    0..1; the maximum takes the place of the upper one if less than 5 % of the volume stands out.
     """
     if scheme == "z_score":
         return Scaling(*moments(image))

@@ -44,7 +44,7 @@ class NetworkSettings(Settings):
     activation
         relu or elu, after each 3x3x3 layer. Default: as the prior or initial network, else relu.
     intensity
-        How a conformed volume is scaled: z_score, min_max (0..1), or quantile (clipped to its quantiles 0.02 and 0.98,
+        How a conformed volume is scaled: z_score, min_max (0..1), or quantile (clipped to its quantiles 0.05 and 0.95,
         0..1). Default: as the prior or initial network, else z_score.
     """
 

@@ -17,11 +17,11 @@ def test_min_max_gives_zero_to_one():
 
 def test_quantile_clips_to_the_quantiles_of_the_whole_volume_and_gives_zero_to_one():
     volume = a_volume()
-    low, high = np.quantile(volume, 0.02), np.quantile(volume, 0.98)
+    low, high = np.quantile(volume, 0.05), np.quantile(volume, 0.95)
     scaled = scaling_of(volume, "quantile")(volume)
     np.testing.assert_allclose(scaled, (volume.clip(low, high) - low) / (high - low), atol=1e-6)
-    assert 0.015 < (scaled == 0).mean() < 0.03
-    assert 0.015 < (scaled == 1).mean() < 0.03
+    assert 0.04 < (scaled == 0).mean() < 0.06
+    assert 0.04 < (scaled == 1).mean() < 0.06
 
 
 def test_a_part_of_a_volume_is_scaled_as_the_whole():
@@ -30,7 +30,7 @@ def test_a_part_of_a_volume_is_scaled_as_the_whole():
     np.testing.assert_array_equal(scale(volume[3:9]), scale(volume)[3:9])
 
 
-def test_where_less_than_a_fiftieth_stands_out_the_maximum_is_the_upper_end():
+def test_where_less_than_a_twentieth_stands_out_the_maximum_is_the_upper_end():
     volume = np.zeros((20, 20, 20), np.uint8)
     volume[:2, :2, :2] = 50
     scaled = scaling_of(volume, "quantile")(volume)
