@@ -22,6 +22,7 @@ from dwc import __version__, quality
 from dwc.base import ranks
 from dwc.base.errors import InputError, PartlyFailed, printable
 from dwc.base.files import open_folder, write_whole
+from dwc.base.signals import deferred_signals
 from dwc.colours import viewer_tables
 from dwc.data.checks import axes_of, examine
 from dwc.data.comparison import compare
@@ -103,7 +104,8 @@ class Batch:
             else:
                 self._segment(job)
             if ranks.is_main():
-                self._write_tables()
+                with deferred_signals():
+                    self._write_tables()
         self._end(len(scans))
 
     def _segment(self, job: _Job) -> None:
@@ -121,15 +123,19 @@ class Batch:
         except OSError as error:  # the file went away
             self._fail(job.files.stem, str(unreadable(job.scan.image, error)))
             return
+        with deferred_signals():
+            self._write(job, result, checked, digest)
+
+    def _write(self, job: _Job, result: Segmentation, checked: CheckedScan, digest: str) -> None:
         open_folder(job.files.stem.parent)
         job.files.sidecar.unlink(missing_ok=True)
         mm3 = result.write(job.files, self.outputs)
         if self._overlay:
             self._overlay(
-                image, None, {"predicted": result.prediction.labels}, job.files.picture,
+                result.image, None, {"predicted": result.prediction.labels}, job.files.picture,
                 names=self.ensemble.label_map.titles, title=job.scan.image.name,
             )  # fmt: skip
-        measures = quality.measure(image, result.prediction, self.ensemble.label_map, self.ensemble.grid)
+        measures = quality.measure(result.image, result.prediction, self.ensemble.label_map, self.ensemble.grid)
         odd = [finding.message.removeprefix(f"{job.scan.image}: ") for finding in checked.findings]
         reasons = [*odd, *quality.reasons(measures)]
         found = {"Flag": "check" if reasons else "pass", "Reasons": reasons, "Measures": measures}

@@ -9,7 +9,7 @@ from types import FrameType
 
 from dwc.base.errors import Interrupted
 
-__all__ = ["Caught", "catch_signals", "ignore_signals", "interrupted_by_signals"]
+__all__ = ["Caught", "catch_signals", "deferred_signals", "ignore_signals", "interrupted_by_signals"]
 
 
 @dataclass
@@ -45,6 +45,15 @@ def catch_signals() -> Iterator[Caught]:
 
     with _handled(note):
         yield caught
+
+
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait until the block is done; a second one of a kind takes effect at once."""
+    with catch_signals() as caught:
+        yield
+    if caught.number is not None:
+        signal.raise_signal(caught.number)
 
 
 @contextmanager
