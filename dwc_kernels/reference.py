@@ -9,7 +9,7 @@ On the CPU both convolutions run in channels_last_3d, the input gradient runs as
 filter (PyTorch's own dilated backward can be several times slower), and the weight gradient is a sum of matrix products
 that skip taps outside the volume. Layers with more weights than voxels keep PyTorch's plain convolutions, which copy no
 weights, or with very few voxels become `unfolded`'s matrix products. Wide 3x3x3 layers in fp32 take `winograd`'s
-shorter sums for all but the variance.
+shorter sums for all but the variance; where oneDNN has AVX-512, for dilated weight gradients alone.
 """
 
 from math import prod

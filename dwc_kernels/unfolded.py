@@ -16,14 +16,13 @@ from dwc_kernels.geometry import Triple
 __all__ = ["both_convolutions", "both_correlations", "both_transposed", "suits"]
 
 _ROWS = 32  # of the unfolded input; with more, PyTorch's convolutions outrun the products
-_WEIGHTS = 1 << 10  # with fewer, calls cost more than the products
 _BLOCK = 1 << 18  # weights squared at a time
 
 
 def suits(x: Tensor, weight: Tensor, dilation: Triple, groups: int, n_rows: int) -> bool:
     """Whether to convolve x [N, C, D, H, W] with weight [F, C, kD, kH, kW] here, to ``n_rows`` output voxels."""
     here = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    few = 0 < n_rows <= _ROWS and weight.numel() >= max(_WEIGHTS, x.numel() + n_rows * len(weight))
+    few = 0 < n_rows <= _ROWS and weight.numel() >= x.numel() + n_rows * len(weight)
     return here and few and groups == 1 and dilation == (1, 1, 1)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
+from torch.nn.utils import prune
 
 import dwc_kernels
 from dwc_kernels import (
@@ -22,6 +23,7 @@ from dwc_kernels import (
     ffg_conv3d,
     ffg_conv_transpose3d,
     kl_loss,
+    parameter_groups,
     predict,
     set_prior,
 )
@@ -285,3 +287,32 @@ def test_the_package_names_no_other_library():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert {name.partition(".")[0] for name in names} <= allowed, path
+
+
+def test_averaged_and_pruned_networks_sample_and_load():
+    net, x = nn.Sequential(FFGConv3d(2, 3, 3, padding=1)), torch.randn(1, 2, 4, 4, 4)
+    average = torch.optim.swa_utils.AveragedModel(net, use_buffers=True)
+    prune.l1_unstructured(net[0], "weight_mu", amount=0.5)
+    average.update_parameters(nn.Sequential(FFGConv3d(2, 3, 3, padding=1)))
+    for variant in (average, net):
+        assert not torch.equal(variant(x), variant(x))
+        assert kl_loss(variant).isfinite()
+    net(x).sum().backward()
+    assert (net[0].weight_mu == 0).float().mean() == 0.5
+    other = FFGConv3d(2, 3, 3, padding=1)
+    prune.identity(other, "weight_mu")
+    other.load_state_dict(net[0].state_dict())
+    other(x)  # pruning makes the weight before each forward
+    assert torch.equal(other.weight_mu, net[0].weight_mu)
+
+
+def test_a_scaled_fp16_step_trains():
+    net, x = nn.Sequential(FFGConv3d(2, 3, 3, padding=1)), torch.randn(1, 2, 4, 4, 4)
+    optimizer, scaler = torch.optim.SGD(parameter_groups(net, lr=0.1)), torch.amp.GradScaler("cpu", init_scale=256.0)
+    before = net[0].weight_rho.detach().clone()
+    with torch.autocast("cpu", torch.float16):
+        loss = net(x).square().mean()
+    scaler.scale(loss + kl_loss(net) / 1e3).backward()
+    scaler.step(optimizer)
+    assert net[0].weight_rho.isfinite().all()
+    assert not torch.equal(net[0].weight_rho, before)
