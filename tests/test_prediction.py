@@ -83,14 +83,13 @@ def test_the_confidence_is_the_probability_of_the_chosen_class():
     assert 1 / 3 <= confidence.min() < confidence.max() <= 1
 
 
-@pytest.mark.parametrize("activation", ["relu", "elu"])
-@pytest.mark.parametrize("dilations", [(1, 2, 4), (2, 16, 1)], ids=str)
-@pytest.mark.parametrize("limit", [2e-5, 1e-4, 3e-4, 1e-3, 2e-3], ids=str)
+@pytest.mark.parametrize(("dilations", "activation"), [((1, 2, 4), "relu"), ((2, 16, 1), "elu")], ids=str)
+@pytest.mark.parametrize("limit", [5e-5, 2e-4, 1e-3], ids=str)
 @pytest.mark.parametrize("sigma", [None, 0.3], ids=["map", "bayesian"])
 def test_blocks_of_any_size_give_what_one_pass_over_the_scan_gives(limit, sigma, dilations, activation):
     torch.manual_seed(1)
     net = MeshNet(3, 2, dilations, activation=activation, bayesian=sigma is not None, weight_norm=False)
-    volume = image(32)[:26, :20, :23]
+    volume = image(32)[:19, :13, :16]
     whole, blocks = (predict_volume([net], volume, n_samples=2, memory_limit=gb) for gb in (1, limit))
     np.testing.assert_array_equal(blocks.labels, whole.labels)
     np.testing.assert_allclose(blocks.entropy, whole.entropy, atol=1e-5)

@@ -36,7 +36,8 @@ def rounds(study: Study, folder: Path) -> Result:
     settings = study.settings
     networks, q0 = Networks(study), variational(settings.origin)
     if settings.many_sites is None:
-        counts, names = (len(settings.sites),), list(settings.sites)
+        counts: tuple[int, ...] = (len(settings.sites),)
+        names = list(settings.sites)
         scored = [scan for name in names for scan in study.held_out_scans(name)]
     else:
         counts, names = settings.many_sites.counts, mixed_names(settings)
