@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dwc.cli import COMMANDS
+from tests.made_models import layers_of, write
 
 pytest_plugins = ["tests.tiny_runs"]
 pytestmark = pytest.mark.usefixtures("one_thread", "offline")
@@ -24,8 +25,10 @@ def words(networks, settings, tmp_path) -> dict[str, list[str]]:
     scan = str(next(Path(data).parent.glob("*_T1w.nii.gz")))
     train = ["--data", data, "--out", out, "--label-map", "coarse", "--grid-size", "32", "--width", "2"]
     sites = [networks["a"].name, networks["b"].name]
+    published = str(write(tmp_path / "model", layers_of("relu")))
     return {
         "data": ["check", data],
+        "import": [published, "--label-map", "coarse", "--out", str(tmp_path / "i.safetensors")],
         "train": [*train, "--dilations", "[1]", "--epochs", "1", "--steps-per-epoch", "1", "--device", "cpu"],
         "consolidate": [*sites, "--prior", prior, "--out", str(tmp_path / "c.safetensors")],
         "posterior": ["inspect", sites[0], "--prior", prior],
