@@ -3,8 +3,9 @@
     python -m benchmarks.whole_scan scan.nii.gz --out whole-scan [--widths 16 32 96] [--limits default 1 2 4]
 
 The networks have Table 1's dilations, 50 classes and random weights, which cost as much as trained ones. Each
-prediction is one process with one thread; its CPU time includes importing, reading, conforming and writing. MAP networks
-take one pass, Bayesian ones one per draw of the weights. Writes whole_scan.csv row by row; a second call continues.
+prediction is one process with one thread; its CPU time includes importing, reading, conforming and writing. MAP
+networks take one pass, Bayesian ones one per draw of the weights. Writes whole_scan.csv row by row; a second call
+continues.
 """
 
 import argparse
