@@ -156,7 +156,7 @@ class FFGModule(nn.Module):
             return choice
         if not (self.training if choice is None else choice):
             return self.weight_mu, self.bias_mu
-        _refuse_onnx()
+        _refuse_recorders()
         return None
 
     def _seed(self, seed: Tensor | int | None, device: torch.device) -> Tensor | int | None:
@@ -301,13 +301,15 @@ class FFGModule(nn.Module):
         return ", ".join([arguments, *named])
 
 
-def _refuse_onnx() -> None:
+def _refuse_recorders() -> None:
     if torch.onnx.is_in_onnx_export():
         raise RuntimeError("ONNX has no operator that samples; call eval() to export the mean, or draw_weights")
+    if torch._C._is_tracing():
+        raise RuntimeError("torch.jit.trace cannot record a sample; call eval() to trace the mean, or draw_weights")
 
 
 # Called while tracing, not traced: the exporter's second attempt traces with a compiler that takes the answer to be no.
-_refuse_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_refuse_recorders._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:

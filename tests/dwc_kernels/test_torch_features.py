@@ -254,6 +254,34 @@ def test_a_compiled_gradient_of_torch_func_is_a_clear_error(fullgraph):
         compiled(dict(layer.named_parameters()), torch.ones(1, 1, 1, 1, 2))
 
 
+@pytest.fixture
+def up_and_down():
+    torch.manual_seed(0)
+    return convert(nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.ConvTranspose3d(2, 1, 2, stride=2)), sigma_init=0.5)
+
+
+def test_the_mean_and_drawn_weights_are_traced_by_torch_jit_and_sampling_says_what_to_do(up_and_down):
+    net, x = up_and_down, torch.ones(1, 1, 4, 4, 4)
+    with torch.no_grad(), draw_weights(net, 0):
+        assert torch.equal(torch.jit.trace(net, x)(x), net(x))
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record a sample; call eval"):
+        torch.jit.trace(net, x)
+    net.eval()
+    assert torch.equal(torch.jit.trace(net, x)(x), net(x))
+
+
+def test_an_exported_network_samples_in_training_mode_and_is_the_mean_in_eval_mode(up_and_down):
+    net, x = up_and_down, torch.ones(1, 1, 4, 4, 4)
+    sampler = torch.export.export(net, (x,)).module()
+    torch.manual_seed(1)
+    drawn = [sampler(x), sampler(x)]
+    torch.manual_seed(1)
+    assert torch.equal(drawn[0], net(x))
+    assert not torch.equal(*drawn)
+    net.eval()
+    assert torch.equal(torch.export.export(net, (x,)).module()(x), net(x))
+
+
 def test_the_mean_and_drawn_weights_export_to_onnx_and_sampling_does_not():
     pytest.importorskip("onnx", reason="torch.onnx.export needs onnx")
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
