@@ -15,9 +15,11 @@ from tqdm import tqdm
 from dwc.base.seeds import seed_of
 from dwc.consolidation import Consolidation
 from dwc.data.dataset import SubVolumes
+from dwc.data.sampling import SurroundedCubes
 from dwc.meshnet import MeshNet
 from dwc.metrics.confusion import confusion_matrix, mean_dice
 from dwc.posterior import Posterior
+from dwc.training.step import inner
 from dwc.training.validation import draw_sub_volumes
 
 __all__ = [
@@ -118,7 +120,7 @@ def score_network(
     data : SubVolumes
         Labelled scans.
     n_samples : int
-        Weight samples per sub-volume, in one batch.
+        Samples per sub-volume.
     at_most : int
         Maximum number of sub-volumes; where there are more, `seed` draws them.
     seed : int
@@ -198,11 +200,13 @@ def _scored(
     n_classes = network.architecture["n_classes"]
     sums, n_voxels = [], 0
     confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
+    cubes = SurroundedCubes(data, sum(network.architecture["dilations"]))  # as in a whole scan, where it will predict
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for i in draw_sub_volumes(len(data), at_most, seed):
-            image, truth = data[i]
-            torch.manual_seed(seed_of(seed, i))
-            log_probability = _log_predictive(network, image.to(device), n_samples)
+        for i in draw_sub_volumes(len(cubes), at_most, seed):
+            image, truth = cubes[i]
+            log_probability = _log_predictive(
+                network, image.to(device), truth, [seed_of(seed, i, k + 1) for k in range(n_samples)]
+            )
             of_truth = log_probability.gather(0, truth[None].to(device))
             sums.append(of_truth.sum(dtype=torch.float64).item())
             n_voxels += truth.numel()
@@ -210,10 +214,13 @@ def _scored(
     return sums, n_voxels, mean_dice(confusion, with_background=False)
 
 
-def _log_predictive(network: MeshNet, image: Tensor, n_samples: int) -> Tensor:
+def _log_predictive(network: MeshNet, image: Tensor, truth: Tensor, seeds: Sequence[int]) -> Tensor:
     """Log of the mean softmax over samples, [n_classes, D, H, W], without leaving the log domain."""
-    logits = network(image[None].expand(n_samples, -1, -1, -1, -1), sample=True).float()
-    return logits.log_softmax(dim=1).logsumexp(dim=0) - math.log(n_samples)
+    samples = []
+    for seed in seeds:  # one at a time: images have a wide margin
+        torch.manual_seed(seed)
+        samples.append(inner(network(image[None], sample=True), truth[None]).float().log_softmax(dim=1)[0])
+    return torch.stack(samples).logsumexp(dim=0) - math.log(len(seeds))
 
 
 def format_scores(scores: Sequence[TemperScore], chosen: float) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +18,7 @@ from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import read_manifest
+from dwc.data.sampling import SurroundedCubes
 from dwc.meshnet import MeshNet
 from dwc.metrics.confusion import confusion_matrix, mean_dice
 from dwc.posterior import Posterior
@@ -233,10 +235,12 @@ def test_log_likelihood_is_that_of_the_mean_softmax_over_the_samples(settings, n
     state = torch.get_rng_state()
     log_likelihood, dice = score_network(network, data, n_samples=3, seed=5)
     assert torch.equal(torch.get_rng_state(), state)
-    image, truth = data[0]
-    torch.manual_seed(seed_of(5, 0))
-    with torch.inference_mode():
-        probability = network(image[None].expand(3, -1, -1, -1, -1), sample=True).softmax(dim=1).mean(dim=0)
+    image, truth = SurroundedCubes(data, 1)[0]  # the network sees one voxel far
+    probability = torch.zeros(9, 32, 32, 32)
+    for k in range(3):
+        torch.manual_seed(seed_of(5, 0, k + 1))
+        with torch.inference_mode():
+            probability += network(image[None], sample=True)[0, :, 1:-1, 1:-1, 1:-1].softmax(dim=0) / 3
     expected = -torch.nn.functional.nll_loss(probability.log()[None], truth[None]).item()
     assert log_likelihood == pytest.approx(expected, rel=1e-5)
     assert dice == mean_dice(confusion_matrix(truth, probability.argmax(dim=0), 9), with_background=False)
@@ -251,17 +255,19 @@ def test_an_impossible_voxel_costs_much_but_not_infinitely_much(settings, networ
 
 
 class FirstCubes:
-    """Several sub-volumes from one: the held-out volume, shifted."""
+    """Several volumes of one sub-volume from one: the held-out volume, shifted."""
+
+    sub_volumes_per_volume = 1
 
     def __init__(self, data: SubVolumes, n: int) -> None:
-        self.image, self.truth = data[0]
-        self.n = n
+        self.grid, self.scaling, self.of, self.n = data.grid, lambda _: data.scaling(0), data.region, n
 
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.image.roll(3 * index, -1), self.truth.roll(3 * index, -1)
+    def region(self, v: int, start: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+        image, labels = self.of(0, start, side)
+        return np.roll(image, 3 * v, -1), np.roll(labels, 3 * v, -1)
 
 
 def test_leaving_a_site_out_is_judged_against_its_standard_error_over_the_sub_volumes(settings, networks):
