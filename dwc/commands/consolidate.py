@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     _refuse(values, _FOR_ROUNDS, "is for rounds on the same scans; give `state` too")
     if not values.sites:
-        raise InputError("`sites`: none given; give the posterior of each site")
+        raise InputError("SITES must be given, the posterior of each site")
 
     from dwc.base.files import check_suffix  # here, so that help does not import PyTorch
     from dwc.consolidation import Consolidation

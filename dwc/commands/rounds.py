@@ -47,7 +47,7 @@ def take_round(values: Namespace) -> None:
     answers = _by_name(values.sites)
     gone = [_name(path) for path in values.without]
     if not answers and not gone:
-        raise InputError("`sites`: none given; give the posteriors of those that answered, or `without`")
+        raise InputError("SITES must be given, the posteriors of those that answered, or `without`")
     state = check_suffix(values.state)
     given = {path.resolve(): path for path in (values.prior, *values.sites, *values.earlier)}
     if values.out.resolve() == state.resolve():
