@@ -134,8 +134,10 @@ def main(arguments: Sequence[str]) -> None:
     warn(f"{out}: {name}: fp32 rounds {n} means by over 0.1 sigma" for name, n in posterior.coarse().items())
     print(_table(consolidation.report()))
     print(
-        f"{out}  ({consolidation.n_sites} sites, {posterior.metadata['n_volumes']} volumes, "
-        f"lambda {consolidation.temper:g}, sha256 {posterior.sha256[:12]})"
+        printable(
+            f"{out}  ({consolidation.n_sites} sites, {posterior.metadata['n_volumes']} volumes, "
+            f"lambda {consolidation.temper:g}, sha256 {posterior.sha256[:12]})"
+        )
     )
 
 
@@ -195,5 +197,5 @@ def _table(rows: "Iterable[LayerWeight]") -> str:
     ]
     for row in sorted(rows, key=lambda row: row.layer):
         numbers = f"{row.weight:>8.3f}{row.added_share:>8.3f}{row.sigma_ratio:>15.4f}{row.shift:>17.3f}"
-        lines.append(f"{row.layer:<20}{numbers}  {row.site}")
+        lines.append(printable(f"{row.layer:<20}{numbers}  {row.site}"))
     return "\n".join(lines)

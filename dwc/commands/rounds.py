@@ -30,7 +30,8 @@ def add_flags(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--cavities", type=Path | None, default=None,
-        help="with --state: folder for each site's next prior, <site>.safetensors",
+        help="with --state: new folder for each site's next prior, <site>.safetensors; keep those of past rounds, "
+        "which are the --earlier ones of sites that answer late",
     )  # fmt: skip
 
 
@@ -99,8 +100,10 @@ def _change(
     next_priors = {}
     if values.cavities:
         next_priors = {name: values.cavities / f"{name}.safetensors" for name in factors.sites}
-    for path in next_priors.values():
+    for name, path in next_priors.items():
         _keep(path, "cavities", {**given, values.state.resolve(): values.state, values.out.resolve(): values.out})
+        if path.exists() and Posterior.load(path).sha256 != factors.cavity(name).sha256:
+            raise InputError(f"{path}: is there already, and a site that answers late needs it; give new `cavities`")
     for name, path in next_priors.items():
         factors.cavity(name).save(path)
     network.save(values.out)
@@ -137,4 +140,4 @@ def _report(out: Path, factors: "Factors", damping: float) -> None:
     for name, share in factors.shares().items():
         print(printable(f"  {name:<20}{share:>7.1%}"))
     n_volumes = network.metadata.get("n_volumes")
-    print(f"{out}  ({len(factors.sites)} sites, {n_volumes} volumes, sha256 {network.sha256[:12]})")
+    print(printable(f"{out}  ({len(factors.sites)} sites, {n_volumes} volumes, sha256 {network.sha256[:12]})"))

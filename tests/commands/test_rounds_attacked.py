@@ -102,6 +102,20 @@ def test_a_files_name_that_is_no_sites_is_refused(place, capsys, name):
     assert "is no name of a site" in refused(place, capsys, path)
 
 
+def test_no_control_character_of_a_files_name_reaches_a_terminal(place, capsys):
+    odd = place.folder / "\x1b[31mred\n.safetensors"
+    shutil.copy(place.a, odd)
+    out = place.folder / "\x1b[2J.safetensors"
+    assert main(["consolidate", str(odd), str(place.b), "--prior", str(place.q0), "--out", str(out)]) == 0
+    assert take(place, place.b, "--out", out) == 0
+    key = write_keys(place.folder, "a")
+    assert main(["posterior", "sign", str(odd), "--key", str(key)]) == 0
+    assert main(["posterior", "verify", str(odd), "--trusted", str(place.folder / "trusted")]) == 0
+    assert main(["posterior", "inspect", str(odd)]) == 0
+    said = capsys.readouterr()
+    assert all(line.isprintable() for line in (said.out + said.err).split("\n"))
+
+
 def test_a_sites_name_may_have_points(place):
     for name in ("north.1", "north.2"):
         shutil.copy(place.a if name == "north.1" else place.b, place.folder / f"{name}.safetensors")
@@ -185,6 +199,16 @@ def test_cavities_are_not_written_over_the_answers(place, capsys):
     assert "--cavities: would be written over" in refused(place, capsys, place.a, place.b, "--cavities", place.folder)
 
 
+def test_a_cavity_that_a_late_site_may_need_is_not_written_over(place, capsys):
+    assert take(place, place.a, place.b, "--cavities", place.folder / "next") == 0
+    first = place.folder / "next" / "b.safetensors"
+    a_site(Posterior.load(place.folder / "next" / "a.safetensors"), 8).save(place.a)
+    assert "b.safetensors: is there already" in refused(place, capsys, place.a, "--cavities", place.folder / "next")
+    assert take(place, place.a, "--cavities", place.folder / "then") == 0
+    a_site(Posterior.load(first), 9).save(place.b)  # b comes late
+    assert take(place, place.b, "--earlier", first, "--cavities", place.folder / "last") == 0
+
+
 def test_two_commands_do_not_change_one_state_at_a_time(place, capsys):
     with held(place.folder / ".state.safetensors.lock") as alone:
         assert alone
@@ -233,9 +257,11 @@ def test_after_a_kill_in_the_middle_of_any_write_the_same_command_gives_the_same
             os._exit(take(cut, *words, "--cavities", folder / "next"))
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert ended == (9 if at < 5 else 0)  # two cavities, the network, the state
+        assert bool(list(folder.rglob(".*.part"))) == bool(ended)
         if ended:
             assert not cut.state.exists()
             assert take(cut, *words, "--cavities", folder / "next") == 0
+        assert not list(folder.rglob(".*.part"))
         assert Posterior.load(cut.q1).sha256 == whole.posterior().sha256
         assert Factors.load(cut.state, place.prior).posterior().sha256 == whole.posterior().sha256
         assert torch.equal(
