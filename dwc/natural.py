@@ -45,6 +45,8 @@ def check_alike(posterior: Posterior, prior: Posterior) -> None:
 
 def check_answer(site: Posterior, prior: Posterior, prior_sha256: str) -> None:
     """Refuse a site's posterior that was not trained from this prior, or with sigma above the prior's."""
+    if not prior.is_bayesian:
+        raise InputError(f"{prior.name}: a MAP network has no standard deviations; give the sites' Bayesian prior")
     if not site.validate().is_bayesian:
         raise InputError(f"{site.name}: a MAP network has no standard deviations; train with `mode` vcl")
     trained_from = site.metadata.get("prior_sha256")

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from dwc.base.errors import InputError
-from dwc.base.files import load_entries, save_tensors
-from dwc.natural import SHARED, Sum, check_answer, natural, two_sum
+from dwc.base.files import DIGEST, load_entries, save_tensors
+from dwc.natural import SHARED, Sum, check_alike, check_answer, natural, two_sum
 from dwc.posterior import Posterior
 
 __all__ = ["Factors"]
 
 STATE_VERSION = 1
+_MAX_NAME = 200  # bytes; with the ending of a temporary file, it still is a file's name
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,37 @@ class Factors:
         others = {other: factor for other, factor in self._factors.items() if other != site}
         return self._product(others, name or f"cavity of {site}")
 
+    def check(self, site: str, posterior: Posterior, cavity: Posterior) -> None:
+        """Refuse what is not this one site's answer to this cavity."""
+        _check_name(site)
+        if cavity is not self.prior:
+            check_alike(cavity, self.prior)
+        check_answer(posterior, cavity, cavity.sha256)
+        if posterior.metadata.get("sites"):
+            raise InputError(
+                f"{posterior.name}: is a consolidated file; a factor is one site's, give its own posterior"
+            )
+        sha256 = posterior.sha256
+        if same := [other for other, factor in self._factors.items() if factor.sha256 == sha256 and other != site]:
+            raise InputError(f"{posterior.name}: is the posterior that {same[0]} has sent; each counts once")
+
     def replace(
-        self, site: str, posterior: Posterior, *, cavity: Posterior | None = None, damping: float = 1.0
+        self,
+        site: str,
+        posterior: Posterior,
+        *,
+        cavity: Posterior | None = None,
+        damping: float = 1.0,
+        power: float = 1.0,
     ) -> None:
         """Replace a site's factor by that of its new posterior; nothing changes if it is refused.
 
+        The same answer may come twice: it replaces its own factor, so no scan is counted twice.
+
         Parameters
         ----------
+        site : str
+            Its name, by which it is known in every round; it must do as a file's name.
         posterior : Posterior
             Trained from the site's cavity, with sigma <= the cavity's.
         cavity : Posterior, optional
@@ -82,16 +107,20 @@ class Factors:
             still the site's.
         damping : float
             rho in (0, 1], the share of the new factor; 1/S for S sites that train at the same time is safe.
+        power : float
+            Power in (0, 1] of the new factor, to limit the site's influence.
         """
-        if not 0 < damping <= 1:
-            raise InputError(f"`damping` {damping}: give a number above 0 and at most 1")
+        for name, share in (("damping", damping), ("power", power)):
+            if not 0 < share <= 1:
+                raise InputError(f"`{name}` {share}: give a number above 0 and at most 1")
         cavity = self.cavity(site) if cavity is None else cavity
-        check_answer(posterior, cavity, cavity.sha256)
+        self.check(site, posterior, cavity)
         known, eta = self._factors.get(site), {}
         for tensor in self.prior.mu:
             parts = []
             for k, (theirs, ours) in enumerate(zip(natural(posterior, tensor), natural(cavity, tensor), strict=True)):
                 new = two_sum((theirs, 0.0), -ours)
+                new = (power * new[0], power * new[1])
                 if damping < 1:
                     old = (torch.zeros_like(theirs),) * 2 if known is None else known.eta[tensor][k]
                     new = two_sum(((1 - damping) * old[0], (1 - damping) * old[1]), damping * new[0])
@@ -130,17 +159,27 @@ class Factors:
     @classmethod
     def load(cls, path: str | Path, prior: Posterior) -> "Factors":
         """Read a file written by `save` for this prior."""
-        tensors, header, _ = load_entries(path)
-        if header.get("factors_version") != STATE_VERSION or not isinstance(header.get("sites"), dict):
+        tensors, header, entries = load_entries(path)
+        sites = header.get("sites")
+        if header.get("factors_version") != STATE_VERSION or not isinstance(sites, dict):
             raise InputError(f"{path}: holds no factors of sites; give the file that `state` wrote")
+        if DIGEST not in entries:
+            raise InputError(f"{path}: was altered (the digest of its content is gone); restore it from a backup")
         factors = cls(prior)
         if header.get("prior_sha256") != prior.sha256:
             raise InputError(
                 f"{path}: its factors belong to prior {str(header.get('prior_sha256'))[:12]}, not to {prior.name} "
                 f"({prior.sha256[:12]}); give the network that the rounds began with"
             )
-        for site, about in header["sites"].items():
+        for site, about in sites.items():
+            _check_name(site, f"{path}: ")
             factors._factors[site] = _read(str(path), site, about, tensors, prior)
+        if len(tensors) > 4 * len(prior.mu) * len(sites):
+            raise InputError(f"{path}: holds other tensors than its sites' factors; restore it from a backup")
+        try:
+            factors.posterior()
+        except InputError as error:
+            raise InputError(f"{path}: its factors make no network ({error}); restore it from a backup") from error
         return factors
 
     def _product(self, factors: Mapping[str, _Factor], name: str) -> Posterior:
@@ -167,6 +206,15 @@ class Factors:
         return Posterior(mu, sigma, metadata, name=name).validate()
 
 
+def _check_name(site: str, where: str = "") -> None:
+    """Refuse a name that is no file's: each site's cavity is written under it."""
+    if not site.isprintable() or not 0 < len(site.encode()) <= _MAX_NAME or "/" in site or site.startswith("."):
+        raise InputError(
+            f"{where}{site[:40]!r}: is no name of a site; give printable characters without a slash, at most "
+            f"{_MAX_NAME} bytes, the first no point"
+        )
+
+
 def _read(path: str, site: str, about: Any, tensors: Mapping[str, Tensor], prior: Posterior) -> _Factor:
     """A site's factor from a file's tensors, checked against the prior's shapes."""
 
@@ -176,6 +224,8 @@ def _read(path: str, site: str, about: Any, tensors: Mapping[str, Tensor], prior
             raise InputError(
                 f"{path}: the factor of {site} does not fit {prior.name}; give the file that `state` wrote"
             )
+        if not found.isfinite().all():
+            raise InputError(f"{path}: the factor of {site} holds non-finite values; restore it from a backup")
         return found
 
     eta = {
@@ -185,6 +235,12 @@ def _read(path: str, site: str, about: Any, tensors: Mapping[str, Tensor], prior
         )
         for tensor in prior.mu
     }
+    for tensor, (_, (precision, error)) in eta.items():
+        if count := int(((precision < 0) | (precision + error < 0)).sum()):
+            raise InputError(
+                f"{path}: the factor of {site} takes precision away in {count} weights of {tensor}, which no training "
+                "does; restore it from a backup"
+            )
     if (
         not isinstance(about, dict)
         or not isinstance(about.get("sha256"), str)

@@ -1,11 +1,15 @@
 """Rounds on the same scans: one round is Eq. 17, rounds settle on the pooled posterior, sites come and go exactly."""
 
+from random import Random
+
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwc.base.errors import InputError
+from dwc.base.files import canonical_json, load_tensors, save_tensors
 from dwc.consolidation import consolidate
 from dwc.posterior import Posterior
 from dwc.site_factors import Factors
@@ -157,3 +161,129 @@ def test_a_file_of_another_prior_or_another_kind_is_refused(tmp_path):
         Factors.load(tmp_path / "factors.safetensors", other)
     with pytest.raises(InputError, match="holds no factors"):
         Factors.load(tmp_path / "prior.safetensors", prior)
+
+
+@pytest.fixture
+def state(tmp_path):
+    """A prior, a state file of two sites, its tensors and its header."""
+    prior = a_prior(0, 1e-3)
+    factors = Factors(prior)
+    for number, name in enumerate(NAMES[:2]):
+        factors.replace(name, a_site(prior, number), cavity=prior, damping=0.5)
+    path = tmp_path / "state.safetensors"
+    factors.save(path)
+    return prior, path, *load_tensors(path)
+
+
+@pytest.mark.parametrize("name", ["../../out", "/tmp/out", "a/b", ".a", "", "two\nlines", "\x1b[2J", "x" * 300])
+def test_a_name_that_would_be_no_file_is_refused_from_a_caller_and_from_a_state(state, name):
+    prior, path, tensors, header = state
+    with pytest.raises(InputError, match="is no name of a site"):
+        Factors(prior).replace(name, a_site(prior, 1))
+    renamed = {key.replace("N/", f"{name}/", 1): values for key, values in tensors.items()}
+    sites = {name if site == "N" else site: about for site, about in header["sites"].items()}
+    save_tensors(path, renamed, {**header, "sites": sites})
+    with pytest.raises(InputError, match="is no name of a site") as refusal:
+        Factors.load(path, prior)
+    assert str(refusal.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e308, 1e200, -1.0, -1e-300])
+@pytest.mark.parametrize("part", ["0", "0_error", "1", "1_error"])
+def test_a_state_with_forged_numbers_is_refused_or_makes_a_network(state, part, value):
+    prior, path, tensors, header = state
+    tensors["N/layers.0.bias/" + part][0] = value
+    save_tensors(path, tensors, header)
+    try:
+        factors = Factors.load(path, prior)
+    except InputError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    if refusal:
+        assert refusal.startswith(f"{path}: ")
+        return
+    assert -1e200 < value < 1e200
+    for network in (factors.posterior(), factors.cavity("N"), factors.cavity("B")):
+        assert (network.validate().sigma["layers.0.bias"] <= prior.sigma["layers.0.bias"]).all()
+
+
+def test_precision_taken_away_is_named_by_site_and_tensor(state):
+    prior, path, tensors, header = state
+    tensors["B/layers.0.bias/1"].neg_()
+    save_tensors(path, tensors, header)
+    with pytest.raises(InputError, match=r"the factor of B takes precision away in 4 weights of layers\.0\.bias"):
+        Factors.load(path, prior)
+
+
+CHANGES = {
+    "a site": lambda tensors, header: header["sites"].pop("N"),
+    "a tensor": lambda tensors, header: tensors.pop("N/layers.0.bias/1"),
+    "another tensor": lambda tensors, header: tensors.update(x=torch.zeros(3)),
+    "a huge tensor": lambda tensors, header: tensors.update({"N/layers.0.bias/1": torch.zeros(10**6).double()}),
+    "another type": lambda tensors, header: tensors.update({"N/layers.0.bias/1": torch.zeros(4)}),
+    "digest of a site": lambda tensors, header: header["sites"]["N"].update(sha256=["a"]),
+    "long digest": lambda tensors, header: header["sites"]["N"].update(sha256="a" * 10**5),
+    "one digest twice": lambda tensors, header: header["sites"].update(B=header["sites"]["N"]),
+    "volumes": lambda tensors, header: header["sites"]["N"].update(n_volumes=-1),
+    "many volumes": lambda tensors, header: header["sites"]["N"].update(n_volumes=2**70),
+    "true volumes": lambda tensors, header: header["sites"]["N"].update(n_volumes=True),
+    "sites": lambda tensors, header: header.update(sites=[]),
+    "nothing of a site": lambda tensors, header: header["sites"].update(N=None),
+    "version": lambda tensors, header: header.update(factors_version=[2]),
+    "prior": lambda tensors, header: header.update(prior_sha256={"a": "\x1b"}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_that_was_written_by_something_else_is_one_line_that_names_it(state, change):
+    prior, path, tensors, header = state
+    CHANGES[change](tensors, header)
+    save_tensors(path, tensors, header)
+    with pytest.raises(InputError) as refusal:
+        Factors.load(path, prior)
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert len(str(refusal.value)) < 1000
+
+
+def test_a_state_without_its_digest_is_refused(state):
+    prior, path, tensors, header = state
+    path.write_bytes(safetensors.torch.save(tensors, {"dwc": canonical_json(header)}))
+    with pytest.raises(InputError, match="the digest of its content is gone"):
+        Factors.load(path, prior)
+
+
+def test_a_thousand_mutated_states_are_refused_or_hold_what_they_held(state):
+    prior, path, _, _ = state
+    original, random = path.read_bytes(), Random(0)
+    network = Factors.load(path, prior).posterior().sha256
+    refusals = []
+    for _ in range(1000):
+        content = bytearray(original)
+        for _ in range(random.randint(1, 4)):
+            place = random.randrange(len(content))
+            match random.randrange(4):
+                case 0:
+                    content[place] ^= 1 << random.randrange(8)
+                case 1:
+                    content[place : place + random.randint(1, 64)] = random.randbytes(random.randint(1, 64))
+                case 2:
+                    del content[place : place + random.randint(1, 64)]
+                case _:
+                    del content[max(place, 1) :]
+        path.write_bytes(content)
+        try:
+            assert Factors.load(path, prior).posterior().sha256 == network
+        except InputError as error:
+            refusals.append(str(error))
+    assert all(refusal.startswith(f"{path}: ") for refusal in refusals)
+    assert len(refusals) > 990
+
+
+def test_a_weakened_factor_is_that_power_of_it():
+    prior = a_prior(0, 1e-3)
+    factors = Factors(prior)
+    factors.replace("N", a_site(prior, 1), cavity=prior, power=0.25)
+    assert same(factors.posterior(), consolidate(prior, [a_site(prior, 1)], temper=0.25))
+    with pytest.raises(InputError, match="`power` 0"):
+        factors.replace("N", a_site(prior, 1), cavity=prior, power=0)

@@ -6,6 +6,7 @@ partial file, even if the writer is killed.
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -80,9 +81,9 @@ def _new_part(path: Path) -> tuple[int, str]:
         os.close(descriptor)  # swept before it was locked
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, parts: str = PARTS) -> None:
     """Remove temporary files left by killed processes; files still being written are locked and stay."""
-    for part in folder.glob(PARTS):
+    for part in folder.glob(parts):
         try:
             with part.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,7 +93,10 @@ def sweep(folder: Path) -> None:
 
 
 def check_suffix(path: str | Path) -> Path:
-    """Check, before any work, that `path` ends in .safetensors and that its folder is writable."""
+    """Check, before any work, that `path` ends in .safetensors and that its folder is writable.
+
+    What killed processes left of this file is removed.
+    """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: an output network ends in .safetensors; name it {path.name}.safetensors")
@@ -102,6 +106,7 @@ def check_suffix(path: str | Path) -> Path:
         raise InputError(f"{path.parent}: no such folder; create it or give another `out`")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path.parent}: is not writable; give another `out`")
+    sweep(path.parent, f".{glob.escape(path.name)}.*.part")
     return path
 
 

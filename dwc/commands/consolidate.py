@@ -1,27 +1,29 @@
 """`dwc consolidate`: combine sites' posterior files and their prior into one posterior file."""
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
 
 from dwc.base.errors import InputError, printable
 from dwc.commands import rounds
-from dwc.commands.arguments import in_flags, new_parser, parse
+from dwc.commands.arguments import new_parser, parse
+from dwc.commands.judging import print_verdicts, warn
 
 if TYPE_CHECKING:
     from dwc.consolidation import Consolidation, LayerWeight
-    from dwc.influence import Influence
 
 __all__ = ["main"]
+
+_FOR_AUTO = {"data": None, "validation_sub_volumes": 256, "label_map": None, "cache_dir": None, "device": "auto"}
+_FOR_ROUNDS = {"damping": None, "cavities": None}
 
 
 def main(arguments: Sequence[str]) -> None:
     """Consolidate the given files, with one in memory at a time, and print each site's weight per layer."""
     parser = new_parser("consolidate", "Consolidate the posteriors of several sites, trained from one prior (Eq. 17).")
-    parser.add_argument("sites", type=Path, nargs="+", help="posterior.safetensors of each site, or consolidated files")
+    parser.add_argument("sites", type=Path, nargs="*", help="posterior.safetensors of each site, or consolidated files")
     parser.add_argument("--prior", type=Path, required=True, help="the posterior that every site started from")
     parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     parser.add_argument(
@@ -59,26 +61,26 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="for --temper auto")
     rounds.add_flags(parser)
     values = parse(parser, arguments)
+    values.sites = values.sites or []
     if values.state is not None:
+        of_one_round = {"temper": 1.0, "leave_one_out": False, **_FOR_AUTO}
+        _refuse(values, of_one_round, "is for a consolidation without `state`; leave it out")
         rounds.take_round(values)
         return
-    for name in ("damping", "cavities"):
-        if values[name] is not None:
-            raise InputError(f"`{name}` {values[name]}: is for rounds on the same scans; give `state` too")
+    _refuse(values, _FOR_ROUNDS, "is for rounds on the same scans; give `state` too")
+    if not values.sites:
+        raise InputError("SITES must be given, the posterior of each site")
 
     from dwc.base.files import check_suffix  # here, so that help does not import PyTorch
     from dwc.consolidation import Consolidation
-    from dwc.influence import MIN_SITES, limit_powers, measure, verdicts
+    from dwc.influence import limit_powers, measure
     from dwc.posterior import Posterior
     from dwc.signing import TrustedKeys
 
     out = check_suffix(values.out)
     choose = _chooser(values) if values.temper == "auto" else None
     if choose is None:
-        defaults = {"data": None, "validation_sub_volumes": 256, "label_map": None, "cache_dir": None, "device": "auto"}
-        for name, default in defaults.items():
-            if values[name] != default:
-                raise InputError(f"`{name}` {values[name]}: is for `temper` auto only; leave it out or give that")
+        _refuse(values, _FOR_AUTO, "is for `temper` auto only; leave it out or give that")
     elif values.validation_sub_volumes < 1:
         raise InputError(f"`validation_sub_volumes` {values.validation_sub_volumes}: give a positive number")
     if values.leave_one_out and choose is None:
@@ -124,23 +126,26 @@ def main(arguments: Sequence[str]) -> None:
     posterior.save(out)
     for (signer, _), path in signed.items():
         print(printable(f"{path}: signed by {signer}"))
-    names = [str(path) for path in values.sites]
-    judged = dict(zip(names, influences, strict=True))
-    for name, verdict in verdicts(judged).items():
-        print(printable(f"{name}: {verdict}"))
-    _warn(
+    warn(
         f"{path}: lists {n} sites, which nobody has vouched for; its influence is judged as one site's, see `trusted`"
         for path, n in consolidated.items()
     )
-    if values.max_influence is not None and len(influences) < MIN_SITES:
-        _warn([f"{len(influences)} sites have no median to be compared with: nobody's influence is limited"])
-    _warn(_doubts(judged, powers))
-    _warn(f"{out}: {name}: fp32 rounds {n} means by over 0.1 sigma" for name, n in posterior.coarse().items())
+    print_verdicts(dict(zip(map(str, values.sites), influences, strict=True)), powers, values.max_influence)
+    warn(f"{out}: {name}: fp32 rounds {n} means by over 0.1 sigma" for name, n in posterior.coarse().items())
     print(_table(consolidation.report()))
     print(
-        f"{out}  ({consolidation.n_sites} sites, {posterior.metadata['n_volumes']} volumes, "
-        f"lambda {consolidation.temper:g}, sha256 {posterior.sha256[:12]})"
+        printable(
+            f"{out}  ({consolidation.n_sites} sites, {posterior.metadata['n_volumes']} volumes, "
+            f"lambda {consolidation.temper:g}, sha256 {posterior.sha256[:12]})"
+        )
     )
+
+
+def _refuse(values: Namespace, defaults: Mapping[str, Any], why: str) -> None:
+    """Refuse options that are of no use here."""
+    for name, default in defaults.items():
+        if values[name] != default:
+            raise InputError(f"`{name}` {values[name]}: {why}")
 
 
 def _chooser(values: Namespace) -> "Callable[[Consolidation, Sequence[Path]], float]":
@@ -184,25 +189,6 @@ def _chooser(values: Namespace) -> "Callable[[Consolidation, Sequence[Path]], fl
     return choose
 
 
-def _doubts(influences: "Mapping[str, Influence]", powers: Sequence[float]) -> Iterator[str]:
-    """What to check before using the result, one line each."""
-    from dwc.influence import limited_because, warnings_about
-
-    warnings = warnings_about(influences)
-    reasons = limited_because(list(influences.values()), powers)
-    for site, power, reason in zip(influences, powers, reasons, strict=True):
-        yield from (f"{site}: {line}" for line in warnings.get(site, ()))
-        if power == 0:
-            yield f"{site}: is left out, its influence is far above the limit: {reason}"
-        elif power < 1:
-            yield f"{site}: enters with power {power:.3g}, its influence is above the limit: {reason}"
-
-
-def _warn(lines: Iterable[str]) -> None:
-    for line in lines:
-        print(printable(f"dwc: warning: {in_flags(line)}"), file=sys.stderr)
-
-
 def _table(rows: "Iterable[LayerWeight]") -> str:
     """The sites' weights as text, one line per layer and site."""
     lines = [
@@ -211,5 +197,5 @@ def _table(rows: "Iterable[LayerWeight]") -> str:
     ]
     for row in sorted(rows, key=lambda row: row.layer):
         numbers = f"{row.weight:>8.3f}{row.added_share:>8.3f}{row.sigma_ratio:>15.4f}{row.shift:>17.3f}"
-        lines.append(f"{row.layer:<20}{numbers}  {row.site}")
+        lines.append(printable(f"{row.layer:<20}{numbers}  {row.site}"))
     return "\n".join(lines)

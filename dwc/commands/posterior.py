@@ -6,7 +6,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, printable
 from dwc.commands.arguments import new_parser, parse
 
 __all__ = ["main"]
@@ -41,7 +41,7 @@ def _sign(values: Namespace) -> None:
     out = check_suffix(values.out or values.file)
     signed = sign(Posterior.load(values.file), values.key)
     signed.save(out)
-    print(f"{out}  (signed, sha256 {signed.sha256[:12]})")
+    print(printable(f"{out}  (signed, sha256 {signed.sha256[:12]})"))
 
 
 def _verify_arguments(parser: ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def _verify(values: Namespace) -> None:
     trusted = TrustedKeys(values.trusted)
     for path in values.files:
         posterior = Posterior.load(path)
-        print(f"{path}  signed by {trusted.signer(posterior)}, sha256 {posterior.sha256}")
+        print(printable(f"{path}  signed by {trusted.signer(posterior)}, sha256 {posterior.sha256}"))
 
 
 def _inspect_arguments(parser: ArgumentParser) -> None:

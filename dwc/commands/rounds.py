@@ -1,18 +1,20 @@
 """`dwc consolidate --state`: a round on the same scans, in which each site's new factor replaces its old one."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
 from dwc.base.errors import InputError, printable
+from dwc.commands.judging import print_verdicts
 
 if TYPE_CHECKING:
+    from dwc.posterior import Posterior
+    from dwc.signing import TrustedKeys
     from dwc.site_factors import Factors
 
 __all__ = ["add_flags", "take_round"]
-
-_OF_ONE_ROUND = {"temper": 1.0, "max_influence": None, "leave_one_out": False, "data": None}  # not for factors
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -28,7 +30,8 @@ def add_flags(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--cavities", type=Path | None, default=None,
-        help="with --state: folder for each site's next prior, <site>.safetensors",
+        help="with --state: new folder for each site's next prior, <site>.safetensors; keep those of past rounds, "
+        "which are the --earlier ones of sites that answer late",
     )  # fmt: skip
 
 
@@ -38,48 +41,97 @@ def take_round(values: Namespace) -> None:
     The state is written last: a killed command is repeated with the same files.
     """
     from dwc.base.files import check_suffix, open_folder
+    from dwc.base.locks import held
     from dwc.posterior import Posterior
     from dwc.signing import TrustedKeys
+
+    answers = _by_name(values.sites)
+    gone = [_name(path) for path in values.without]
+    if not answers and not gone:
+        raise InputError("SITES must be given, the posteriors of those that answered, or `without`")
+    state = check_suffix(values.state)
+    given = {path.resolve(): path for path in (values.prior, *values.sites, *values.earlier)}
+    if values.out.resolve() == state.resolve():
+        raise InputError(f"`out` {values.out}: is the `state` file; give another")
+    _keep(check_suffix(values.out), "out", given)
+    _keep(state, "state", given)
+    if values.cavities:
+        open_folder(values.cavities)
+    trusted = TrustedKeys(values.trusted) if values.trusted else None
+    prior = Posterior.load(values.prior)
+    with held(state.with_name(f".{state.name}.lock")) as alone:
+        if not alone:
+            raise InputError(f"{state}: another command is changing it; wait for its end")
+        _change(values, prior, answers, gone, trusted, given)
+
+
+def _change(
+    values: Namespace,
+    prior: "Posterior",
+    answers: Mapping[str, Path],
+    gone: Sequence[str],
+    trusted: "TrustedKeys | None",
+    given: Mapping[Path, Path],
+) -> None:
+    """The round itself, while nobody else changes the state."""
+    from dwc.influence import limit_powers, measure
+    from dwc.posterior import Posterior
     from dwc.site_factors import Factors
 
-    for name, default in _OF_ONE_ROUND.items():
-        if values[name] != default:
-            raise InputError(f"`{name}` {values[name]}: is for a consolidation without `state`; leave it out")
-    out, state = check_suffix(values.out), check_suffix(values.state)
-    if out.resolve() == state.resolve():
-        raise InputError(f"`out` {out}: is the `state` file; give another")
-    prior = Posterior.load(values.prior)
-    factors = Factors.load(state, prior) if state.exists() else Factors(prior)
-    trusted = TrustedKeys(values.trusted) if values.trusted else None
-    answers = _by_name(values.sites)
-    damping = 1 / len(answers) if values.damping is None else values.damping
+    factors = Factors.load(values.state, prior) if values.state.exists() else Factors(prior)
+    damping = 1 / max(1, len(answers)) if values.damping is None else values.damping
     cavities = {cavity.sha256: cavity for cavity in map(Posterior.load, values.earlier)}
     now = {name: factors.cavity(name) for name in answers}  # before the first factor is replaced
+    sites, influences = {}, {}
     for name, path in answers.items():
         site = Posterior.load(path)
         if trusted:
             trusted.require(site, name)
         cavity = cavities.get(str(site.metadata.get("prior_sha256")), now[name])
-        factors.replace(name, site, cavity=cavity, damping=damping)
-    for path in values.without:
-        factors.remove(path.stem)
-    network = factors.posterior(str(out))
+        factors.check(name, site, cavity)
+        sites[name], influences[name] = (site, cavity), measure(site, cavity)
+    powers = limit_powers(list(influences.values()), values.max_influence)
+    for (name, (site, cavity)), power in zip(sites.items(), powers, strict=True):
+        if power > 0:
+            factors.replace(name, site, cavity=cavity, damping=damping, power=power)
+    for name in gone:
+        factors.remove(name)
+    network = factors.posterior(str(values.out))
+    next_priors = {}
     if values.cavities:
-        open_folder(values.cavities)
-        for name in factors.sites:
-            factors.cavity(name).save(values.cavities / f"{name}.safetensors")
-    network.save(out)
-    factors.save(state)
-    _report(out, factors, damping)
+        next_priors = {name: values.cavities / f"{name}.safetensors" for name in factors.sites}
+    for name, path in next_priors.items():
+        _keep(path, "cavities", {**given, values.state.resolve(): values.state, values.out.resolve(): values.out})
+        if path.exists() and Posterior.load(path).sha256 != factors.cavity(name).sha256:
+            raise InputError(f"{path}: is there already, and a site that answers late needs it; give new `cavities`")
+    for name, path in next_priors.items():
+        factors.cavity(name).save(path)
+    network.save(values.out)
+    factors.save(values.state)
+    print_verdicts(
+        {str(answers[name]): influence for name, influence in influences.items()}, powers, values.max_influence
+    )
+    _report(values.out, factors, damping)
 
 
-def _by_name(paths: list[Path]) -> dict[str, Path]:
+def _by_name(paths: Sequence[Path]) -> dict[str, Path]:
     """The sites' files by the sites' names."""
     found: dict[str, Path] = {}
     for path in paths:
-        if found.setdefault(path.stem, path) != path:
-            raise InputError(f"{path}: has the site's name of {found[path.stem]}; name each file as its site")
+        if found.setdefault(_name(path), path) != path:
+            raise InputError(f"{path}: has the site's name of {found[_name(path)]}; name each file as its site")
     return found
+
+
+def _name(path: Path) -> str:
+    """The site's name: the file's without its ending; a name may have points."""
+    return path.name.removesuffix(".safetensors")
+
+
+def _keep(path: Path, parameter: str, given: Mapping[Path, Path]) -> None:
+    """Refuse to write over what was given: it is needed if the command is repeated, or a site comes late."""
+    if path.resolve() in given:
+        raise InputError(f"`{parameter}`: would be written over {given[path.resolve()]}; give another place")
 
 
 def _report(out: Path, factors: "Factors", damping: float) -> None:
@@ -88,4 +140,4 @@ def _report(out: Path, factors: "Factors", damping: float) -> None:
     for name, share in factors.shares().items():
         print(printable(f"  {name:<20}{share:>7.1%}"))
     n_volumes = network.metadata.get("n_volumes")
-    print(f"{out}  ({len(factors.sites)} sites, {n_volumes} volumes, sha256 {network.sha256[:12]})")
+    print(printable(f"{out}  ({len(factors.sites)} sites, {n_volumes} volumes, sha256 {network.sha256[:12]})"))

@@ -11,7 +11,7 @@ from dwc.factors import Influence, measure
 from dwc.federated.wire import HEADER
 from dwc.posterior import Posterior
 
-__all__ = ["Refused", "admit", "blamed_on", "check_size"]
+__all__ = ["Refused", "admit", "blamed_on", "check_size", "round_of"]
 
 _MAX_REACH = 1e9  # shift in sigma_0, and factor by which a sigma may shrink
 _MAX_EXCESS = 2**20  # bytes of a file beyond its prior's: header and padding
@@ -49,7 +49,24 @@ def check_size(site: str, content: bytes, prior: Path) -> None:
         raise Refused(f"{site}'s posterior: has {len(content)} bytes, many more than its prior; train again")
 
 
-def admit(posterior: Posterior, prior: Posterior, others: Mapping[str, Influence], temper: float) -> dict[str, Any]:
+def round_of(state: Mapping[str, Any], site: str, posterior: Posterior) -> int:
+    """The round of the prior that a posterior was trained from, whatever the site says."""
+    trained_from = str(posterior.metadata.get("prior_sha256"))
+    opened = state["priors"][: state["project"]["rounds"]]
+    if trained_from not in opened:
+        reason = f"was trained from prior {trained_from[:12]}, which no round had; train from the one that was sent"
+        raise Refused(one_line(f"{site}'s posterior: {reason}"), prior_sha256=trained_from)
+    return opened.index(trained_from) + 1
+
+
+def admit(
+    state: Mapping[str, Any],
+    site: str,
+    row: Mapping[str, Any],
+    posterior: Posterior,
+    prior: Posterior,
+    others: Mapping[str, Influence],
+) -> dict[str, Any]:
     """Check a posterior against the prior that it was trained from and the round's other sites, and measure it.
 
     It is consolidated alone as a trial, so that what is accepted here does not stop the round from closing.
@@ -57,11 +74,12 @@ def admit(posterior: Posterior, prior: Posterior, others: Mapping[str, Influence
     Returns
     -------
     dict
-        Entries of the server's state: the claimed volumes and the `Influence`.
+        Further entries of its row in the server's state: the claimed volumes and the `Influence`.
     """
+    _check_once(state, site, row, posterior)
     if odd := sorted(posterior.metadata.keys() - HEADER):
         raise InputError(f"{posterior.name}: its header has {odd[0]!r}; send only what dwc train writes")
-    trial = Consolidation(prior).tempered(temper)
+    trial = Consolidation(prior).tempered(state["project"]["temper"])
     trial.add(posterior)
     trial.posterior()
     _check_reach(posterior, prior)
@@ -69,7 +87,31 @@ def admit(posterior: Posterior, prior: Posterior, others: Mapping[str, Influence
     for name, other in others.items():
         if influence.copies(other):
             raise InputError(f"{posterior.name}: has tensors in common with the posterior of {name}; train your own")
+    _check_dropped(state, site, row, influence, posterior)
     return {"n_volumes": posterior.metadata.get("n_volumes"), "influence": influence.to_json()}
+
+
+def _check_once(state: Mapping[str, Any], site: str, row: Mapping[str, Any], posterior: Posterior) -> None:
+    """Refuse what would count a site's scans twice."""
+    for other in state["posteriors"]:
+        if other["site"] == site and other["round"] == row["round"]:
+            raise InputError(f"{posterior.name}: another one of round {row['round']} is in; a site counts once")
+        if other["site"] == site and other["round"] > row["round"]:
+            raise InputError(f"{posterior.name}: of round {row['round']}, but one of round {other['round']} is in")
+        if other["sha256"] == row["sha256"]:
+            raise InputError(f"{posterior.name}: is the posterior of {other['site']}; each counts once")
+
+
+def _check_dropped(
+    state: Mapping[str, Any], site: str, row: Mapping[str, Any], influence: Influence, posterior: Posterior
+) -> None:
+    """Refuse what the organizer has dropped, also under another header or with a part of its tensors changed."""
+    for other in state["dropped"]:
+        again = other["payload_sha256"] == row["payload_sha256"]
+        if other["site"] == site and other["influence"] is not None:
+            again = again or influence.copies(Influence.from_json(other["influence"]))
+        if again:
+            raise InputError(f"{posterior.name}: was dropped by the organizer before; train again")
 
 
 def _check_reach(posterior: Posterior, prior: Posterior) -> None:

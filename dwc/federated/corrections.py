@@ -92,14 +92,16 @@ def prune(cycle: Cycle) -> int:
     """
     last = len(cycle.state["priors"]) - 1
     freed = 0
-    for row in cycle.state["posteriors"]:
-        path = cycle.folder / row["file"]
-        if row["counted_in"] is not None and row["counted_in"] < last and path.exists():
-            freed += path.stat().st_size
-            row["pruned"] = True
-            path.unlink()
-    void = [cycle.folder / entry.pop("void")["file"] for entry in cycle.state["refused"] if entry.get("void")]
-    for path in [path for path in void if path.exists()] + list((cycle.folder / "dropped").glob("*.safetensors")):
+    closed = [
+        row for row in cycle.state["posteriors"]
+        if row["counted_in"] is not None and row["counted_in"] < last and (cycle.folder / row["file"]).exists()
+    ]  # fmt: skip
+    for row in closed:
+        row["pruned"] = True
+    cycle.write()  # before the files are gone, so that a crash leaves none that is missed
+    void = [entry.pop("void") for entry in cycle.state["refused"] if entry.get("void")]
+    gone = [cycle.folder / row["file"] for row in closed + void]
+    for path in [*filter(Path.exists, gone), *(cycle.folder / "dropped").glob("*.safetensors")]:
         freed += path.stat().st_size
         path.unlink()
     cycle.record("prune", bytes=freed)

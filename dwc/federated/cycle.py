@@ -1,22 +1,24 @@
 """The server's side of the cycle: which prior is out, whose posterior has arrived, and when a round closes.
 
 A folder holds the priors `q0.safetensors`, `q1.safetensors`, ..., the posteriors `round-1/<site>.safetensors` and
-`state.json`. The state is written last and atomically: after a crash, whatever it does not mention is done again.
+`state.json`. The state is written atomically, after the files that it mentions: after a crash, whatever it does not
+mention is done again. A prior that may replace an older one waits as `next.safetensors` until the state has it.
 Nothing here sends or waits.
 """
 
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from dwc.base.errors import InputError, one_line
+from dwc.base.errors import InputError
 from dwc.base.files import open_folder, sweep, write_whole
 from dwc.consolidation import Consolidation
 from dwc.factors import Influence, measure
-from dwc.federated.admission import Refused, admit, blamed_on, check_size
+from dwc.federated.admission import Refused, admit, blamed_on, check_size, round_of
 from dwc.federated.project import Project
 from dwc.federated.server_state import (
     VERSION,
@@ -56,6 +58,7 @@ class Cycle:
         self.folder = folder
         self.reload()
         sweep(folder)
+        self._settle()
         self._contents: dict[int, bytes] = {}
 
     def reload(self) -> None:
@@ -224,9 +227,9 @@ class Cycle:
                 trained_from = None if row["round"] == number else self._prior(row["round"])
                 consolidation.add(site, prior=trained_from, power=limit["power"])
         posterior = consolidation.posterior()
-        posterior.save(self._prior_file(number + 1))
-        if Posterior.load(self._prior_file(number + 1)).sha256 != posterior.sha256:
-            raise InputError(f"{self._prior_file(number + 1)}: reads back as something else; check the disk")
+        posterior.save(self._next)
+        if Posterior.load(self._next).sha256 != posterior.sha256:
+            raise InputError(f"{self._next}: reads back as something else; check the disk")
         for row in before:
             uncount(row)
         for row, limit in zip(rows, limits, strict=True):
@@ -235,7 +238,18 @@ class Cycle:
         self.state["published"][number:] = [_now(self.state).isoformat()]
         self._revive(posterior.sha256)
         write_state(self.folder, self.state)
+        os.replace(self._next, self.result)
+        self._contents = {}
         return True
+
+    def _settle(self) -> None:
+        """Finish or forget a publication that a crash has cut short: the state says which."""
+        if not self._next.exists():
+            return
+        with suppress(InputError):  # damaged: the round is computed again
+            if Posterior.load(self._next).sha256 == self.state["priors"][-1]:
+                os.replace(self._next, self.result)
+        self._next.unlink(missing_ok=True)
 
     def _limits(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The power of each posterior and why, compared with the others of the round that it was trained in."""
@@ -339,7 +353,7 @@ class Cycle:
         """The state's entries about a posterior that belongs; `Refused` if it does not."""
         with blamed_on(site, incoming):
             posterior = Posterior.load(incoming)
-            number = self._round_of(site, posterior)
+            number = round_of(self.state, site, posterior)
             row = {"round": number, "prior_sha256": posterior.metadata["prior_sha256"], "sha256": posterior.sha256}
             row |= {"payload_sha256": posterior.payload_sha256}
         prior = self._prior(number)
@@ -352,39 +366,7 @@ class Cycle:
         with blamed_on(site, incoming):
             if trusted:
                 trusted.require(posterior, site)
-            self._check_once(site, row, posterior)
-            admitted = admit(posterior, prior, others, self.project["temper"])
-            self._check_dropped(site, row | admitted, posterior)
-            return row | admitted
-
-    def _round_of(self, site: str, posterior: Posterior) -> int:
-        """The round of the prior that a posterior was trained from, whatever the site says."""
-        trained_from = str(posterior.metadata.get("prior_sha256"))
-        opened = self.state["priors"][: self.project["rounds"]]
-        if trained_from not in opened:
-            reason = f"was trained from prior {trained_from[:12]}, which no round had; train from the one that was sent"
-            raise Refused(one_line(f"{site}'s posterior: {reason}"), prior_sha256=trained_from)
-        return opened.index(trained_from) + 1
-
-    def _check_once(self, site: str, row: dict[str, Any], posterior: Posterior) -> None:
-        """Refuse what would count a site's scans twice."""
-        for other in self.state["posteriors"]:
-            if other["site"] == site and other["round"] == row["round"]:
-                raise InputError(f"{posterior.name}: another one of round {row['round']} is in; a site counts once")
-            if other["site"] == site and other["round"] > row["round"]:
-                raise InputError(f"{posterior.name}: of round {row['round']}, but one of round {other['round']} is in")
-            if other["sha256"] == row["sha256"]:
-                raise InputError(f"{posterior.name}: is the posterior of {other['site']}; each counts once")
-
-    def _check_dropped(self, site: str, row: dict[str, Any], posterior: Posterior) -> None:
-        """Refuse what the organizer has dropped, also under another header or with a part of its tensors changed."""
-        influence = Influence.from_json(row["influence"])
-        for other in self.state["dropped"]:
-            again = other["payload_sha256"] == row["payload_sha256"]
-            if other["site"] == site and other["influence"] is not None:
-                again = again or influence.copies(Influence.from_json(other["influence"]))
-            if again:
-                raise InputError(f"{posterior.name}: was dropped by the organizer before; train again")
+            return row | admit(self.state, site, row, posterior, prior, others)
 
     def _content(self, number: int) -> bytes:
         """The file of a round's prior, kept in memory for all sites that ask."""
@@ -392,6 +374,10 @@ class Cycle:
             self._prior(number)  # a damaged one is not sent
             self._contents = {number: self._prior_file(number).read_bytes()}
         return self._contents[number]
+
+    @property
+    def _next(self) -> Path:
+        return self.folder / "next.safetensors"
 
     def _prior_file(self, number: int) -> Path:
         return self.folder / f"q{number - 1}.safetensors"

@@ -1,7 +1,12 @@
 """The organizer's way back: what was entered can be taken out, rounds computed again, sites banned."""
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -394,3 +399,77 @@ def test_a_quorum_with_which_nobody_is_limited_is_warned_of(cycle, project, caps
     assert "a round closes with 2 of 2 sites" in describe(cycle.state)
     cycle.amend(Project(**{**project.to_json(), "max_influence": None}))
     assert "no median site" not in describe(cycle.state)
+
+
+ACTS = {
+    "recompute": lambda cycle: corrections.recompute(cycle, 1),
+    "drop": lambda cycle: corrections.drop(cycle, "west", 1),
+    "reopen": lambda cycle: corrections.reopen(cycle, 1),
+    "drop of the open round": lambda cycle: corrections.drop(cycle, "north", 2),
+    "prune": corrections.prune,
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_after_a_kill_in_the_middle_of_a_correction_it_has_been_made_or_not_and_the_cycle_goes_on(
+    closed, tmp_path, act
+):
+    """Killed at every file that it writes, moves or deletes; a recomputation here changes the network."""
+    corrections.ban(closed, "west")
+    if act == "prune":
+        corrections.allow(closed, "west")
+        answer_all(closed, 2, 20, ("east", "west"))
+        assert closed.advance(NOW)
+    whole = tmp_path / "whole"
+    shutil.copytree(closed.folder, whole)
+    ACTS[act](Cycle(whole))
+    before, after = essence(closed.folder), essence(whole)
+    at, ended = 0, 9
+    seen = set()
+    while ended:
+        folder, at = tmp_path / f"cut-{at}", at + 1
+        shutil.copytree(closed.folder, folder)
+        if (child := os.fork()) == 0:
+            die_at(at)
+            ACTS[act](Cycle(folder))
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        again = Cycle(folder)
+        seen.add(now := essence(folder))
+        assert now in (before, after) or act == "prune"
+        again.question("north", with_prior=again.round is not None)  # the open round's prior is what the state says
+        for number, sha256 in enumerate(again.state["priors"]):
+            assert Posterior.load(folder / f"q{number}.safetensors").sha256 == sha256
+        for row in again.state["posteriors"]:
+            assert row.get("pruned") or Posterior.load(folder / row["file"]).sha256 == row["sha256"]
+        if now != after:
+            ACTS[act](again)
+            assert essence(folder) == after
+    assert {before, after} <= seen
+    assert at > 2
+
+
+def essence(folder: Path) -> str:
+    """What a state says, without times and without the bytes that were freed."""
+    state = json.loads((folder / "state.json").read_text())
+    rows = [{name: row.get(name) for name in ("file", "sha256", "counted_in", "pruned")} for row in state["posteriors"]]
+    refused = [(entry["site"], entry["reason"]) for entry in state["refused"]]
+    acts = [(act["act"], act.get("site"), act.get("round")) for act in state["acts"]]
+    return json.dumps([state["priors"], rows, refused, acts, state["banned"]], sort_keys=True)
+
+
+def die_at(at: int) -> None:
+    """This process ends, as by a kill -9, just before file number `at` gets its name or is deleted."""
+    seen = [0]
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            seen[0] += 1
+            if seen[0] == at:
+                os._exit(9)
+            return function(*arguments, **options)
+
+        return call
+
+    os.replace, os.unlink = counted(os.replace), counted(os.unlink)
+    Path.unlink = counted(Path.unlink)
