@@ -219,8 +219,8 @@ def _asks_for_quantiles(path: Path, model: dict[str, Any]) -> bool:
     if wanted.type == "quantile" and (wanted.min, wanted.max) == tuple(100 * q for q in QUANTILES):
         return True
     raise InputError(
-        f"{path}: asks for scans scaled as {one_line(json.dumps(asked))[:60]}, which dwc has not; choose the nearest "
-        "`intensity`"
+        f"{path}: asks for scans scaled as {one_line(json.dumps(asked))[:60]}, which dwc does not offer; choose the "
+        "nearest `intensity`"
     )
 
 
@@ -341,7 +341,7 @@ def _convolutions(path: Path, layers: list[_Layer], weights: dict[str, np.ndarra
         elif kind == "Softmax":
             found[-1].activation = "softmax"
         else:
-            raise InputError(f"{path}: {what} is a {one_line(kind)}, which a MeshNet has not; give a MeshNet")
+            raise InputError(f"{path}: {what} is a {one_line(kind)}, which no MeshNet has; give a MeshNet")
     return found
 
 

@@ -79,7 +79,7 @@ def test_the_intensity_scheme_comes_from_the_model_or_from_the_user(tmp_path, en
     ("asked", "message"),
     [
         ({"type": "quantile", "min": 2, "max": 98}, 'scaled as {"type": "quantile", "min": 2, "max": 98}, which'),
-        ({"type": "z"}, 'scaled as {"type": "z"}, which dwc has not'),
+        ({"type": "z"}, 'scaled as {"type": "z"}, which dwc does not offer'),
         ({"type": "quantile", "min": "low"}, "its _normalize: min low"),
         ("quantile", "its _normalize: entry quantile"),
     ],
