@@ -1,10 +1,12 @@
-"""What the host does for one call of the kernels: microseconds of Python per call, without a GPU.
+"""What the host does for one call of the kernels: microseconds of the launchers' Python, without a GPU.
 
     python -m benchmarks.host_cost [--calls 2000]
 
 The launchers run as for an H100, up to Triton's own launch, which is left out because it costs any kernel the same.
-"first" is the first call of a shape, which plans its tiles; "later" is the median of the calls after it. The tensors
-are in the CPU's memory, so allocation is not the GPU's. On a GPU, `python -m benchmarks.gpu` has the host's whole time.
+"first" is the first call of a shape, which plans its tiles; "later" is the median of the calls after it. Each backward
+follows its own forward, as in training. The tensors are small, in the kernels' layout and in the CPU's memory, so
+allocation is not the GPU's; a layer with few channels also copies its folded input here. On a GPU,
+`python -m benchmarks.gpu` has the host's whole time.
 """
 
 import argparse
@@ -13,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,39 +29,53 @@ from dwc_kernels.kernels.chips import CHIPS
 __all__ = ["host_cost", "main"]
 
 SHAPES = ((1, 96), (16, 16), (96, 96))  # channels, filters
+SIZE = (8, 8, 8)  # voxels
 
 
 def host_cost(channels: int, filters: int, calls: int) -> dict[str, tuple[float, float]]:
-    """Microseconds of the first call and median of the later ones, for forward and backward of 3x3x3 at 8^3 voxels."""
-    x = torch.zeros(1, channels, 8, 8, 8).to(memory_format=torch.channels_last_3d)
+    """Microseconds of the first call and median of the later ones, for forward and backward of a 3x3x3 layer."""
+    x, g = (torch.zeros(1, n, *SIZE).to(memory_format=torch.channels_last_3d) for n in (channels, filters))
     weight, bias = torch.zeros(filters, channels, 3, 3, 3), torch.zeros(filters)
     geometry = ((1, 1, 1), (1, 1, 1), (1, 1, 1), 1)
     seed = torch.tensor(0)
-    y, r = x.new_zeros(1, filters, 8, 8, 8), x.new_zeros(1, filters, 8, 8, 8)
 
-    def forward() -> tuple[Tensor, Tensor]:
-        return kernels.forward(x, weight, weight, bias, bias, *geometry, seed)
+    def forward() -> Tensor:
+        return kernels.forward(x, weight, weight, bias, bias, *geometry, seed)[1]
 
-    def backward() -> None:
-        kernels.grad_input(y, r, x, weight, weight, *geometry)
-        kernels.grad_weight(y, r, x, weight, *geometry, bias_sigma=bias)
+    def backward(r: Tensor) -> None:
+        kernels.grad_input(g, r, x, weight, weight, *geometry)
+        kernels.grad_weight(g, r, x, weight, *geometry, bias_sigma=bias)
 
+    spent: dict[str, list[float]] = {"forward": [], "backward": []}
     with ExitStack() as stack:
-        for name, value in {"chip_of": CHIPS["sm_90"], "operand_dtype": "tf32", "why_not_triton": None}.items():
-            stack.enter_context(mock.patch.object(launch, name, return_value=value))
+        # Functions rather than mocks, which would take longer to call than what is timed.
+        here = {
+            "chip_of": lambda _: CHIPS["sm_90"],
+            "operand_dtype": lambda *_: "tf32",
+            "why_not_triton": lambda *_: None,
+        }
+        for name, function in here.items():
+            stack.enter_context(mock.patch.object(launch, name, function))
         for name in ("launch", "grad_weight", "noise", "weights"):
-            stack.enter_context(mock.patch.object(sys.modules[f"dwc_kernels.kernels.{name}"], "run_on"))
+            stack.enter_context(
+                mock.patch.object(sys.modules[f"dwc_kernels.kernels.{name}"], "run_on", _launch_nothing)
+            )
         launch.forget_plans()
-        return {call.__name__: _timed(call, calls) for call in (forward, backward)}
+        for _ in range(calls):
+            r = _timed(forward, spent["forward"])
+            _timed(partial(backward, r), spent["backward"])
+    return {name: (times[0], statistics.median(times[1:])) for name, times in spent.items()}
 
 
-def _timed(call: Callable[[], object], calls: int) -> tuple[float, float]:
-    microseconds = []
-    for _ in range(calls):
-        began = time.perf_counter()
-        call()
-        microseconds.append(1e6 * (time.perf_counter() - began))
-    return microseconds[0], statistics.median(microseconds[1:])
+def _launch_nothing(device: torch.device, kernel: object, programs: int, *arguments: Any, **options: Any) -> None:
+    """In place of `launch.run_on`."""
+
+
+def _timed(call: Callable[[], Any], microseconds: list[float]) -> Any:
+    began = time.thread_time()
+    result = call()
+    microseconds.append(1e6 * (time.thread_time() - began))
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,15 +1,19 @@
 """The op against the plain composition on the CPU for the layers deep in a U-Net: `python -m benchmarks.small_volumes`.
 
-Forward and backward, in turn, the least CPU seconds of each. With several threads CPU seconds count their waiting too,
-so one thread is the default. Correctness is checked before anything is timed.
+Forward and backward, in turn, the least CPU seconds of each, and of PyTorch's six convolutions alone, which both need.
+With several threads CPU seconds count their waiting too, so one thread is the default. Correctness is checked before
+anything is timed.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.composition import composition, saved_bytes
@@ -31,8 +35,13 @@ CASES = (  # channels, filters, voxels along an axis, stride
 )
 
 
+def convolutions(x: Tensor, weight_mu: Tensor, weight_sigma: Tensor, **geometry: Any) -> Tensor:
+    """Those of the composition, two forward and four backward, without squares, root and noise."""
+    return F.conv3d(x, weight_mu, **geometry) + F.conv3d(x, weight_sigma, **geometry)
+
+
 def compare(case: tuple[int, int, int, int], batch: int, seconds: float) -> dict[str, float]:
-    """Milliseconds and kilobytes kept of both, and their ratios."""
+    """Milliseconds and kilobytes kept of both, the ratio of the times, and milliseconds of the convolutions."""
     channels, filters, size, stride = case
     generator = torch.Generator().manual_seed(0)
     weight = (filters, channels, 3, 3, 3)
@@ -52,16 +61,18 @@ def compare(case: tuple[int, int, int, int], batch: int, seconds: float) -> dict
         error = ((ours - theirs).norm() / theirs.norm()).item()
         if error > 1e-5:
             raise AssertionError(f"{case}: relative error {error:.1e}")
-    times: dict[Callable[..., Tensor], list[float]] = {composition: [], ffg_conv3d: []}
+    ops: tuple[Callable[..., Tensor], ...] = (composition, ffg_conv3d, convolutions)
+    times: dict[Callable[..., Tensor], list[float]] = {op: [] for op in ops}
     start = time.process_time()
     while len(times[composition]) < 5 or time.process_time() - start < seconds:
         for op, spent in times.items():
             before = time.process_time()
             step(op)
             spent.append(time.process_time() - before)
-    theirs_s, ours_s = (min(spent[1:]) for spent in times.values())
-    kept = [saved_bytes(lambda op=op: op(*tensors, stride=stride, padding=1), *tensors) for op in times]
+    theirs_s, ours_s, convolutions_s = (min(spent[1:]) for spent in times.values())
+    kept = [saved_bytes(partial(op, *tensors, stride=stride, padding=1), *tensors) for op in ops[:2]]
     return {
+        "convolutions_ms": 1e3 * convolutions_s,
         "composition_ms": 1e3 * theirs_s,
         "op_ms": 1e3 * ours_s,
         "time": ours_s / theirs_s,

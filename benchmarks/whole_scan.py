@@ -3,8 +3,9 @@
     python -m benchmarks.whole_scan scan.nii.gz --out whole-scan [--widths 16 32 96] [--limits default 1 2 4]
 
 The networks have Table 1's dilations, 50 classes and random weights, which cost as much as trained ones. Each
-prediction is one process with one thread; its CPU time includes reading, conforming and writing. MAP networks take one
-pass, Bayesian ones one per draw of the weights. Writes whole_scan.csv row by row; a second call continues.
+prediction is one process with one thread; its CPU time includes importing, reading, conforming and writing. MAP
+networks take one pass, Bayesian ones one per draw of the weights. Writes whole_scan.csv row by row; a second call
+continues.
 """
 
 import argparse
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = parser.parse_args(arguments)
     values.out.mkdir(parents=True, exist_ok=True)
     table = values.out / "whole_scan.csv"
-    rows = pd.read_csv(table).to_dict("records") if table.exists() else []
-    known = {(row["network"], row["width"], str(row["limit_gb"]), row["n_samples"]) for row in rows}
+    rows = pd.read_csv(table, dtype={"limit_gb": str}).to_dict("records") if table.exists() else []
+    known = {(row["network"], row["width"], row["limit_gb"], row["n_samples"]) for row in rows}
     for width in values.widths:
         for kind in values.kinds:
             network = _write_network(values.out, width, kind == "bayesian")
@@ -74,10 +75,10 @@ def _predict(network: Path, scan: Path, limit: str, n_samples: int) -> dict[str,
         sys.executable, "-m", "dwc.cli", "predict", str(scan), "--network", str(network), "--out", str(out),
         "--n-samples", str(n_samples), *([] if limit == "default" else ["--memory-limit", limit]),
     ]  # fmt: skip
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"{' '.join(command)} failed")
+        sys.exit(f"{' '.join(command)} failed")  # its reason is on stderr
     shutil.rmtree(out)
     return {"cpu_s": round(usage.ru_utime + usage.ru_stime, 1), "peak_mb": usage.ru_maxrss // 1024}
 

@@ -1,8 +1,10 @@
 """A colour for each class, and the tables of label ids, names and colours that viewers open."""
 
 import colorsys
+import math
 import re
 from collections.abc import Sequence
+from itertools import count, islice
 
 import numpy as np
 
@@ -14,14 +16,19 @@ __all__ = ["VIEWER_TABLES", "class_colours", "label_table", "viewer_tables"]
 VIEWER_TABLES = ("labels_freesurfer.txt", "labels_itksnap.txt", "labels_slicer.ctbl")
 # Distinguishable with most kinds of colour blindness, and from the red of errors.
 _FIRST = ("#4477dd", "#e6a817", "#aa4fb0", "#14c6a4", "#f2ec6b", "#8fd3ff", "#5f8f2f", "#ffb3c6")
+_APART = 0.35  # in RGB of 0..1
 
 
 def class_colours(n_classes: int) -> np.ndarray:
-    """RGB in 0..1 of each class, [n_classes, 3]: black, eight colour-blind-safe, then hues a golden angle apart."""
+    """RGB in 0..1 of each class, [n_classes, 3]: black, eight colour-blind-safe, then hues a golden angle apart.
+
+    Hues near the colour of class 1 are left out: it is white matter, which touches most others.
+    """
     lights = ((0.65, 0.95), (0.95, 0.85), (0.45, 0.75))  # saturation and value, alternating so that neighbours differ
     first = [tuple(int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)) for colour in _FIRST]
-    hues = [colorsys.hsv_to_rgb(k * 0.618034 % 1, *lights[k % 3]) for k in range(len(_FIRST) + 1, n_classes)]
-    return np.array([(0.0, 0.0, 0.0), *first, *hues])[:n_classes]
+    hues = (colorsys.hsv_to_rgb(k * 0.618034 % 1, *lights[k % 3]) for k in count(len(_FIRST) + 1))
+    others = (hue for hue in hues if math.dist(hue, first[0]) > _APART)
+    return np.array([(0.0, 0.0, 0.0), *first, *islice(others, max(0, n_classes - len(_FIRST) - 1))])[:n_classes]
 
 
 def label_table(label_map: LabelMap) -> bytes:

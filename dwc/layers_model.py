@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 from dwc.base.errors import InputError, one_line
 from dwc.data.constants import SIDE
 from dwc.data.grid import Grid
-from dwc.data.intensity import IN_HEADERS, Scheme
+from dwc.data.intensity import IN_HEADERS, QUANTILES, Scheme
 from dwc.data.labels import LabelMap
 from dwc.data.paths import existing_file, unreadable
 from dwc.meshnet import describe
@@ -93,6 +93,14 @@ class _Activation(BaseModel):
     activation: Literal["relu", "elu", "linear", "softmax"]
 
 
+class _Normalize(BaseModel):
+    """How brainchop scales a scan for the model; the quantiles are percent."""
+
+    type: _Name
+    min: float = 100 * QUANTILES[0]
+    max: float = 100 * QUANTILES[1]
+
+
 class _ReLU(BaseModel):
     max_value: None = None
     negative_slope: Literal[0, None] = 0
@@ -141,8 +149,7 @@ def import_network(folder: str | Path, label_map: LabelMap, intensity: Scheme | 
             f"{path}: has {n_classes} classes, but label map {label_map.name} has {label_map.n_classes}; "
             "give the table of its classes as `label_map`"
         )
-    asked = model.get("_normalize")
-    by_quantile = isinstance(asked, dict) and asked.get("type") == "quantile"
+    by_quantile = intensity is None and _asks_for_quantiles(path, model)
     known: Scheme = "quantile" if by_quantile else "min_max"
     source = "model.json asks for quantiles" if by_quantile else "brainchop's default"
     names = [name for group in groups for name in group.paths]
@@ -201,6 +208,20 @@ def _parsed(path: Path, what: str, kind: type[_M], value: Any) -> _M:
         where = ".".join(str(part) for part in first["loc"]) or "entry"
         found = one_line(str(first["input"]))[:60]
         raise InputError(f"{path}: {what}: {where} {found}: {first['msg']}; give an unquantized MeshNet") from error
+
+
+def _asks_for_quantiles(path: Path, model: dict[str, Any]) -> bool:
+    """Whether the model asks for the quantiles of the scheme `quantile`; other wishes are refused."""
+    asked = model.get("_normalize")
+    if asked is None:
+        return False
+    wanted = _parsed(path, "its _normalize", _Normalize, asked)
+    if wanted.type == "quantile" and (wanted.min, wanted.max) == tuple(100 * q for q in QUANTILES):
+        return True
+    raise InputError(
+        f"{path}: asks for scans scaled as {one_line(json.dumps(asked))[:60]}, which dwc has not; choose the nearest "
+        "`intensity`"
+    )
 
 
 def _manifest(path: Path, model: dict[str, Any]) -> list[_Group]:

@@ -53,12 +53,13 @@ class FFGModule(nn.Module):
         backend: str,
     ) -> None:
         super().__init__()
-        if not sigma_init > 0:
-            raise ValueError(f"sigma_init must be positive, got {sigma_init}")
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         if not plain.weight.is_floating_point():
             raise ValueError(f"dtype must be a real floating-point type, got {plain.weight.dtype}")
+        rho = inverse_softplus(torch.tensor(sigma_init, dtype=plain.weight.dtype, device="cpu"))
+        if not rho.isfinite():
+            raise ValueError(f"sigma_init must be positive and finite in {plain.weight.dtype}, got {sigma_init}")
         device = torch.get_default_device() if device is None else device
         self.sigma_init, self.backend = sigma_init, backend
         self._prior_numbers: dict[str, float] = {}  # the parts of the prior that reset_parameters can restore
@@ -73,7 +74,9 @@ class FFGModule(nn.Module):
                 scalar = None if like is None else torch.empty((), dtype=like.dtype, device=device)
                 self.register_buffer(f"prior_{name}_{moment}", scalar)
         self.reset_parameters()
-        self.set_prior(weight_mu=prior_mu, weight_sigma=prior_sigma, bias_mu=prior_mu, bias_sigma=prior_sigma)
+        prior = {"mu": prior_mu, "sigma": prior_sigma}
+        given = {f"{name}_{moment}": prior[moment] for name in self._names for moment in MOMENTS}
+        self._write_prior(self._checked_prior(given))
 
     def reset_parameters(self) -> None:
         """Draw the means as the torch.nn layer draws its weights, set every sigma to sigma_init, and write the numbers
@@ -210,8 +213,10 @@ class FFGModule(nn.Module):
         checked = {}
         for name, value in given.items():
             rho = getattr(self, f"{name.split('_')[0]}_rho")
-            if value is None or rho is None:
+            if value is None:
                 continue
+            if rho is None:
+                raise ValueError(f"{name} was given, but the layer has no bias")
             value = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=rho.dtype, device="cpu")
             if not hasattr(rho, "device_mesh"):
                 value = whole(value)

@@ -3,6 +3,7 @@
 Every function takes any network that holds variational layers, converted or written so.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,10 +128,18 @@ def set_sigma_fraction(net: nn.Module, fraction: float, *, minimum: float = 1e-6
     """Set every sigma to a fraction of its mean's size (MOPED, Krishnan et al. 2020), at least ``minimum``."""
     if not (fraction > 0 and minimum > 0):
         raise ValueError(f"fraction and minimum must be positive, got {fraction} and {minimum}")
-    for layer in _layers(net).values():
+    rhos = []
+    for path, layer in _layers(net).items():
         for name in layer._names:
             mu = getattr(layer, f"{name}_mu").detach()
-            assign(layer, f"{name}_rho", inverse_softplus((fraction * mu.abs()).clamp_min(minimum)))
+            rho = inverse_softplus((fraction * mu.abs()).clamp_min(minimum))
+            if not whole(rho).isfinite().all():
+                raise ValueError(
+                    f"{path}: fraction {fraction} with minimum {minimum} gives sigmas that {rho.dtype} cannot hold"
+                )
+            rhos.append((layer, f"{name}_rho", rho))
+    for layer, name, rho in rhos:
+        assign(layer, name, rho)
 
 
 class SigmaProjection:
@@ -186,8 +195,8 @@ def seed_noise(net: nn.Module, seed: int, *, rank: int | None = None) -> None:
     rank : int, optional
         None is the rank of this process, 0 where torch.distributed is not in use.
     """
-    torch.manual_seed(seed)
-    rank = _rank() if rank is None else rank
+    torch.manual_seed(_integer("seed", seed))
+    rank = _rank() if rank is None else _integer("rank", rank)
     for layer in _layers(net).values():
         layer._rank_key = _derived_seeds(0, 1, rank)[0] if rank else 0
 
@@ -229,7 +238,8 @@ def drawn_weights(net: nn.Module, seed: int | None = None, *, rank: int | None =
     layers = _layers(net)
     if seed is None:
         seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
-    seeds = iter(_derived_seeds(seed, 2 * len(layers), _rank() if rank is None else rank))
+    rank = _rank() if rank is None else _integer("rank", rank)
+    seeds = iter(_derived_seeds(_integer("seed", seed), 2 * len(layers), rank))
     drawn: dict[tuple[Any, ...], Tensor] = {}  # weights that layers share are drawn once
 
     def draw(layer: FFGModule, name: str) -> Any:
@@ -260,6 +270,17 @@ def _overridden(choices: Mapping[FFGModule, bool | Drawn | None]) -> Iterator[No
 def _rank() -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if distributed else 0
+
+
+def _integer(name: str, value: Any) -> int:
+    """An integer of 64 bits, so that no two seeds of those that are taken mean the same by overflow."""
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} must be a 64-bit integer, got {value}")
+    return value
 
 
 def _derived_seeds(seed: int, n: int, rank: int) -> list[int]:
@@ -312,7 +333,7 @@ def predict(
         Runs the network in place of ``net(x)``, as a sliding window does:
         ``forward=lambda x: sliding_window_inference(x, (96, 96, 96), 1, net)``.
     """
-    if n_samples < 1:
+    if _integer("n_samples", n_samples) < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
     if draw not in ("weights", "voxels"):
         raise ValueError(f"draw must be 'weights' or 'voxels', got {draw!r}")
@@ -323,7 +344,7 @@ def predict(
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
-        for i, sample_seed in enumerate(_derived_seeds(seed, n_samples, 0)):
+        for i, sample_seed in enumerate(_derived_seeds(_integer("seed", seed), n_samples, 0)):
             output = _one_sample(net, forward or net, x, draw, sample_seed)
             if not isinstance(output, Tensor):
                 kind = type(output).__name__

@@ -265,11 +265,8 @@ def grad_weight(
     What is not wanted is empty, the gradients of the biases without ``bias_sigma``; r may be empty where no sigma's
     gradient is wanted.
     """
-    working, shape, geometry = (
-        _working_dtype(x.dtype, x.device),
-        weight_sigma.shape,
-        (stride, padding, dilation, groups),
-    )
+    working, shape = _working_dtype(x.dtype, x.device), weight_sigma.shape
+    geometry = (stride, padding, dilation, groups)
     dmu = dsigma = db_mu = db_sigma = weight_sigma.new_empty(0)
     if bias_sigma is not None:
         db_mu, db_sigma = grad_bias(g, r, bias_sigma)

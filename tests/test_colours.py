@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dwc.colours import label_table, viewer_tables
+from dwc.colours import class_colours, label_table, viewer_tables
 from dwc.data.labels import LabelMap
 
 FIFTY = LabelMap.load("fifty")
@@ -68,3 +68,19 @@ def test_classes_on_one_side_keep_it_in_their_names_and_spaces_do_not_split_colu
     assert lines(label_map, "labels_freesurfer.txt")[1].split()[:2] == ["16", "Brain_Stem"]
     assert lines(label_map, "labels_itksnap.txt")[1].endswith('"Brain Stem"')
     assert {row.split("\t")[3] for row in label_table(label_map).decode().splitlines()[1:]} == {"left", "right", "n/a"}
+
+
+def test_no_colour_is_near_that_of_white_matter():
+    for n_classes in (9, 50, 256):
+        colours = class_colours(n_classes)
+        assert len(np.unique(colours.round(3), axis=0)) == n_classes
+        apart = np.linalg.norm(np.delete(colours, 1, axis=0) - colours[1], axis=1)
+        assert apart.min() > 0.3
+
+
+def test_the_background_has_no_side_even_where_structures_belong_to_it(tmp_path):
+    rows = ["index\tclass\tname", "4\t0\tBackground", "43\t0\tBackground", "2\t1\tWhite", "41\t1\tWhite"]
+    (tmp_path / "mine.tsv").write_text("\n".join(rows))
+    label_map = LabelMap.load(tmp_path / "mine.tsv")
+    assert label_map.sides == ("n/a", "both")
+    assert label_map.titles == ("Background", "White")

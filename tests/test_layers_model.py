@@ -63,7 +63,7 @@ def test_an_imported_network_computes_what_its_layers_compute(tmp_path, kind, no
         (
             {"_normalize": {"type": "quantile"}},
             None,
-            "quantiles 0.05 to 0.95 per volume",
+            "quantiles 0.05 to 0.95 per volume, the upper near white matter",
             "model.json asks for quantiles",
         ),
         ({"_normalize": {"type": "quantile"}}, "z_score", "z-score per volume", "given at the import"),
@@ -73,6 +73,23 @@ def test_the_intensity_scheme_comes_from_the_model_or_from_the_user(tmp_path, en
     header = import_network(write(tmp_path / "m", layers_of("elu"), **entries), COARSE, given).metadata
     assert header["preprocessing"]["intensity"] == scheme
     assert header["provenance"]["intensity_from"] == source
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"type": "quantile", "min": 2, "max": 98}, 'scaled as {"type": "quantile", "min": 2, "max": 98}, which'),
+        ({"type": "z"}, 'scaled as {"type": "z"}, which dwc has not'),
+        ({"type": "quantile", "min": "low"}, "its _normalize: min low"),
+        ("quantile", "its _normalize: entry quantile"),
+    ],
+)
+def test_a_scaling_that_dwc_has_not_is_refused_unless_another_is_chosen(tmp_path, asked, message):
+    folder = write(tmp_path / "m", layers_of("elu"), _normalize=asked)
+    with pytest.raises(InputError, match=message):
+        import_network(folder, COARSE)
+    header = import_network(folder, COARSE, "quantile").metadata
+    assert header["provenance"]["intensity_from"] == "given at the import"
 
 
 def test_the_header_says_where_the_network_is_from(tmp_path):

@@ -92,7 +92,7 @@ class SubVolumes(torch.utils.data.Dataset):
             self._scalings[v] = (
                 Scaling(*read_moments(self._folders[v]))
                 if is_z_score
-                else scaling_of(self._cubes(v, "image"), self.intensity)
+                else scaling_of(join_volume(self._cubes(v, "image"), self.grid.shape), self.intensity)
             )
         return self._scalings[v]
 

@@ -6,15 +6,18 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["IN_HEADERS", "SIGNAL", "Scaling", "Scheme", "content_of", "moments", "scaling_of", "to_uint8"]
+from dwc.data.head import head_box
+
+__all__ = ["IN_HEADERS", "QUANTILES", "SIGNAL", "Scaling", "Scheme", "content_of", "moments", "scaling_of", "to_uint8"]
 
 Scheme = Literal["z_score", "min_max", "quantile"]
 IN_HEADERS: dict[Scheme, str] = {  # how the header of a posterior names each scheme
     "z_score": "z-score per volume",
     "min_max": "min-max per volume",
-    "quantile": "quantiles 0.05 to 0.95 per volume",
+    "quantile": "quantiles 0.05 to 0.95 per volume, the upper near white matter",
 }
 
+QUANTILES = (0.05, 0.95)  # of the scheme `quantile`
 SIGNAL = 25  # of 255: brighter voxels are not air; a tenth of the range, as in FSL's BET
 
 _RARE = 0.001  # share of the voxels that may be darker than the rest without setting the scale
@@ -22,7 +25,9 @@ _LIFTED = 8  # grey levels; rare voxels that would lift everything else by more 
 _HEAD_LEVELS = 32  # fewer occupied grey levels are no head with the air around it
 _AIR = 0.25  # least share of air in a head's field of view
 _FEW_BINS = 64  # of the histogram; a head in fewer is looked at more closely
-_QUANTILES = (0.05, 0.95)
+_BALL = (0.43, 0.3)  # depth of its centre below the head's top, and radius, in widths of the head
+_WHITE = 0.9  # share of the ball's voxels that are no brighter than white matter
+_NEAR = 0.9  # of white matter's brightness, at which a scan is clipped at least
 _PLAIN = (1e-30, 1e30)  # spans that float32 arithmetic holds
 
 
@@ -143,16 +148,31 @@ class Scaling:
 
 
 def scaling_of(image: np.ndarray, scheme: Scheme) -> Scaling:
-    """How a scheme scales a conformed volume, from all its voxels, air included.
+    """How a scheme scales a conformed volume [D, H, W], from all its voxels, air included.
 
     `z_score` gives mean 0 and variance 1, `min_max` 0..1. `quantile` clips to the quantiles 0.05 and 0.95 and gives
-    0..1; the maximum takes the place of the upper one if less than 5 % of the volume stands out.
+    0..1. The upper one is kept within 0.9 to 1 of white matter's brightness, since bright fat would raise it and a
+    small field of view or a stripped skull lower it. Where it is not above the lower one, the maximum takes its place.
     """
     if scheme == "z_score":
         return Scaling(*moments(image))
     if scheme == "min_max":
         low, high = np.float32(image.min()), np.float32(image.max())
         return Scaling(low, high - low)
-    low, high = np.quantile(image, _QUANTILES).astype(np.float32)
+    low, high = np.quantile(image, QUANTILES).astype(np.float32)
+    if white := _white_matter(image):
+        high = np.float32(np.clip(high, _NEAR * white, white))
     high = high if high > low else np.float32(image.max())
     return Scaling(low, high - low, float(low), float(high))
+
+
+def _white_matter(image: np.ndarray) -> float:
+    """White matter's brightness in a T1 scan: a high quantile in a ball with little but brain; 0 without a ball."""
+    box = head_box(image)
+    width = box[0].stop - box[0].start
+    centre = [(side.start + side.stop - 1) / 2 for side in box]
+    centre[1] = box[1].start + _BALL[0] * width  # the second axis runs from superior to inferior
+    axes = np.ogrid[box]
+    distance = sum((axis - middle) ** 2 for axis, middle in zip(axes, centre, strict=True))
+    ball = image[box][distance < (_BALL[1] * width) ** 2]
+    return float(np.quantile(ball, _WHITE)) if ball.size else 0.0

@@ -139,13 +139,14 @@ class LabelMap:
 
     @cached_property
     def sides(self) -> tuple[str, ...]:
-        """The side of the brain that each class is on by FreeSurfer's ids: left, right, both (merged), or n/a."""
+        """The side that each class is on by FreeSurfer's ids: left, right, both (merged), or n/a, as the background."""
         found: list[set[str]] = [set() for _ in self.names]
         for index, klass in zip(self.ids, self.classes, strict=True):
             if index in LEFT or index // 1000 == 1:
                 found[klass].add("left")
             if index in RIGHT or index // 1000 == 2:
                 found[klass].add("right")
+        found[0].clear()
         return tuple("both" if len(sides) == 2 else next(iter(sides), "n/a") for sides in found)
 
     @cached_property

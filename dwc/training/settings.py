@@ -45,7 +45,7 @@ class NetworkSettings(Settings):
         relu or elu, after each 3x3x3 layer. Default: as the prior or initial network, else relu.
     intensity
         How a conformed volume is scaled: z_score, min_max (0..1), or quantile (clipped to its quantiles 0.05 and 0.95,
-        0..1). Default: as the prior or initial network, else z_score.
+        the upper one kept near white matter, 0..1). Default: as the prior or initial network, else z_score.
     """
 
     label_map: str | None = None

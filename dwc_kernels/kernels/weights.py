@@ -5,6 +5,7 @@
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -66,9 +67,7 @@ def pack(weight_mu: Tensor, weight_sigma: Tensor, orientations: set[Orientation]
     taps, step = math.prod(kernel), 16 // weight_mu.element_size()
     squares = torch.bfloat16 if weight_mu.dtype == torch.bfloat16 else torch.float32
 
-    def empty(*shape: int) -> Pair:
-        # A folded row ends in zeros that no program writes.
-        make = weight_mu.new_zeros if "folded" in orientations else weight_mu.new_empty
+    def pair(*shape: int, make: Callable[..., Tensor] = weight_mu.new_empty) -> Pair:
         return make(shape), make(shape, dtype=squares)
 
     def filled(n: int) -> int:
@@ -76,11 +75,12 @@ def pack(weight_mu: Tensor, weight_sigma: Tensor, orientations: set[Orientation]
 
     pairs: dict[str, Pair] = {}
     if "forward" in orientations:
-        pairs["forward"] = empty(taps, n_filters, filled(channels))
+        pairs["forward"] = pair(taps, n_filters, filled(channels))
     if "folded" in orientations:
-        pairs["folded"] = empty(1, n_filters, filled(taps * channels))
+        # A folded row ends in zeros that no program writes.
+        pairs["folded"] = pair(1, n_filters, filled(taps * channels), make=weight_mu.new_zeros)
     if "adjoint" in orientations:
-        pairs["adjoint"] = empty(taps, channels, filled(n_filters))
+        pairs["adjoint"] = pair(taps, channels, filled(n_filters))
     first = pairs.get("forward") or pairs.get("folded") or (None, None)
     second = pairs.get("adjoint", (None, None))
     row = 0 if first[0] is None else first[0].shape[-1]

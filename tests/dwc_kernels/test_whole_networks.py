@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -468,3 +469,49 @@ def test_a_linear_layer_takes_no_rows():
     assert y.shape == (4, 0, 2)
     y.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("sigma", [float("inf"), float("nan"), 0.0, 1e-50])
+def test_sigmas_that_the_dtype_cannot_hold_are_refused_and_change_nothing(sigma, dtype):
+    with pytest.raises(ValueError, match="sigma_init must be positive and finite"):
+        FFGConv3d(1, 2, 3, sigma_init=sigma, dtype=dtype)
+    net = convert(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)).to(dtype))
+    before = [layer.weight_rho.clone() for layer in net]
+    for values in ({"fraction": sigma}, {"fraction": 0.1, "minimum": sigma}):
+        if sigma == 1e-50 and "minimum" not in values:  # the minimum takes over
+            continue
+        with torch.no_grad():
+            net[1].weight_mu[0, 0] = 0
+        with pytest.raises(ValueError, match="fraction"):
+            set_sigma_fraction(net, **values)
+    assert all(torch.equal(layer.weight_rho, rho) for layer, rho in zip(net, before, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [1.5, "1", 2**70])
+def test_what_is_no_64_bit_integer_is_refused_by_name(wrong):
+    net = convert(nn.Sequential(nn.Linear(2, 2)))
+    x = torch.zeros(1, 2)
+    for name, call in {
+        "seed": lambda: seed_noise(net, wrong),
+        "rank": lambda: seed_noise(net, 0, rank=wrong),
+        "seed ": lambda: drawn_weights(net, wrong),
+        "rank ": lambda: drawn_weights(net, 0, rank=wrong),
+        "seed  ": lambda: predict(net, x, 1, seed=wrong),
+        "n_samples": lambda: predict(net, x, wrong),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name.strip()} must be an? "):
+            call()
+
+
+def test_a_seed_of_numpy_is_the_same_seed():
+    net = convert(nn.Sequential(nn.Linear(2, 2)))
+    ours, theirs = (drawn_weights(net, seed)["0"][0] for seed in (3, np.int64(3)))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_prior_for_a_bias_that_a_layer_does_not_have_is_refused():
+    layer = FFGConv3d(1, 2, 3, bias=False)
+    with pytest.raises(ValueError, match="bias_mu was given, but the layer has no bias"):
+        layer.set_prior(weight_mu=1.0, bias_mu=1.0)
+    assert layer.prior_weight_mu == 0

@@ -474,6 +474,21 @@ def test_a_step_launches_its_kernels_and_nothing_else(c, dtype, monkeypatch):
     assert counted.names == []
 
 
+def test_a_step_with_one_channel_adds_its_folded_input_and_weights_and_nothing_else(monkeypatch):
+    launches = []
+    for module in (launch, weights, sys.modules["dwc_kernels.kernels.grad_weight"]):
+        monkeypatch.setattr(module, "run_on", lambda *_, **__: launches.append(1))
+    x, mu, b = torch.zeros(2, 1, 4, 4, 8), torch.zeros(16, 1, 3, 3, 3), torch.zeros(16)
+    arguments = (ONE, ONE, ONE, 1)
+    with Counted() as counted:
+        y, r = kernels.forward(x, mu, mu, b, b, *arguments, torch.tensor(0))
+        kernels.grad_input(y, r, x, mu, mu, *arguments)
+        kernels.grad_weight(y, r, x, mu, *arguments, bias_sigma=b)
+    assert len(launches) == 5
+    folded = ["aten::constant_pad_nd", "aten::copy_", "aten::fill_.Tensor"]
+    assert sorted(counted.names) == sorted([*2 * folded, *2 * ["aten::new_zeros"]])
+
+
 def test_a_plan_is_made_once_for_a_shape_dtype_and_device(monkeypatch):
     planned = []
     monkeypatch.setattr(launch, "tile_for", lambda *a, f=launch.tile_for: planned.append(a) or f(*a))
