@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import socket
 from pathlib import Path
 
 # Triton decides at its first import whether to compile or interpret kernels, and several libraries import it.
@@ -85,6 +86,22 @@ def refuse_others(connect):
 socket.socket.connect = refuse_others(socket.socket.connect)
 socket.socket.connect_ex = refuse_others(socket.socket.connect_ex)
 """
+
+
+@pytest.fixture(scope="module")
+def offline_here(tmp_path_factory):
+    """As `offline`, for this process, too, and for as long as a module's fixtures."""
+    folder = tmp_path_factory.mktemp("guard")
+    (folder / "sitecustomize.py").write_text(GUARD)
+    calls = folder / "calls"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DWC_TEST_CALLS", str(calls))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, getattr(socket.socket, name))  # put back afterwards
+        exec(GUARD, {})
+        yield calls
+    assert not calls.exists(), calls.read_text()
 
 
 @pytest.fixture

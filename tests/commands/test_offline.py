@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dwc.cli import COMMANDS
+from tests.made_keys import write_keys
 from tests.made_models import layers_of, write
 
 pytest_plugins = ["tests.tiny_runs"]
@@ -14,8 +15,11 @@ pytestmark = pytest.mark.usefixtures("one_thread", "offline")
 
 COVERED_ELSEWHERE = {  # by tests with the same guard
     "federated",  # tests/federated/test_federated_simulation.py
-    "experiment", "demo",  # take minutes, and call what the other commands call
+    "experiment", "demo",  # tests/study/test_paper.py and tests/study/test_demo.py
 }  # fmt: skip
+
+
+STEPS = ["consolidate --state", "posterior sign", "federated init"]  # beside those that `words` gives each command
 
 
 @pytest.fixture
@@ -25,6 +29,8 @@ def words(networks, settings, tmp_path) -> dict[str, list[str]]:
     scan = str(next(Path(data).parent.glob("*_T1w.nii.gz")))
     train = ["--data", data, "--out", out, "--label-map", "coarse", "--grid-size", "32", "--width", "2"]
     sites = [networks["a"].name, networks["b"].name]
+    project = tmp_path / "project.yml"
+    project.write_text(f"{{name: brains, server: localhost, sites: [a, b], prior: {prior}}}")
     published = str(write(tmp_path / "model", layers_of("relu")))
     return {
         "data": ["check", data],
@@ -32,13 +38,23 @@ def words(networks, settings, tmp_path) -> dict[str, list[str]]:
         "train": [*train, "--dilations", "[1]", "--epochs", "1", "--steps-per-epoch", "1", "--device", "cpu"],
         "consolidate": [*sites, "--prior", prior, "--out", str(tmp_path / "c.safetensors")],
         "posterior": ["inspect", sites[0], "--prior", prior],
+        "consolidate --state": [
+            str(tmp_path / "f.safetensors"),
+            sites[0],
+            "--prior",
+            prior,
+            "--out",
+            out + ".safetensors",
+        ],
+        "posterior sign": [sites[0], "--key", str(write_keys(tmp_path, "a")), "--out", out + ".safetensors"],
+        "federated init": [str(project), "--out", out],
         "predict": ["--network", prior, "--n-samples", "1", "--out", out, scan],
         "evaluate": ["--network", prior, "--n-samples", "1", "--data", data, "--out", out],
     }
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - COVERED_ELSEWHERE))
+@pytest.mark.parametrize("command", [*sorted(COMMANDS.keys() - COVERED_ELSEWHERE), *STEPS])
 def test_a_command_needs_no_network(words, command):
-    run = [sys.executable, "-m", "dwc.cli", command, *words[command]]
+    run = [sys.executable, "-m", "dwc.cli", *command.split(), *words[command]]
     ended = subprocess.run(run, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

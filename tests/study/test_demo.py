@@ -1,5 +1,7 @@
 """`dwc demo` runs the whole cycle, resumes, and refuses another demo's folder."""
 
+import socket
+
 import pandas as pd
 import pytest
 import yaml
@@ -14,10 +16,18 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(tmp_path_factory, offline_here):
     out = tmp_path_factory.mktemp("demo") / "out"
     assert main(["demo", "--out", str(out), *TINY]) == 0
     return out
+
+
+def test_the_demo_needs_no_network(demo, offline_here):
+    assert not offline_here.exists()
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("192.0.2.1", 80)):
+        pass
+    assert "192.0.2.1" in offline_here.read_text()  # the guard does guard
+    offline_here.unlink()
 
 
 def test_every_network_is_scored_at_every_site(demo):

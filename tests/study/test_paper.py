@@ -39,7 +39,7 @@ def command(out, *more: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory, one_thread):
+def smoke(tmp_path_factory, one_thread, offline_here):
     out = tmp_path_factory.mktemp("smoke") / "out"
     assert command(out) == 0
     return out
@@ -51,6 +51,10 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr("dwc.study.paper.write_report", lambda out: out / "report.html")
     monkeypatch.setattr("dwc.study.pooling.write_report", lambda out: out / "report.html")
     monkeypatch.setattr("dwc.study.paper.site_slices", lambda *_, **__: None)
+
+
+def test_an_experiment_needs_no_network(smoke, offline_here):
+    assert not offline_here.exists()
 
 
 @pytest.fixture
