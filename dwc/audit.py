@@ -15,11 +15,9 @@ from torch.nn.functional import cross_entropy
 from dwc.base.errors import InputError
 from dwc.data.cache import prepare
 from dwc.data.dataset import SubVolumes
-from dwc.data.sampling import SurroundedCubes
 from dwc.evaluation import scans_to_score
 from dwc.meshnet import MeshNet
-from dwc.prediction import Ensemble
-from dwc.training.step import inner
+from dwc.prediction import Ensemble, block_logits, blocks_of
 from dwc.training.validation import draw_sub_volumes
 
 __all__ = ["attack", "auc_interval", "audit_posterior", "scan_log_likelihoods", "wilson_interval"]
@@ -56,15 +54,13 @@ def scan_log_likelihoods(
 ) -> list[float]:
     """Mean log-likelihood per voxel (nats) of each scan's labels, with the weights at their means."""
     network = network.to(device).eval()
-    cubes, per_volume = SurroundedCubes(data, sum(network.architecture["dilations"])), data.sub_volumes_per_volume
-    scores = []
+    per_volume, weights, scores = data.sub_volumes_per_volume, network.convolutions(), []
     for volume in range(data.n_volumes):
-        chosen = draw_sub_volumes(per_volume, sub_volumes, seed)
+        chosen = [volume * per_volume + place for place in draw_sub_volumes(per_volume, sub_volumes, seed)]
         total = 0.0
-        for place in chosen:
-            image, truth = cubes[volume * per_volume + place]
-            logits = inner(network(image[None].to(device)), truth[None]).float()
-            total -= cross_entropy(logits, truth[None].to(device)).item()
+        for image, truth, block in blocks_of(data, chosen, device):
+            logits = block_logits(network, image, block, weights)
+            total -= cross_entropy(logits.flatten(0, 2), truth.flatten()).item()
         scores.append(total / len(chosen))
     return scores
 

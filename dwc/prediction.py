@@ -19,6 +19,7 @@ from dwc.base.memory import free_memory
 from dwc.base.seeds import seed_of
 from dwc.blocks import extent, plan_blocks
 from dwc.data.constants import SHIPPED, SIDE
+from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
 from dwc.data.head import Region, head_box
 from dwc.data.intensity import IN_HEADERS, Scheme, scaling_of
@@ -27,7 +28,7 @@ from dwc.data.paths import network_file
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
 
-__all__ = ["Ensemble", "Prediction", "load_networks", "predict_volume"]
+__all__ = ["Ensemble", "Prediction", "block_logits", "blocks_of", "load_networks", "predict_volume"]
 
 _SLAB = 1 << 16  # voxels classified at a time
 _LEAST = 1e-6  # probability that a true label is given at least
@@ -205,6 +206,33 @@ def predict_volume(
     return Prediction(
         labels, entropy, confidence, counts.numpy(), information, variance, None if truth is None else log_likelihood
     )
+
+
+def blocks_of(
+    data: SubVolumes, sub_volumes: Iterable[int], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Region]]:
+    """For each of the sub-volumes: the scaled volume [1, D, H, W], the true classes in it (int64), and where it is."""
+    of, image, truth = -1, torch.empty(0), np.empty(0)
+    for index in sub_volumes:
+        volume, place = divmod(index, data.sub_volumes_per_volume)
+        if volume != of:
+            voxels, classes = data.volume(volume)
+            assert classes is not None  # `scans_to_score` refuses scans without labels
+            of, truth, image = volume, classes, torch.from_numpy(data.scaling(volume)(voxels))[None].to(device)
+        corner = SIDE * np.array(np.unravel_index(place, (data.grid.size // SIDE,) * 3))
+        block = tuple(slice(int(start), int(start) + SIDE) for start in corner)
+        yield image, torch.from_numpy(truth[block].astype(np.int64)).to(device), block
+
+
+def block_logits(
+    network: MeshNet, image: Tensor, block: Region, weights: Sequence[tuple[Tensor, Tensor | None]]
+) -> Tensor:
+    """Logits fp32 [d, h, w, n_classes] in a block of a scaled image [in_channels, D, H, W], as in a whole scan.
+
+    `weights` come from `MeshNet.convolutions`.
+    """
+    features = torch.cat(list(network.block_features(image, block, weights)))
+    return _classify(features, *weights[-1])
 
 
 def _log_likelihood(probability: Tensor, truth: np.ndarray) -> float:

@@ -15,11 +15,10 @@ from tqdm import tqdm
 from dwc.base.seeds import seed_of
 from dwc.consolidation import Consolidation
 from dwc.data.dataset import SubVolumes
-from dwc.data.sampling import SurroundedCubes
 from dwc.meshnet import MeshNet
 from dwc.metrics.confusion import confusion_matrix, mean_dice
 from dwc.posterior import Posterior
-from dwc.training.step import inner
+from dwc.prediction import block_logits, blocks_of
 from dwc.training.validation import draw_sub_volumes
 
 __all__ = [
@@ -200,27 +199,14 @@ def _scored(
     n_classes = network.architecture["n_classes"]
     sums, n_voxels = [], 0
     confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
-    cubes = SurroundedCubes(data, sum(network.architecture["dilations"]))  # as in a whole scan, where it will predict
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for i in draw_sub_volumes(len(cubes), at_most, seed):
-            image, truth = cubes[i]
-            log_probability = _log_predictive(
-                network, image.to(device), truth, [seed_of(seed, i, k + 1) for k in range(n_samples)]
-            )
-            of_truth = log_probability.gather(0, truth[None].to(device))
-            sums.append(of_truth.sum(dtype=torch.float64).item())
-            n_voxels += truth.numel()
-            confusion += confusion_matrix(truth, log_probability.argmax(dim=0).cpu(), n_classes)
+    weights = [network.convolutions(seed_of(seed, 0, k)) for k in range(n_samples)]  # as `predict_volume` draws them
+    for image, truth, block in blocks_of(data, draw_sub_volumes(len(data), at_most, seed), device):
+        samples = [block_logits(network, image, block, drawn).log_softmax(dim=-1) for drawn in weights]
+        log_probability = torch.stack(samples).logsumexp(dim=0) - math.log(n_samples)  # of the mean
+        sums.append(log_probability.gather(-1, truth[..., None]).sum(dtype=torch.float64).item())
+        n_voxels += truth.numel()
+        confusion += confusion_matrix(truth.cpu(), log_probability.argmax(dim=-1).cpu(), n_classes)
     return sums, n_voxels, mean_dice(confusion, with_background=False)
-
-
-def _log_predictive(network: MeshNet, image: Tensor, truth: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Log of the mean softmax over samples, [n_classes, D, H, W], without leaving the log domain."""
-    samples = []
-    for seed in seeds:  # one at a time: images have a wide margin
-        torch.manual_seed(seed)
-        samples.append(inner(network(image[None], sample=True), truth[None]).float().log_softmax(dim=1)[0])
-    return torch.stack(samples).logsumexp(dim=0) - math.log(len(seeds))
 
 
 def format_scores(scores: Sequence[TemperScore], chosen: float) -> str:
