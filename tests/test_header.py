@@ -1,8 +1,6 @@
 """A header in which anything was changed is refused in one line by whatever reads the file, or does no harm."""
 
-import copy
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,27 +13,12 @@ from dwc.inspection import inspect
 from dwc.posterior import Posterior
 from dwc.prediction import load_networks
 from dwc.training.specification import resolve
+from tests.made_json import places, with_entry
 
 pytest_plugins = ["tests.tiny_runs"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WRONG: list[Any] = [None, True, -1, 0.5, 10**9, 10**400, "", "x", "\x1b[2J", [], {}, [10**6], {"a": []}, [1] * 9000]
-
-
-def places(value: Any, place: tuple = ()) -> Iterator[tuple]:
-    if place:
-        yield place
-    for key, part in value.items() if isinstance(value, dict) else ():
-        yield from places(part, (*place, key))
-
-
-def with_entry(header: dict, place: tuple, value: Any) -> dict:
-    header = copy.deepcopy(header)
-    part = header
-    for key in place[:-1]:
-        part = part[key]
-    part[place[-1]] = value
-    return header
 
 
 def test_whatever_a_header_says_no_reader_ends_in_a_traceback(networks, settings, tmp_path):

@@ -1,10 +1,8 @@
 """A state file in which anything was changed to something else is one line, whatever is then done with the cycle."""
 
 import contextlib
-import copy
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +14,9 @@ from dwc.federated.cycle import Cycle
 from dwc.federated.project import Project
 from dwc.federated.server_state import describe, read_state
 from tests.made_cycles import NOW, trained
+from tests.made_json import places, with_entry
 
 WRONG: list[Any] = [None, True, -1, 0.5, 10**400, "", "x", "\x1b[2J", [], {}, ["x"], {"a": []}, [[1]], 2**70]
-
-
-def paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """To every entry within a JSON value, objects and lists too."""
-    if path:
-        yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in items:
-        yield from paths(part, (*path, key))
-
-
-def with_entry(state: dict, path: tuple, value: Any) -> dict:
-    state = copy.deepcopy(state)
-    part = state
-    for key in path[:-1]:
-        part = part[key]
-    part[path[-1]] = value
-    return state
 
 
 @pytest.fixture
@@ -94,7 +75,7 @@ def test_every_entry_of_the_state_replaced_by_something_else_is_one_line_that_na
     state = json.loads(path.read_text())
     assert any("void" in entry for entry in state["refused"])
     refused = accepted = 0
-    for place in paths(state):
+    for place in places(state):
         for value in WRONG:
             path.write_text(json.dumps(with_entry(state, place, value)))
             try:
