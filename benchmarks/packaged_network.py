@@ -44,7 +44,7 @@ PREDICTION = dwc.PredictionSettings(n_samples=3, memory_limit=1)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--anatomies", type=Path, required=True, help="folder of label volumes, as `dwc demo` takes it")
+    parser.add_argument("--anatomies", type=Path, help="folder of label volumes; by default procedural heads")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--dilations", type=int, nargs="+", default=[1, 2, 4, 8, 4, 2, 1])

@@ -19,7 +19,7 @@ _METHODS = {
     "dwc": "Eq. 17 again and again", "tempered": "Eq. 17, λ = 1/S", "average": "federated averaging",
     "factors": "cavities, damping 1/S",
 }  # fmt: skip
-_NO_DICE = ("row", "round", "network", "weight", "sigma_ratio", "lambda", "log_likelihood", "validation_dice", "chosen")
+_NO_DICE = ("row", "lambda", "log_likelihood", "validation_dice", "chosen")
 
 
 def many_sites(table: pd.DataFrame, origin: str, unseen: Sequence[str], path: Path) -> Path:
@@ -131,10 +131,10 @@ def _colours(table: pd.DataFrame) -> dict[str, str]:
             for column in table if column not in _NO_DICE}  # fmt: skip
 
 
-def _figure(n_panels: int, *, width: float = 3.6, sharey: bool = False) -> tuple[Figure, Sequence[Axes]]:
+def _figure(n_panels: int, *, width: float = 3.6) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(width * n_panels, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, n_panels, squeeze=False, sharey=sharey)[0]
+    return figure, figure.subplots(1, n_panels, squeeze=False)[0]
 
 
 def _titled(panel: Axes, title: str, y: str) -> None:
