@@ -18,8 +18,8 @@ STUDIES = ("paper", "demo", "many-sites", "rounds", "leave-one-out", "tempering"
 # Site names are used in folder names and in network names such as H->N+B, and as columns next to these in tables.
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)
 _RESERVED = (
-    "untrained", "ensemble", "average", "row", "kind", "network", "round", "method", "sites", "s", "rule", "lambda", "seconds",
-    "weight", "sigma_ratio", "log_likelihood", "validation_dice", "chosen",
+    "untrained", "ensemble", "average", "row", "kind", "network", "round", "method", "sites", "s", "rule", "lambda",
+    "seconds", "weight", "sigma_ratio", "log_likelihood", "validation_dice", "chosen",
 )  # fmt: skip
 
 
