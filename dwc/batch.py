@@ -28,8 +28,9 @@ from dwc.data.checks import axes_of, examine
 from dwc.data.comparison import compare
 from dwc.data.findings import CheckedScan, tell
 from dwc.data.paths import unreadable
-from dwc.data.reading import enough_memory, open_scan
+from dwc.data.reading import open_scan
 from dwc.data.scan import Scan
+from dwc.data.streams import enough_memory
 from dwc.derivatives import Derivatives, is_foreign, name_derivatives
 from dwc.inputs import GivenScan, stem_of
 from dwc.prediction import Ensemble
