@@ -42,7 +42,7 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# The documentation site, in site/. A broken link or anchor, a page in no menu or a formula that cannot be read fails.
+# The documentation site, in site/. A broken link or anchor, or a page in no menu, fails.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
