@@ -17,6 +17,7 @@ from dwc.base.errors import InputError, Interrupted, PartlyFailed, printable
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
+    "simulate": "simulate a site's scans and labels, to try the other commands on",
     "data": "check scans and labels before a run: data check",
     "train": "train a network: MAP, variational, from a prior at a site, or fine-tuned",
     "consolidate": "consolidate the posteriors of several sites into one",
