@@ -35,9 +35,10 @@
     const options = { base64, name: `${kind}.nii.gz`, colormap: "gray" };
     if (kind === "image") Object.assign(options, { cal_min: 0, cal_max: 255 });
     if (kind === "classes") options.opacity = Number(element("classes").value);
-    if (kind === "uncertainty") Object.assign(options, { colormap: "inferno", opacity: 0, cal_min: 0.05 * most, cal_max: most });
+    if (kind === "uncertainty") Object.assign(options, { colormap: "inferno", opacity: 0, cal_min: most / 2, cal_max: most });
     const volume = await NVImage.loadFromBase64(options);
     if (kind === "classes") volume.setColormapLabel(data.labels);
+    if (kind === "uncertainty") volume.colormapType = 2; // from 0 on, translucent below cal_min
     layers[kind] = viewer.volumes.length;
     viewer.addVolume(volume);
   }
