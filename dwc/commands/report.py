@@ -21,6 +21,11 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"{values.folder}: no such folder; give one that dwc predict wrote, or a server's kit")
     out = values.out or values.folder / "report"
 
-    from dwc.report.predictions import write_predictions_report  # here, so that help does not import PyTorch
+    if (cycle := values.folder / "cycle" / "state.json").is_file():
+        from dwc.report.cycle import write_cycle_report  # here, so that help does not import PyTorch
 
-    print(write_predictions_report(values.folder, out))
+        print(write_cycle_report(cycle.parent, out))
+    else:
+        from dwc.report.predictions import write_predictions_report
+
+        print(write_predictions_report(values.folder, out))
