@@ -25,6 +25,7 @@ COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
     "posterior": "sign, verify, inspect and audit posterior files",
     "federated": "run the cycle over many sites on NVIDIA FLARE: init, serve, join, status, amend, ...",
     "predict": "segment scans with one network or an ensemble",
+    "report": "make pages to look through segmentations, with a viewer, or through the rounds of a cycle",
     "evaluate": "score networks on the held-out scans of a manifest",
     "experiment": "run the paper's study: every row of its table, its figures, one report",
     "demo": "run the whole cycle on simulated sites; takes minutes on two CPU cores",
