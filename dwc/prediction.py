@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +17,18 @@ from dwc.base.errors import InputError, difference
 from dwc.base.memory import free_memory
 from dwc.base.seeds import seed_of
 from dwc.blocks import extent, plan_blocks
-from dwc.data.constants import SHIPPED, SIDE
+from dwc.data.constants import SIDE
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
 from dwc.data.head import Region, head_box
-from dwc.data.intensity import IN_HEADERS, Scheme, scaling_of
+from dwc.data.intensity import Scheme, scaling_of
 from dwc.data.labels import LabelMap
 from dwc.data.paths import network_file
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
+from dwc.preprocessing import Preprocessing
 
-__all__ = ["Ensemble", "Prediction", "block_logits", "blocks_of", "load_networks", "predict_volume"]
+__all__ = ["Ensemble", "Prediction", "block_logits", "blocks_of", "load_network", "load_networks", "predict_volume"]
 
 _SLAB = 1 << 16  # voxels classified at a time
 _LEAST = 1e-6  # probability that a true label is given at least
@@ -88,8 +88,8 @@ def load_networks(
         raise InputError("no `network`: give a posterior.safetensors, several for an ensemble")
     posteriors = tuple(item if isinstance(item, Posterior) else Posterior.load(network_file(item)) for item in given)
     members = tuple(MeshNet.from_posterior(posterior) for posterior in posteriors)
-    first, classes = posteriors[0], _label_map(posteriors[0], label_map)
-    grid, intensity = _preprocessing(first)
+    first, preprocessing = posteriors[0], Preprocessing.of(posteriors[0], label_map)
+    classes = preprocessing.label_map
     for position, (posterior, network) in enumerate(zip(posteriors, members, strict=True)):
         for key in ("label_map", "preprocessing"):
             if posterior.shared(key) != first.shared(key):
@@ -106,7 +106,26 @@ def load_networks(
         for twin in posteriors[:position]:
             if twin.sha256 == posterior.sha256:
                 raise InputError(f"{posterior.name}: is the same network as {twin.name}; give each network once")
-    return Ensemble(posteriors, members, classes, grid, intensity)
+        network.preprocessing = preprocessing
+    return Ensemble(posteriors, members, classes, preprocessing.grid, preprocessing.intensity)
+
+
+def load_network(network: str | Path | Posterior, label_map: str | None = None) -> MeshNet:
+    """Read a network as a PyTorch module in eval mode, where a Bayesian one returns the logits at its means.
+
+    Its `preprocessing` makes the input of a scan: `net(net.preprocessing("scan.nii.gz")).argmax(1)`. A whole scan takes
+    the memory of two layers at once; `predict` works in blocks and brings labels back onto the scan's grid.
+
+    Parameters
+    ----------
+    network
+        A posterior, its file or the folder of its run.
+    label_map : str, optional
+        The TSV that the network was trained on, if it is not one shipped with dwc.
+    """
+    if not isinstance(network, str | Path | Posterior):
+        raise InputError(f"`network` {network!r}: give one posterior, its file or the folder of its run")
+    return load_networks(network, label_map).networks[0].eval()
 
 
 def predict_volume(
@@ -291,30 +310,3 @@ def _blocks(networks: Sequence[MeshNet], box: Region, shape: Sequence[int], n_dr
     width = max(a["width"] for a in architectures)
     n_summed = architectures[0]["n_classes"] if n_draws > 1 else 0
     return plan_blocks(box, shape, dilations, width, n_summed, limit)
-
-
-def _label_map(posterior: Posterior, path: str | None) -> LabelMap:
-    trained_on = posterior.metadata.get("label_map") or {}
-    name = trained_on.get("name")
-    if path is None and name not in SHIPPED:
-        raise InputError(f"{posterior.name}: was trained on label map {name!r}; give its TSV as `label_map`")
-    label_map = LabelMap.load(path or str(name))
-    if label_map.sha256 != trained_on.get("sha256"):
-        raise InputError(
-            f"{posterior.name}: was trained on another table of label map {name!r} than {path or 'the shipped one'}"
-            "; give the TSV it was trained on as `label_map`"
-        )
-    return label_map
-
-
-def _preprocessing(posterior: Posterior) -> tuple[Grid, Scheme]:
-    theirs: Any = posterior.entry("preprocessing")
-    try:
-        grid = Grid(theirs["grid_size"], theirs["voxel_size"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{posterior.name}: names no preprocessing grid; give a network from dwc train") from error
-    schemes = [scheme for scheme, text in IN_HEADERS.items() if text == theirs["intensity"]]
-    if not schemes or theirs.get("sub_volume") != SIDE or grid.size % SIDE:
-        asked, _ = difference(theirs, {})
-        raise InputError(f"{posterior.name}: this dwc cannot preprocess {asked}; use the version that trained it")
-    return grid, schemes[0]
