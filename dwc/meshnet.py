@@ -17,6 +17,7 @@ from dwc.base.errors import InputError
 from dwc.blocks import PLANES, grow, stream
 from dwc.data.head import Region
 from dwc.posterior import Posterior
+from dwc.preprocessing import Preprocessing
 from dwc_kernels import FFGConv3d
 from dwc_kernels.network import drawn_weights
 
@@ -155,6 +156,7 @@ class MeshNet(nn.Module):
                 normalize_weight(layer, mean)
         self.bayesian = bayesian
         self.activation_checkpointing = activation_checkpointing
+        self.preprocessing: Preprocessing | None = None  # of a network that was loaded from a file
 
     def forward(self, x: Tensor, sample: bool | None = None) -> Tensor:
         """Logits [N, n_classes, D, H, W] of images `x` [N, in_channels, D, H, W].
