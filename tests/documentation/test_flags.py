@@ -10,7 +10,8 @@ from dwc import cli
 from tests.documentation.pages import PAGES, ROOT
 
 OTHERS = {  # torchrun's, mri_convert's, nvflare's and systemd's
-    "--conform", "--nnodes", "--nproc-per-node", "--rdzv-endpoint", "--scope", "--shutdown-timeout", "--standalone", "--user",
+    "--conform", "--nnodes", "--nproc-per-node", "--rdzv-endpoint", "--scope", "--shutdown-timeout", "--standalone",
+    "--user",
 }  # fmt: skip
 
 
