@@ -101,8 +101,14 @@ class MeshNet(nn.Module):
 
     Parameters
     ----------
+    n_classes : int
+        Channels of the output.
     width : int
         Filters of each hidden layer.
+    dilations : sequence of int
+        One per 3x3x3 layer.
+    in_channels : int
+        Channels of the input.
     activation : str
         "relu", as in the paper, or "elu", after each hidden layer.
     bayesian : bool
@@ -153,7 +159,7 @@ class MeshNet(nn.Module):
         self.preprocessing: Preprocessing | None = None  # of a network that was loaded from a file
 
     def forward(self, x: Tensor, sample: bool | None = None) -> Tensor:
-        """Logits [N, n_classes, D, H, W] of images [N, in_channels, D, H, W].
+        """Logits [N, n_classes, D, H, W] of images `x` [N, in_channels, D, H, W].
 
         `sample` decides whether a Bayesian network draws noise or returns the output at its means; by default it draws
         in training mode only.
@@ -210,7 +216,10 @@ class MeshNet(nn.Module):
 
     @classmethod
     def from_architecture(cls, architecture: Mapping[str, Any], *, bayesian: bool, **options: Any) -> "MeshNet":
-        """A new network with this ``architecture``; options are weight_norm and activation_checkpointing."""
+        """A new network with this ``architecture``, plain or `bayesian`.
+
+        `options` are weight_norm and activation_checkpointing.
+        """
         shape = {key: value for key, value in architecture.items() if key != "network"}
         return cls(**shape, bayesian=bayesian, **options)
 

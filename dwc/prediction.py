@@ -176,9 +176,7 @@ def predict_volume(
     n_classes = networks[0].architecture["n_classes"]
     box = head_box(image)
     blocks = _blocks(networks, box, image.shape, len(draws), _limit(memory_limit, device))
-    labels = np.zeros(image.shape, np.uint8)
-    entropy, information, variance = (np.zeros(image.shape, np.float32) for _ in range(3))
-    confidence = np.ones(image.shape, np.float32)
+    maps = _Maps.of(image.shape)
     counts = torch.zeros(len(draws), n_classes, dtype=torch.int64)
     counts[:, 0] = image.size - math.prod(extent(box))
     log_likelihood = 0.0
@@ -203,28 +201,54 @@ def predict_volume(
                     count += torch.bincount(probability.max(dim=-1).indices.flatten(), minlength=n_classes).cpu()
                     part = (slice(start, start + len(probability)), *block[1:])
                     start += len(probability)
-                    if len(draws) > 1:  # the sums over the draws so far
-                        information[part] += share * torch.special.entr(probability).sum(dim=-1).cpu().numpy()
-                        variance[part] += share * probability.square().sum(dim=-1).cpu().numpy()
+                    if len(draws) > 1:
+                        maps.add(part, probability, share)
                     mean = probability * share if n == 1 else sums.popleft().add_(probability, alpha=share)
                     if n < len(draws):
                         sums.append(mean)
                         continue
-                    highest, chosen = mean.max(dim=-1)
-                    labels[part] = chosen.to(torch.uint8).cpu()
-                    entropy[part] = torch.special.entr(mean).sum(dim=-1).clamp_min_(0).cpu()
-                    confidence[part] = highest.clamp_max_(1).cpu()
+                    maps.finish(part, mean, spread=len(draws) > 1)
                     if truth is not None:
                         log_likelihood += _log_likelihood(mean, truth[part])
-                    if len(draws) > 1:
-                        information[part] = np.maximum(entropy[part] - information[part], 0)
-                        variance[part] = np.maximum(variance[part] - mean.square().sum(dim=-1).cpu().numpy(), 0)
                 bar.update()
     if truth is not None:
         log_likelihood += math.log(_LEAST) * (np.count_nonzero(truth) - np.count_nonzero(truth[box]))
     return Prediction(
-        labels, entropy, confidence, counts.numpy(), information, variance, None if truth is None else log_likelihood
-    )
+        maps.labels, maps.entropy, maps.confidence, counts.numpy(), maps.information, maps.variance,
+        None if truth is None else log_likelihood,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """The maps of a whole volume, [D, H, W]; `information` and `variance` hold sums over draws until a part is done."""
+
+    labels: np.ndarray
+    entropy: np.ndarray
+    confidence: np.ndarray
+    information: np.ndarray
+    variance: np.ndarray
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> "_Maps":
+        """Background, with confidence 1."""
+        entropy, information, variance = (np.zeros(shape, np.float32) for _ in range(3))
+        return cls(np.zeros(shape, np.uint8), entropy, np.ones(shape, np.float32), information, variance)
+
+    def add(self, part: Region, probability: Tensor, share: float) -> None:
+        """Add a draw's part to the sums."""
+        self.information[part] += share * torch.special.entr(probability).sum(dim=-1).cpu().numpy()
+        self.variance[part] += share * probability.square().sum(dim=-1).cpu().numpy()
+
+    def finish(self, part: Region, mean: Tensor, *, spread: bool) -> None:
+        """Write a part from the mean over all draws; `spread` where there are several."""
+        highest, chosen = mean.max(dim=-1)
+        self.labels[part] = chosen.to(torch.uint8).cpu()
+        self.entropy[part] = torch.special.entr(mean).sum(dim=-1).clamp_min_(0).cpu()
+        self.confidence[part] = highest.clamp_max_(1).cpu()
+        if spread:
+            self.information[part] = np.maximum(self.entropy[part] - self.information[part], 0)
+            self.variance[part] = np.maximum(self.variance[part] - mean.square().sum(dim=-1).cpu().numpy(), 0)
 
 
 def blocks_of(
