@@ -19,7 +19,7 @@ __all__ = ["check_data_set", "ignore_what_bids_does_not_know", "participant_scan
 _DESCRIPTION = "dataset_description.json"
 _UNKNOWN = (  # results whose suffix BIDS has not defined
     *(f"*_{name}.nii.gz" for name in MAPS), "*_volumes.tsv", "*_overlay.png", "*_desc-conformed_T1w.nii.gz",
-    "/volumes.tsv", "/failures.tsv", "/labels_*",
+    "/volumes.tsv", "/failures.tsv", "/labels_*", "/report/",
 )  # fmt: skip
 
 

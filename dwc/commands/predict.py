@@ -84,6 +84,10 @@ def main(arguments: Sequence[str]) -> None:
         batch = Batch(load_networks(networks, settings.label_map), values.out, settings, outputs, wording=in_flags)
         if level == "group":
             batch.summarize()
+            if find_spec("jinja2") and find_spec("matplotlib"):
+                from dwc.report.predictions import write_predictions_report
+
+                print(write_predictions_report(values.out, values.out / "report"))
             return
         if level and ranks.is_main():
             ignore_what_bids_does_not_know(values.out)

@@ -61,7 +61,9 @@ def test_sessions_are_chosen_by_label(app, tmp_path):
     assert scans(tmp_path / "out") == ["sub-03/ses-b/anat/sub-03_ses-b"]
 
 
-def test_participants_in_calls_of_their_own_and_then_the_group_make_the_table_of_one_call(app, data, tmp_path, capsys):
+def test_participants_in_calls_of_their_own_and_then_the_group_make_the_table_of_one_call_and_a_report(
+    app, data, tmp_path, capsys
+):
     whole, apart = data / "derivatives" / "whole", data / "derivatives" / "apart"
     assert app(whole, "participant") == 0
     for label in ("03", "01", "02"):
@@ -70,7 +72,9 @@ def test_participants_in_calls_of_their_own_and_then_the_group_make_the_table_of
     (apart / "volumes.tsv").unlink()
     capsys.readouterr()
     assert app(apart, "group") == 0
-    assert capsys.readouterr().out == f"{apart / 'volumes.tsv'}  (4 scans)\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{apart / 'volumes.tsv'}  (4 scans)", str(apart / "report" / "index.html")]
+    assert "sub-03_ses-b" in (apart / "report" / "index.html").read_text()
     assert (apart / "volumes.tsv").read_bytes() == table == (whole / "volumes.tsv").read_bytes()
 
 
