@@ -81,7 +81,7 @@ def _index(cohort: Cohort, pages: dict[str, ScanPage], shown: Shown) -> bytes:
     judged = cohort.n_measured >= FEWEST_SCANS
     rows = [_row(cohort, scan, page) for scan, page in pages.items()]
     quality = cohort.scans["quality"]
-    tiles = [(len(rows), "scans"), *((int((quality == flag).sum()), flag) for flag in reversed(_WORST_FIRST))]
+    tiles: list[tuple[int | str, str]] = [(len(rows), "scans"), *((int((quality == flag).sum()), flag) for flag in reversed(_WORST_FIRST))]
     tiles.append((sum(bool(row["outliers"]) for row in rows) if judged else DASH, "with outlying volumes"))
     largest = set(cohort.mm3.median().iloc[1:].nlargest(_N_SHOWN).index) | {cohort.mm3.columns[0]}
     return render(
