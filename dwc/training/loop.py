@@ -47,7 +47,7 @@ _WORKERS_END_S = 10.0  # a killed run's data workers keep its lock until they no
 
 
 def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior:
-    """Train a network and leave its run folder; returns what is in ``out/posterior.safetensors``.
+    """Train a network by its `settings` and leave its run folder; returns what is in ``out/posterior.safetensors``.
 
     The folder holds config.yaml, checkpoint.safetensors, tensorboard/, posterior.safetensors and log.jsonl, whose lines
     are epochs: ``loss`` and ``nll`` (nats per voxel, means over the epoch's steps), ``penalty`` (nats; the KL, or -log
