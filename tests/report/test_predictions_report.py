@@ -18,7 +18,7 @@ from dwc import cli
 from dwc.base.errors import InputError
 from dwc.derivatives import Derivatives
 from dwc.report import predictions
-from dwc.report.cohort import read_cohort, read_sidecar, robust_z
+from dwc.report.cohort import outlier_limit, read_cohort, read_sidecar, robust_z
 from dwc.report.thumbnails import PANEL, thumbnail
 from dwc.report.volumes import read_volumes
 from dwc.report.words import DASH
@@ -76,6 +76,14 @@ def test_robust_z_is_the_distance_from_the_median_in_robust_standard_deviations(
     assert z["a"].iloc[-1] == pytest.approx((30 - 5.5) / (1.4826 * 2.5))
     assert z["b"].isna().all()  # half of the values are equal
     assert robust_z(values.iloc[1:]).isna().all(axis=None)  # nine scans
+
+
+@pytest.mark.parametrize(("n_scans", "n_structures"), [(10, 50), (30, 20)])
+def test_one_scan_in_twenty_of_a_normal_cohort_is_marked(n_scans, n_structures):
+    limit, rng = outlier_limit(n_scans, n_structures), np.random.default_rng(5)
+    cohorts = [robust_z(pd.DataFrame(rng.standard_normal((n_scans, n_structures)))) for _ in range(100)]
+    assert 0.03 < np.mean([(z.abs() > limit).any(axis=1) for z in cohorts]) < 0.07
+    assert outlier_limit(1000, 50) == 3.5
 
 
 def test_a_scan_without_a_volume_is_no_part_of_the_cohort():
