@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup setup-locked demo test lint docs benchmark dist release-test sbom clean
+.PHONY: setup setup-locked viewer demo test lint docs benchmark dist release-test sbom clean
 
 setup: .venv/ready
 
@@ -28,6 +28,20 @@ setup-locked:
 	$(PIP) --require-hashes -r requirements.lock
 	$(PIP) --no-deps -e .
 	touch .venv/ready
+
+# NiiVue for the pages of dwc report, from npm, into the package; its licence is beside it. Without it they have no viewer.
+NIIVUE := 0.69.0
+NIIVUE_SHA512 := YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA==
+VENDOR := dwc/report/vendor
+
+viewer: $(VENDOR)/niivue.umd.js
+
+$(VENDOR)/niivue.umd.js:
+	cd $(VENDOR) && npm pack --silent @niivue/niivue@$(NIIVUE) > /dev/null
+	cd $(VENDOR) && test "$$(openssl dgst -sha512 -binary niivue-niivue-$(NIIVUE).tgz | openssl base64 -A)" = \
+		"$(NIIVUE_SHA512)" || { rm -f niivue-niivue-$(NIIVUE).tgz; echo "NiiVue is not the file that was checked"; exit 1; }
+	cd $(VENDOR) && tar xzf niivue-niivue-$(NIIVUE).tgz --strip-components 2 package/dist/niivue.umd.js
+	rm $(VENDOR)/niivue-niivue-$(NIIVUE).tgz
 
 # The whole cycle on simulated sites, into ./demo; called again, it goes on where it stopped.
 demo: setup
