@@ -13,7 +13,7 @@ from dwc.base.errors import InputError, printable
 from dwc.base.files import open_folder, write_whole
 from dwc.data.reading import open_scan
 from dwc.derivatives import Derivatives
-from dwc.report.cohort import FEWEST_SCANS, FROM_MAD, LIMIT, Cohort, read_cohort, read_sidecar
+from dwc.report.cohort import FEWEST_SCANS, FROM_MAD, Cohort, read_cohort, read_sidecar
 from dwc.report.pages import is_ours, render
 from dwc.report.scan_page import ScanPage, Shown, write_scan_page
 from dwc.report.volumes import map_of
@@ -25,7 +25,7 @@ NIIVUE = "niivue.umd.js"
 _LICENCE = "niivue.LICENSE.txt"
 _SCANS = "scans"
 _WORST_FIRST = ("failed", "check", "pass")
-_N_SHOWN = 5  # structures in the table before anyone chooses
+_N_SHOWN = 4  # structures in the table before anyone chooses
 _SATURATED = 0.6  # of the median of the scans' largest values: where the pictures of uncertainty are brightest
 _WIDTH = 240  # of a strip of volumes, in its own units
 _TITLES = {"entropy": "entropy (nats)", "mutual_information": "mutual information (nats)"}
@@ -81,7 +81,10 @@ def _index(cohort: Cohort, pages: dict[str, ScanPage], shown: Shown) -> bytes:
     judged = cohort.n_measured >= FEWEST_SCANS
     rows = [_row(cohort, scan, page) for scan, page in pages.items()]
     quality = cohort.scans["quality"]
-    tiles = [(len(rows), "scans"), *((int((quality == flag).sum()), flag) for flag in reversed(_WORST_FIRST))]
+    tiles: list[tuple[int | str, str]] = [
+        (len(rows), "scans"),
+        *((int((quality == flag).sum()), flag) for flag in reversed(_WORST_FIRST)),
+    ]
     tiles.append((sum(bool(row["outliers"]) for row in rows) if judged else DASH, "with outlying volumes"))
     largest = set(cohort.mm3.median().iloc[1:].nlargest(_N_SHOWN).index) | {cohort.mm3.columns[0]}
     return render(
@@ -99,7 +102,7 @@ def _index(cohort: Cohort, pages: dict[str, ScanPage], shown: Shown) -> bytes:
         judged=judged,
         n_measured=cohort.n_measured,
         fewest=FEWEST_SCANS,
-        limit=LIMIT,
+        limit=cohort.limit,
         from_mad=FROM_MAD,
         dash=DASH,
     )
@@ -157,14 +160,14 @@ def _strip(cohort: Cohort, name: str, pages: dict[str, ScanPage]) -> dict[str, A
 
     band = None
     if cohort.z[name].notna().any():
-        left = place(middle - LIMIT * robust_sd)
-        band = left, round(place(middle + LIMIT * robust_sd) - left, 1)
+        left = place(middle - cohort.limit * robust_sd)
+        band = left, round(place(middle + cohort.limit * robust_sd) - left, 1)
     dots = []
     for scan, volume in mm3.items():
         z, page = cohort.z.loc[scan, name], pages[str(scan)]
         judged = "" if pd.isna(z) else f", z {number(z)}"
         dots.append({
-            "x": place(volume), "title": f"{scan}: {millilitres(volume)} ml{judged}", "outlying": abs(z) > LIMIT,
+            "x": place(volume), "title": f"{scan}: {millilitres(volume)} ml{judged}", "outlying": abs(z) > cohort.limit,
             "page": f"{_SCANS}/{page.path.name}" if page.path else "",
         })  # fmt: skip
     return {

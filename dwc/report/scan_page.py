@@ -13,7 +13,7 @@ from dwc.base.errors import InputError
 from dwc.base.files import write_whole
 from dwc.derivatives import Derivatives
 from dwc.quality import LIMITS
-from dwc.report.cohort import LIMIT, Cohort, read_sidecar
+from dwc.report.cohort import Cohort, read_sidecar
 from dwc.report.pages import data_address, render
 from dwc.report.thumbnails import PANEL, thumbnail
 from dwc.report.volumes import Volumes, read_volumes
@@ -90,7 +90,7 @@ def _structures(cohort: Cohort, scan: str, volumes: Volumes) -> list[dict[str, A
         rows.append({
             "name": name, "colour": colour, "place": place, "ml": millilitres(cohort.mm3.loc[scan, name]),
             "sd": millilitres(cohort.sd_mm3.loc[scan, name]), "median": millilitres(cohort.mm3[name].median()),
-            "z": number(z), "outlying": abs(z) > LIMIT, "entropy": number(cohort.entropy.loc[scan, name]),
+            "z": number(z), "outlying": abs(z) > cohort.limit, "entropy": number(cohort.entropy.loc[scan, name]),
         })  # fmt: skip
     return rows
 
