@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup setup-locked viewer demo test lint docs benchmark sbom clean
+.PHONY: setup setup-locked viewer demo test lint docs benchmark dist release-test sbom clean
 
 setup: .venv/ready
 
@@ -56,12 +56,24 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# The documentation site, in site/. A broken link or anchor, a page in no menu or a formula that cannot be read fails.
+# The documentation site, in site/. A broken link or anchor, or a page in no menu, fails.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks/test_cpu_layer.py --benchmark-enable -q
+
+# Wheel and sdist, in dist/, and what PyPI would say of them.
+dist:
+	$(PYTHON) -m venv .dist
+	.dist/bin/python -m pip install --quiet --disable-pip-version-check build==1.6.1 twine==7.0.0
+	rm -rf dist build
+	.dist/bin/python -m build
+	.dist/bin/twine check --strict dist/*
+
+# Both installed into bare environments, with what they need from PyPI, and the demo run there: minutes.
+release-test: setup dist
+	$(BIN)/python -m pytest -m release
 
 # What is installed, as a CycloneDX bill of materials. The tool has an environment of its own and does not change .venv.
 sbom: setup
@@ -70,4 +82,4 @@ sbom: setup
 	.sbom/bin/cyclonedx-py environment $(BIN)/python -o sbom.json
 
 clean:
-	rm -rf .venv .sbom sbom.json build site *.egg-info
+	rm -rf .venv .dist .sbom sbom.json build dist site *.egg-info
