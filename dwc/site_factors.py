@@ -74,9 +74,9 @@ class Factors:
         for site in self.sites:
             yield site, self._cavity(site, total)
 
-    def start(self, site: str) -> Posterior:
-        """q again, as the site computes it: the product of its cavity, which is rounded to fp32, and its factor."""
-        own = Factors(self.cavity(site))
+    def start(self, site: str, cavity: Posterior) -> Posterior:
+        """q as a site computes it: its cavity, which is rounded to fp32, times its factor."""
+        own = Factors(cavity)
         own._factors[site] = self._factors[site]
         return own.posterior(f"start of {site}")
 
