@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup setup-locked demo test lint benchmark sbom clean
+.PHONY: setup setup-locked demo test lint docs benchmark sbom clean
 
 setup: .venv/ready
 
@@ -42,6 +42,10 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The documentation site, in site/. A broken link or anchor, a page in no menu or a formula that cannot be read fails.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks/test_cpu_layer.py --benchmark-enable -q
 
@@ -52,4 +56,4 @@ sbom: setup
 	.sbom/bin/cyclonedx-py environment $(BIN)/python -o sbom.json
 
 clean:
-	rm -rf .venv .sbom sbom.json build *.egg-info
+	rm -rf .venv .sbom sbom.json build site *.egg-info
