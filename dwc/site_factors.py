@@ -139,6 +139,12 @@ class Factors:
             eta[tensor] = (parts[0], parts[1])
         self._factors[site] = _Factor(eta, posterior.sha256, posterior.metadata.get("n_volumes") or 0)
 
+    def copy(self) -> "Factors":
+        """A twin; changing it leaves this one unchanged."""
+        twin = Factors(self.prior)
+        twin._factors = dict(self._factors)
+        return twin
+
     def remove(self, site: str) -> None:
         """Take a site out, exactly: the network is what the others' factors make."""
         if site not in self._factors:
