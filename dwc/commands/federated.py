@@ -77,7 +77,7 @@ def _agreement(path: Path, **defaults: Any) -> "Project":
 
     def resolve(entries: dict[str, Any]) -> dict[str, Any]:
         """Paths relative to the file."""
-        names = [name for name in ("prior", "trusted") if entries[name] is not None]
+        names = [name for name in ("prior", "data", "trusted") if entries[name] is not None]
         return {**entries, **{name: folder / entries[name] for name in names}}
 
     return from_file(Project, path, resolve, **defaults)

@@ -106,6 +106,9 @@ class _Network(_Entry):
     removed: list[str] = Field(default_factory=list)
     damping: Annotated[float, Field(gt=0, le=1)] = 1.0
     change: Annotated[float, Field(ge=0)] = 0.0
+    log_likelihood: float | None = None
+    gain: float = 0.0
+    standard_error: Annotated[float, Field(ge=0)] = 0.0
 
 
 class _Refused(_Entry):

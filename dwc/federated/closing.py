@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dwc.base.errors import InputError
+from dwc.federated.judging import verdict_on
 from dwc.federated.networks import Answer, consolidated, network_file, replaced
 from dwc.federated.server_state import prior_sha256, uncount
 from dwc.influence import limit_powers, limited_because
@@ -20,21 +21,32 @@ if TYPE_CHECKING:
 
 __all__ = ["publish", "settle"]
 
-_METHODS = {"dwc": consolidated, "pvi": replaced}
+_JUDGED = ("site", "round", "file", "sha256", "power")
 
 
-def publish(cycle: "Cycle", number: int, rows: list[dict[str, Any]]) -> None:
+def publish(cycle: "Cycle", number: int, rows: list[dict[str, Any]], *, wait: bool = False) -> bool:
     """Make the next network of these posteriors and those that count in this round already.
 
-    The result is read back before it is published.
+    The result is read back before it is published. Where the agreement names held-out scans, they are asked first: this
+    returns False while they are being scored, unless `wait` is set.
     """
     state, next_file = cycle.state, _next_file(cycle.folder)
     before = [row for row in state["posteriors"] if row["counted_in"] == number]
     rows = [*rows, *(row for row in before if row["site"] not in state["banned"])]
     rows.sort(key=lambda row: (row["round"], row["site"]))
     limits = _limits(cycle, rows)
-    make = _METHODS[state["project"]["method"]]
-    network, about = make(cycle.folder, state, number, _answers(cycle, rows, limits))
+    answers = _answers(cycle, rows, limits)
+    if state["project"]["method"] == "dwc":
+        network, about = consolidated(cycle.folder, state, number, answers)
+    else:
+        verdict = None
+        if state["project"]["data"] is not None:
+            entering = [{**row, **limit} for row, limit in zip(rows, limits, strict=True) if limit["power"] > 0]
+            asked = [{name: row[name] for name in _JUDGED} for row in entering]
+            verdict = verdict_on(cycle.folder, state, number, asked, wait=wait)
+            if verdict is None:
+                return False
+        network, about = replaced(cycle.folder, state, number, answers, verdict)
     network.save(next_file)
     if Posterior.load(next_file).sha256 != network.sha256:
         raise InputError(f"{next_file}: reads back as something else; check the disk")
@@ -48,6 +60,7 @@ def publish(cycle: "Cycle", number: int, rows: list[dict[str, Any]]) -> None:
     _revive(cycle)
     cycle.write()
     os.replace(next_file, cycle.result)
+    return True
 
 
 def settle(folder: Path, state: dict[str, Any]) -> None:

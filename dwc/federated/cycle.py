@@ -41,6 +41,7 @@ from dwc.federated.server_state import (
     write_state,
 )
 from dwc.federated.wire import ANSWER, check, digest
+from dwc.held_out import HeldOut
 from dwc.posterior import Posterior
 from dwc.signing import TrustedKeys
 
@@ -48,7 +49,8 @@ __all__ = ["Cycle"]
 
 # What may change while a cycle is under way.
 _MAY_CHANGE = {
-    "sites", "rounds", "until", "damping", "quorum", "grace_hours", "answer_timeout_s", "max_influence", "trusted",
+    "sites", "rounds", "until", "damping", "data", "quorum", "grace_hours", "answer_timeout_s", "max_influence",
+    "trusted",
 }  # fmt: skip
 _MAX_REFUSALS = 100  # kept for each site, so that junk does not fill the state
 
@@ -82,8 +84,7 @@ class Cycle:
         """Open round 1 from the project's prior, in a new folder."""
         prior = Posterior.load(project.prior)
         Consolidation(prior)  # refuses a MAP network
-        if project.trusted is not None:
-            TrustedKeys(project.trusted)
+        _check_files(project)
         if (folder / "state.json").exists():
             raise InputError(f"{folder / 'state.json'}: a cycle has begun here; give another folder")
         open_folder(folder)
@@ -109,8 +110,7 @@ class Cycle:
             raise InputError(f"`prior` {prior.name}: is not the one that the cycle began with; put that back")
         if gone := sorted({row["site"] for row in self.state["posteriors"]} - {*project.sites}):
             raise InputError(f"`sites`: {gone[0]} has sent a posterior already; leave it in")
-        if project.trusted is not None:
-            TrustedKeys(project.trusted)
+        _check_files(project)
         if project.rounds < (begun := self.round or len(self.state["priors"]) - 1):
             raise InputError(f"`rounds` {project.rounds}: round {begun} has begun already; give {begun} or more")
         self.project = self.state["project"] = agreed
@@ -175,27 +175,24 @@ class Cycle:
     def advance(self, now: datetime | None = None) -> bool:
         """Close the open round if it is due, and publish the next prior; returns whether one was published.
 
-        A round is due when all sites have answered, or when it has its quorum and the grace period is over. Late
-        posteriors of earlier rounds enter the round that closes next; after the last round they are added to its
-        result.
+        A round is due when all sites have answered, or when it has its quorum and the grace period is over; it closes
+        once the held-out scans have been asked, if there are any. Late posteriors of earlier rounds enter the round
+        that closes next; after the last round they are added to its result.
         """
         now, number, rows = now or self.now(), self.round, waiting(self.state)
         if number is None:
-            if rows:
-                publish(self, len(self.state["priors"]) - 1, rows)
-            return bool(rows)
+            return bool(rows) and publish(self, len(self.state["priors"]) - 1, rows)
         since = quorum_since(self.state)
         if since is None:
             return False
         until = datetime.fromisoformat(since) + timedelta(hours=self.project["grace_hours"])
         if len(answered(self.state)) < n_expected(self.state) and now < until:
             return False
-        publish(self, number, rows)
-        return True
+        return publish(self, number, rows)
 
     def close(self) -> None:
         """Close the open round now, whatever its quorum."""
-        publish(self, self.round or len(self.state["priors"]) - 1, waiting(self.state))
+        publish(self, self.round or len(self.state["priors"]) - 1, waiting(self.state), wait=True)
 
     def now(self) -> datetime:
         """The time, which does not jump."""
@@ -320,6 +317,14 @@ class Cycle:
     def _prior(self, row: Mapping[str, Any]) -> Posterior:
         """What a recorded posterior was trained from."""
         return trained_from(self.folder, self.state, row["site"], row["round"])
+
+
+def _check_files(project: Project) -> None:
+    """Refuse keys and held-out scans that could not be used later."""
+    if project.trusted is not None:
+        TrustedKeys(project.trusted)
+    if project.data is not None:
+        HeldOut.of(project.data, project.prior)
 
 
 def _now(state: dict[str, Any]) -> datetime:

@@ -4,7 +4,7 @@
 cavities, in `after-<round>-<digest of the factors>/`: written before the state that mentions them, never changed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ __all__ = [
     "network_file",
     "prior_file",
     "replaced",
+    "round_of_factors",
     "trained_from",
 ]
 
@@ -74,25 +75,47 @@ def consolidated(
     return consolidation.posterior(), {}
 
 
-def replaced(
+def round_of_factors(
     folder: Path, state: Mapping[str, Any], number: int, answers: Iterable[Answer]
+) -> tuple[Callable[[float], Factors], list[str]]:
+    """A function from a damping to the factors after a round with these answers, and the banned sites it takes out."""
+    before = factors_after(folder, state, number - 1)
+    removed = [site for site in before.sites if site in state["banned"]]
+    for site in removed:
+        before.remove(site)
+    entering = [
+        (row["site"], answer, trained_from(folder, state, row["site"], row["round"]), power)
+        for row, answer, power in answers
+    ]
+
+    def after(damping: float) -> Factors:
+        factors = before.copy()
+        for site, answer, cavity, power in entering:
+            factors.replace(site, answer, cavity=cavity, damping=damping, power=power)
+        return factors
+
+    return after, removed
+
+
+def replaced(
+    folder: Path,
+    state: Mapping[str, Any],
+    number: int,
+    answers: Iterable[Answer],
+    verdict: Mapping[str, float] | None = None,
 ) -> tuple[Posterior, dict[str, Any]]:
     """Replace the factors of the sites that answered, and write factors and cavities.
 
-    Banned sites' factors are taken out; all others stay. The second value goes into the state.
+    Banned sites' factors are taken out; all others stay. The second value goes into the state, with the verdict of the
+    held-out scans, which has the damping.
     """
-    factors = factors_after(folder, state, number - 1)
-    removed = [site for site in factors.sites if site in state["banned"]]
-    for site in removed:
-        factors.remove(site)
-    damping = state["project"]["damping"] or 1 / max(1, n_expected(state))
-    for row, answer, power in answers:
-        cavity = trained_from(folder, state, row["site"], row["round"])
-        factors.replace(row["site"], answer, cavity=cavity, damping=damping, power=power)
+    after, removed = round_of_factors(folder, state, number, answers)
+    damping = verdict["damping"] if verdict else state["project"]["damping"] or 1 / max(1, n_expected(state))
+    factors = after(damping)
     made = factors.posterior("consolidated")
     change = made.distance(network(folder, state, number))
     about: dict[str, Any] = {"factors": factors.sha256, "removed": removed, "damping": damping, "change": change}
-    about |= {"cavities": {}, "starts": {}}
+    about |= {"cavities": {}, "starts": {}, **(verdict or {})}
     place = _place(folder, number, factors.sha256)
     (place / "cavities").mkdir(parents=True, exist_ok=True)
     for site, cavity in factors.cavities():

@@ -50,7 +50,11 @@ class Project(Settings):
         ``pvi``: rounds on the same scans, in which each site's new factor replaces its old one. ``dwc``: the paper's
         cycle, in which each round multiplies the network by the likelihood of new scans.
     damping
-        For pvi: share of a new factor, above 0 and at most 1. If left out, 1/S for the S sites that are not banned.
+        For pvi: share of a new factor, above 0 and at most 1. If left out, 1/S for the S sites that are not banned;
+        ``auto`` doubles it from there while the held-out scans of `data` get more likely.
+    data
+        For pvi: manifest of the organization that made the prior, at the server and relative to project.yml. Each
+        round is judged by its held-out scans before it is published, and one that makes them less likely is told.
     until
         For pvi: end before the last of `rounds` when the network's change is below this: the mean over the weights of
         |mu_new - mu_old| / sigma_old.
@@ -80,7 +84,8 @@ class Project(Settings):
     organizer: str = "organizer@dwc.org"
     certificate_years: float = 10.0
     method: Literal["pvi", "dwc"] = "pvi"
-    damping: float | None = None
+    damping: float | Literal["auto"] | None = None
+    data: Path | None = None
     until: float | None = None
     temper: float = 1.0
     max_influence: float | None = 3.0
@@ -106,11 +111,14 @@ class Project(Settings):
 
     def _check_method(self) -> None:
         if self.method == "dwc":
-            for name in ("damping", "until"):
+            for name in ("damping", "data", "until"):
                 self._require(name, getattr(self, name) is None, "is for `method` pvi; leave it out")
             return
         self._require("temper", self.temper == 1, "is for `method` dwc; use `damping`, which also averages the sites")
-        self._require("damping", self.damping is None or 0 < self.damping <= 1, "give a number above 0 and at most 1")
+        if self.damping == "auto":
+            self._require("damping", self.data is not None, "needs scans to choose on; give `data`, or a number")
+        elif self.damping is not None:
+            self._require("damping", 0 < self.damping <= 1, "give a number above 0 and at most 1")
 
     def _check_names(self) -> None:
         self._require("sites", len(self.sites) > 0, "give at least one name")

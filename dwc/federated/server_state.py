@@ -10,6 +10,7 @@ from typing import Any
 
 from dwc.base.errors import InputError, one_line
 from dwc.base.files import write_whole
+from dwc.damping import Trial, worse
 from dwc.factors import Influence
 from dwc.federated.books import odd_entry
 from dwc.federated.project import Project
@@ -91,10 +92,7 @@ def describe(state: Mapping[str, Any]) -> str:
     if open_round(state):
         which = f"round {number} of {project['rounds']} is open, from"
     lines = [f"{project['name']}: {which} q{number - 1}.safetensors ({state['priors'][-1][:12]})"]
-    lines += [
-        f"round {number}: the network changed by {network['change']:.3g} sigma, damping {network['damping']:.3g}"
-        for number, network in enumerate(state["networks"]) if "change" in network
-    ]  # fmt: skip
+    lines += _changes(state)
     if since := quorum_since(state):
         lines.append(f"quorum since {since}, grace {project['grace_hours']:g} h")
     if warning := small_quorum(project, n_expected(state)):
@@ -212,6 +210,27 @@ def _act(act: Mapping[str, Any]) -> str:
     return f"{act['act']} {', '.join(about)} at {act['at']}"
 
 
+def _changes(state: Mapping[str, Any]) -> list[str]:
+    """How far each round of factors moved the network, and what the held-out scans say about it."""
+    lines = []
+    for number, made in enumerate(state["networks"]):
+        if "change" not in made:
+            continue
+        line = f"round {number}: the network changed by {made['change']:.3g} sigma, damping {made['damping']:.3g}"
+        trial = _trial_of(made)
+        lines.append(f"{line}; held-out scans: {trial}" if trial else line)
+        if trial and trial.is_worse:
+            lines.append(f"warning: round {number}: {worse(trial)}")
+    return lines
+
+
+def _trial_of(made: Mapping[str, Any]) -> Trial | None:
+    """The verdict of the held-out scans on a network."""
+    if made.get("log_likelihood") is None:
+        return None
+    return Trial(made["damping"], made["log_likelihood"], made["gain"], made["standard_error"])
+
+
 def _limited(state: Mapping[str, Any]) -> list[str]:
     lines = []
     for row in state["posteriors"]:
@@ -263,6 +282,6 @@ def _from_version_4(state: dict[str, Any]) -> dict[str, Any]:
     """A cycle that began before there were rounds on the same scans goes on as it began."""
     project, priors = state.get("project"), state.get("priors")
     if isinstance(project, dict):
-        project = {"method": "dwc", "damping": None, "until": None, **project}
+        project = {"method": "dwc", "damping": None, "data": None, "until": None, **project}
     networks: list[dict[str, Any]] = [{} for _ in priors] if isinstance(priors, list) else []
     return {**state, "project": project, "networks": networks, "version": VERSION}
