@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from dwc.cli import main
-from dwc.commands.experiment import parse_study
 
 TINY = [
     *("--width", "2", "--n_test", "1", "--n_samples", "1", "--grid_size", "32", "--voxel_size", "6.0"),
@@ -86,10 +85,3 @@ def test_bad_settings_are_named(tmp_path, arguments, message, capsys):
     assert main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_the_demo_takes_the_settings_of_another_preset():
-    settings, _ = parse_study("demo", "", ["--preset", "smoke", "--width", "5"], "demo")
-    assert (settings.grid_size, settings.width) == (32, 5)
-    settings, _ = parse_study("demo", "", [], "demo")
-    assert settings.grid_size == 64
