@@ -68,3 +68,10 @@ def test_links_of_a_page_lead_to_files_of_the_repository(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if ":" not in target:
             assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_readme_names_every_extra():
+    declared = re.search(r"extras_require=\{(.*?)\}", (ROOT / "setup.py").read_text(), re.S)[1]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for extra in re.findall(r'"(\w+)":', declared):
+        assert f"`{extra}`" in readme or f"[{extra}]" in readme
