@@ -19,7 +19,7 @@ __all__ = ["check_data_set", "ignore_what_bids_does_not_know", "participant_scan
 _DESCRIPTION = "dataset_description.json"
 _UNKNOWN = (  # results whose suffix BIDS has not defined
     *(f"*_{name}.nii.gz" for name in MAPS), "*_volumes.tsv", "*_overlay.png", "*_desc-conformed_T1w.nii.gz",
-    "/volumes.tsv", "/failures.tsv", "/labels_*",
+    "/volumes.tsv", "/failures.tsv", "/labels_*", "/report/",
 )  # fmt: skip
 
 
@@ -42,8 +42,6 @@ def check_data_set(data: Path) -> None:
 
 def participant_scans(data: Path, participants: Sequence[str] = (), sessions: Sequence[str] = ()) -> list[GivenScan]:
     """The T1w images of a BIDS data set, of all or of these participants and sessions, whose `sub-` may be left out."""
-    if not data.is_dir():
-        raise InputError(f"{data}: no such folder; give a BIDS data set")
     known = {folder.name for folder in data.glob("sub-*") if folder.is_dir()}
     if not known:
         raise InputError(f"{data}: holds no folder sub-*; give a BIDS data set")
@@ -56,6 +54,8 @@ def participant_scans(data: Path, participants: Sequence[str] = (), sessions: Se
     without = wanted - {image.relative_to(data).parts[0] for image, _ in images}
     if without and (participants or not images):
         raise InputError(f"{data / min(without)}: holds no *_T1w image of what is asked for; leave it out")
+    if all(fault for _, fault in images):
+        raise InputError(images[0][1])
     return [GivenScan(image, image.parent.relative_to(data), fault) for image, fault in images]
 
 

@@ -27,6 +27,8 @@ def main(arguments: Sequence[str]) -> None:
     if values.format == "onnx":
         if out.suffix != ".onnx":
             raise InputError(f"`out` {out}: name it {out.name}.onnx")
+        if not out.parent.is_dir():
+            raise InputError(f"{out.parent}: no such folder; create it or give another `out`")
         if out.exists() and not values.overwrite:
             raise InputError(f"{out}: exists already; give another `out`, or `overwrite` to replace it")
     elif values.overwrite:

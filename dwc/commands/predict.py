@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
@@ -10,6 +11,9 @@ from dwc.base.errors import InputError
 from dwc.commands.arguments import Parser, add_settings, in_flags, new_parser, parse
 from dwc.data.paths import is_network, network_file
 from dwc.prediction_settings import MAPS, Map, OutputSettings, PredictionSettings
+
+if TYPE_CHECKING:
+    from dwc.batch import Batch
 
 LEVELS = ("participant", "group")  # of a BIDS-App
 
@@ -67,6 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     for network in networks:
         network_file(network)
     level = _level(values, scans)
+    out = scans[1] if level else values.out
 
     from dwc.base import ranks  # here, so that help does not import PyTorch
     from dwc.base.signals import interrupted_by_signals
@@ -76,18 +81,18 @@ def main(arguments: Sequence[str]) -> None:
     from dwc.prediction import load_networks
 
     with ranks.joined(), interrupted_by_signals("go on with --skip-existing"):
-        if level:
-            data, values.out, _ = scans
-            if not values.skip_bids_validation:
-                check_data_set(data)
-            found = participant_scans(data, values.participant_label, values.session_label)
-        batch = Batch(load_networks(networks, settings.label_map), values.out, settings, outputs, wording=in_flags)
+        batch = Batch(load_networks(networks, settings.label_map), out, settings, outputs, wording=in_flags)
         if level == "group":
-            batch.summarize()
+            _summarize(batch)
             return
-        if level and ranks.is_main():
-            ignore_what_bids_does_not_know(values.out)
-        found = found if level else given_scans(scans, values.out)
+        if level:
+            if not values.skip_bids_validation:
+                check_data_set(scans[0])
+            found = participant_scans(scans[0], values.participant_label, values.session_label)
+            if ranks.is_main():
+                ignore_what_bids_does_not_know(out)
+        else:
+            found = given_scans(scans, out)
         batch.run(found, skip_existing=values.skip_existing, overwrite=values.overwrite)
 
 
@@ -132,11 +137,22 @@ def _level(values: Namespace, scans: Sequence[Path]) -> str:
             raise InputError(f"level {level}: choose {' or '.join(LEVELS)}; or give the folder of results as `out`")
         if labels and level == "group":
             raise InputError(f"`{labels[0]}` {values[labels[0]][0]}: level group is for all participants; leave it out")
+        if not scans[0].is_dir():
+            raise InputError(f"{scans[0]}: no such folder; give a BIDS data set")
         return level
     if labels or values.skip_bids_validation:
         name = labels[0] if labels else "skip_bids_validation"
         raise InputError(f"`{name}` is for the form dwc predict DATA OUT participant; leave `out` out")
     return ""
+
+
+def _summarize(batch: "Batch") -> None:
+    """Write the table of all scans in the folder and, if its libraries are installed, the report."""
+    batch.summarize()
+    if find_spec("jinja2") and find_spec("matplotlib"):
+        from dwc.report.predictions import write_predictions_report
+
+        print(write_predictions_report(batch.out, batch.out / "report"))
 
 
 def _output_settings(values: Namespace, maps: tuple[Map, ...]) -> OutputSettings:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from dwc.base.cells import from_text
 from dwc.base.errors import InputError, one_line
 from dwc.scan_table import TABLE
 
-__all__ = ["FEWEST_SCANS", "FROM_MAD", "LIMIT", "Cohort", "read_cohort", "read_sidecar", "robust_z"]
+__all__ = ["FEWEST_SCANS", "FROM_MAD", "Cohort", "outlier_limit", "read_cohort", "read_sidecar", "robust_z"]
 
 FEWEST_SCANS = 10  # with fewer, the median absolute deviation says little, and nothing is called an outlier
-LIMIT = 3.5  # of |z|; Iglewicz and Hoaglin (1993)
+_LEAST_LIMIT = 3.5  # of |z|; Iglewicz and Hoaglin (1993), for one quantity of many subjects
+_FALSE_MARKS = 0.05  # share of the scans that may have a mark by chance
+_SIMULATED = 2_000_000  # normal numbers at most
+_COHORTS = 2000  # simulated ones at most
 FROM_MAD = 1.4826  # times the median absolute deviation is the standard deviation of a normal distribution
 _FIRST_COLUMNS = ["scan", "quality", "reason"]
 _UNITS = ("mm3", "sd_mm3", "entropy")
@@ -34,6 +38,8 @@ class Cohort:
         A row per scan and a column per structure, the total of all first; NaN where there is no value.
     z : DataFrame
         Robust z-scores of `mm3`.
+    limit : float
+        Of |z|: beyond it a volume is an outlier.
     """
 
     folder: Path
@@ -42,6 +48,7 @@ class Cohort:
     sd_mm3: pd.DataFrame
     entropy: pd.DataFrame
     z: pd.DataFrame
+    limit: float
 
     @property
     def n_measured(self) -> int:
@@ -51,7 +58,7 @@ class Cohort:
     def outliers(self, scan: str) -> dict[str, float]:
         """z of each structure whose volume stands out, the most extreme first."""
         z = self.z.loc[scan]
-        z = z[z.abs() > LIMIT]
+        z = z[z.abs() > self.limit]
         return {str(name): float(z[name]) for name in z.abs().sort_values(ascending=False).index}
 
 
@@ -61,6 +68,21 @@ def robust_z(values: pd.DataFrame) -> pd.DataFrame:
     mad = (values - median).abs().median()
     known = (mad > 0) & (values.notna().sum() >= FEWEST_SCANS)
     return (values - median) / (FROM_MAD * mad.where(known))
+
+
+@cache
+def outlier_limit(n_scans: int, n_structures: int) -> float:
+    """The |z| that one scan in 20 exceeds in any structure if all volumes are normal and independent; at least 3.5.
+
+    It is simulated, always with the same numbers. Few scans make medians uncertain, and many structures give chance
+    many tries: at 3.5, more than half of the scans would be marked with 10 scans and 50 structures.
+    """
+    rng, most = np.random.default_rng(0), []
+    for _ in range(min(_COHORTS, 1 + _SIMULATED // (n_scans * n_structures))):
+        normal = rng.standard_normal((n_scans, n_structures))
+        distance = np.abs(normal - np.median(normal, axis=0))
+        most.append((distance / (FROM_MAD * np.median(distance, axis=0))).max(axis=1))
+    return max(_LEAST_LIMIT, round(float(np.quantile(most, 1 - _FALSE_MARKS)), 1))
 
 
 def read_cohort(folder: Path) -> Cohort:
@@ -82,7 +104,10 @@ def read_cohort(folder: Path) -> Cohort:
     table = table.set_index("scan")
     scans = table[["quality", "reason"]].map(from_text).replace({"reason": {_MISSING: ""}})
     mm3, sd_mm3, entropy = (_numbers(path, table, names, unit) for unit in _UNITS)
-    return Cohort(folder, scans, mm3, sd_mm3, entropy, robust_z(mm3))
+    z = robust_z(mm3)
+    n_judged = int(z.notna().any().sum())
+    limit = outlier_limit(int(mm3.notna().any(axis=1).sum()), n_judged) if n_judged else _LEAST_LIMIT
+    return Cohort(folder, scans, mm3, sd_mm3, entropy, z, limit)
 
 
 def _numbers(path: Path, table: pd.DataFrame, names: list[str], unit: str) -> pd.DataFrame:

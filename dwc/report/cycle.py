@@ -36,7 +36,7 @@ def write_cycle_report(folder: Path, out: Path) -> Path:
             (len(sites), "sites"), (len(counted), "posteriors counted"), (len(weak), "of them limited or left out"),
             (len(state["refused"]), "refused"),
         ],
-        remarks=[line for line in lines[1:] if not line.startswith("  ")],
+        remarks=[line for line in lines[1:] if not line.startswith(("  ", "the organizer: "))],
         rounds=[_round(state, number) for number in numbers],
         numbers=numbers,
         sites=[_site(state, site, numbers) for site in sorted(sites)],

@@ -16,6 +16,7 @@ __all__ = ["PANEL", "thumbnail"]
 
 PANEL = (240, 210)  # rows and columns
 _LINE = 0.9  # share of a contour's colour over the scan
+_DIMMED = 0.75  # the scan under contours, which bright tissue would hide
 _QUALITY = 82
 
 
@@ -79,7 +80,7 @@ def _with_contours(grey: np.ndarray, classes: np.ndarray, palette: np.ndarray) -
     padded = np.pad(classes, 1, mode="edge")
     around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
     border = (classes > 0) & np.any([classes != other for other in around], axis=0)
-    picture = np.repeat(grey[..., None], 3, axis=2)
+    picture = np.repeat(_DIMMED * grey[..., None], 3, axis=2)
     picture[border] = (1 - _LINE) * picture[border] + _LINE * palette[classes[border]]
     return picture
 

@@ -61,7 +61,9 @@ def test_sessions_are_chosen_by_label(app, tmp_path):
     assert scans(tmp_path / "out") == ["sub-03/ses-b/anat/sub-03_ses-b"]
 
 
-def test_participants_in_calls_of_their_own_and_then_the_group_make_the_table_of_one_call(app, data, tmp_path, capsys):
+def test_participants_in_calls_of_their_own_and_then_the_group_make_the_table_of_one_call_and_a_report(
+    app, data, tmp_path, capsys
+):
     whole, apart = data / "derivatives" / "whole", data / "derivatives" / "apart"
     assert app(whole, "participant") == 0
     for label in ("03", "01", "02"):
@@ -70,7 +72,9 @@ def test_participants_in_calls_of_their_own_and_then_the_group_make_the_table_of
     (apart / "volumes.tsv").unlink()
     capsys.readouterr()
     assert app(apart, "group") == 0
-    assert capsys.readouterr().out == f"{apart / 'volumes.tsv'}  (4 scans)\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{apart / 'volumes.tsv'}  (4 scans)", str(apart / "report" / "index.html")]
+    assert "sub-03_ses-b" in (apart / "report" / "index.html").read_text()
     assert (apart / "volumes.tsv").read_bytes() == table == (whole / "volumes.tsv").read_bytes()
 
 
@@ -116,6 +120,26 @@ def test_a_data_set_is_validated_by_its_description_unless_that_is_skipped(app, 
     assert app(tmp_path / "out", "participant", "--participant-label", "01", "--skip-bids-validation") == 0
 
 
+def test_one_scan_that_cannot_be_chosen_is_an_error_alone_and_a_failure_among_others(app, data, tmp_path, capsys):
+    scan = data / "sub-02" / "anat" / "sub-02_T1w.nii.gz"
+    scan.with_name("sub-02_desc-a_T1w.nii.gz").write_bytes(scan.read_bytes())
+    scan.rename(scan.with_name("sub-02_desc-b_T1w.nii.gz"))
+    assert app(tmp_path / "out", "participant", "--participant-label", "01", "02") == 1
+    assert "sub-02/anat: several images of one scan" in capsys.readouterr().err
+    message = refused(capsys, app(tmp_path / "alone", "participant", "--participant-label", "02"))
+    assert "sub-02/anat: several images of one scan" in message
+
+
+def test_the_network_may_stand_in_a_file_of_settings(networks, data, tmp_path):
+    (tmp_path / "app.yaml").write_text(f"network: [{networks['map'].name}]\npicture: false\n")
+    words = ["--config", tmp_path / "app.yaml", data, tmp_path / "out", "participant", "--participant_label", "01"]
+    assert cli.main(["predict", *map(str, words)]) == 0
+    assert scans(tmp_path / "out") == ["sub-01/anat/sub-01"]
+
+
 def test_a_folder_without_participants_is_refused(networks, tmp_path, capsys):
-    words = ["predict", str(tmp_path / "none"), str(tmp_path), "participant", "--network", networks["map"].name]
-    assert "none: no such folder; give a BIDS data set" in refused(capsys, cli.main([*words, "--skip-bids-validation"]))
+    (tmp_path / "empty").mkdir()
+    for name, message in (("none", "no such folder"), ("empty", "holds no folder sub-*")):
+        words = ["predict", str(tmp_path / name), str(tmp_path), "participant", "--network", networks["map"].name]
+        said = refused(capsys, cli.main([*words, "--skip-bids-validation"]))
+        assert f"{tmp_path / name}: {message}; give a BIDS data set" in said

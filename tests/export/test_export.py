@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import safetensors.torch
 import torch
+from nibabel.processing import resample_to_output
 
 import dwc
 from dwc import cli
@@ -97,6 +98,37 @@ def test_monais_runner_segments_conformed_scans_as_predict_does(networks, site, 
         assert theirs.get_data_dtype() == np.int16
 
 
+@pytest.mark.published
+def test_monais_runner_agrees_with_predict_on_a_real_scan_conformed_or_not(shared_data, tmp_path):
+    """The second scan is the first one with other voxels, axes and intensities; on it only resampling differs."""
+    rows = (f"{index}\t{k}\t{name}\n" for index, k, name in ((0, 0, "Background"), (2, 1, "White"), (3, 2, "Grey")))
+    (tmp_path / "three.tsv").write_text("index\tclass\tname\n" + "".join(rows))
+    network, scans = tmp_path / "net.safetensors", tmp_path / "scans"
+    model, words = str(shared_data / "networks" / "model5_gw_ae"), ["--label-map", str(tmp_path / "three.tsv")]
+    assert cli.main(["import", model, *words, "--out", str(network)]) == 0
+    assert cli.main(["export", str(network), *words, "--format", "bundle", "--out", str(tmp_path / "bundle")]) == 0
+    scans.mkdir()
+    conformed = nibabel.load(shared_data / "real" / "S1_T1w.nii.gz")
+    nibabel.save(conformed, scans / "conformed.nii.gz")
+    other = nibabel.as_closest_canonical(resample_to_output(conformed, (0.9, 1.1, 1.2), order=1))
+    nibabel.save(nibabel.Nifti1Image((7 * other.get_fdata()).astype(np.int16), other.affine), scans / "other.nii.gz")
+    run_monai(
+        tmp_path / "bundle", "run", "--config_file", "configs/inference.json", "--bundle_root", ".",
+        "--dataset_dir", scans, "--output_dir", tmp_path / "results", "--device", "$torch.device('cpu')",
+    )  # fmt: skip
+    agreement = {}
+    for name in ("conformed", "other"):
+        settings = dwc.PredictionSettings(device="cpu", label_map=str(tmp_path / "three.tsv"))
+        ours = np.asarray(dwc.predict(network, scans / name, settings).labels().dataobj)
+        theirs = np.asarray(nibabel.load(tmp_path / "results" / f"{name}_dseg.nii.gz").dataobj)
+        agreement[name] = [
+            2 * ((ours == k) & (theirs == k)).sum() / ((ours == k).sum() + (theirs == k).sum()) for k in (2, 3)
+        ]
+    print(agreement)
+    assert min(agreement["conformed"]) > 0.9999
+    assert min(agreement["other"]) > 0.95
+
+
 def test_the_bundles_metadata_are_complete_and_true_of_its_network(networks, tmp_path):
     bundle = exported(networks["finetune"].name, "bundle", tmp_path / "bundle")
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
@@ -124,6 +156,7 @@ def test_a_bundle_holds_the_means_without_pickle(networks, tmp_path):
     [
         (["--format", "onnx", "--out", "net.pt"], "--out net.pt: name it net.pt.onnx"),
         (["--format", "onnx", "--out", "there.onnx"], "there.onnx: exists already; give another --out, or --overwrite"),
+        (["--format", "onnx", "--out", "no/net.onnx"], "no: no such folder; create it or give another --out"),
         (["--format", "bundle", "--out", "."], ".: is not empty; give an empty or new folder"),
         (["--format", "bundle", "--out", "there.onnx"], "there.onnx: is a file; give a folder"),
         (["--format", "bundle", "--out", "b", "--overwrite"], "--overwrite is for .onnx files"),
@@ -137,3 +170,11 @@ def test_what_cannot_be_written_is_refused_in_one_line(networks, tmp_path, monke
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize("library", ["onnx", "onnxscript"])
+def test_a_missing_extra_is_named(networks, tmp_path, monkeypatch, capsys, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    words = ["export", networks["map"].name, "--format", "onnx", "--out", str(tmp_path / "net.onnx")]
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err == f"dwc: dwc export needs {library}: pip install '.[export]' in the clone of dwc\n"

@@ -31,7 +31,9 @@ def count(picture, colour) -> int:
 
 def test_slices_stand_upright_nose_to_the_right_and_left_on_the_right(head):
     box = (slice(None),) * 3
-    axial, sagittal, coronal = (slice_of(head[1], plane, {plane: 16}, box) for plane in ("axial", "sagittal", "coronal"))
+    axial, sagittal, coronal = (
+        slice_of(head[1], plane, {plane: 16}, box) for plane in ("axial", "sagittal", "coronal")
+    )
     assert (axial[5, 16], axial[20, 24], axial[20, 8]) == (4, 1, 2)  # front up, left on the right
     assert (sagittal[4, 16], sagittal[16, 27]) == (3, 4)  # crown up, front to the right
     assert (coronal[4, 16], coronal[20, 24], coronal[20, 8]) == (3, 1, 2)

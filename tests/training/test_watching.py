@@ -46,29 +46,25 @@ def network():
 def test_the_panel_shows_scan_truth_prediction_and_entropy_with_anterior_up(network):
     picture = Panel(Volume(Classes())).draw(network, torch.device("cpu"), "fp32")
     assert picture.dtype == np.uint8
-    assert picture.shape == (256, 4 * 256, 3)
+    assert picture.shape == (16 * 16, 4 * 20 * 16, 3)  # the head's box, each voxel as 16 x 16 pixels
     scan, truth, _, entropy = np.split(picture, 4, axis=1)
-    assert scan[100, 100].tolist() == [200, 200, 200]
-    assert scan[5, 100].tolist() == [0, 0, 0]
+    assert (scan == 200).all()
     front, back = truth[80, 128], truth[180, 128]  # class 1 is anterior
     blue, yellow = (np.array(colour) for colour in ((0x44, 0x77, 0xDD), (0xE6, 0xA8, 0x17)))
     assert np.abs(front - (0.3 * 200 + 0.7 * blue)).max() < 2
     assert np.abs(back - (0.3 * 200 + 0.7 * yellow)).max() < 2
-    assert entropy[128, 128].min() > 0
-    assert entropy[5, 5].max() == 0  # air outside of the head's box is certain
+    assert entropy.min() > 0
+    assert (entropy[..., 0] == entropy[..., 1]).all()
 
 
 def test_the_panels_prediction_is_that_of_the_whole_scan(network):
-    volume = Volume(Classes())
-    panel = Panel(volume)
+    panel = Panel(Volume(Classes()))
     with torch.inference_mode():
         whole = network(torch.from_numpy(panel.image)[None, None], sample=False)[0].argmax(dim=0).numpy()
     predicted = np.split(panel.draw(network, torch.device("cpu"), "fp32"), 4, axis=1)[2]
-    left, plane, anterior = panel.block
-    classes = np.zeros((32, 32), np.uint8)
-    classes[left, anterior] = whole[left, plane.start, anterior]
-    expected = panel._painted(classes).swapaxes(0, 1)[::-1].repeat(8, axis=0).repeat(8, axis=1)
-    assert np.abs(predicted - 255 * expected).max() < 1
+    classes = whole[panel.block][:, 0]
+    assert len(np.unique(classes)) > 1
+    assert np.abs(predicted[::16, ::16] - 255 * panel._painted(classes).swapaxes(0, 1)[::-1]).max() < 1
 
 
 def test_tensorboard_gets_a_picture_after_each_epoch_and_training_the_same_bits(settings, tmp_path, monkeypatch):
@@ -82,7 +78,7 @@ def test_tensorboard_gets_a_picture_after_each_epoch_and_training_the_same_bits(
     events.Reload()
     images = events.Images("validation/scan, truth, prediction, entropy")
     assert [image.step for image in images] == [2, 4, 6]
-    assert matplotlib.image.imread(io.BytesIO(images[-1].encoded_image_string)).shape == (256, 1024, 3)
+    assert matplotlib.image.imread(io.BytesIO(images[-1].encoded_image_string)).ndim == 3
 
 
 def test_the_progress_bar_says_when_the_first_dice_comes_and_then_of_which_step_it_is(tmp_path, capfd):
