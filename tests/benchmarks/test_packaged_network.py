@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import packaged_network
+from benchmarks import cycle, packaged_network
 from dwc.data.grid import Grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -13,14 +13,13 @@ pytest_plugins = ["tests.tiny_runs"]
 
 def test_the_cycle_is_trained_and_scored_and_a_second_call_trains_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(packaged_network, "GRID", Grid(32, 6.0))
-    monkeypatch.setattr(packaged_network, "NETWORK", {"label_map": "coarse", "grid_size": 32, "voxel_size": 6.0})
     monkeypatch.setattr(packaged_network, "N_TRAIN", 1)
-    monkeypatch.setattr(packaged_network, "EPOCHS", 1)
-    words = ["--out", str(tmp_path), "--width", "2", "--dilations", "1", "--batch-size", "1", "--share", "0.0002"]
+    monkeypatch.setattr(packaged_network, "STEPS", dict.fromkeys(packaged_network.STEPS, packaged_network.EPOCHS))
+    words = ["--out", str(tmp_path), "--width", "2", "--dilations", "1", "--batch-size", "1"]
     packaged_network.main(words)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert list(scores) == ["H MAP", "H", "DWC without fine-tuning", "DWC"]
     assert all(set(of_network) == {"H", "N", "B", "W"} for of_network in scores.values())
-    monkeypatch.setattr(packaged_network, "train_network", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(cycle, "train_network", lambda *_, **__: pytest.fail("trained again"))
     packaged_network.main(words)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
