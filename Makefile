@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup setup-locked demo test lint benchmark sbom clean
+.PHONY: setup setup-locked viewer demo test lint docs benchmark dist release-test sbom clean
 
 setup: .venv/ready
 
@@ -29,6 +29,20 @@ setup-locked:
 	$(PIP) --no-deps -e .
 	touch .venv/ready
 
+# NiiVue for the pages of dwc report, from npm, into the package; its licence is beside it. Without it they have no viewer.
+NIIVUE := 0.69.0
+NIIVUE_SHA512 := YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA==
+VENDOR := dwc/report/vendor
+
+viewer: $(VENDOR)/niivue.umd.js
+
+$(VENDOR)/niivue.umd.js:
+	cd $(VENDOR) && npm pack --silent @niivue/niivue@$(NIIVUE) > /dev/null
+	cd $(VENDOR) && test "$$(openssl dgst -sha512 -binary niivue-niivue-$(NIIVUE).tgz | openssl base64 -A)" = \
+		"$(NIIVUE_SHA512)" || { rm -f niivue-niivue-$(NIIVUE).tgz; echo "NiiVue is not the file that was checked"; exit 1; }
+	cd $(VENDOR) && tar xzf niivue-niivue-$(NIIVUE).tgz --strip-components 2 package/dist/niivue.umd.js
+	rm $(VENDOR)/niivue-niivue-$(NIIVUE).tgz
+
 # The whole cycle on simulated sites, into ./demo; called again, it goes on where it stopped.
 demo: setup
 	$(BIN)/dwc demo --out demo
@@ -42,8 +56,24 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The documentation site, in site/. A broken link or anchor, or a page in no menu, fails.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks/test_cpu_layer.py --benchmark-enable -q
+
+# Wheel and sdist, in dist/, and what PyPI would say of them.
+dist:
+	$(PYTHON) -m venv .dist
+	.dist/bin/python -m pip install --quiet --disable-pip-version-check build==1.6.1 twine==7.0.0
+	rm -rf dist build
+	.dist/bin/python -m build
+	.dist/bin/twine check --strict dist/*
+
+# Both installed into bare environments, with what they need from PyPI, and the demo run there: minutes.
+release-test: setup dist
+	$(BIN)/python -m pytest -m release
 
 # What is installed, as a CycloneDX bill of materials. The tool has an environment of its own and does not change .venv.
 sbom: setup
@@ -52,4 +82,4 @@ sbom: setup
 	.sbom/bin/cyclonedx-py environment $(BIN)/python -o sbom.json
 
 clean:
-	rm -rf .venv .sbom sbom.json build *.egg-info
+	rm -rf .venv .dist .sbom sbom.json build dist site *.egg-info

@@ -6,9 +6,15 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-test = ["hypothesis", "monai", "niimath", "pytest", "pytest-benchmark", "pytest-xdist"]
+test = [
+    "hypothesis", "monai", "niimath", "playwright", "pytest", "pytest-benchmark", "pytest-xdist", "setuptools>=77",
+    "einops", "torchvision",  # networks that are converted
+    "fire", "onnxruntime", "pytorch-ignite",  # run what `dwc export` writes
+]  # fmt: skip
 lint = ["mypy", "ruff", "types-PyYAML", "types-tqdm"]
 study = ["jinja2>=3.1", "matplotlib", "tensorboard"]  # reports and pictures, TensorBoard files of trainings
+export = ["onnx>=1.17", "onnxscript>=0.5"]  # ONNX models
+docs = ["latex2mathml", "mkdocs-material>=9.6,<10", "mkdocstrings[python]"]  # the documentation site
 signing = ["cryptography>=42"]
 federated = ["nvflare>=2.9,<2.10", *signing]
 triton = ["triton>=3.3; platform_system == 'Linux'"]
@@ -20,7 +26,7 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    license_files=["LICENSE"],
+    license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["dwc", "dwc.*", "dwc_kernels", "dwc_kernels.*"]),
     package_data={
@@ -29,7 +35,7 @@ setup(
         "dwc.data": ["*.tsv"],
         "dwc.simulation": ["*.tsv"],
         "dwc.study": ["presets/*.yaml"],
-        "dwc.report": ["*.html"],
+        "dwc.report": ["templates/*", "vendor/*"],
     },
     install_requires=[
         "torch>=2.13",
@@ -47,8 +53,10 @@ setup(
         "study": study,
         "federated": federated,
         "signing": signing,
+        "export": export,
+        "docs": docs,
         "triton": triton,
-        "dev": [*study, *federated, *triton, *test, *lint],
+        "dev": [*study, *federated, *export, *docs, *triton, *test, *lint],
     },
     entry_points={"console_scripts": ["dwc = dwc.cli:main"]},
     classifiers=[

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dwc.evaluation import Evaluation, evaluate
     from dwc.meshnet import MeshNet
     from dwc.posterior import Posterior
+    from dwc.prediction import load_network
     from dwc.prediction_settings import PredictionSettings
     from dwc.segmentation import Segmentation, predict
     from dwc.training.loop import train_network
@@ -38,13 +39,15 @@ _MODULES = {
     "TrainSettings": "dwc.training.settings",
     "consolidate": "dwc.consolidation",
     "evaluate": "dwc.evaluation",
+    "load_network": "dwc.prediction",
     "predict": "dwc.segmentation",
     "train_network": "dwc.training.loop",
 }
 
 __all__ = [
     "Consolidation", "Evaluation", "InputError", "Interrupted", "MeshNet", "Posterior", "PredictionSettings",
-    "Segmentation", "TrainSettings", "__version__", "consolidate", "evaluate", "predict", "train_network",
+    "Segmentation", "TrainSettings", "__version__", "consolidate", "evaluate", "load_network", "predict",
+    "train_network",
 ]  # fmt: skip
 
 

@@ -28,8 +28,9 @@ from dwc.data.checks import axes_of, examine
 from dwc.data.comparison import compare
 from dwc.data.findings import CheckedScan, tell
 from dwc.data.paths import unreadable
-from dwc.data.reading import enough_memory, open_scan
+from dwc.data.reading import open_scan
 from dwc.data.scan import Scan
+from dwc.data.streams import enough_memory
 from dwc.derivatives import Derivatives, is_foreign, name_derivatives
 from dwc.inputs import GivenScan, stem_of
 from dwc.prediction import Ensemble
@@ -106,7 +107,16 @@ class Batch:
             if ranks.is_main():
                 with deferred_signals():
                     self._write_tables()
+                    self._write_failures()
         self._end(len(scans))
+
+    def summarize(self) -> None:
+        """Write the tables of the scans in the folder that were segmented with these networks and settings."""
+        n_scans = sum(1 for _ in self._rows())
+        if not n_scans:
+            raise InputError(f"{self.out}: holds no results of these networks and settings; segment scans first")
+        self._write_tables()
+        print(f"{printable(str(self.out / TABLE))}  ({n_scans} scans)")
 
     def _segment(self, job: _Job) -> None:
         try:
@@ -198,7 +208,7 @@ class Batch:
         return stem.relative_to(self.out).as_posix()
 
     def _write_tables(self) -> None:
-        """Write the table of all scans in the folder, the failures, and the tables of labels."""
+        """Write the table of all scans in the folder, and the tables of labels."""
         label_map = self.ensemble.label_map
         rows = {row.name: row for row in self._rows()} | {row.name: row for row in self.failures}
         contents = {TABLE: scan_table(list(rows.values()), label_map), **viewer_tables(label_map)}
@@ -210,14 +220,16 @@ class Batch:
                 "GeneratedBy": [{"Name": "dwc", "Version": __version__}],
             }
             contents[_DESCRIPTION] = (json.dumps(about, indent=2) + "\n").encode()
-        if self.failures:
-            contents[FAILURES] = failures_table(self.failures)
-        else:
-            (self.out / FAILURES).unlink(missing_ok=True)
         for name, content in contents.items():
             path = self.out / name
             if not path.is_file() or path.read_bytes() != content:
                 write_whole(path, content)
+
+    def _write_failures(self) -> None:
+        if self.failures:
+            write_whole(self.out / FAILURES, failures_table(self.failures))
+        else:
+            (self.out / FAILURES).unlink(missing_ok=True)
 
     def _rows(self) -> Iterator[Row]:
         """The scans in the folder that were segmented with these settings, in whichever run."""
@@ -234,6 +246,7 @@ class Batch:
         self.failures = [Row(name, "failed", tuple(reasons), []) for part in parts for name, reasons in part]
         if ranks.is_main():
             self._write_tables()
+            self._write_failures()
         ranks.barrier()  # torchrun ends all ranks when the first one fails
         if self.failures:
             raise PartlyFailed(

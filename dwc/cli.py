@@ -17,13 +17,16 @@ from dwc.base.errors import InputError, Interrupted, PartlyFailed, printable
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {  # name: what it does; the file is dwc/commands/<name>.py
+    "simulate": "simulate a site's scans and labels, to try the other commands on",
     "data": "check scans and labels before a run: data check",
     "train": "train a network: MAP, variational, from a prior at a site, or fine-tuned",
     "consolidate": "consolidate the posteriors of several sites into one",
     "import": "turn a network that others published into a posterior file",
+    "export": "write a network as an ONNX model or a MONAI bundle",
     "posterior": "sign, verify, inspect and audit posterior files",
     "federated": "run the cycle over many sites on NVIDIA FLARE: init, serve, join, status, amend, ...",
     "predict": "segment scans with one network or an ensemble",
+    "report": "make pages to look through segmentations, with a viewer, or through the rounds of a cycle",
     "evaluate": "score networks on the held-out scans of a manifest",
     "experiment": "run the paper's study: every row of its table, its figures, one report",
     "demo": "run the whole cycle on simulated sites; takes minutes on two CPU cores",
@@ -36,6 +39,8 @@ _EXTRAS = {
     "jinja2": "study",
     "cryptography": "signing",
     "triton": "triton",
+    "onnx": "export",
+    "onnxscript": "export",
 }
 
 

@@ -136,7 +136,7 @@ class Consolidation:
         self._rows[frozenset(members)] = (site.name, power, tensors)
 
     def remove(self, site: Posterior, *, prior: Posterior | None = None) -> None:
-        """Undo `add`, with the power that the site has here.
+        """Undo `add` with the same `site` and `prior`, with the power that the site has here.
 
         Where consolidated files were added or are removed, this is refused if their rounding to fp32 would leave a mean
         off by more than 0.01 sigma, or a sigma by more than 1 %: what is removed was too confident.
@@ -161,7 +161,7 @@ class Consolidation:
         self._rows = {came: row for came, row in self._rows.items() if not came & members.keys()}
 
     def tempered(self, temper: float) -> "Consolidation":
-        """A copy in which each site's power is multiplied by lambda > 0; changing it leaves this one unchanged."""
+        """A copy in which each site's power is multiplied by `temper`, lambda > 0; the two change independently."""
         _check_power("temper", temper)
         twin = copy.copy(self)
         twin.temper, twin._members, twin._rows = self.temper * temper, dict(self._members), dict(self._rows)
@@ -175,7 +175,10 @@ class Consolidation:
             yield site, rest.posterior(f"without {site.name}")
 
     def posterior(self, name: str = "consolidated") -> Posterior:
-        """The consolidated posterior, in fp32; its header lists the sites with digest, volumes and power."""
+        """The consolidated posterior, in fp32; its header lists the sites with digest, volumes and power.
+
+        Messages call it `name`.
+        """
         if not self._members:
             raise InputError("no posterior to consolidate; give at least one site's posterior")
         mu, sigma = {}, {}

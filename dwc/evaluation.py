@@ -52,9 +52,19 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of networks on a manifest; the tables are those of the functions with the same names.
+    """Scores of networks on a manifest, as `evaluate` returns them.
 
-    `summary` is JSON: the networks, the data and the means, see the function `summary`.
+    Attributes
+    ----------
+    per_class : DataFrame
+        A row per volume and class: site, subject, image, class, name, dice (Eq. 18), truth_mm3, predicted_mm3.
+    per_volume : DataFrame
+        A row per volume: site, subject, image, n_classes, dice, dice_with_background (means over the classes present
+        in the truth), nll (nats per voxel).
+    per_site : DataFrame
+        A row per site and class: site, class, name, n_volumes, dice, dice_sd.
+    summary : dict
+        JSON: the networks, the data and the means.
     """
 
     per_class: pd.DataFrame
@@ -63,7 +73,7 @@ class Evaluation:
     summary: dict[str, Any]
 
     def write(self, out: Path) -> None:
-        """Write `RESULTS` into a folder."""
+        """Write per_class.csv, per_volume.csv, per_site.csv and summary.json into the folder `out`."""
         open_folder(out)
         tables = (self.per_class, self.per_volume, self.per_site)
         contents = [as_csv(table) for table in tables]
@@ -90,10 +100,18 @@ def evaluate(
         A posterior or its file, several for an ensemble, or the result of `load_networks`.
     data : path
         Manifest or BIDS folder, with labels.
-    split, split_seed, test_fraction
-        Which scans, see `scans_to_score`.
+    settings
+        Draws of the weights, their seed, device and precision.
+    split : str
+        test, train or all: which scans. Those of the manifest's split column, else the split by subject.
+    split_seed : int, optional
+        Of the split by subject; by default the networks' own.
+    test_fraction : float, optional
+        Of the split by subject; by default the networks' own.
     cache_dir : path, optional
         Folder for conformed scans; a temporary one by default.
+    progress : bool
+        Show a progress bar.
     """
     settings = PredictionSettings.check_type(settings or PredictionSettings(), "settings")
     device = choose_device(settings.device)

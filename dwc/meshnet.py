@@ -17,6 +17,7 @@ from dwc.base.errors import InputError
 from dwc.blocks import PLANES, grow, stream
 from dwc.data.head import Region
 from dwc.posterior import Posterior
+from dwc.preprocessing import Preprocessing
 from dwc_kernels import FFGConv3d
 from dwc_kernels.network import drawn_weights
 
@@ -100,8 +101,14 @@ class MeshNet(nn.Module):
 
     Parameters
     ----------
+    n_classes : int
+        Channels of the output.
     width : int
         Filters of each hidden layer.
+    dilations : sequence of int
+        One per 3x3x3 layer.
+    in_channels : int
+        Channels of the input.
     activation : str
         "relu", as in the paper, or "elu", after each hidden layer.
     bayesian : bool
@@ -149,9 +156,10 @@ class MeshNet(nn.Module):
                 normalize_weight(layer, mean)
         self.bayesian = bayesian
         self.activation_checkpointing = activation_checkpointing
+        self.preprocessing: Preprocessing | None = None  # of a network that was loaded from a file
 
     def forward(self, x: Tensor, sample: bool | None = None) -> Tensor:
-        """Logits [N, n_classes, D, H, W] of images [N, in_channels, D, H, W].
+        """Logits [N, n_classes, D, H, W] of images `x` [N, in_channels, D, H, W].
 
         `sample` decides whether a Bayesian network draws noise or returns the output at its means; by default it draws
         in training mode only.
@@ -208,7 +216,10 @@ class MeshNet(nn.Module):
 
     @classmethod
     def from_architecture(cls, architecture: Mapping[str, Any], *, bayesian: bool, **options: Any) -> "MeshNet":
-        """A new network with this ``architecture``; options are weight_norm and activation_checkpointing."""
+        """A new network with this ``architecture``, plain or `bayesian`.
+
+        `options` are weight_norm and activation_checkpointing.
+        """
         shape = {key: value for key, value in architecture.items() if key != "network"}
         return cls(**shape, bayesian=bayesian, **options)
 

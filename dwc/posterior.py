@@ -66,14 +66,14 @@ class Posterior:
         return bool(self.sigma)
 
     def entry(self, key: str) -> Any:
-        """A header entry, with what files of earlier versions leave out filled in."""
+        """The header's entry `key`, with what files of earlier versions leave out filled in."""
         entry = self.metadata.get(key)
         if not isinstance(entry, dict):
             return entry
         return {**entry, **{name: value for name, value in _LEFT_OUT.get(key, {}).items() if name not in entry}}
 
     def shared(self, key: str) -> Any:
-        """The part of a header entry that must be equal for networks to go together; label maps compare by content."""
+        """The part of entry `key` that must be equal for networks to go together; label maps compare by content."""
         entry = self.entry(key)
         if key == "label_map" and isinstance(entry, dict):
             return {"sha256": entry.get("sha256")}
@@ -121,7 +121,7 @@ class Posterior:
         return self
 
     def save(self, path: str | Path) -> None:
-        """Validate and write the safetensors file atomically."""
+        """Validate and write the safetensors file `path` atomically."""
         self.validate()
         entries = {_SIGNATURE: self.signature} if self.signature else {}
         save_tensors(path, dict(self._tensors()), self.metadata, **entries)
@@ -137,7 +137,7 @@ class Posterior:
 
     @classmethod
     def load(cls, path: str | Path) -> "Posterior":
-        """Read a file written by `save` and validate it."""
+        """Read the file `path`, written by `save`, and validate it."""
         tensors, header, entries = load_entries(path)
         if "checkpoint_version" in header:
             raise InputError(f"{path}: is a checkpoint, not a posterior; give its run's posterior.safetensors")
@@ -165,7 +165,8 @@ class Posterior:
     def from_model(cls, model: nn.Module, **metadata: Any) -> "Posterior":
         """Copy the weights of a network of `FFGConv3d` layers, or of `nn.Conv3d` layers (a MAP network).
 
-        Weight normalization is resolved: the means are the effective ones. ``architecture`` defaults to the model's.
+        Weight normalization is resolved: the means are the effective ones. `metadata` are entries of the header, of
+        which ``architecture`` defaults to the model's.
 
         Raises
         ------
@@ -189,7 +190,7 @@ class Posterior:
         return cls(mu, sigma, metadata)
 
     def to_model(self, model: nn.Module) -> None:
-        """Set a network's weights in place.
+        """Set the weights of the network `model` in place.
 
         A Bayesian network keeps its standard deviations where this is a MAP network. A plain network takes the means.
         A weight-normalized filter cannot be all zero.
@@ -204,7 +205,7 @@ class Posterior:
                 self._assign(module, f"{parameter}_rho", inverse_softplus(self.sigma[name].double()), name)
 
     def set_prior_of(self, model: nn.Module) -> None:
-        """Make this posterior the prior of a Bayesian network, in place (Eq. 8)."""
+        """Make this posterior the prior of the Bayesian network `model`, in place (Eq. 8)."""
         if not self.is_bayesian:
             raise InputError(
                 f"{self.name}: a MAP network cannot be a prior; give one trained with `mode` vi, vcl or finetune"

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +17,18 @@ from dwc.base.errors import InputError, difference
 from dwc.base.memory import free_memory
 from dwc.base.seeds import seed_of
 from dwc.blocks import extent, plan_blocks
-from dwc.data.constants import SHIPPED, SIDE
+from dwc.data.constants import SIDE
 from dwc.data.dataset import SubVolumes
 from dwc.data.grid import Grid
 from dwc.data.head import Region, head_box
-from dwc.data.intensity import IN_HEADERS, Scheme, scaling_of
+from dwc.data.intensity import Scheme, scaling_of
 from dwc.data.labels import LabelMap
 from dwc.data.paths import network_file
 from dwc.meshnet import MeshNet
 from dwc.posterior import Posterior
+from dwc.preprocessing import Preprocessing
 
-__all__ = ["Ensemble", "Prediction", "block_logits", "blocks_of", "load_networks", "predict_volume"]
+__all__ = ["Ensemble", "Prediction", "block_logits", "blocks_of", "load_network", "load_networks", "predict_volume"]
 
 _SLAB = 1 << 16  # voxels classified at a time
 _LEAST = 1e-6  # probability that a true label is given at least
@@ -88,8 +88,8 @@ def load_networks(
         raise InputError("no `network`: give a posterior.safetensors, several for an ensemble")
     posteriors = tuple(item if isinstance(item, Posterior) else Posterior.load(network_file(item)) for item in given)
     members = tuple(MeshNet.from_posterior(posterior) for posterior in posteriors)
-    first, classes = posteriors[0], _label_map(posteriors[0], label_map)
-    grid, intensity = _preprocessing(first)
+    first, preprocessing = posteriors[0], Preprocessing.of(posteriors[0], label_map)
+    classes = preprocessing.label_map
     for position, (posterior, network) in enumerate(zip(posteriors, members, strict=True)):
         for key in ("label_map", "preprocessing"):
             if posterior.shared(key) != first.shared(key):
@@ -106,7 +106,26 @@ def load_networks(
         for twin in posteriors[:position]:
             if twin.sha256 == posterior.sha256:
                 raise InputError(f"{posterior.name}: is the same network as {twin.name}; give each network once")
-    return Ensemble(posteriors, members, classes, grid, intensity)
+        network.preprocessing = preprocessing
+    return Ensemble(posteriors, members, classes, preprocessing.grid, preprocessing.intensity)
+
+
+def load_network(network: str | Path | Posterior, label_map: str | None = None) -> MeshNet:
+    """Read a network as a PyTorch module in eval mode, where a Bayesian one returns the logits at its means.
+
+    Its `preprocessing` makes the input of a scan: `net(net.preprocessing("scan.nii.gz")).argmax(1)`. A whole scan takes
+    the memory of two layers at once; `predict` works in blocks and brings labels back onto the scan's grid.
+
+    Parameters
+    ----------
+    network
+        A posterior, its file or the folder of its run.
+    label_map : str, optional
+        The TSV that the network was trained on, if it is not one shipped with dwc.
+    """
+    if not isinstance(network, str | Path | Posterior):
+        raise InputError(f"`network` {network!r}: give one posterior, its file or the folder of its run")
+    return load_networks(network, label_map).networks[0].eval()
 
 
 def predict_volume(
@@ -157,9 +176,7 @@ def predict_volume(
     n_classes = networks[0].architecture["n_classes"]
     box = head_box(image)
     blocks = _blocks(networks, box, image.shape, len(draws), _limit(memory_limit, device))
-    labels = np.zeros(image.shape, np.uint8)
-    entropy, information, variance = (np.zeros(image.shape, np.float32) for _ in range(3))
-    confidence = np.ones(image.shape, np.float32)
+    maps = _Maps.of(image.shape)
     counts = torch.zeros(len(draws), n_classes, dtype=torch.int64)
     counts[:, 0] = image.size - math.prod(extent(box))
     log_likelihood = 0.0
@@ -184,28 +201,54 @@ def predict_volume(
                     count += torch.bincount(probability.max(dim=-1).indices.flatten(), minlength=n_classes).cpu()
                     part = (slice(start, start + len(probability)), *block[1:])
                     start += len(probability)
-                    if len(draws) > 1:  # the sums over the draws so far
-                        information[part] += share * torch.special.entr(probability).sum(dim=-1).cpu().numpy()
-                        variance[part] += share * probability.square().sum(dim=-1).cpu().numpy()
+                    if len(draws) > 1:
+                        maps.add(part, probability, share)
                     mean = probability * share if n == 1 else sums.popleft().add_(probability, alpha=share)
                     if n < len(draws):
                         sums.append(mean)
                         continue
-                    highest, chosen = mean.max(dim=-1)
-                    labels[part] = chosen.to(torch.uint8).cpu()
-                    entropy[part] = torch.special.entr(mean).sum(dim=-1).clamp_min_(0).cpu()
-                    confidence[part] = highest.clamp_max_(1).cpu()
+                    maps.finish(part, mean, spread=len(draws) > 1)
                     if truth is not None:
                         log_likelihood += _log_likelihood(mean, truth[part])
-                    if len(draws) > 1:
-                        information[part] = np.maximum(entropy[part] - information[part], 0)
-                        variance[part] = np.maximum(variance[part] - mean.square().sum(dim=-1).cpu().numpy(), 0)
                 bar.update()
     if truth is not None:
         log_likelihood += math.log(_LEAST) * (np.count_nonzero(truth) - np.count_nonzero(truth[box]))
     return Prediction(
-        labels, entropy, confidence, counts.numpy(), information, variance, None if truth is None else log_likelihood
-    )
+        maps.labels, maps.entropy, maps.confidence, counts.numpy(), maps.information, maps.variance,
+        None if truth is None else log_likelihood,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """The maps of a whole volume, [D, H, W]; `information` and `variance` hold sums over draws until a part is done."""
+
+    labels: np.ndarray
+    entropy: np.ndarray
+    confidence: np.ndarray
+    information: np.ndarray
+    variance: np.ndarray
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> "_Maps":
+        """Background, with confidence 1."""
+        entropy, information, variance = (np.zeros(shape, np.float32) for _ in range(3))
+        return cls(np.zeros(shape, np.uint8), entropy, np.ones(shape, np.float32), information, variance)
+
+    def add(self, part: Region, probability: Tensor, share: float) -> None:
+        """Add a draw's part to the sums."""
+        self.information[part] += share * torch.special.entr(probability).sum(dim=-1).cpu().numpy()
+        self.variance[part] += share * probability.square().sum(dim=-1).cpu().numpy()
+
+    def finish(self, part: Region, mean: Tensor, *, spread: bool) -> None:
+        """Write a part from the mean over all draws; `spread` where there are several."""
+        highest, chosen = mean.max(dim=-1)
+        self.labels[part] = chosen.to(torch.uint8).cpu()
+        self.entropy[part] = torch.special.entr(mean).sum(dim=-1).clamp_min_(0).cpu()
+        self.confidence[part] = highest.clamp_max_(1).cpu()
+        if spread:
+            self.information[part] = np.maximum(self.entropy[part] - self.information[part], 0)
+            self.variance[part] = np.maximum(self.variance[part] - mean.square().sum(dim=-1).cpu().numpy(), 0)
 
 
 def blocks_of(
@@ -267,30 +310,3 @@ def _blocks(networks: Sequence[MeshNet], box: Region, shape: Sequence[int], n_dr
     width = max(a["width"] for a in architectures)
     n_summed = architectures[0]["n_classes"] if n_draws > 1 else 0
     return plan_blocks(box, shape, dilations, width, n_summed, limit)
-
-
-def _label_map(posterior: Posterior, path: str | None) -> LabelMap:
-    trained_on = posterior.metadata.get("label_map") or {}
-    name = trained_on.get("name")
-    if path is None and name not in SHIPPED:
-        raise InputError(f"{posterior.name}: was trained on label map {name!r}; give its TSV as `label_map`")
-    label_map = LabelMap.load(path or str(name))
-    if label_map.sha256 != trained_on.get("sha256"):
-        raise InputError(
-            f"{posterior.name}: was trained on another table of label map {name!r} than {path or 'the shipped one'}"
-            "; give the TSV it was trained on as `label_map`"
-        )
-    return label_map
-
-
-def _preprocessing(posterior: Posterior) -> tuple[Grid, Scheme]:
-    theirs: Any = posterior.entry("preprocessing")
-    try:
-        grid = Grid(theirs["grid_size"], theirs["voxel_size"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{posterior.name}: names no preprocessing grid; give a network from dwc train") from error
-    schemes = [scheme for scheme, text in IN_HEADERS.items() if text == theirs["intensity"]]
-    if not schemes or theirs.get("sub_volume") != SIDE or grid.size % SIDE:
-        asked, _ = difference(theirs, {})
-        raise InputError(f"{posterior.name}: this dwc cannot preprocess {asked}; use the version that trained it")
-    return grid, schemes[0]

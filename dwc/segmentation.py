@@ -21,7 +21,19 @@ __all__ = ["Segmentation", "predict", "segment"]
 
 @dataclass(frozen=True)
 class Segmentation:
-    """A segmented scan: its file, its uint8 image and prediction on the networks' grid, and the networks."""
+    """A segmented scan, as `predict` returns it.
+
+    Attributes
+    ----------
+    scan : Path
+        The scan's file.
+    image : ndarray
+        Its conformed image on the networks' grid, uint8 [size, size, size] in LIA orientation.
+    prediction : Prediction
+        Classes, maps of uncertainty and the volumes of each draw, on the same grid.
+    ensemble : Ensemble
+        The networks, with their label map and grid.
+    """
 
     scan: Path
     image: np.ndarray
@@ -38,7 +50,7 @@ class Segmentation:
         return replace(self, prediction=replace(self.prediction, labels=labels))
 
     def write(self, files: Derivatives, settings: OutputSettings | None = None) -> np.ndarray:
-        """Write what the settings ask for, but for the picture; returns mm^3 per class."""
+        """Write the result `files` that the settings ask for, but for the picture; returns mm^3 per class."""
         return write_derivatives(
             files, self.prediction, self.scan, label_map=self.ensemble.label_map, grid=self.ensemble.grid,
             settings=settings, image=self.image,
@@ -60,6 +72,10 @@ def predict(
         A posterior, its file or the folder of its run, several for an ensemble, or the result of `load_networks`.
     scan : path
         NIfTI or mgz; the extension may be left out.
+    settings
+        Draws of the weights, their seed, device and precision.
+    progress : bool
+        Show a progress bar.
     """
     settings = PredictionSettings.check_type(settings or PredictionSettings(), "settings")
     ensemble = network if isinstance(network, Ensemble) else load_networks(network, settings.label_map)

@@ -19,7 +19,7 @@ from dwc_kernels.network import (
     set_sigma_fraction,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Conversion",

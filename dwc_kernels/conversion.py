@@ -30,13 +30,27 @@ Skip = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` does, or did, with one layer."""
+    """What `convert` does, or did, with one layer.
 
-    path: str  # "" is the model itself
+    Attributes
+    ----------
+    path : str
+        As in ``named_modules``; "" is the model itself.
+    kind : str
+        The layer's class.
+    parameters : int
+        Number of parameters of the plain layer, without those that a layer before it shares.
+    converted : bool
+        Whether it is variational.
+    reason : str
+        Why it is not.
+    """
+
+    path: str
     kind: str
-    parameters: int  # of the plain layer, without those that a layer before it shares
+    parameters: int
     converted: bool
-    reason: str = ""  # why not
+    reason: str = ""
 
     def __str__(self) -> str:
         return f"{self.path or '(model)'}: {self.kind}, {self.parameters:,} parameters, {self.reason or 'variational'}"
@@ -100,7 +114,9 @@ def convert(model: nn.Module, *, skip: Skip | Iterable[Skip] = (), **kwargs: Any
 
 
 def conversion_report(model: nn.Module, *, skip: Skip | Iterable[Skip] = ()) -> list[Conversion]:
-    """Say for each layer with parameters whether `convert` makes it variational, or why not; changes nothing.
+    """Say for each layer of `model` with parameters whether `convert` makes it variational, or why not.
+
+    Nothing is changed. `skip` is as in `convert`.
 
     After a conversion it says the same of the converted network, but for the layers that were skipped.
     """
@@ -108,7 +124,7 @@ def conversion_report(model: nn.Module, *, skip: Skip | Iterable[Skip] = ()) -> 
 
 
 def mean_names(model: nn.Module) -> dict[str, str]:
-    """Names of a plain network's weights to their names as means, for loaders that match by name.
+    """Names of a plain network's weights to their names as means in the converted `model`, for loaders by name.
 
     ``load_state_dict`` needs none of this. MONAI's loader does:
     ``copy_model_state(converted, plain, mapping=mean_names(converted))``.

@@ -263,7 +263,7 @@ class FFGLinear(FFGModule):
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, input: Tensor, *, sample: bool | None = None, seed: Tensor | int | None = None) -> Tensor:
-        """Multiply [..., in_features] into [..., out_features]: sample and seed as in `FFGConv3d.forward`."""
+        """Multiply `input` [..., in_features] into [..., out_features]: sample and seed as in `FFGConv3d.forward`."""
         if isinstance(input, Proxy):
             return self._traced(input, sample=sample, seed=seed)
         if fixed := self._fixed_weights(sample, input):

@@ -62,7 +62,13 @@ def _unwrapped_layers(net: nn.Module) -> dict[str, FFGModule]:
 
 
 def kl_loss(net: nn.Module) -> Tensor:
-    """KL[q || prior] of all variational layers, a scalar in nats; a weight that layers share counts once."""
+    """KL[q || prior] of all variational layers of `net`, a scalar in nats; a weight that layers share counts once.
+
+    Raises
+    ------
+    ValueError
+        If `net` has no variational layer, or layers share a weight but not its prior.
+    """
     parts: dict[tuple[Any, ...], tuple[str, FFGModule]] = {}
     terms = []
     for path, layer in _layers(net).items():
@@ -94,8 +100,12 @@ def parameter_groups(
 
     Parameters
     ----------
-    lr, rho_lr : float, optional
-        Learning rates; None leaves them to the optimizer, and rho_lr to lr.
+    net : nn.Module
+        A network with variational layers.
+    lr : float, optional
+        Learning rate of all but the rhos; None leaves it to the optimizer.
+    rho_lr : float, optional
+        Learning rate of the rhos; None is `lr`.
     weight_decay : float
         Of everything but the rhos. The prior already decays the means by way of the KL divergence.
     """
@@ -110,7 +120,13 @@ def parameter_groups(
 
 
 def set_prior(net: nn.Module, from_net: nn.Module) -> None:
-    """Make one network's posterior the prior of another, layer by layer of the same name; all of them or none."""
+    """Make the posterior of `from_net` the prior of `net`, layer by layer of the same name; all of them or none.
+
+    Raises
+    ------
+    ValueError
+        If their variational layers differ in name or shape. No prior is changed then.
+    """
     ours, theirs = _unwrapped_layers(net), _unwrapped_layers(from_net)
     if odd := sorted(ours.keys() ^ theirs.keys()):
         raise ValueError(f"only one of the two networks has a variational layer {odd[0]!r}")
@@ -125,7 +141,7 @@ def set_prior(net: nn.Module, from_net: nn.Module) -> None:
 
 
 def set_sigma_fraction(net: nn.Module, fraction: float, *, minimum: float = 1e-6) -> None:
-    """Set every sigma to a fraction of its mean's size (MOPED, Krishnan et al. 2020), at least ``minimum``."""
+    """Set every sigma of `net` to a fraction of its mean's size (MOPED, Krishnan et al. 2020), at least ``minimum``."""
     if not (fraction > 0 and minimum > 0):
         raise ValueError(f"fraction and minimum must be positive, got {fraction} and {minimum}")
     rhos = []
@@ -184,7 +200,7 @@ def _rho_limit(sigma_0: Tensor) -> Tensor:
 
 
 def seed_noise(net: nn.Module, seed: int, *, rank: int | None = None) -> None:
-    """Seed all noise of a network to come, different in every layer, call and rank.
+    """Seed all noise of `net` to come, different in every layer, call and rank.
 
     It seeds PyTorch's default generators, from which each layer draws a seed whenever it samples, and gives the layers
     a key of the rank, so that processes whose generators are equal draw different noise. Rank 0 draws what
@@ -203,18 +219,18 @@ def seed_noise(net: nn.Module, seed: int, *, rank: int | None = None) -> None:
 
 @contextmanager
 def sampling(net: nn.Module, sample: bool) -> Iterator[None]:
-    """Within the context, sample (True) or take the mean (False), whatever the mode; ``sample=`` still wins."""
+    """Within the context, `net` samples (True) or takes the mean (False), whatever its mode; ``sample=`` still wins."""
     with _overridden(dict.fromkeys(_layers(net).values(), sample)):
         yield
 
 
 @contextmanager
 def draw_weights(net: nn.Module, seed: int | None = None, *, rank: int | None = None) -> Iterator[None]:
-    """Within the context, the network is one deterministic network whose weights are drawn from the posterior.
+    """Within the context, `net` is one deterministic network whose weights are drawn from the posterior.
 
     One draw serves the whole volume and every call, so sums over voxels spread as they should, which the independent
     voxels of local reparameterization do not; several volumes of a batch share the draw too. Each layer runs as one
-    plain convolution. The weights are those of `drawn_weights`, drawn on entry.
+    plain convolution. The weights are those of `drawn_weights`, with its `seed` and `rank`, drawn on entry.
     """
     layers = _layers(net)
     with _overridden({layers[path]: drawn for path, drawn in drawn_weights(net, seed, rank=rank).items()}):
@@ -222,7 +238,7 @@ def draw_weights(net: nn.Module, seed: int | None = None, *, rank: int | None = 
 
 
 def drawn_weights(net: nn.Module, seed: int | None = None, *, rank: int | None = None) -> dict[str, Drawn]:
-    """Weight and bias of each variational layer, by its path, drawn from the posterior.
+    """Weight and bias of each variational layer of `net`, by its path, drawn from the posterior.
 
     w = mu + sigma * eps, and gradients reach mu and sigma through them. Weights that layers share are drawn once.
 
@@ -293,12 +309,26 @@ def _derived_seeds(seed: int, n: int, rank: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a number of samples say about each voxel; C counts the classes, or the outputs of the network."""
+    """What a number of samples say about each voxel; C counts the classes, or the outputs of the network.
 
-    mean: Tensor  # [N, C, ...]: probabilities, or outputs without an activation
-    variance: Tensor  # [N, C, ...]: of the samples, divided by n_samples
-    entropy: Tensor | None  # [N, ...] in nats: of the mean probabilities, all uncertainty
-    mutual_information: Tensor | None  # [N, ...] in nats: the part of it that comes from not knowing the weights
+    Attributes
+    ----------
+    mean : Tensor
+        [N, C, ...]: probabilities, or outputs without an activation.
+    variance : Tensor
+        [N, C, ...]: of the samples, divided by `n_samples`.
+    entropy : Tensor or None
+        [N, ...] in nats: of the mean probabilities, all uncertainty.
+    mutual_information : Tensor or None
+        [N, ...] in nats: the part of the entropy that comes from not knowing the weights.
+    n_samples : int
+        Number of samples.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    entropy: Tensor | None
+    mutual_information: Tensor | None
     n_samples: int
 
 
@@ -319,8 +349,12 @@ def predict(
 
     Parameters
     ----------
+    net : nn.Module
+        A network with variational layers.
     x : Tensor
         What the network takes.
+    n_samples : int
+        Number of samples.
     activation : "softmax", "sigmoid" or None
         From outputs to probabilities: over dimension 1, or of each output alone, whose entropies are then summed over
         dimension 1. None leaves the outputs as they are, and there is no entropy.

@@ -30,7 +30,7 @@ Results = tuple[Tensor, ...]
 
 def store(path: Path, tiles: dict[str, dict[str, Any]]) -> None:
     """Add tiles to the file, or replace one that is broken; it appears whole or not at all."""
-    from dwc_kernels.kernels.tiles import stored_tiles
+    from dwc_kernels.kernels.tuned import stored_tiles
 
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -72,7 +72,8 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
 
     from dwc_kernels import kernels
     from dwc_kernels.kernels.launch import Plan, asked
-    from dwc_kernels.kernels.tiles import Tile, ranked, tuned_key
+    from dwc_kernels.kernels.tiles import Tile, ranked
+    from dwc_kernels.kernels.tuned import tuned_key
 
     one = (1, 1, 1)
     geometry: tuple[Any, ...] = (one, tuple(k // 2 for k in mu.shape[2:]), one, 1)
@@ -144,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("dwc_kernels.tune: no GPU here; the launchers use the model's tiles", file=sys.stderr)
         return 2
     from dwc_kernels.kernels.launch import chip_of, forget_plans
-    from dwc_kernels.kernels.tiles import tuned_path
+    from dwc_kernels.kernels.tuned import tuned_path
 
     device = torch.device("cuda", torch.cuda.current_device())
     path = tuned_path(chip_of(device).name)

@@ -21,7 +21,15 @@ class PartlyFailed(Exception):
 
 
 class Interrupted(Exception):
-    """A signal ended a run after a complete step, with its state on disk; the message says how to resume."""
+    """A signal ended a run after a complete step, with its state on disk; the message says how to resume.
+
+    Attributes
+    ----------
+    signal_number : int
+        As in `signal`; the exit code of a command is 128 plus it.
+    stopped : str
+        What was stopped, and where its state is. The message is this and the `remedy`.
+    """
 
     def __init__(self, signal_number: int, stopped: str, remedy: str) -> None:
         super().__init__(f"{stopped}; {remedy}")

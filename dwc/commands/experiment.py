@@ -22,15 +22,20 @@ def main(arguments: Sequence[str]) -> None:
     about = "Run the paper's study: its networks, its Table 2, its figures, in one report."
     settings, options = parse_study("experiment", about, arguments, preset, add=_add_options)
     study, only, dry_run, folders = (options[name] for name in ("study", "only", "dry_run", "pool"))
-    if study != "paper" and (only or dry_run or folders):
-        raise InputError(f"`study` {study}: `only`, `dry_run` and `pool` are for the paper's study; leave them out")
+    if study != "paper" and (only or dry_run):
+        raise InputError(f"`study` {study}: `only` and `dry_run` are for the paper's study; leave them out")
+    if study == "demo" and folders:
+        raise InputError("`pool`: the demo has one seed; leave it out")
     if folders and (only or dry_run):
         raise InputError("`pool`: reads finished studies; leave `only` and `dry_run` out")
     # Imported here so that help does not wait for PyTorch.
     if folders:
-        from dwc.study.pooling import pool
+        from dwc.study.pooling import pool, pool_beyond
 
-        pool(folders, settings.out)
+        if study == "paper":
+            pool(folders, settings.out)
+        else:
+            pool_beyond(study, folders, settings.out)
     elif study == "paper":
         from dwc.study import paper
 

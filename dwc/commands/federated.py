@@ -1,8 +1,11 @@
 """`dwc federated`: the cycle over many sites, from start-up kits to the last round, and its simulation."""
 
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from dwc.federated.project import Project
 
 __all__ = ["main"]
+
+_WATCH_S = 10.0
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -256,16 +261,39 @@ def _status_arguments(parser: ArgumentParser) -> None:
     """Print the state of a server's cycle."""
     parser.add_argument("kit", type=Path, help="the server's start-up kit")
     parser.add_argument("--json", type=bool, default=False, help="the whole state, for programs")
+    parser.add_argument(
+        "--watch", type=float | None, nargs="?", const=_WATCH_S, default=None, metavar="SECONDS",
+        help=f"look every so many seconds (default {_WATCH_S:g}) and print the state when it has changed, until Ctrl-C",
+    )  # fmt: skip
 
 
 def _status(values: Namespace) -> None:
     from dwc.federated.project import folder_in
     from dwc.federated.server_state import read_state
 
-    if values.json:
+    if values.watch is not None:
+        if values.json:
+            raise InputError("`watch` prints text; leave `json` out")
+        if not 0 < values.watch < math.inf:
+            raise InputError(f"`watch` {values.watch:g}: give seconds, more than 0")
+        _watch(values.kit, values.watch)
+    elif values.json:
         print(json.dumps(read_state(folder_in(values.kit)), indent=2))
     else:
         _print_state(values.kit)
+
+
+def _watch(kit: Path, every_s: float) -> None:
+    """Print the state each time it has changed, with the time at which that was seen."""
+    from dwc.federated.project import folder_in
+    from dwc.federated.server_state import describe, read_state
+
+    last = None
+    while True:
+        if (state := describe(read_state(folder_in(kit)))) != last:
+            print(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S%z}  {state}\n", flush=True)
+        last = state
+        time.sleep(every_s)
 
 
 def _print_state(kit: Path) -> None:

@@ -29,8 +29,8 @@ from dwc.data.grid import Grid
 from dwc.data.intensity import Scheme, content_of, moments
 from dwc.data.labels import LabelMap
 from dwc.data.paths import OUT_OF_HANDLES, unreadable
-from dwc.data.reading import enough_memory
 from dwc.data.scan import Scan
+from dwc.data.streams import enough_memory
 
 __all__ = ["digest_of_scans", "is_prepared", "prepare", "prepared_contents"]
 

@@ -20,8 +20,9 @@ from dwc.data.findings import CheckedScan, Finding, odd
 from dwc.data.grid import Grid
 from dwc.data.intensity import SIGNAL, content_of, to_uint8
 from dwc.data.labels import LEFT, RIGHT, LabelMap
-from dwc.data.reading import ScanFile, enough_memory, load_labels, open_scan, varying
+from dwc.data.reading import ScanFile, load_labels, open_scan, varying
 from dwc.data.scan import Scan
+from dwc.data.streams import enough_memory
 
 __all__ = ["axes_of", "check_each", "check_scans", "examine"]
 

@@ -17,8 +17,9 @@ from dwc.base.errors import InputError
 from dwc.data.grid import LIA, Grid
 from dwc.data.intensity import SIGNAL, to_uint8
 from dwc.data.labels import LabelMap
-from dwc.data.reading import canonical_affine, enough_memory, load_image, load_labels, open_scan
+from dwc.data.reading import canonical_affine, load_image, load_labels, open_scan
 from dwc.data.resampling import resample_image, resample_labels, tidied
+from dwc.data.streams import enough_memory
 
 __all__ = ["Placement", "conform_image", "conform_labels", "load_image", "load_labels", "place", "to_native"]
 

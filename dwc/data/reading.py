@@ -4,43 +4,32 @@ What a header claims is compared with limits and with the file before anything i
 read than the volume needs. nibabel interprets the header; the bytes are read here.
 """
 
-import bz2
-import gzip
 import io
 import logging
 import os
-import re
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
 from math import prod
 from pathlib import Path
-from typing import IO, TypeAlias, cast
+from typing import TypeAlias
 
 import nibabel as nib
 import numpy as np
 from nibabel.freesurfer.mghformat import MGHHeader
-from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
-from nibabel.wrapstruct import WrapStructError
 
-from dwc.base.errors import InputError, one_line
-from dwc.data.paths import existing_file, unreadable
+from dwc.base.errors import InputError
+from dwc.data.paths import existing_file
+from dwc.data.streams import BZIP2, GZIP, PAIR, check_the_end, enough_memory, exactly, partner, reading, skip, unpacked
 
-__all__ = ["ScanFile", "canonical_affine", "enough_memory", "load_image", "load_labels", "open_scan", "varying"]
+__all__ = ["ScanFile", "canonical_affine", "load_image", "load_labels", "open_scan", "varying"]
 
 Header: TypeAlias = nib.Nifti1Header | MGHHeader
 
 _MOST_VOXELS = 640**3
 _MOST_HEADER = 1 << 26  # bytes before the voxels, extensions included
-_MOST_BEHIND = 1 << 24  # bytes behind the voxels: FreeSurfer's tags, padding
 _BEST_COMPRESSION = 1100  # deflate cannot pack better than 1032 : 1
-_GZIP, _BZIP2 = b"\x1f\x8b", b"BZh"
-_PAIR = re.compile(r"(.*)(\.hdr|\.img)(\.gz)?", re.IGNORECASE | re.DOTALL)
 _MOST_HEADER_FIELDS = 544  # bytes of the longest header, NIfTI-2's
-_BLOCK = 1 << 20
 _VOXEL_MM = (0.05, 25.0)
 _EXTENT_MM = (10.0, 550.0)  # of the longest edge
 _FARTHEST_MM = 1e5  # of the first voxel from the origin
@@ -97,11 +86,11 @@ class ScanFile:
         """The values, scaled as the header says; all are finite."""
         dtype = self.header.get_data_dtype()
         n_bytes = prod(self.shape) * dtype.itemsize
-        with _reading(self.path), _unpacked(self._data_path) as stream:
-            _skip(stream, self._offset)
-            buffer = _exactly(stream, n_bytes)
+        with reading(self.path), unpacked(self._data_path) as stream:
+            skip(stream, self._offset)
+            buffer = exactly(stream, n_bytes)
             if not isinstance(stream, io.BufferedReader):
-                _check_the_end(stream, self._data_path)
+                check_the_end(stream, self._data_path)
             stored = np.ndarray(self.shape, dtype, buffer, order="F").astype(dtype.newbyteorder("="), copy=False)
             slope, inter = (np.float64(value) for value in self.scaling)
             with np.errstate(all="ignore"):
@@ -124,10 +113,10 @@ def open_scan(path: str | os.PathLike) -> ScanFile:
     A 4-D file of one volume counts as 3-D. Headers in metres or micrometres are converted to mm.
     """
     path = existing_file(path)
-    named = _PAIR.fullmatch(path.name)
-    with _reading(path):
-        header_path = _partner(path, ".hdr") if named and named[2].lower() == ".img" else path
-    with _reading(path), _unpacked(header_path) as stream:
+    named = PAIR.fullmatch(path.name)
+    with reading(path):
+        header_path = partner(path, ".hdr") if named and named[2].lower() == ".img" else path
+    with reading(path), unpacked(header_path) as stream:
         header, offset, in_pair = _header(stream.read(_MOST_HEADER_FIELDS), path)
         shape = _shape(header, path)
         dtype = header.get_data_dtype()
@@ -140,8 +129,8 @@ def open_scan(path: str | os.PathLike) -> ScanFile:
             f"{path}: its header says that the voxels are in an .img file beside it (magic ni1 or ni2); name it .hdr, "
             f"or convert the pair to .nii.gz"
         )
-    with _reading(path):
-        data_path = _partner(header_path, ".img") if in_pair else header_path
+    with reading(path):
+        data_path = partner(header_path, ".img") if in_pair else header_path
         _check_claim(path, data_path, offset, prod(shape) * dtype.itemsize)
     return ScanFile(path, header, shape, affine, data_path, offset)
 
@@ -314,9 +303,9 @@ def _check_claim(path: Path, data_path: Path, offset: int, n_bytes: int) -> None
     has = data_path.stat().st_size
     with open(data_path, "rb") as file:
         magic = file.read(3)
-    if magic[:2] == _GZIP:
+    if magic[:2] == GZIP:
         has *= _BEST_COMPRESSION
-    elif magic == _BZIP2:
+    elif magic == BZIP2:
         return
     if has < offset + n_bytes:
         raise InputError(
@@ -368,89 +357,3 @@ def _check_same_grid(labels: ScanFile, image: ScanFile) -> None:
 def _in_ras_order(scan: ScanFile) -> tuple[tuple[int, ...], np.ndarray]:
     orientation, affine = canonical_affine(scan.shape, scan.affine)
     return tuple(scan.shape[int(axis)] for axis in np.argsort(orientation[:, 0])), affine
-
-
-def _partner(path: Path, extension: str) -> Path:
-    """The other file of a .hdr and .img pair, compressed or not, in the same case or another."""
-    stem = cast(re.Match, _PAIR.fullmatch(path.name))[1]
-    wanted = re.compile(rf"{re.escape(stem)}(?i:{re.escape(extension)}(\.gz)?)")
-    there = [name for name in os.listdir(path.parent) if wanted.fullmatch(name)]
-    if not there:
-        raise InputError(f"{path}: there is no {stem}{extension} beside it; a pair needs both files, copy it too")
-    return existing_file(path.with_name(min(there, key=lambda name: (len(name), name != stem + extension, name))))
-
-
-@contextmanager
-def _unpacked(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, unpacked where its first bytes say that it is compressed, whatever its name says."""
-    with open(path, "rb") as file:
-        magic = file.read(3)
-        file.seek(0)
-        if magic[:2] == _GZIP:
-            with gzip.open(file) as unpacked:
-                yield cast(IO[bytes], unpacked)
-        elif magic == _BZIP2:
-            with bz2.open(file) as unpacked:
-                yield unpacked
-        else:
-            yield file
-
-
-def _skip(stream: IO[bytes], n_bytes: int) -> None:
-    while n_bytes > 0:
-        if not (block := stream.read(min(n_bytes, _BLOCK))):
-            raise EOFError("the file ends before its voxels begin")
-        n_bytes -= len(block)
-
-
-def _exactly(stream: IO[bytes], n_bytes: int) -> np.ndarray:
-    buffer = np.empty(n_bytes, np.uint8)
-    done = 0
-    while done < n_bytes:
-        block = stream.read(min(n_bytes - done, _BLOCK))
-        if not block:
-            raise EOFError(f"the voxels need {n_bytes} bytes, {done} are there")
-        buffer[done : done + len(block)] = np.frombuffer(block, np.uint8)
-        done += len(block)
-    return buffer
-
-
-def _check_the_end(stream: IO[bytes], path: Path) -> None:
-    """Read what little may follow the voxels: at the end of a compressed stream stands its checksum."""
-    for _ in range(_MOST_BEHIND // _BLOCK):
-        if not stream.read(_BLOCK):
-            return
-    raise InputError(
-        f"{path}: holds more than {_MOST_BEHIND >> 20} MiB behind the volume that its header describes; export it again"
-    )
-
-
-@contextmanager
-def enough_memory(path: str | os.PathLike) -> Iterator[None]:
-    """Name the scan that takes more memory than there is."""
-    try:
-        yield
-    except MemoryError as error:
-        raise InputError(f"{path}: does not fit into memory; crop the scan, or use a machine with more") from error
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Name the file that cannot be read, and why."""
-    try:
-        with enough_memory(path):
-            yield
-    except InputError:
-        raise
-    except (HeaderDataError, WrapStructError, KeyError) as error:
-        raise InputError(f"{path}: not a NIfTI or mgz volume ({_line(error)}); repair its header") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: truncated or damaged ({_line(error)}); copy the file again") from error
-    except OSError as error:
-        if error.errno is None:  # bz2's own
-            raise InputError(f"{path}: truncated or damaged ({_line(error)}); copy the file again") from error
-        raise unreadable(path, error, "check its permissions") from error
-
-
-def _line(error: Exception) -> str:
-    return one_line(" ".join(str(error).split()))

@@ -17,10 +17,10 @@ from matplotlib.patches import Patch
 from dwc.base.files import write_whole
 from dwc.colours import class_colours
 from dwc.metrics.confusion import confusion_matrix, mean_dice
+from dwc.report.slices import PLANES, busiest, picture_box, slice_of
 
 __all__ = ["overlay", "save", "site_slices"]
 
-_PLANES = ("axial", "sagittal", "coronal")
 _LEGEND_AT_MOST = 16  # classes; longer legends are not readable
 _PANEL = 2.4  # inches
 _RED = (1.0, 0.1, 0.1)
@@ -54,7 +54,7 @@ def overlay(
     n_classes = _n_classes((truth, *predictions.values()), names)
     scores = {name: _dice(truth, classes, n_classes) for name, classes in predictions.items()}
     captions = [f"{name}\n{dice}" if dice else name for name, dice in scores.items()]
-    rows = _rows(image, truth, predictions, _PLANES, class_colours(n_classes))
+    rows = _rows(image, truth, predictions, PLANES, class_colours(n_classes))
     return _draw(rows, _columns(captions, truth is not None), path, names=names, title=title)
 
 
@@ -73,7 +73,7 @@ def site_slices(
     n_classes = _n_classes(volumes, names)
     colours, rows = class_colours(n_classes), []
     for image, truth, predictions, _ in pictures.values():
-        pair = _rows(image, truth, predictions, _PLANES[:2], colours)
+        pair = _rows(image, truth, predictions, PLANES[:2], colours)
         for k, classes in enumerate(predictions.values()):
             pair[0].notes[2 + 2 * k] = _dice(truth, classes, n_classes)
         rows += pair
@@ -100,7 +100,7 @@ def _rows(
 ) -> list[_Row]:
     """A volume's row of panels in each plane: scan, truth, and each prediction with its errors."""
     reference = truth if truth is not None else next(iter(predictions.values()))
-    box, places = _box(image), _busiest(reference if reference.any() else image)
+    box, places = picture_box(image), busiest(reference if reference.any() else image)
     window = np.percentile(image[image > 0], 99.5) if (image > 0).any() else 1
     red = np.array([_RED, _RED])
     layers: list[tuple[np.ndarray | None, np.ndarray]] = [(None, colours)]  # classes to overlay, and their colours
@@ -109,9 +109,9 @@ def _rows(
         layers += [(classes, colours)] if truth is None else [(classes, colours), (classes != truth, red)]
     rows = []
     for plane in planes:
-        grey = np.clip(_slice(image, plane, places, box) / window, 0, 1)
+        grey = np.clip(slice_of(image, plane, places, box) / window, 0, 1)
         panels = [
-            _painted(grey, None if shown is None else _slice(shown, plane, places, box), paint)
+            _painted(grey, None if shown is None else slice_of(shown, plane, places, box), paint)
             for shown, paint in layers
         ]
         rows.append(_Row(panels, [None] * len(panels), plane != "sagittal"))
@@ -202,33 +202,3 @@ def _painted(grey: np.ndarray, classes: np.ndarray | None, colours: np.ndarray) 
 def _dice(truth: np.ndarray | None, classes: np.ndarray, n_classes: int) -> str | None:
     dice = None if truth is None else mean_dice(confusion_matrix(truth, classes, n_classes))
     return None if dice is None else f"Dice {dice:.3f}"
-
-
-def _busiest(volume: np.ndarray) -> dict[str, int]:
-    """For each plane, the slice with the most voxels above zero."""
-    counted = volume > 0
-    over = {"sagittal": (1, 2), "axial": (0, 2), "coronal": (0, 1)}
-    return {plane: int(counted.sum(axis=axes).argmax()) for plane, axes in over.items()}
-
-
-def _box(image: np.ndarray) -> tuple[slice, ...]:
-    """The bounding box of the head plus a margin."""
-    head = image >= 0.2 * image.max()
-    box = []
-    for axis, size in enumerate(image.shape):
-        profile = head.sum(axis=tuple({0, 1, 2} - {axis}))
-        filled = np.flatnonzero(profile >= 0.03 * profile.max())  # ignores noise
-        margin = size // 24
-        box.append(slice(max(filled[0] - margin, 0), min(filled[-1] + 1 + margin, size)))
-    return tuple(box)
-
-
-def _slice(volume: np.ndarray, plane: str, places: Mapping[str, int], box: tuple[slice, ...]) -> np.ndarray:
-    """A plane of an LIA volume [left, inferior, anterior] as an upright picture [row from the top, column]."""
-    left, inferior, anterior = box
-    place = places[plane]
-    if plane == "sagittal":
-        return volume[place, inferior, anterior]
-    if plane == "coronal":
-        return volume[left, inferior, place].T
-    return volume[left, place, anterior].T[::-1]

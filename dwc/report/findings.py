@@ -1,6 +1,7 @@
 """Which of the paper's findings (McClure et al. 2018, section 3.2) hold in a study's tables, in words.
 
-Verdicts follow from intervals across subjects, corrected for the number of comparisons; page.html explains the rules.
+Verdicts follow from intervals across subjects, corrected for the number of comparisons;
+templates/study.html explains the rules.
 """
 
 from collections.abc import Iterable

@@ -1,21 +1,21 @@
-"""A study's report: one self-contained HTML page. Tables and pictures are made here; all other text is in page.html."""
+"""A study's report: one self-contained HTML page. Tables and pictures are made here, all other text in
+templates/study.html.
+"""
 
-import base64
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import yaml
-from jinja2 import Environment, StrictUndefined, Template
 
 from dwc.base.files import open_folder, write_whole
 from dwc.metrics.calibration import error_detection_auc, expected_calibration_error
 from dwc.report import plots
 from dwc.report.findings import FLOOR, MARGIN, SMALLEST, findings_of
+from dwc.report.pages import data_address, render
 from dwc.report.results import AVERAGE, INTEREST, Results, read_results
 from dwc.report.words import DASH, count, number, p_value, points, printed
 
@@ -57,7 +57,8 @@ def write_report(out: str | Path) -> Path:
         "dice": _dice, "tests": _tests, "seeds": _seeds, "speed": _speed, "slices": _slices, "classes": _classes,
         "calibration": _calibration,
     }  # fmt: skip
-    page = _template().render(
+    page = render(
+        "study.html",
         about=_about(results),
         findings=findings_of(results),
         rules={"margin": points(-MARGIN), "smallest": 100 * SMALLEST, "floor": 100 * FLOOR, "fewest": plots.FEWEST},
@@ -69,13 +70,8 @@ def write_report(out: str | Path) -> Path:
         config=yaml.safe_dump(results.config, sort_keys=False, allow_unicode=True) if results.config else "",
     )
     path = results.out / "report.html"
-    write_whole(path, page.encode())
+    write_whole(path, page)
     return path
-
-
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(files("dwc.report").joinpath("page.html").read_text(encoding="utf-8"))
 
 
 def _about(results: Results) -> str:
@@ -232,7 +228,7 @@ def _drawn(results: Results, name: str, chart: Callable[..., Path], *shown: Any,
 
 
 def _inlined(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return data_address(path.read_bytes(), "png")
 
 
 def _cell(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-__all__ = ["DASH", "count", "number", "p_value", "points", "printed"]
+__all__ = ["DASH", "count", "millilitres", "number", "p_value", "points", "printed"]
 
 DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"  # a dash: no number
 
@@ -32,3 +32,10 @@ def p_value(p: float) -> str:
 def count(value: float | None) -> str:
     """A whole number with separated thousands."""
     return DASH if pd.isna(value) else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def millilitres(mm3: float) -> str:
+    """A volume in ml without its unit: one decimal from 10 ml on, otherwise two."""
+    if pd.isna(mm3):
+        return DASH
+    return f"{mm3 / 1000:.1f}" if mm3 >= 9995 else f"{mm3 / 1000:.2f}"

@@ -224,10 +224,8 @@ def _anatomies(
     if not mine or (n_train and len(mine) <= n_for_test):
         raise InputError(f"{folder}: {len(mine)} label volumes for site {site}; put at least {2 * len(sites)} there")
     parts = {"train": (mine[n_for_test:], n_train), "test": (mine[:n_for_test], n_test)}
-    for split, (anatomies, n) in parts.items():
-        for number in range(n):
-            path = anatomies[number % len(anatomies)]
-            yield f"{site}-{path.name.split('.')[0]}", split, _load_anatomy(path, grid)
+    chosen = ((split, anatomies[k % len(anatomies)]) for split, (anatomies, n) in parts.items() for k in range(n))
+    return ((f"{site}-{path.name.split('.')[0]}", split, _load_anatomy(path, grid)) for split, path in chosen)
 
 
 @lru_cache(maxsize=8)

@@ -19,7 +19,7 @@ from dwc.study.context import Study
 from dwc.study.graph import cycle, variational, vcl
 from dwc.study.networks import Networks
 from dwc.study.rounds import rounds
-from dwc.study.rows import Result, held_out_of, join_rows, mixed_names, paired_tests, score_row, simulate_mixed
+from dwc.study.rows import Result, compare_rows, held_out_of, join_rows, mixed_names, score_row, simulate_mixed
 from dwc.study.settings import ManySites, StudySettings
 from dwc.study.sites import begin
 from dwc.tempering import TemperScore, choose_temper
@@ -81,7 +81,8 @@ def leave_one_out(study: Study, folder: Path) -> Result:
         rows.append({"row": row, "seconds": seconds})
         began = time.process_time()
     table, joined = join_rows(study, rows, volumes)
-    tests = paired_tests(study, joined, [(everything, row["row"]) for row in rows if row["row"] != everything])
+    pairs = [(everything, row["row"]) for row in rows if row["row"] != everything]
+    tests = compare_rows(study.settings.training_sites, joined, pairs)
     pictures.leave_one_out(tests, table.columns.drop(["row", "seconds"]), folder / "leave-one-out.png")
     return table, joined, tests
 
@@ -110,7 +111,7 @@ def tempering(study: Study, folder: Path) -> Result:
     pictures.tempering(table, settings.origin, len(settings.sites), folder / "tempering.png")
     best = f"lambda {chosen:.4g}"
     pairs = [(best, "lambda 0"), (best, "lambda 1"), ("lambda 1", "lambda 0")]
-    return table, joined, paired_tests(study, joined, pairs)
+    return table, joined, compare_rows(study.settings.training_sites, joined, pairs)
 
 
 def many_sites(study: Study, folder: Path) -> Result:
@@ -154,7 +155,7 @@ def many_sites(study: Study, folder: Path) -> Result:
     dice = joined.pivot_table(index="row", columns="column", values="dice")[list(held_out)]
     table = pd.DataFrame(rows).join(dice, on="row").drop(columns="row")
     pictures.many_sites(table, settings.origin, settings.unseen, folder / "many-sites.png")
-    return table, joined, paired_tests(study, joined, [(row["row"], "0") for row in rows[1:]])
+    return table, joined, compare_rows(study.settings.training_sites, joined, [(row["row"], "0") for row in rows[1:]])
 
 
 _STUDIES: dict[str, Callable[[Study, Path], Result]] = {

@@ -10,12 +10,14 @@ import yaml
 from dwc.base.errors import InputError
 from dwc.base.files import open_folder, write_whole
 from dwc.base.tables import read_settings, read_table, write_table
+from dwc.report import studies as pictures
 from dwc.report.html import write_report
 from dwc.report.results import AVERAGE, column_groups
 from dwc.study.paper import comparisons, tests_as_text
+from dwc.study.rows import compare_rows
 from dwc.study.statistics import dice_table, differences_by_seed, paired_tests
 
-__all__ = ["pool"]
+__all__ = ["pool", "pool_beyond"]
 
 _TABLES = {  # and their required columns; a table that requires none may be missing
     "rows": ("row", "kind", "networks"),
@@ -32,11 +34,7 @@ def pool(folders: Sequence[Path], out: Path) -> None:
     volumes, classes, calibration and speed gain a column seed; table and table_sd are mean and standard deviation over
     seeds; tests pairs volumes and subjects of all seeds; by_seed has each seed's mean differences; rows has means.
     """
-    folders = [Path(folder).expanduser().absolute() for folder in folders]
-    if len(folders) < 2:
-        raise InputError("`pool`: one folder; give those of two seeds or more")
-    if out in folders:
-        raise InputError(f"`out` {out}: is one of the folders to pool; give another")
+    folders = _given(folders, out)
     config, seeds = _settings(folders)
     tables = {name: _read(folders, seeds, name) for name in _TABLES}
     volumes = tables["volumes"]
@@ -54,11 +52,11 @@ def pool(folders: Sequence[Path], out: Path) -> None:
             raise InputError(f"{folder}: has other rows than {folders[0]}; finish both studies")
     stacked = pd.concat(averages, keys=seeds).groupby(level=1, sort=False)
     mean, sd = stacked.mean(), stacked.std()
-    rows = _rows(tables["rows"])
-    pairs = comparisons(zip(rows["row"], rows["kind"], strict=True))
+    trained = _rows(tables["rows"])
+    pairs = comparisons(zip(trained["row"], trained["kind"], strict=True))
     tests, by_seed = paired_tests(volumes, pairs, groups), differences_by_seed(volumes, pairs, groups)
     open_folder(out)
-    for name, table in (tables | {"rows": rows, "tests": tests, "by_seed": by_seed}).items():
+    for name, table in (tables | {"rows": trained, "tests": tests, "by_seed": by_seed}).items():
         if len(table):
             write_table(out / f"{name}.csv", table)
     write_table(out / "table.csv", mean, index=True)
@@ -69,13 +67,57 @@ def pool(folders: Sequence[Path], out: Path) -> None:
     print(f"{text}\n\n{write_report(out)}")
 
 
-def _settings(folders: Sequence[Path]) -> tuple[dict[str, Any], list[int]]:
+def pool_beyond(study: str, folders: Sequence[Path], out: Path) -> pd.DataFrame:
+    """Pool a study beyond the paper, run with several seeds, into OUT/<study>/ and print the main table.
+
+    table and table_sd are mean and standard deviation over seeds; tests pairs the volumes of all seeds, whose heads are
+    others; volumes has a column seed.
+    """
+    folders = _given(folders, out)
+    config, seeds = _settings(folders, study)
+    tables = [read_table(folder / study / "table.csv") for folder in folders]
+    names = tables[0].columns[[k for k, dtype in enumerate(tables[0].dtypes) if dtype.kind != "f"]]  # of a row
+    for folder, table in zip(folders, tables, strict=True):
+        if list(table) != list(tables[0]) or not table[names].equals(tables[0][names]):
+            raise InputError(f"{folder / study}: has other rows than {folders[0] / study}; finish both studies")
+    stacked = pd.concat(tables, keys=seeds).drop(columns=names).groupby(level=1, sort=False)
+    mean, sd = (tables[0][names].join(figures) for figures in (stacked.mean(), stacked.std()))
+    parts = [read_table(folder / study / "volumes.csv", _TABLES["volumes"]) for folder in folders]
+    volumes = pd.concat([part.assign(seed=seed) for part, seed in zip(parts, seeds, strict=True)], ignore_index=True)
+    asked = read_table(folders[0] / study / "tests.csv", ("row", "against", "column"))
+    pairs = list(asked[["row", "against"]].drop_duplicates().itertuples(index=False, name=None))
+    training = [config["origin"], *config["sites"]]
+    tests = pd.concat(
+        compare_rows(training, volumes, pairs, value).assign(value=value)
+        for value in (asked["value"].unique() if "value" in asked else ["dice"])
+    )
+    open_folder(out / study)
+    for name, table in {"table": mean, "table_sd": sd, "volumes": volumes, "tests": tests}.items():
+        write_table(out / study / f"{name}.csv", table)
+    write_whole(out / study / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+    if study == "rounds":
+        pictures.rounds(mean, config["origin"], out / study / "rounds.png")
+    print(f"Means over {len(seeds)} seeds\n{mean.to_string(index=False, float_format='%.4g', na_rep='-')}")
+    return mean
+
+
+def _given(folders: Sequence[Path], out: Path) -> list[Path]:
+    """Absolute paths of the folders to pool."""
+    folders = [Path(folder).expanduser().absolute() for folder in folders]
+    if len(folders) < 2:
+        raise InputError("`pool`: one folder; give those of two seeds or more")
+    if out in folders:
+        raise InputError(f"`out` {out}: is one of the folders to pool; give another")
+    return folders
+
+
+def _settings(folders: Sequence[Path], study: str = "") -> tuple[dict[str, Any], list[int]]:
     """The settings without the seed, which must otherwise agree, and the seed of each folder."""
     first: dict[str, Any] = {}
     seeds: list[int] = []
     for folder in folders:
-        if not (folder / "table.csv").is_file():
-            raise InputError(f"{folder}: holds no finished study (no table.csv); run the study there first")
+        if not (folder / study / "table.csv").is_file():
+            raise InputError(f"{folder / study}: holds no finished study (no table.csv); run the study there first")
         values = read_settings(folder / "config.yaml")
         seed = values.pop("seed", 0)
         first = first or values

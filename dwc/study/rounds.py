@@ -13,7 +13,7 @@ from dwc.report import studies as pictures
 from dwc.study.context import Study
 from dwc.study.graph import Network, variational
 from dwc.study.networks import Networks
-from dwc.study.rows import Result, mixed_names, paired_tests, score_row, simulate_mixed
+from dwc.study.rows import Result, compare_rows, mixed_names, score_row, simulate_mixed
 
 __all__ = ["Method", "rounds", "trajectory"]
 
@@ -65,8 +65,9 @@ def rounds(study: Study, folder: Path) -> Result:
     nll = means["nll"][list(held_out)].add_prefix("nll ")
     table = pd.DataFrame(rows).join(dice, on="row").join(nll, on="row").drop(columns="row")
     pictures.rounds(table, settings.origin, folder / "rounds.png")
-    tests = pd.concat([paired_tests(study, joined, pairs, value).assign(value=value) for value in ("dice", "nll")])
-    return table, joined, tests
+    training = settings.training_sites
+    tests = [compare_rows(training, joined, pairs, value).assign(value=value) for value in ("dice", "nll")]
+    return table, joined, pd.concat(tests)
 
 
 def trajectory(method: Method, q0: Network, sites: list[str], n_rounds: int) -> list[Network]:

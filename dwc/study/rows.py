@@ -1,6 +1,6 @@
 """Rows of the studies beyond the paper: score a network on all held-out scans, join scores into tables, test them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ from dwc.study.settings import ManySites, StudySettings
 from dwc.study.sites import simulate
 from dwc.study.statistics import dice_table
 
-__all__ = ["Result", "held_out_of", "join_rows", "mixed_names", "paired_tests", "score_row", "simulate_mixed"]
+__all__ = ["Result", "compare_rows", "held_out_of", "join_rows", "mixed_names", "score_row", "simulate_mixed"]
 
 Result: TypeAlias = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]  # table, volumes, tests
 
@@ -66,15 +66,19 @@ def join_rows(
     return pd.DataFrame(rows).join(dice, on="row"), joined
 
 
-def paired_tests(
-    study: Study, volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], value: str = "dice"
+def compare_rows(
+    training: Collection[str], volumes: pd.DataFrame, pairs: Iterable[tuple[str, str]], value: str = "dice"
 ) -> pd.DataFrame:
-    """Paired t-tests of a value of row a against row b, for each column and for all training sites (Avg.)."""
-    dice = volumes.pivot(index=["column", "site", "subject", "image"], columns="row", values=value)
+    """Paired t-tests of a value of row a against row b, for each column and for all training sites (Avg.).
+
+    A column seed, if there is one, tells volumes of the same name apart.
+    """
+    names = [name for name in ("column", "seed", "site", "subject", "image") if name in volumes]
+    dice = volumes.pivot(index=names, columns="row", values=value)
     of_column = dice.index.get_level_values("column")
     groups = {column: of_column == column for column in volumes["column"].unique()}
-    if groups.keys() >= (training := set(study.settings.training_sites)):
-        groups[AVERAGE] = of_column.isin(training)
+    if groups.keys() >= set(training):
+        groups[AVERAGE] = of_column.isin(list(training))
     return pd.DataFrame(
         {"row": a, "against": b, "column": column, **asdict(paired_test(dice[a][group], dice[b][group]))}
         for a, b in pairs

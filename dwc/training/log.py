@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from dwc.base import ranks
@@ -18,15 +19,21 @@ from dwc.base.files import canonical_json, write_whole
 
 __all__ = ["Journal", "read_log", "write_log"]
 
+_PICTURE = "validation/scan, truth, prediction, entropy"
+
 
 class Journal:
     """A run's progress bar, TensorBoard writer and log; enter it as a context while steps are taken.
 
     `rows` are the log's lines so far, `title` labels the progress bar, and `step` steps of `total_steps` are done.
+    An epoch has `steps_per_epoch`.
     """
 
-    def __init__(self, out: Path, rows: list[dict[str, Any]], *, title: str, step: int, total_steps: int) -> None:
-        self.out, self.rows, self.title, self.first_step, self.total_steps = out, rows, title, step, total_steps
+    def __init__(
+        self, out: Path, rows: list[dict[str, Any]], *, title: str, step: int, steps_per_epoch: int, total_steps: int
+    ) -> None:
+        self.out, self.rows, self.title, self.first_step = out, rows, title, step
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
 
     def __enter__(self) -> "Journal":
         if ranks.is_main():
@@ -49,7 +56,7 @@ class Journal:
         if not ranks.is_main():
             return
         self._add_scalars(step, {f"train/{name}": value for name, value in values.items()})
-        self._bar.set_postfix(loss=f"{values['loss']:.4f}", dice=self._last_dice(), refresh=False)
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {self._last_dice()}", refresh=False)
         self._bar.update()
 
     def epoch(self, row: dict[str, Any]) -> None:
@@ -66,6 +73,15 @@ class Journal:
             self._board.flush()
         write_log(self.out / "log.jsonl", self.rows)
 
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether `picture` has anywhere to put one."""
+        return ranks.is_main() and self._board is not None
+
+    def picture(self, step: int, picture: np.ndarray) -> None:
+        """Show a picture, uint8 [height, width, 3], in TensorBoard."""
+        self._board.add_image(_PICTURE, picture, step, dataformats="HWC")
+
     def _add_scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         if self._board is not None:
             for name, value in values.items():
@@ -73,8 +89,11 @@ class Journal:
                     self._board.add_scalar(name, value, step)
 
     def _last_dice(self) -> str:
-        dice = self.rows[-1]["dice"] if self.rows else None
-        return "-" if dice is None else f"{dice:.3f}"
+        """The last validation score, whose sub-volumes are held out, or when there will be one."""
+        if not self.rows:
+            return f"held-out Dice from step {self.steps_per_epoch} on"
+        dice = self.rows[-1]["dice"]
+        return f"held-out Dice {'undefined' if dice is None else f'{dice:.3f}'} at step {self.rows[-1]['step']}"
 
 
 def _board(folder: Path, first_step: int) -> Any:

@@ -32,6 +32,7 @@ from dwc.metrics.confusion import mean_dice
 from dwc.posterior import Posterior
 from dwc.training.log import Journal, read_log
 from dwc.training.objective import Objective
+from dwc.training.panel import Panel
 from dwc.training.plateau import Plateau
 from dwc.training.settings import TrainSettings
 from dwc.training.specification import LOCK, RunSpecification, resolve
@@ -46,7 +47,7 @@ _WORKERS_END_S = 10.0  # a killed run's data workers keep its lock until they no
 
 
 def train_network(settings: TrainSettings, *, resume: bool = False) -> Posterior:
-    """Train a network and leave its run folder; returns what is in ``out/posterior.safetensors``.
+    """Train a network by its `settings` and leave its run folder; returns what is in ``out/posterior.safetensors``.
 
     The folder holds config.yaml, checkpoint.safetensors, tensorboard/, posterior.safetensors and log.jsonl, whose lines
     are epochs: ``loss`` and ``nll`` (nats per voxel, means over the epoch's steps), ``penalty`` (nats; the KL, or -log
@@ -128,7 +129,10 @@ class _Run:
             self.state = checkpoint.state()
             rows = read_log(self.out / "log.jsonl", self.state.step)
         self.replica = ranks.replicate(self.network)
-        self.journal = Journal(self.out, rows, title=settings.mode, step=self.state.step, total_steps=self.total_steps)
+        self.journal = Journal(
+            self.out, rows, title=settings.mode, step=self.state.step, steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+        )  # fmt: skip
 
     def finish(self) -> Posterior:
         """Take the remaining steps and write the posterior."""
@@ -141,9 +145,13 @@ class _Run:
             pin_memory=self.specification.device.type == "cuda",
         )
         with catch_signals() as self.caught, self.journal:
+            panel = Panel(self.held_out) if self.journal.shows_pictures and len(self.held_out) else None
             batches = iter(loader)
             while not self._done():
                 self._epoch(batches)
+                if panel is not None:
+                    picture = panel.draw(self.network, self.specification.device, settings.precision)
+                    self.journal.picture(state.step, picture)
         posterior = self._posterior()
         if ranks.is_main():
             posterior.save(self.out / "posterior.safetensors")

@@ -187,6 +187,8 @@ class ComputeSettings(CubeSettings):
 class TrainSettings(ComputeSettings, OptimizerSettings, NetworkSettings):
     """One training run: what to train, on which data, and the output folder.
 
+    It also has the fields of `NetworkSettings`, `OptimizerSettings`, `ComputeSettings` and `CubeSettings`.
+
     Parameters
     ----------
     mode
@@ -238,6 +240,7 @@ class TrainSettings(ComputeSettings, OptimizerSettings, NetworkSettings):
 
     @property
     def bayesian(self) -> bool:
+        """Whether the network has standard deviations."""
         return self.mode != "map"
 
     @property

@@ -15,7 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dwc_kernels.backends import why_not_triton
 from dwc_kernels.geometry import Triple, output_size
 from dwc_kernels.kernels.chips import CHIPS, Chip
-from dwc_kernels.kernels.tiles import Problem, Tile, problem_of, tile_for
+from dwc_kernels.kernels.tiles import Problem, Tile, problem_of
+from dwc_kernels.kernels.tuned import tile_for
 
 __all__ = ["Geometry", "Plan", "asked", "chip_of", "forget_plans", "run_on"]
 

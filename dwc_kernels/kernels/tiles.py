@@ -1,4 +1,4 @@
-"""Which tile a kernel uses: by a small stated model, or as `dwc_kernels.tune` measured. Nothing is compiled here.
+"""Which tiles a kernel can use, and which one a small stated model chooses. Nothing is compiled here.
 
 A tile is good when its accumulators fit the registers, its pipeline fits shared memory, little arrives per product, few
 columns are idle and the last wave of programs is full. `estimate` gives each candidate's time as
@@ -10,13 +10,9 @@ the same model with the instructions of the compiled loop in place of the estima
 """
 
 import itertools
-import json
 import math
-import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 from dwc_kernels.geometry import Triple
 from dwc_kernels.kernels.chips import L2_REACH, TENSOR_REACH, WARP, Chip
@@ -38,10 +34,6 @@ __all__ = [
     "shared_bytes",
     "splits",
     "stacks",
-    "stored_tiles",
-    "tile_for",
-    "tuned_key",
-    "tuned_path",
 ]
 
 KINDS = ("forward", "grad_input", "grad_weight")
@@ -117,7 +109,6 @@ SUMMED_COLUMNS = ((64, 32), (64, 0), (32, 0), (16, 0))
 SUMMED_BOXES = ((1, 4, 8), (1, 8, 8), (2, 8, 8), (1, 2, 8))  # of grad_weight, whose products sum over voxels
 BARRIERS = 512  # bytes of shared memory that a pipeline's barriers take at most
 CHUNK = 8  # columns finished at a time; more of them spill
-TUNE_AGAIN = "delete it, or run python -m dwc_kernels.tune again"
 STACKED_BUFFER = 8 << 10  # bytes through which stacked rows reach tensor memory, as compiled
 STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 
@@ -339,70 +330,3 @@ def ranked(problem: Problem, chip: Chip) -> list[Tile]:
 def choose(problem: Problem, chip: Chip) -> Tile:
     """The candidate with the least estimate on the chip."""
     return ranked(problem, chip)[0]
-
-
-def tuned_path(device: str) -> Path:
-    """Where ``python -m dwc_kernels.tune`` stores what it measured on a device of this name."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dwc_kernels" / f"{device.replace(' ', '_').replace('/', '_')}.json"
-
-
-def tuned_key(problem: Problem) -> str:
-    """What a measured tile is remembered under: everything but the number of samples and voxels."""
-    kernel, stride = ("x".join(map(str, t)) for t in (problem.kernel, problem.stride))
-    key = f"{problem.kind} {problem.dtype} {problem.channels}->{problem.columns} {kernel}"
-    return key if problem.stride == (1, 1, 1) else f"{key} stride {stride}"
-
-
-def stored_tile(values: Any) -> Tile:
-    """A tile from its JSON; ValueError for what no kernel runs with."""
-    if not isinstance(values, dict) or set(values) != {f.name for f in fields(Tile)}:
-        raise ValueError("its fields are not those of a tile")
-    box = values["box"]
-    if not isinstance(box, list) or len(box) != 3:
-        raise ValueError(f"box {box!r} is no list of three")
-    numbers = [*box, *(v for name, v in values.items() if name != "box")]
-    if not all(type(n) is int for n in numbers):
-        raise ValueError("a value is no integer")
-    tile = Tile(**{**values, "box": tuple(box)})
-    powers = [*box, tile.channels, tile.wide, tile.tail or 16, tile.chunk, tile.warps]
-    if min(*powers, tile.unroll, tile.stages) < 1 or any(n & (n - 1) for n in powers):
-        raise ValueError(f"{numbers} are not all powers of two")
-    # The least that a product takes, and the runs of four along W in which noise is drawn.
-    if min(tile.rows, tile.channels, tile.wide, tile.tail or 16) < 16 or tile.box[2] < 4 or tile.warps > 32:
-        raise ValueError(f"{numbers} make no product")
-    return tile
-
-
-def stored_tiles(path: Path) -> dict[str, Tile]:
-    """The tiles in a file that `dwc_kernels.tune` wrote; none where there is no file.
-
-    Raises
-    ------
-    ValueError
-        If it holds anything else, naming the file.
-    """
-    if not path.exists():
-        return {}
-    key = "the file"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError("no object")
-        tiles = {}
-        for key, values in stored.items():
-            tiles[key] = stored_tile(values)
-        return tiles
-    except ValueError as error:
-        raise ValueError(f"{path} holds no tiles ({key}: {error}); {TUNE_AGAIN}") from error
-
-
-def tile_for(problem: Problem, chip: Chip) -> Tile:
-    """The tile that was measured best on a device of this name, or else the model's choice for it."""
-    path, key = tuned_path(chip.name), tuned_key(problem)
-    tile = stored_tiles(path).get(key)
-    if tile is None:
-        return choose(problem, chip)
-    if not fits(problem, tile, chip):
-        raise ValueError(f"{path}: the tile of {key} does not fit {chip.name}; {TUNE_AGAIN}")
-    return tile

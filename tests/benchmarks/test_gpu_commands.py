@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks import gpu
 from benchmarks.shapes import Layer
 from dwc_kernels import kernels, timing, tune
-from dwc_kernels.kernels import tiles
+from dwc_kernels.kernels import tiles, tuned
 from dwc_kernels.kernels.chips import CHIPS
 from dwc_kernels.kernels.launch import Plan, forget_plans
 
@@ -131,8 +131,8 @@ def test_what_the_tuner_stores_the_launchers_use(pretended_gpu):
     for kind in tiles.KINDS:
         before = Plan.of(kind, x, x.shape[2:], mu, (1, 1, 1), 1, None)
         other = next(t for t in tiles.candidates(before.problem, before.chip) if t != before.tile)
-        best[tiles.tuned_key(before.problem)] = tune.asdict(other)
-        tune.store(tiles.tuned_path(before.chip.name), json.loads(json.dumps(best)))
+        best[tuned.tuned_key(before.problem)] = tune.asdict(other)
+        tune.store(tuned.tuned_path(before.chip.name), json.loads(json.dumps(best)))
         forget_plans()
         assert Plan.of(kind, x, x.shape[2:], mu, (1, 1, 1), 1, None).tile == other
 
@@ -175,13 +175,13 @@ def test_a_tile_whose_bias_gradient_is_wrong_is_not_taken(pretended_gpu, monkeyp
 @pytest.mark.parametrize("content", ["{", '{"forward ieee 5->6 1x1x1": {"box": [3, 4, 8]}}'])
 def test_the_tuner_replaces_a_broken_file(pretended_gpu, content, capsys):
     x, mu, sigma = layer_to_tune()
-    path = tiles.tuned_path("the interpreter")
+    path = tuned.tuned_path("the interpreter")
     path.parent.mkdir()
     path.write_text(content)
     tune.store(path, tune.tune_layer(x, mu, sigma, n_tiles=1, repeats=1))
     assert str(path) in capsys.readouterr().err
-    assert len(tiles.stored_tiles(path)) == len(tiles.KINDS)
-    assert Plan.of("forward", x, x.shape[2:], mu, (1, 1, 1), 1, None).tile in tiles.stored_tiles(path).values()
+    assert len(tuned.stored_tiles(path)) == len(tiles.KINDS)
+    assert Plan.of("forward", x, x.shape[2:], mu, (1, 1, 1), 1, None).tile in tuned.stored_tiles(path).values()
 
 
 def test_a_tile_whose_result_is_wrong_is_not_taken(pretended_gpu, monkeypatch, capsys):
@@ -196,7 +196,7 @@ def test_a_tile_whose_result_is_wrong_is_not_taken(pretended_gpu, monkeypatch, c
 
     monkeypatch.setattr(kernels, "forward", forward)
     best = tune.tune_layer(x, mu, sigma, n_tiles=2, repeats=1)
-    assert best[tiles.tuned_key(problem.problem)] != json.loads(json.dumps(tune.asdict(wrong)))
+    assert best[tuned.tuned_key(problem.problem)] != json.loads(json.dumps(tune.asdict(wrong)))
     assert "not taken" in capsys.readouterr().err
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from dwc.cli import COMMANDS
+from dwc.posterior import Posterior
+from dwc.signing import sign
 from tests.made_keys import write_keys
 from tests.made_models import layers_of, write
 
@@ -19,7 +21,13 @@ COVERED_ELSEWHERE = {  # by tests with the same guard
 }  # fmt: skip
 
 
-STEPS = ["consolidate --state", "posterior sign", "federated init"]  # beside those that `words` gives each command
+STEPS = [
+    "consolidate --state",
+    "posterior sign",
+    "posterior verify",
+    "posterior audit",
+    "federated init",
+]  # beside those that `words` gives each command
 
 
 @pytest.fixture
@@ -31,6 +39,10 @@ def words(networks, settings, tmp_path) -> dict[str, list[str]]:
     sites = [networks["a"].name, networks["b"].name]
     project = tmp_path / "project.yml"
     project.write_text(f"{{name: brains, server: localhost, sites: [a, b], prior: {prior}}}")
+    two_of_each = Path(data).with_name("two_of_each.csv")
+    two_of_each.write_text(Path(data).read_text().replace("2,train", "2,test"))
+    signed = tmp_path / "signed.safetensors"
+    sign(Posterior.load(sites[0]), write_keys(tmp_path, "a")).save(signed)
     published = str(write(tmp_path / "model", layers_of("relu")))
     return {
         "data": ["check", data],
@@ -46,7 +58,9 @@ def words(networks, settings, tmp_path) -> dict[str, list[str]]:
             "--out",
             out + ".safetensors",
         ],
-        "posterior sign": [sites[0], "--key", str(write_keys(tmp_path, "a")), "--out", out + ".safetensors"],
+        "posterior sign": [sites[0], "--key", str(tmp_path / "a.key"), "--out", out + ".safetensors"],
+        "posterior audit": [sites[0], "--data", str(two_of_each), "--sub-volumes", "2", "--device", "cpu"],
+        "posterior verify": [str(signed), "--trusted", str(tmp_path / "trusted")],
         "federated init": [str(project), "--out", out],
         "predict": ["--network", prior, "--n-samples", "1", "--out", out, scan],
         "evaluate": ["--network", prior, "--n-samples", "1", "--data", data, "--out", out],
@@ -58,3 +72,13 @@ def test_a_command_needs_no_network(words, command):
     run = [sys.executable, "-m", "dwc.cli", *command.split(), *words[command]]
     ended = subprocess.run(run, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_what_an_organizer_types_needs_no_network(words, tmp_path):
+    """init, then what reads or changes the books; serve, join and round are in tests/federated, on loopback."""
+    kit = tmp_path / "out" / "brains" / "prod_00" / "localhost"
+    init, project = words["federated init"], words["federated init"][0]
+    for step in (["init", *init], ["status", kit], ["amend", kit, project], ["prune", kit]):
+        run = [sys.executable, "-m", "dwc.cli", "federated", *map(str, step)]
+        ended = subprocess.run(run, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -282,9 +283,17 @@ def test_an_exported_network_samples_in_training_mode_and_is_the_mean_in_eval_mo
     assert torch.equal(torch.export.export(net, (x,)).module()(x), net(x))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles with g++")
+def test_the_mean_is_compiled_ahead_of_time_into_a_package_that_runs_without_the_network(up_and_down, tmp_path):
+    net, x = up_and_down.eval(), torch.randn(1, 1, 4, 4, 4)
+    package = str(tmp_path / "net.pt2")
+    torch._inductor.aoti_compile_and_package(torch.export.export(net, (x,)), package_path=package)
+    compiled = torch._inductor.aoti_load_package(package)
+    for image in (x, torch.randn(1, 1, 4, 4, 4)):
+        torch.testing.assert_close(compiled(image), net(image))
+
+
 def test_the_mean_and_drawn_weights_export_to_onnx_and_sampling_does_not():
-    pytest.importorskip("onnx", reason="torch.onnx.export needs onnx")
-    pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
     net, x = convert(nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU())), torch.ones(1, 1, 4, 4, 4)
     torch.onnx.export(net.eval(), (x,), dynamo=True)
     with draw_weights(net, 0):

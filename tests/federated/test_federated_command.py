@@ -13,7 +13,7 @@ from dwc.base import processes
 from dwc.base.files import load_tensors
 from dwc.base.locks import held
 from dwc.commands import federated as command
-from dwc.federated import service
+from dwc.federated import corrections, service
 from dwc.federated.cycle import Cycle
 from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, own_entries
 from dwc.federated.project import Project, folder_in
@@ -65,6 +65,36 @@ def test_init_writes_a_kit_for_each_participant_and_begins_the_cycle(kits, capsy
     assert "north  not heard of" in out
     assert cli.main(["federated", "status", str(kits / "localhost"), "--json", "true"]) == 0
     assert json.loads(capsys.readouterr().out)["project"]["quorum"] == 1
+
+
+def test_status_watches_and_prints_again_only_what_has_changed(kits, capsys, monkeypatch):
+    naps = []
+
+    def sleep(seconds):
+        naps.append(seconds)
+        if len(naps) == 2:
+            cycle = Cycle(folder_in(kits / "localhost"))
+            corrections.ban(cycle, "east")
+        if len(naps) == 4:
+            corrections.allow(Cycle(folder_in(kits / "localhost")), "east")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    assert cli.main(["federated", "status", str(kits / "localhost"), "--watch", "2.5"]) == 130
+    before, after = capsys.readouterr().out.strip().split("\n\n")
+    assert naps == [2.5] * 4
+    assert "brains: round 1 of 3 is open" in before.splitlines()[0]
+    assert "banned" not in before
+    assert "east   banned" in after
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [(["--watch", "0"], "--watch 0: give seconds, more than 0"), (["--watch", "--json"], "leave --json out")],
+)
+def test_status_refuses_to_watch_without_end_or_for_programs(kits, capsys, words, remedy):
+    assert cli.main(["federated", "status", str(kits / "localhost"), *words]) == 2
+    assert remedy in capsys.readouterr().err
 
 
 def test_certificates_last_for_years_and_survive_a_site_that_joins_later(kits, project):

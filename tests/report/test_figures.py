@@ -6,7 +6,8 @@ import pytest
 
 from dwc.base.errors import InputError
 from dwc.colours import class_colours
-from dwc.report.figures import _busiest, _slice, overlay, site_slices
+from dwc.report.figures import overlay, site_slices
+from dwc.report.slices import busiest, slice_of
 
 
 @pytest.fixture
@@ -30,7 +31,9 @@ def count(picture, colour) -> int:
 
 def test_slices_stand_upright_nose_to_the_right_and_left_on_the_right(head):
     box = (slice(None),) * 3
-    axial, sagittal, coronal = (_slice(head[1], plane, {plane: 16}, box) for plane in ("axial", "sagittal", "coronal"))
+    axial, sagittal, coronal = (
+        slice_of(head[1], plane, {plane: 16}, box) for plane in ("axial", "sagittal", "coronal")
+    )
     assert (axial[5, 16], axial[20, 24], axial[20, 8]) == (4, 1, 2)  # front up, left on the right
     assert (sagittal[4, 16], sagittal[16, 27]) == (3, 4)  # crown up, front to the right
     assert (coronal[4, 16], coronal[20, 24], coronal[20, 8]) == (3, 1, 2)
@@ -39,7 +42,7 @@ def test_slices_stand_upright_nose_to_the_right_and_left_on_the_right(head):
 def test_the_slices_shown_hold_the_most_labelled_voxels():
     volume = np.zeros((8, 8, 8))
     volume[2, 3:6, 1:7] = volume[1:7, 4, 5] = 1
-    assert _busiest(volume) == {"sagittal": 2, "axial": 4, "coronal": 5}
+    assert busiest(volume) == {"sagittal": 2, "axial": 4, "coronal": 5}
 
 
 def test_errors_are_red_and_only_where_a_prediction_is_wrong(head, tmp_path):

@@ -1,5 +1,6 @@
 """Each study beyond the paper's at a tiny size: its table, and that the table holds what was computed."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 
 from dwc.base.errors import InputError
+from dwc.base.tables import write_table
 from dwc.cli import main
 from dwc.consolidation import consolidate
 from dwc.posterior import Posterior
@@ -121,7 +123,7 @@ def test_leaving_one_out_scores_the_network_that_the_others_alone_would_give(run
     monkeypatch.setattr(beyond, "score_row", lambda _, posterior, __, row: scored.setdefault(row, posterior))
     monkeypatch.setattr(beyond.pictures, "leave_one_out", lambda *_: None)
     monkeypatch.setattr(beyond, "join_rows", lambda *_: (pd.DataFrame(columns=["row", "seconds"]), None))
-    monkeypatch.setattr(beyond, "paired_tests", lambda *_: None)
+    monkeypatch.setattr(beyond, "compare_rows", lambda *_: None)
     beyond.leave_one_out(Study(tiny), tiny.out)
     networks = Networks(Study(tiny))
     origin = variational("H")
@@ -232,11 +234,39 @@ def test_the_command_runs_a_study_from_flags_and_a_preset(run, tiny, capsys):
     assert str(tiny.out / "leave-one-out") in printed
 
 
+@pytest.mark.parametrize("study", ["rounds", "leave-one-out"])
+def test_seeds_of_a_study_are_pooled_into_means_and_tests_over_all_volumes(run, tiny, tmp_path, study, capsys):
+    one = run(study)
+    for seed in (0, 1):
+        shutil.copytree(tiny.out / study, tmp_path / str(seed) / study)
+        settings = (tiny.out / "config.yaml").read_text().replace("\nseed: 0\n", f"\nseed: {seed}\n")
+        (tmp_path / str(seed) / "config.yaml").write_text(settings)
+    for name in ("table", "volumes"):
+        path = tmp_path / "1" / study / f"{name}.csv"
+        other = pd.read_csv(path, dtype={"row": str})
+        columns = ["dice"] if name == "volumes" else ["H", "A"]
+        write_table(path, other.assign(**{column: other[column] / 2 for column in columns}))
+    words = ["experiment", "--study", study, "--out", str(tmp_path / "pooled"), "--pool"]
+    assert main([*words, str(tmp_path / "0"), str(tmp_path / "1")]) == 0
+    assert "Means over 2 seeds" in capsys.readouterr().out
+    pooled = tmp_path / "pooled" / study
+    np.testing.assert_allclose(pd.read_csv(pooled / "table.csv")["A"], 0.75 * one["A"], rtol=1e-4)
+    np.testing.assert_allclose(pd.read_csv(pooled / "table_sd.csv")["A"], one["A"] / 8**0.5, rtol=1e-4)
+    before, after = (pd.read_csv(folder / "tests.csv") for folder in (tiny.out / study, pooled))
+    assert list(after["n"]) == list(2 * before["n"])
+    halves = after["value"].eq("dice") if "value" in after else slice(None)
+    scale = 0.75 * before["mean_difference"]
+    np.testing.assert_allclose(after["mean_difference"][halves], scale[halves], rtol=1e-3, atol=1e-6)
+    assert main([*words, str(tmp_path / "0"), str(tiny.out)]) == 2  # the same seed
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--study", "demo", "--pool", "a", "b"], "--pool: the demo has one seed; leave it out"),
+        (["--study", "rounds", "--pool", "a"], "--pool: one folder; give those of two seeds or more"),
         (["--study", "few-sites"], "few-sites"),
-        (["--study", "rounds", "--dry-run"], "--study rounds: --only, --dry-run and --pool are for the paper's study"),
+        (["--study", "rounds", "--dry-run"], "--study rounds: --only and --dry-run are for the paper's study"),
         (["--study", "many-sites", "--preset", "small", "--many_sites.counts", "[4,2]"], "ascending"),
         (["--study", "rounds", "--preset", "small", "--rounds", "none"], "rounds"),
     ],

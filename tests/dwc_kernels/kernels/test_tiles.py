@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.shapes import LAYERS, SAMPLES, SIZE
 from dwc_kernels import tune
-from dwc_kernels.kernels import tiles
+from dwc_kernels.kernels import tiles, tuned
 from dwc_kernels.kernels.chips import CHIPS
 from dwc_kernels.kernels.launch import chip_of
 from dwc_kernels.kernels.tiles import KINDS, Problem, Tile, candidates, choose, estimate
@@ -68,11 +68,11 @@ def test_the_choice_is_the_least_estimate():
 def test_a_measured_tile_is_used_and_other_layers_keep_the_model_s(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured = Tile((2, 4, 8), 32, 1, 64, 0, 16, 4, 2)
-    tune.store(tiles.tuned_path("Some GPU/80GB"), {tiles.tuned_key(LAYER): asdict(measured)})
-    tune.store(tiles.tuned_path("Some GPU/80GB"), {"another": asdict(measured)})
-    assert tiles.tile_for(LAYER, replace(CHIPS["sm_90"], name="Some GPU/80GB")) == measured
-    assert set(json.loads(tiles.tuned_path("Some GPU/80GB").read_text())) == {tiles.tuned_key(LAYER), "another"}
-    assert tiles.tile_for(LAYER, replace(CHIPS["sm_90"], name="another GPU")) == choose(LAYER, CHIPS["sm_90"])
+    tune.store(tuned.tuned_path("Some GPU/80GB"), {tuned.tuned_key(LAYER): asdict(measured)})
+    tune.store(tuned.tuned_path("Some GPU/80GB"), {"another": asdict(measured)})
+    assert tuned.tile_for(LAYER, replace(CHIPS["sm_90"], name="Some GPU/80GB")) == measured
+    assert set(json.loads(tuned.tuned_path("Some GPU/80GB").read_text())) == {tuned.tuned_key(LAYER), "another"}
+    assert tuned.tile_for(LAYER, replace(CHIPS["sm_90"], name="another GPU")) == choose(LAYER, CHIPS["sm_90"])
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,11 @@ def test_a_device_runs_its_chip_s_code_with_its_own_name_and_sizes(capability, a
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', '{"a": {"box": [1, 2, 3]}}', "[]"])
 def test_a_broken_file_of_tiles_is_named(tmp_path, monkeypatch, content):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = tiles.tuned_path("gpu")
+    path = tuned.tuned_path("gpu")
     path.parent.mkdir()
     path.write_text(content)
     with pytest.raises(ValueError, match=r"gpu\.json"):
-        tiles.tile_for(LAYER, replace(CHIPS["sm_90"], name="gpu"))
+        tuned.tile_for(LAYER, replace(CHIPS["sm_90"], name="gpu"))
 
 
 VALID = {"box": [2, 4, 8], "channels": 16, "unroll": 1, "wide": 32, "tail": 0, "chunk": 8, "warps": 8, "stages": 2}
@@ -133,19 +133,19 @@ VALID = {"box": [2, 4, 8], "channels": 16, "unroll": 1, "wide": 32, "tail": 0, "
 )
 def test_a_stored_tile_that_no_kernel_runs_with_is_one_line_that_names_the_file(tmp_path, monkeypatch, change):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path, chip = tiles.tuned_path("gpu"), replace(CHIPS["sm_90"], name="gpu")
+    path, chip = tuned.tuned_path("gpu"), replace(CHIPS["sm_90"], name="gpu")
     path.parent.mkdir()
-    path.write_text(json.dumps({tiles.tuned_key(LAYER): VALID}))
-    assert tiles.tile_for(LAYER, chip) == Tile(**{**VALID, "box": (2, 4, 8)})
-    path.write_text(json.dumps({tiles.tuned_key(LAYER): VALID | change}))
+    path.write_text(json.dumps({tuned.tuned_key(LAYER): VALID}))
+    assert tuned.tile_for(LAYER, chip) == Tile(**{**VALID, "box": (2, 4, 8)})
+    path.write_text(json.dumps({tuned.tuned_key(LAYER): VALID | change}))
     with pytest.raises(ValueError, match=r"gpu\.json.*; delete it, or run python -m dwc_kernels\.tune again") as raised:
-        tiles.tile_for(LAYER, chip)
+        tuned.tile_for(LAYER, chip)
     assert "\n" not in str(raised.value)
 
 
 def test_a_strided_problem_has_tiles_of_its_own():
     strided = replace(LAYER, stride=(2, 2, 2))
-    assert tiles.tuned_key(strided) != tiles.tuned_key(LAYER)
+    assert tuned.tuned_key(strided) != tuned.tuned_key(LAYER)
     assert choose(LAYER, CHIPS["sm_90"]).unroll > 1
     assert all(tile.unroll == 1 for tile in candidates(strided, CHIPS["sm_90"]))  # more spill
 

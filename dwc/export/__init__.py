@@ -1,0 +1,1 @@
+"""Networks for other people's programs: ONNX files and MONAI bundles."""
