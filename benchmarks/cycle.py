@@ -3,7 +3,7 @@
 For studies that `dwc experiment` does not cover, because their first network or their scans are special.
 """
 
-import json
+import gzip
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +11,19 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import pandas as pd
 
 import dwc
 from dwc.base.files import write_whole
+from dwc.base.tables import write_table
 from dwc.consolidation import consolidate
+from dwc.data.conform import conform_image, conform_labels
 from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap
 from dwc.data.manifest import read_manifest
 from dwc.metrics.confusion import confusion_matrix, dice
 from dwc.posterior import Posterior
-from dwc.prediction import load_networks
+from dwc.report.figures import overlay
 from dwc.simulation.scans import load_sites, write_site
 from dwc.training.loop import train_network
 from dwc.training.settings import TrainSettings
@@ -102,35 +105,56 @@ class Cycle:
             "consolidated", lambda: consolidate(Posterior.load(prior), [Posterior.load(site) for site in sites])
         )
 
-    def score(self, name: str, *networks: Path, sites: Sequence[str] | None = None) -> None:
-        """Print and keep the Dice of a network, or of an ensemble, on held-out scans of sites and on the real scan."""
-        scans = [(site, image, label) for site in sites or self.sites for image, label in self._held_out(site)]
-        if self.real:
-            scans.append(("real", *self.real))
-        path = self.out / "scores.json"
-        scores = json.loads(path.read_text()) if path.exists() else {}
-        ensemble = None
-        for site, image, label in scans:
-            found = scores.setdefault(name, {}).setdefault(site, {})
-            if image.name not in found:
-                ensemble = ensemble or load_networks(networks)
-                found[image.name] = self._dice(dwc.predict(ensemble, image, self.prediction).labels(), label)
-                write_whole(path, json.dumps(scores, indent=1).encode())
-            print(f"{name}, {site}: " + ", ".join(f"{n} {d}" for n, d in found[image.name].items()), flush=True)
+    def score(self, networks: Mapping[str, Sequence[Path]]) -> pd.DataFrame:
+        """Dice of networks, or of ensembles, on the sites' held-out scans and the real scan; kept in table.csv."""
+        rows: list[dict[str, Any]] = []
+        for name, files in networks.items():
+            for site, image, label in self._scans():
+                rows.append({"network": name, "site": site, **self._dice(self._segmented(name, files, image), label)})
+                print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+                write_table(self.out / "table.csv", pd.DataFrame(rows))
+        return pd.DataFrame(rows)
+
+    def picture(self, site: str, names: Sequence[str]) -> Path:
+        """A picture of a site's scan, or of the real one, with the truth and what networks made of it."""
+        image, label = next((image, label) for of, image, label in self._scans() if of == site)
+        truth, *predicted = (
+            conform_labels(path, self.grid, LabelMap.load(self.label_map), image)
+            for path in (label, *(self._file(name, image) for name in names))
+        )
+        scan = conform_image(image, self.grid)
+        return overlay(scan, truth, dict(zip(names, predicted, strict=True)), self.out / f"{site}.png")
+
+    def _scans(self) -> list[tuple[str, Path, Path]]:
+        """Site, image and labels of each scan to score."""
+        scans = [(site, image, label) for site in self.sites for image, label in self._held_out(site)]
+        return [*scans, ("real", *self.real)] if self.real else scans
+
+    def _file(self, name: str, image: Path) -> Path:
+        return self.out / "predicted" / name / image.name
+
+    def _segmented(self, name: str, networks: Sequence[Path], image: Path) -> Path:
+        """The file of a scan's predicted label ids."""
+        path = self._file(name, image)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            labels = dwc.predict(networks, image, self.prediction).labels()
+            write_whole(path, gzip.compress(labels.to_bytes(), compresslevel=4, mtime=0))
+        return path
 
     def _held_out(self, site: str) -> list[tuple[Path, Path]]:
         scans = read_manifest(self.manifest(site), seed=0, test_fraction=0)
         return [(Path(scan.image), Path(str(scan.label))) for scan in scans if scan.split == "test"]
 
-    def _dice(self, labels: nibabel.Nifti1Image, truth: Path) -> dict[str, float]:
+    def _dice(self, predicted: Path, truth: Path) -> dict[str, float]:
         """Dice of each group, and the mean over classes, on the scan's own grid."""
         label_map = LabelMap.load(self.label_map)
-        predicted, true = (label_map.apply(np.asanyarray(image.dataobj)) for image in (labels, nibabel.load(truth)))
-        confusion = confusion_matrix(true, predicted, label_map.n_classes)
+        found, true = (label_map.apply(np.asanyarray(nibabel.load(path).dataobj)) for path in (predicted, truth))
+        confusion = confusion_matrix(true, found, label_map.n_classes)
         values = dice(confusion)[1:]
-        found = {"mean": values[~values.isnan()].mean().item()}
+        means = {"mean": values[~values.isnan()].mean().item()}
         each = [(name, (k,)) for k, name in enumerate(label_map.names) if k]
         for name, classes in self.groups or each:
-            of_truth, of_prediction = np.isin(true, classes), np.isin(predicted, classes)
-            found[name] = dice(confusion_matrix(of_truth, of_prediction, 2))[1].item()
-        return {name: round(value, 4) for name, value in found.items()}
+            of_truth, of_prediction = np.isin(true, classes), np.isin(found, classes)
+            means[name] = dice(confusion_matrix(of_truth, of_prediction, 2))[1].item()
+        return {name: round(value, 4) for name, value in means.items()}

@@ -61,14 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     consolidated = cycle.consolidated(prior, sites)
     tuned = train("finetune", "DWC", ORIGIN, prior=consolidated, lr=2e-5)
 
-    cycle.score("imported", values.network)
-    cycle.score("DWC", tuned)
-    cycle.score("DWC without fine-tuning", consolidated)
-    cycle.score("H", prior)
-    cycle.score("average of the sites", averaged)
-    for site, network in zip(SITES, sites, strict=True):
-        cycle.score(f"H-{site}", network)
-    cycle.score("ensemble of the sites", *sites)
+    networks = {
+        "imported": [values.network],
+        "DWC": [tuned],
+        "DWC without fine-tuning": [consolidated],
+        "H": [prior],
+        "average of the sites": [averaged],
+        **{f"H-{site}": [network] for site, network in zip(SITES, sites, strict=True)},
+        "ensemble of the sites": sites,
+    }
+    cycle.score(networks)
+    for site in (*cycle.sites, *(["real"] if values.real else [])):
+        cycle.picture(site, ["imported", "DWC"])
 
 
 if __name__ == "__main__":

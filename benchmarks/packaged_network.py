@@ -71,17 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     start = cycle.made("start", lambda: _start(values.width, values.dilations, values.seed))
     first = train("map", "H_MAP", origin, init=start, lr=2e-3, margin=4)
-    cycle.score("H MAP", first)
     prior = train("vi", "H", origin, init=first, **BAYESIAN)
-    cycle.score("H", prior)
     sites = [
         train("vcl", f"H-{site}", cycle.manifest(site), prior=prior, stream=number, **BAYESIAN)
         for number, site in enumerate(SITES, start=1)
     ]
     consolidated = cycle.consolidated(prior, sites)
-    cycle.score("DWC without fine-tuning", consolidated)
     final = train("finetune", "DWC", origin, prior=consolidated, **BAYESIAN)
-    cycle.score("DWC", final)
+    cycle.score({"H MAP": [first], "H": [prior], "DWC without fine-tuning": [consolidated], "DWC": [final]})
 
 
 def _start(width: int, dilations: Sequence[int], seed: int) -> Posterior:

@@ -1,10 +1,9 @@
 """The recipe of a network for the package runs its whole cycle, and goes on where it stopped."""
 
-import json
-
 import pytest
 
 from benchmarks import cycle, packaged_network
+from dwc.base.tables import read_table
 from dwc.data.grid import Grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,9 +16,9 @@ def test_the_cycle_is_trained_and_scored_and_a_second_call_trains_nothing(tmp_pa
     monkeypatch.setattr(packaged_network, "STEPS", dict.fromkeys(packaged_network.STEPS, packaged_network.EPOCHS))
     words = ["--out", str(tmp_path), "--width", "2", "--dilations", "1", "--batch-size", "1"]
     packaged_network.main(words)
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert list(scores) == ["H MAP", "H", "DWC without fine-tuning", "DWC"]
-    assert all(set(of_network) == {"H", "N", "B", "W"} for of_network in scores.values())
+    table = read_table(tmp_path / "table.csv")
+    assert list(dict.fromkeys(table["network"])) == ["H MAP", "H", "DWC without fine-tuning", "DWC"]
+    assert set(table["site"]) == {"H", "N", "B", "W"}
     monkeypatch.setattr(cycle, "train_network", lambda *_, **__: pytest.fail("trained again"))
     packaged_network.main(words)
-    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert read_table(tmp_path / "table.csv").equals(table)
