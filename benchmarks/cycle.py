@@ -85,8 +85,8 @@ class Cycle:
             train_network(
                 TrainSettings(
                     mode=mode, data=data, out=out, cache_dir=self.out / "cache", seed=self.seed, device="cpu",
-                    label_map=self.label_map, grid_size=self.grid.size, voxel_size=self.grid.voxel_size,
-                    **{**self.training, **settings},
+                    label_map=self.label_map,
+                    **{"grid_size": self.grid.size, "voxel_size": self.grid.voxel_size, **self.training, **settings},
                 ),
                 resume=out.exists(),
             )  # fmt: skip
