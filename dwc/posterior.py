@@ -135,6 +135,14 @@ class Posterior:
             counts[name] = int((rounding > _COARSE * sigma).sum())
         return {name: count for name, count in counts.items() if count}
 
+    def distance(self, other: "Posterior") -> float:
+        """Mean over the weights of |mu - mu_other| / sigma_other; both are Bayesian and of one architecture."""
+        total = sum(
+            ((self.mu[name] - mu).abs() / other.sigma[name]).sum(dtype=torch.float64).item()
+            for name, mu in other.mu.items()
+        )
+        return total / sum(mu.numel() for mu in other.mu.values())
+
     @classmethod
     def load(cls, path: str | Path) -> "Posterior":
         """Read the file `path`, written by `save`, and validate it."""

@@ -9,7 +9,7 @@ Because sigma_s <= the cavity's sigma, every factor adds precision: cavities are
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dwc.base.errors import InputError
-from dwc.base.files import DIGEST, load_entries, save_tensors
+from dwc.base.files import DIGEST, content_sha256, load_entries, save_tensors
 from dwc.natural import SHARED, Sum, check_alike, check_answer, natural, two_sum
 from dwc.posterior import Posterior
 
@@ -64,10 +64,21 @@ class Factors:
         """q = q_0 prod_s t_s, in fp32; its header lists the sites' last posteriors. q_0 itself without any."""
         return self._product(self._factors, name)
 
-    def cavity(self, site: str, name: str = "") -> Posterior:
+    def cavity(self, site: str) -> Posterior:
         """q / t_s, the prior of a site's next training; q for a site without a factor."""
-        others = {other: factor for other, factor in self._factors.items() if other != site}
-        return self._product(others, name or f"cavity of {site}")
+        return self._cavity(site, self._sums(self._factors)) if site in self._factors else self.posterior()
+
+    def cavities(self) -> Iterator[tuple[str, Posterior]]:
+        """Each site that has a factor, with its cavity."""
+        total = self._sums(self._factors)
+        for site in self.sites:
+            yield site, self._cavity(site, total)
+
+    def start(self, site: str, cavity: Posterior) -> Posterior:
+        """q as a site computes it: its cavity, which is rounded to fp32, times its factor."""
+        own = Factors(cavity)
+        own._factors[site] = self._factors[site]
+        return own.posterior(f"start of {site}")
 
     def check(self, site: str, posterior: Posterior, cavity: Posterior) -> None:
         """Refuse what is not this one site's answer to this cavity."""
@@ -128,6 +139,12 @@ class Factors:
             eta[tensor] = (parts[0], parts[1])
         self._factors[site] = _Factor(eta, posterior.sha256, posterior.metadata.get("n_volumes") or 0)
 
+    def copy(self) -> "Factors":
+        """A twin; changing it leaves this one unchanged."""
+        twin = Factors(self.prior)
+        twin._factors = dict(self._factors)
+        return twin
+
     def remove(self, site: str) -> None:
         """Take a site out, exactly: the network is what the others' factors make."""
         if site not in self._factors:
@@ -140,8 +157,17 @@ class Factors:
         total = sum(added.values())
         return {site: added[site] / total if total > 0 else math.nan for site in self.sites}
 
+    @property
+    def sha256(self) -> str:
+        """Digest of the file that `save` writes."""
+        return content_sha256(*self._content())
+
     def save(self, path: str | Path) -> None:
         """Write the factors, without the prior, as one safetensors file."""
+        save_tensors(path, *self._content())
+
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and header of the file."""
         tensors = {
             f"{site}/{tensor}/{k}{part}": values
             for site, factor in self._factors.items()
@@ -154,7 +180,7 @@ class Factors:
             "prior_sha256": self.prior.sha256,
             "sites": {s: {"sha256": f.sha256, "n_volumes": f.n_volumes} for s, f in self._factors.items()},
         }
-        save_tensors(path, tensors, header)
+        return tensors, header
 
     @classmethod
     def load(cls, path: str | Path, prior: Posterior) -> "Factors":
@@ -183,17 +209,37 @@ class Factors:
         return factors
 
     def _product(self, factors: Mapping[str, _Factor], name: str) -> Posterior:
+        return self._network(self._sums(factors), factors, name)
+
+    def _sums(self, factors: Mapping[str, _Factor]) -> dict[str, tuple[Sum, Sum]]:
+        """Per tensor, both natural parameters of the product of these factors."""
+        sums = {}
+        for tensor, values in self.prior.mu.items():
+            zero = torch.zeros_like(values, dtype=torch.float64)
+            totals: list[Sum] = [(zero, zero), (zero, zero)]
+            for factor in factors.values():
+                totals = [_plus(total, part) for total, part in zip(totals, factor.eta[tensor], strict=True)]
+            sums[tensor] = (totals[0], totals[1])
+        return sums
+
+    def _cavity(self, site: str, total: Mapping[str, tuple[Sum, Sum]]) -> Posterior:
+        """The product of all factors but one, of which the sums are known, in constant time."""
+        own, others = self._factors[site], {other: f for other, f in self._factors.items() if other != site}
+        sums = {}
+        for tensor, both in total.items():
+            less = [_plus(part, (-high, -low)) for part, (high, low) in zip(both, own.eta[tensor], strict=True)]
+            sums[tensor] = (less[0], less[1])
+        return self._network(sums, others, f"cavity of {site}")
+
+    def _network(self, sums: Mapping[str, tuple[Sum, Sum]], factors: Mapping[str, _Factor], name: str) -> Posterior:
+        """q_0 times the product of factors whose sums are given."""
         if not factors:
             return self.prior
         mu, sigma = {}, {}
-        for tensor in self.prior.mu:
+        for tensor, totals in sums.items():
             eta = []
-            for k, ours in enumerate(natural(self.prior, tensor)):
-                total: Sum = (torch.zeros_like(ours), torch.zeros_like(ours))
-                for factor in factors.values():
-                    value, error = factor.eta[tensor][k]
-                    total = two_sum(two_sum(total, value), torch.as_tensor(error))
-                high, low = two_sum(two_sum((total[0], 0.0), torch.as_tensor(total[1])), ours)
+            for total, ours in zip(totals, natural(self.prior, tensor), strict=True):
+                high, low = two_sum(two_sum((total[0], 0.0), total[1]), ours)
                 eta.append(high + low)
             mu[tensor], sigma[tensor] = eta[0] / eta[1], eta[1].rsqrt()
         sites = [{"sha256": f.sha256, "n_volumes": f.n_volumes} for f in factors.values()]
@@ -204,6 +250,10 @@ class Factors:
             "sites": sorted(sites, key=lambda row: str(row["sha256"])),
         }
         return Posterior(mu, sigma, metadata, name=name).validate()
+
+
+def _plus(total: Sum, part: Sum) -> Sum:
+    return two_sum(two_sum(total, part[0]), part[1])
 
 
 def _check_name(site: str, where: str = "") -> None:

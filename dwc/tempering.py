@@ -22,7 +22,8 @@ from dwc.prediction import block_logits, blocks_of
 from dwc.training.validation import draw_sub_volumes
 
 __all__ = [
-    "LeftOut", "TemperScore", "choose_temper", "format_scores", "score_left_out", "score_network", "temper_grid",
+    "LeftOut", "TemperScore", "choose_temper", "format_scores", "gain", "score_left_out", "score_network",
+    "score_sub_volumes", "temper_grid",
 ]  # fmt: skip
 
 _LARGEST = 2.0
@@ -178,16 +179,40 @@ def score_left_out(
     """Score the consolidation without each of these sites, on the same sub-volumes with the same noise."""
 
     def scores(posterior: Posterior) -> tuple[Tensor, float]:
-        network = MeshNet.from_posterior(posterior)
-        sums, n_voxels, _ = _scored(network, data, n_samples, at_most, seed, torch.device(device))
-        return torch.tensor(sums, dtype=torch.float64), n_voxels / len(sums)
+        return score_sub_volumes(posterior, data, n_samples=n_samples, at_most=at_most, seed=seed, device=device)
 
-    with_all, _ = scores(consolidation.posterior())
+    with_all, n_voxels = scores(consolidation.posterior())
     for site, rest in consolidation.leave_one_out(sites):
-        without, n_voxels = scores(rest)
-        gains = (without - with_all) / n_voxels
-        error = gains.std().item() / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
-        yield LeftOut(site.name, without.mean().item() / n_voxels, gains.mean().item(), error)
+        without, _ = scores(rest)
+        yield LeftOut(site.name, without.mean().item() / n_voxels, *gain(without, with_all, n_voxels))
+
+
+def score_sub_volumes(
+    posterior: Posterior,
+    data: SubVolumes,
+    *,
+    n_samples: int = 10,
+    at_most: int = 256,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, float]:
+    """Log-likelihood of each sub-volume, summed over its voxels (nats, fp64), and the number of voxels in one.
+
+    See `score_network` for the parameters.
+    """
+    network = MeshNet.from_posterior(posterior)
+    sums, n_voxels, _ = _scored(network, data, n_samples, at_most, seed, torch.device(device))
+    return torch.tensor(sums, dtype=torch.float64), n_voxels / len(sums)
+
+
+def gain(after: Tensor, before: Tensor, n_voxels: float) -> tuple[float, float]:
+    """Mean gain per voxel from the scores of one network to another's, and its standard error; NaN with one sub-volume.
+
+    Neighbouring sub-volumes are alike, so the error is rather too small.
+    """
+    gains = (after - before) / n_voxels
+    error = gains.std().item() / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+    return gains.mean().item(), error
 
 
 @torch.inference_mode()

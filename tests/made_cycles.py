@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dwc.base.files import save_tensors
 from dwc.federated.cycle import Cycle
+from dwc.federated.networks import prior_file
 from dwc.posterior import Posterior
 from tests.made_posteriors import a_site
 
@@ -18,8 +19,8 @@ def file_of(posterior: Posterior, folder: Path) -> bytes:
     return path.read_bytes()
 
 
-def trained(cycle: Cycle, seed: int, number: int = 1, **changes) -> dict:
-    """A site's answer: a posterior trained from a round's prior."""
-    prior = Posterior.load(cycle.folder / f"q{number - 1}.safetensors")
+def trained(cycle: Cycle, seed: int, number: int = 1, site: str = "", **changes) -> dict:
+    """A site's answer: a posterior trained from its prior of a round."""
+    prior = Posterior.load(prior_file(cycle.folder, cycle.state, site, number))
     content = file_of(a_site(prior, seed, **changes), cycle.folder)
     return {"state": "trained", "round": number, "prior_sha256": prior.sha256, "posterior": content}

@@ -85,7 +85,8 @@ def _help(main: Callable[[list[str]], int], *words: str) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit), patch.dict(os.environ, COLUMNS="100"):
         main([*words, "--help"])
-    return f"```text\n{out.getvalue().strip()}\n```".replace(f"{ROOT}/", "")
+    text = out.getvalue().strip().replace(" \b", "")  # a backspace, for terminals
+    return f"```text\n{text}\n```".replace(f"{ROOT}/", "")
 
 
 def _steps(text: str) -> list[str]:

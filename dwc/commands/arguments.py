@@ -94,13 +94,17 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     return values
 
 
-def from_file(cls: type[_S], path: Path, resolve: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> _S:
+def from_file(
+    cls: type[_S], path: Path, resolve: Callable[[dict[str, Any]], dict[str, Any]] = dict, **defaults: Any
+) -> _S:
     """Settings from a YAML file; errors name the file and the entry, not a flag.
 
-    `resolve` is applied to the entries first, for example to make paths relative to the file.
+    `resolve` is applied to the entries first, for example to make paths relative to the file. `defaults` replace those
+    of the class.
     """
     parser = new_parser("", "")
     add_settings(parser, cls)
+    parser.set_defaults(**defaults)
     try:
         entries = parser.parse_args(["--config", str(path)]).as_dict()
         entries.pop("config")

@@ -48,22 +48,27 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--leave_one_out", type=bool, default=False, help="with --temper auto: also score the result without each site"
     )
-    parser.add_argument("--data", type=Path | None, default=None, help="for --temper auto: the organization's manifest")
     parser.add_argument(
-        "--validation_sub_volumes", type=int, default=256, help="for --temper auto: maximum number of sub-volumes"
+        "--data",
+        type=Path | None,
+        default=None,
+        help="for --temper auto and --damping auto: the organization's manifest",
     )
     parser.add_argument(
-        "--label_map", type=str | None, default=None, help="for --temper auto: TSV, if the prior has its own"
+        "--validation_sub_volumes", type=int, default=256, help="with --data: maximum number of sub-volumes"
     )
+    parser.add_argument("--label_map", type=str | None, default=None, help="with --data: TSV, if the prior has its own")
     parser.add_argument(
         "--cache_dir", type=Path | None, default=None, help="folder for conformed scans; default beside --out"
     )
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="for --temper auto")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="with --data")
     rounds.add_flags(parser)
     values = parse(parser, arguments)
     values.sites = values.sites or []
     if values.state is not None:
-        of_one_round = {"temper": 1.0, "leave_one_out": False, **_FOR_AUTO}
+        of_one_round = {"temper": 1.0, "leave_one_out": False}
+        if values.data is None:
+            _refuse(values, _FOR_AUTO, "is for `damping` auto; give `data` too")
         _refuse(values, of_one_round, "is for a consolidation without `state`; leave it out")
         rounds.take_round(values)
         return
@@ -152,28 +157,18 @@ def _chooser(values: Namespace) -> "Callable[[Consolidation, Sequence[Path]], fl
     """A function that chooses lambda; what it needs is checked here, before the first site is read."""
     from dwc import tempering
     from dwc.base.devices import choose_device
-    from dwc.data.cache import prepare
-    from dwc.data.manifest import has_split_column
-    from dwc.evaluation import scans_to_score
+    from dwc.held_out import HeldOut
     from dwc.posterior import Posterior
-    from dwc.prediction import load_networks
 
     if values.data is None:
         raise InputError("`temper` auto: needs the organization's scans to choose on; give `data`, or a number")
     if values.validation_sub_volumes < 1:
         raise InputError(f"`validation_sub_volumes` {values.validation_sub_volumes}: give 1 or more")
     device = choose_device(values.device)
-    organization = load_networks([values.prior], values.label_map)
-    prior = organization.posteriors[0]
-    if not prior.metadata.get("training") and not has_split_column(values.data):
-        raise InputError(
-            f"{values.data}: has no split column, and {prior.name} does not say which scans were held out; add one"
-        )
-    scans = scans_to_score(values.data, [prior])
+    held_out = HeldOut.of(values.data, values.prior, values.label_map)
 
     def choose(consolidation: "Consolidation", sites: Sequence[Path]) -> float:
-        cache_dir = values.cache_dir or values.out.parent / "cache"
-        data = prepare(scans, organization.label_map, organization.grid, cache_dir, intensity=organization.intensity)
+        data = held_out.prepare(values.cache_dir or values.out.parent / "cache")
         chosen, scores = tempering.choose_temper(
             consolidation, data, at_most=values.validation_sub_volumes, device=device
         )

@@ -67,7 +67,8 @@ def _init(values: Namespace) -> None:
         print(f"{kits / site}  for {site}, {unless}over a safe channel")
 
 
-def _agreement(path: Path) -> "Project":
+def _agreement(path: Path, **defaults: Any) -> "Project":
+    """Read project.yml; `defaults` are for entries that it leaves out."""
     from dwc.federated.project import Project
 
     if not path.is_file():
@@ -76,10 +77,10 @@ def _agreement(path: Path) -> "Project":
 
     def resolve(entries: dict[str, Any]) -> dict[str, Any]:
         """Paths relative to the file."""
-        names = [name for name in ("prior", "trusted") if entries[name] is not None]
+        names = [name for name in ("prior", "data", "trusted") if entries[name] is not None]
         return {**entries, **{name: folder / entries[name] for name in names}}
 
-    return from_file(Project, path, resolve)
+    return from_file(Project, path, resolve, **defaults)
 
 
 def _serve_arguments(parser: ArgumentParser) -> None:
@@ -111,10 +112,13 @@ def _amend(values: Namespace) -> None:
     from dwc.federated import corrections
     from dwc.federated.cycle import Cycle
     from dwc.federated.project import folder_in
+    from dwc.federated.server_state import read_state
     from dwc.federated.service import pass_limit
 
     kit = values.kit.absolute()
-    project = _agreement(values.project) if values.project else None
+    project = None
+    if values.project:  # one that was written before there were two methods does not name its own
+        project = _agreement(values.project, method=read_state(folder_in(kit))["project"]["method"])
     dropped = _site_and_round(values.drop) if values.drop else None
     asked = (project, dropped, values.reopen, values.recompute, values.ban, values.allow)
     if not any(one is not None for one in asked):
@@ -185,7 +189,7 @@ def _join(values: Namespace) -> None:
     from dwc.base.devices import choose_device
     from dwc.base.files import write_whole
     from dwc.federated.project import folder_in
-    from dwc.federated.provisioning import TRAINING
+    from dwc.federated.provisioning import TRAINING, method_of
     from dwc.federated.service import join
     from dwc.federated.spool import Spool
 
@@ -202,7 +206,8 @@ def _join(values: Namespace) -> None:
             choose_device(settings.device)
         words += ["--config", str(folder / "own.yml")]
         key = values.key and values.key.absolute()
-        Spool.create(folder, words, values.command, scans=scans, again=values.again, key=key)
+        method = method_of(folder)
+        Spool.create(folder, words, values.command, scans=scans, again=values.again, key=key, method=method)
         # As resolved here, so that relative paths stay right in the trainer's folder.
         resolved = {name: value for name, value in settings.to_json().items() if name in own}
         write_whole(folder / "own.yml", yaml.safe_dump(resolved).encode())

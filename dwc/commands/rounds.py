@@ -1,18 +1,22 @@
 """`dwc consolidate --state`: a round on the same scans, in which each site's new factor replaces its old one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from jsonargparse import ArgumentParser, Namespace
 
 from dwc.base.errors import InputError, printable
-from dwc.commands.judging import print_verdicts
+from dwc.commands.judging import print_verdicts, warn
 
 if TYPE_CHECKING:
+    from dwc.damping import Chosen
     from dwc.posterior import Posterior
     from dwc.signing import TrustedKeys
     from dwc.site_factors import Factors
+
+    Judge: TypeAlias = Callable[[Posterior, Callable[[float], Factors], Sequence[float]], Chosen]
 
 __all__ = ["add_flags", "take_round"]
 
@@ -25,8 +29,9 @@ def add_flags(parser: ArgumentParser) -> None:
         "of its file, trains from its own cavity, and its new factor replaces its old one",
     )  # fmt: skip
     parser.add_argument(
-        "--damping", type=float | None, default=None,
-        help="with --state: share of a new factor, above 0 and at most 1; default 1/S for the S sites given",
+        "--damping", type=float | Literal["auto"] | None, default=None,
+        help="with --state: share of a new factor, above 0 and at most 1; default 1/S for the S sites given; auto: "
+        "doubled from there while the organization's held-out scans get more likely, see --data",
     )  # fmt: skip
     parser.add_argument(
         "--cavities", type=Path | None, default=None,
@@ -59,10 +64,11 @@ def take_round(values: Namespace) -> None:
         open_folder(values.cavities)
     trusted = TrustedKeys(values.trusted) if values.trusted else None
     prior = Posterior.load(values.prior)
+    judge = _judge(values)
     with held(state.with_name(f".{state.name}.lock")) as alone:
         if not alone:
             raise InputError(f"{state}: another command is changing it; wait for its end")
-        _change(values, prior, answers, gone, trusted, given)
+        _change(values, prior, answers, gone, trusted, given, judge)
 
 
 def _change(
@@ -72,14 +78,16 @@ def _change(
     gone: Sequence[str],
     trusted: "TrustedKeys | None",
     given: Mapping[Path, Path],
+    judge: "Judge | None",
 ) -> None:
     """The round itself, while nobody else changes the state."""
+    from dwc.damping import doubled, format_trials, worse
     from dwc.influence import limit_powers, measure
     from dwc.posterior import Posterior
     from dwc.site_factors import Factors
 
     factors = Factors.load(values.state, prior) if values.state.exists() else Factors(prior)
-    damping = 1 / max(1, len(answers)) if values.damping is None else values.damping
+    before, n_sites = factors.posterior(), max(1, len(answers))
     cavities = {cavity.sha256: cavity for cavity in map(Posterior.load, values.earlier)}
     now = {name: factors.cavity(name) for name in answers}  # before the first factor is replaced
     sites, influences = {}, {}
@@ -91,11 +99,22 @@ def _change(
         factors.check(name, site, cavity)
         sites[name], influences[name] = (site, cavity), measure(site, cavity)
     powers = limit_powers(list(influences.values()), values.max_influence)
-    for (name, (site, cavity)), power in zip(sites.items(), powers, strict=True):
-        if power > 0:
-            factors.replace(name, site, cavity=cavity, damping=damping, power=power)
-    for name in gone:
-        factors.remove(name)
+
+    def after(damping: float) -> Factors:
+        replaced = factors.copy()
+        for (name, (site, cavity)), power in zip(sites.items(), powers, strict=True):
+            if power > 0:
+                replaced.replace(name, site, cavity=cavity, damping=damping, power=power)
+        for name in gone:
+            replaced.remove(name)
+        return replaced
+
+    damping = 1 / n_sites if values.damping is None else values.damping
+    if judge:
+        chosen = judge(before, after, doubled(n_sites) if damping == "auto" else [damping])
+        factors, damping = chosen.factors, chosen.trial.damping
+    else:
+        factors = after(damping)
     network = factors.posterior(str(values.out))
     next_priors = {}
     if values.cavities:
@@ -112,6 +131,27 @@ def _change(
         {str(answers[name]): influence for name, influence in influences.items()}, powers, values.max_influence
     )
     _report(values.out, factors, damping)
+    if judge:
+        print(format_trials(chosen))
+        warn([worse(chosen.trial)] if chosen.trial.is_worse else [])
+
+
+def _judge(values: Namespace) -> "Judge | None":
+    """A function that tries dampings on the held-out scans, if there are any; they are read before the sites are."""
+    from dwc.base.devices import choose_device
+    from dwc.damping import choose_damping
+    from dwc.held_out import HeldOut
+
+    if values.data is None:
+        if values.damping == "auto":
+            raise InputError("`damping` auto: needs the organization's scans to choose on; give `data`, or a number")
+        return None
+    if values.validation_sub_volumes < 1:
+        raise InputError(f"`validation_sub_volumes` {values.validation_sub_volumes}: give 1 or more")
+    device = choose_device(values.device)
+    held_out = HeldOut.of(values.data, values.prior, values.label_map)
+    data = held_out.prepare(values.cache_dir or values.out.parent / "cache")
+    return partial(choose_damping, data=data, at_most=values.validation_sub_volumes, device=device)
 
 
 def _by_name(paths: Sequence[Path]) -> dict[str, Path]:

@@ -8,6 +8,7 @@ from typing import Any
 from dwc.base.errors import InputError, one_line
 from dwc.consolidation import Consolidation
 from dwc.factors import Influence, measure
+from dwc.federated.server_state import open_round, prior_sha256
 from dwc.federated.wire import HEADER
 from dwc.posterior import Posterior
 
@@ -49,14 +50,19 @@ def check_size(site: str, content: bytes, prior: Path) -> None:
         raise Refused(f"{site}'s posterior: has {len(content)} bytes, many more than its prior; train again")
 
 
-def round_of(state: Mapping[str, Any], site: str, posterior: Posterior) -> int:
-    """The round of the prior that a posterior was trained from, whatever the site says."""
+def round_of(state: Mapping[str, Any], site: str, posterior: Posterior, claimed: int) -> int:
+    """The round of the prior that a posterior was trained from.
+
+    A site's cavity is the same in two rounds if no other site has answered between them: then the round that the site
+    claims, or else the last.
+    """
     trained_from = str(posterior.metadata.get("prior_sha256"))
-    opened = state["priors"][: state["project"]["rounds"]]
-    if trained_from not in opened:
+    begun = open_round(state) or len(state["priors"]) - 1
+    rounds = [number for number in range(1, begun + 1) if prior_sha256(state, site, number) == trained_from]
+    if not rounds:
         reason = f"was trained from prior {trained_from[:12]}, which no round had; train from the one that was sent"
         raise Refused(one_line(f"{site}'s posterior: {reason}"), prior_sha256=trained_from)
-    return opened.index(trained_from) + 1
+    return claimed if claimed in rounds else rounds[-1]
 
 
 def admit(

@@ -97,6 +97,20 @@ class _Posterior(_Entry):
     pruned: Literal[True] = True
 
 
+class _Network(_Entry):
+    """What is known about a network that rounds on the same scans made; empty for others."""
+
+    factors: str = ""
+    cavities: dict[str, str] = Field(default_factory=dict)
+    starts: dict[str, str] = Field(default_factory=dict)
+    removed: list[str] = Field(default_factory=list)
+    damping: Annotated[float, Field(gt=0, le=1)] = 1.0
+    change: Annotated[float, Field(ge=0)] = 0.0
+    log_likelihood: float | None = None
+    gain: float = 0.0
+    standard_error: Annotated[float, Field(ge=0)] = 0.0
+
+
 class _Refused(_Entry):
     site: str
     reason: str
@@ -118,6 +132,7 @@ class _Books(_Entry):
     project: dict[str, Any]
     priors: Annotated[list[str], Field(min_length=1)]
     published: list[_Time]
+    networks: list[_Network]
     clock: _Clock | _Unset
     banned: list[str]
     acts: list[_Act]
@@ -151,8 +166,11 @@ def _odd_number(books: _Books) -> str | None:
     n_open, n_closed = len(books.priors), len(books.priors) - 1
     if n_closed > books.project["rounds"]:
         return "priors is of another length than there are rounds"
-    if len(books.published) != n_open:
-        return "published is of another length than priors"
+    for key in ("published", "networks"):
+        if len(getattr(books, key)) != n_open:
+            return f"{key} is of another length than priors"
+    if books.project["method"] == "pvi" and not all(network.factors for network in books.networks[1:]):
+        return "networks is wrong: one has no factors"
     for row in books.posteriors:
         if row.round > n_open or (row.counted_in or 0) > n_closed:
             return f"posteriors is wrong: {row.file} is of a round that has not begun"

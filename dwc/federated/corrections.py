@@ -10,7 +10,8 @@ from typing import Any
 
 from dwc.base.errors import InputError
 from dwc.federated.cycle import Cycle
-from dwc.federated.server_state import uncount, waiting
+from dwc.federated.networks import unneeded
+from dwc.federated.server_state import prior_sha256, uncount, waiting
 from dwc.posterior import Posterior
 
 __all__ = ["allow", "ban", "drop", "prune", "recompute", "reopen"]
@@ -87,8 +88,8 @@ def allow(cycle: Cycle, site: str) -> None:
 def prune(cycle: Cycle) -> int:
     """Delete the posteriors of closed rounds that nothing can need any more; returns the bytes freed.
 
-    The round that closed last is kept, because late posteriors may enter it, and all priors are. Pruned rounds can no
-    longer be reopened or recomputed.
+    The round that closed last is kept, because late posteriors may enter it, and all networks are. Factors and cavities
+    that nobody can train from or answer to any more go too. Pruned rounds can no longer be reopened or recomputed.
     """
     last = len(cycle.state["priors"]) - 1
     freed = 0
@@ -101,7 +102,8 @@ def prune(cycle: Cycle) -> int:
     cycle.write()  # before the files are gone, so that a crash leaves none that is missed
     void = [entry.pop("void") for entry in cycle.state["refused"] if entry.get("void")]
     gone = [cycle.folder / row["file"] for row in closed + void]
-    for path in [*filter(Path.exists, gone), *(cycle.folder / "dropped").glob("*.safetensors")]:
+    gone += [*(cycle.folder / "dropped").glob("*.safetensors"), *unneeded(cycle.folder, cycle.state)]
+    for path in filter(Path.exists, gone):
         freed += path.stat().st_size
         path.unlink()
     cycle.record("prune", bytes=freed)
@@ -122,9 +124,9 @@ def _reopen(cycle: Cycle, number: int) -> None:
     for row in [row for row in state["posteriors"] if row["round"] > number]:
         state["posteriors"].remove(row)
         reason = f"round {number} was reopened, so its prior is void, unless the round ends with the same network"
-        prior = state["priors"][row["round"] - 1]
-        cycle.refuse(row, f"{row['site']}'s posterior of round {row['round']}: {reason}", prior_sha256=prior, void=row)
-    del state["priors"][number:], state["published"][number:]
+        told = f"{row['site']}'s posterior of round {row['round']}: {reason}"
+        cycle.refuse(row, told, prior_sha256=prior_sha256(state, row["site"], row["round"]), void=row)
+    del state["priors"][number:], state["published"][number:], state["networks"][number:]
 
 
 def _payload(cycle: Cycle, row: dict[str, Any]) -> str:

@@ -1,15 +1,14 @@
 """The server's side of the cycle: which prior is out, whose posterior has arrived, and when a round closes.
 
-A folder holds the priors `q0.safetensors`, `q1.safetensors`, ..., the posteriors `round-1/<site>.safetensors` and
-`state.json`. The state is written atomically, after the files that it mentions: after a crash, whatever it does not
-mention is done again. A prior that may replace an older one waits as `next.safetensors` until the state has it.
+A folder holds the networks (see `networks`), the posteriors `round-1/<site>.safetensors` and `state.json`. The state is
+written atomically, after the files that it mentions: after a crash, whatever it does not mention is done again. A
+network that may replace an older one waits as `next.safetensors` until the state has it.
 Nothing here sends or waits.
 """
 
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,28 +18,41 @@ from dwc.base.files import open_folder, sweep, write_whole
 from dwc.consolidation import Consolidation
 from dwc.factors import Influence, measure
 from dwc.federated.admission import Refused, admit, blamed_on, check_size, round_of
+from dwc.federated.closing import publish, settle
+from dwc.federated.networks import (
+    entered,
+    network_file,
+    prior_file,
+    start_content,
+    trained_from,
+)
 from dwc.federated.project import Project
 from dwc.federated.server_state import (
-    VERSION,
+    UNHEARD,
+    answered,
     n_expected,
+    new_state,
+    open_round,
+    prior_sha256,
     quorum_since,
     read_state,
     steady_time,
-    uncount,
     waiting,
     write_state,
 )
 from dwc.federated.wire import ANSWER, check, digest
-from dwc.influence import limit_powers, limited_because
+from dwc.held_out import HeldOut
 from dwc.posterior import Posterior
 from dwc.signing import TrustedKeys
 
 __all__ = ["Cycle"]
 
 # What may change while a cycle is under way.
-_MAY_CHANGE = {"sites", "rounds", "quorum", "grace_hours", "answer_timeout_s", "max_influence", "trusted"}
+_MAY_CHANGE = {
+    "sites", "rounds", "until", "damping", "data", "quorum", "grace_hours", "answer_timeout_s", "max_influence",
+    "trusted",
+}  # fmt: skip
 _MAX_REFUSALS = 100  # kept for each site, so that junk does not fill the state
-_UNHEARD = {"state": "not heard of", "round": 0, "heard": None}
 
 
 class Cycle:
@@ -57,9 +69,10 @@ class Cycle:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.reload()
-        sweep(folder)
-        self._settle()
-        self._contents: dict[int, bytes] = {}
+        for place in (folder, *folder.glob("after-*"), *folder.glob("after-*/cavities")):
+            sweep(place)
+        settle(folder, self.state)
+        self._contents: dict[str, bytes] = {}
 
     def reload(self) -> None:
         """Drop changes that could not be written, for instance because the disk is full."""
@@ -71,27 +84,12 @@ class Cycle:
         """Open round 1 from the project's prior, in a new folder."""
         prior = Posterior.load(project.prior)
         Consolidation(prior)  # refuses a MAP network
-        if project.trusted is not None:
-            TrustedKeys(project.trusted)
+        _check_files(project)
         if (folder / "state.json").exists():
             raise InputError(f"{folder / 'state.json'}: a cycle has begun here; give another folder")
         open_folder(folder)
         prior.save(folder / "q0.safetensors")
-        state: dict[str, Any] = {
-            "version": VERSION,
-            "project": project.to_json(),
-            "priors": [prior.sha256],  # of round 1, 2, ...; the last is the result when all rounds are closed
-            "published": [],
-            "clock": {},
-            "banned": [],
-            "acts": [],  # of the organizer: what was dropped, reopened or banned, and when
-            "posteriors": [],
-            "refused": [],
-            "dropped": [],  # by the organizer: how to know them if they are sent again
-            "trouble": [],  # problems of the last pass
-            "traffic": {},  # by site and round: bytes of the messages to it and from it
-            "sites": {site: dict(_UNHEARD) for site in project.sites},
-        }
+        state = new_state(project, prior.sha256)
         state["published"].append(_now(state).isoformat())
         write_state(folder, state)
         return cls(folder)
@@ -112,31 +110,31 @@ class Cycle:
             raise InputError(f"`prior` {prior.name}: is not the one that the cycle began with; put that back")
         if gone := sorted({row["site"] for row in self.state["posteriors"]} - {*project.sites}):
             raise InputError(f"`sites`: {gone[0]} has sent a posterior already; leave it in")
-        if project.trusted is not None:
-            TrustedKeys(project.trusted)
+        _check_files(project)
         if project.rounds < (begun := self.round or len(self.state["priors"]) - 1):
             raise InputError(f"`rounds` {project.rounds}: round {begun} has begun already; give {begun} or more")
         self.project = self.state["project"] = agreed
-        self.state["sites"] = {site: self.state["sites"].get(site, dict(_UNHEARD)) for site in project.sites}
+        self.state["sites"] = {site: self.state["sites"].get(site, dict(UNHEARD)) for site in project.sites}
         write_state(self.folder, self.state)
 
     @property
     def round(self) -> int | None:
         """The open round, from 1; None when all are closed."""
-        number = len(self.state["priors"])
-        return number if number <= self.project["rounds"] else None
+        return open_round(self.state)
 
     @property
     def result(self) -> Path:
         """The newest consolidated posterior; before the first round closes, the prior."""
-        return self._prior_file(len(self.state["priors"]))
+        return network_file(self.folder, len(self.state["priors"]))
 
-    def question(self, site: str, *, with_prior: bool = False) -> dict[str, Any]:
+    def question(self, site: str, *, with_prior: bool = False, with_start: bool = False) -> dict[str, Any]:
         """What the server asks a site: `wire.QUESTION`."""
         number = self.round
         question: dict[str, Any] = {
             "round": number or 0,
-            "prior_sha256": self.state["priors"][-1] if number else "",
+            "prior_sha256": prior_sha256(self.state, site, number) if number else "",
+            "start_sha256": "",
+            "entered": [],
             "settled": {
                 row["file_sha256"]: row.get("reason", "")
                 for row in self.state["posteriors"] + self.state["refused"]
@@ -144,7 +142,12 @@ class Cycle:
             },
         }
         if with_prior and number:
-            question["prior"] = self._content(number)
+            question["prior"] = self._content(number, site)
+            question["start_sha256"] = self.state["networks"][-1].get("starts", {}).get(site, "")
+            if question["start_sha256"]:
+                question["entered"] = entered(self.state, site)
+            if question["start_sha256"] and with_start:
+                question["start"] = start_content(self.folder, self.state, site)
         return question
 
     def receive(self, site: str, answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,39 +165,42 @@ class Cycle:
             answer = check(answer, ANSWER)
         except InputError as error:
             raise InputError(f"{site}: {error}") from error
-        heard = _now(self.state).isoformat()
+        heard = self.now().isoformat()
         self.state["sites"][site] = {"state": answer["state"], "round": answer["round"], "heard": heard}
         if "posterior" in answer:
-            self._enter(site, answer["posterior"])
+            self._enter(site, answer["posterior"], answer["round"])
         write_state(self.folder, self.state)
         return answer
 
     def advance(self, now: datetime | None = None) -> bool:
         """Close the open round if it is due, and publish the next prior; returns whether one was published.
 
-        A round is due when all sites have answered, or when it has its quorum and the grace period is over. Late
-        posteriors of earlier rounds enter the round that closes next; after the last round they are added to its
-        result.
+        A round is due when all sites have answered, or when it has its quorum and the grace period is over; it closes
+        once the held-out scans have been asked, if there are any. Late posteriors of earlier rounds enter the round
+        that closes next; after the last round they are added to its result.
         """
-        now, number, rows = now or _now(self.state), self.round, waiting(self.state)
+        now, number, rows = now or self.now(), self.round, waiting(self.state)
         if number is None:
-            return bool(rows) and self._publish(self.project["rounds"], rows)
+            return bool(rows) and publish(self, len(self.state["priors"]) - 1, rows)
         since = quorum_since(self.state)
         if since is None:
             return False
         until = datetime.fromisoformat(since) + timedelta(hours=self.project["grace_hours"])
-        n_received = sum(row["round"] == number for row in rows)
-        if n_received < n_expected(self.state) and now < until:
+        if len(answered(self.state)) < n_expected(self.state) and now < until:
             return False
-        return self._publish(number, rows)
+        return publish(self, number, rows)
 
     def close(self) -> None:
         """Close the open round now, whatever its quorum."""
-        self._publish(self.round or self.project["rounds"], waiting(self.state))
+        publish(self, self.round or len(self.state["priors"]) - 1, waiting(self.state), wait=True)
+
+    def now(self) -> datetime:
+        """The time, which does not jump."""
+        return _now(self.state)
 
     def record(self, act: str, **about: Any) -> None:
         """Record an act of the organizer; written with the next change."""
-        self.state["acts"].append({"at": _now(self.state).isoformat(), "act": act, **about})
+        self.state["acts"].append({"at": self.now().isoformat(), "act": act, **about})
 
     def write(self) -> None:
         """Write the state."""
@@ -211,81 +217,13 @@ class Cycle:
         row = self.state["traffic"].setdefault(site, {}).setdefault(str(number), [0, 0])
         row[:] = row[0] + to_site, row[1] + from_site
 
-    def _publish(self, number: int, rows: list[dict[str, Any]]) -> bool:
-        """Consolidate these posteriors, and those that count in this round already, into the next prior (Eq. 17).
-
-        The result is read back before it is published.
-        """
-        before = [row for row in self.state["posteriors"] if row["counted_in"] == number]
-        rows = [*rows, *(row for row in before if row["site"] not in self.state["banned"])]
-        rows.sort(key=lambda row: (row["round"], row["site"]))
-        limits = self._limits(rows)
-        consolidation = Consolidation(self._prior(number)).tempered(self.project["temper"])
-        for row, limit in zip(rows, limits, strict=True):
-            site = self._posterior(row)
-            if limit["power"] > 0:
-                trained_from = None if row["round"] == number else self._prior(row["round"])
-                consolidation.add(site, prior=trained_from, power=limit["power"])
-        posterior = consolidation.posterior()
-        posterior.save(self._next)
-        if Posterior.load(self._next).sha256 != posterior.sha256:
-            raise InputError(f"{self._next}: reads back as something else; check the disk")
-        for row in before:
-            uncount(row)
-        for row, limit in zip(rows, limits, strict=True):
-            row |= {"counted_in": number, **limit}
-        self.state["priors"][number:] = [posterior.sha256]
-        self.state["published"][number:] = [_now(self.state).isoformat()]
-        self._revive(posterior.sha256)
-        write_state(self.folder, self.state)
-        os.replace(self._next, self.result)
-        self._contents = {}
-        return True
-
-    def _settle(self) -> None:
-        """Finish or forget a publication that a crash has cut short: the state says which."""
-        if not self._next.exists():
-            return
-        with suppress(InputError):  # damaged: the round is computed again
-            if Posterior.load(self._next).sha256 == self.state["priors"][-1]:
-                os.replace(self._next, self.result)
-        self._next.unlink(missing_ok=True)
-
-    def _limits(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The power of each posterior and why, compared with the others of the round that it was trained in."""
-        found: dict[str, dict[str, Any]] = {}  # by file
-        for number in {row["round"] for row in rows}:
-            group = [
-                row for row in self.state["posteriors"]
-                if row["round"] == number and row["site"] not in self.state["banned"]
-                and ("influence" in row or "pruned" not in row)
-            ]  # fmt: skip
-            influences = [self._influence(row) for row in group]
-            powers = limit_powers(influences, self.project["max_influence"])
-            reasons = limited_because(influences, powers)
-            for row, power, reason in zip(group, powers, reasons, strict=True):
-                found[row["file"]] = {"power": power, "limited_because": reason}
-        return [found[row["file"]] for row in rows]
-
-    def _influence(self, row: dict[str, Any]) -> Influence:
+    def influence(self, row: dict[str, Any]) -> Influence:
         """What a recorded posterior does; measured now if an earlier dwc has entered it."""
         if "influence" not in row:
-            row["influence"] = measure(self._posterior(row), self._prior(row["round"])).to_json()
+            row["influence"] = measure(self.posterior(row), self._prior(row)).to_json()
         return Influence.from_json(row["influence"])
 
-    def _revive(self, prior_sha256: str) -> None:
-        """Let posteriors of the round that opens count that were trained from this very prior before it was void.
-
-        Where the file is gone, the refusal is forgotten, and the site sends it again.
-        """
-        busy = {row["site"] for row in self.state["posteriors"] if row["counted_in"] is None}
-        for entry in [entry for entry in self.state["refused"] if entry.get("prior_sha256") == prior_sha256]:
-            self.state["refused"].remove(entry)
-            row = entry.get("void")
-            if row and entry["site"] not in busy and (self.folder / row["file"]).exists():
-                self.state["posteriors"].append(row)
-
-    def _posterior(self, row: dict[str, Any]) -> Posterior:
+    def posterior(self, row: dict[str, Any]) -> Posterior:
         """A posterior that was recorded; one that was damaged since is asked for again."""
         path = self.folder / row["file"]
         try:
@@ -304,8 +242,8 @@ class Cycle:
         write_state(self.folder, self.state)
         raise InputError(f"{path}: {reason}; {row['site']} is asked to send it again, or drop it with amend")
 
-    def _enter(self, site: str, content: bytes) -> None:
-        """Keep a posterior's file and record it, or record why not."""
+    def _enter(self, site: str, content: bytes, claimed: int) -> None:
+        """Keep a posterior's file and record it, or record why not; `claimed` is the round that the site names."""
         file_sha256 = digest(content)
         damaged = [row for row in self._rows_of(site) if row.get("damaged") and row["file_sha256"] == file_sha256]
         for row in damaged:
@@ -313,13 +251,13 @@ class Cycle:
             del row["damaged"]
         if damaged or file_sha256 in self.question(site)["settled"]:
             return  # sent again, because the file was damaged here or the site did not get the receipt
-        received = _now(self.state).isoformat()
+        received = self.now().isoformat()
         row = {"site": site, "file_sha256": file_sha256, "received": received, "bytes": len(content)}
         incoming = self.folder / f".incoming-{site}.part"
         try:
-            check_size(site, content, self._prior_file(1))
+            check_size(site, content, network_file(self.folder, 1))
             write_whole(incoming, content)
-            row |= self._checked(site, incoming)
+            row |= self._checked(site, incoming, claimed)
             row |= {"file": self._place(row), "counted_in": None}
             (self.folder / row["file"]).parent.mkdir(exist_ok=True)
             os.replace(incoming, self.folder / row["file"])
@@ -349,17 +287,17 @@ class Cycle:
     def _rows_of(self, site: str) -> list[dict[str, Any]]:
         return [row for row in self.state["posteriors"] if row["site"] == site]
 
-    def _checked(self, site: str, incoming: Path) -> dict[str, Any]:
+    def _checked(self, site: str, incoming: Path, claimed: int) -> dict[str, Any]:
         """The state's entries about a posterior that belongs; `Refused` if it does not."""
         with blamed_on(site, incoming):
             posterior = Posterior.load(incoming)
-            number = round_of(self.state, site, posterior)
+            number = round_of(self.state, site, posterior, claimed)
             row = {"round": number, "prior_sha256": posterior.metadata["prior_sha256"], "sha256": posterior.sha256}
             row |= {"payload_sha256": posterior.payload_sha256}
-        prior = self._prior(number)
+        prior = trained_from(self.folder, self.state, site, number)
         trusted = self.project["trusted"] and TrustedKeys(Path(self.project["trusted"]))
         others = {
-            other["site"]: self._influence(other)
+            other["site"]: self.influence(other)
             for other in self.state["posteriors"]
             if other["round"] == number and other["site"] != site and not {"damaged", "pruned"} & other.keys()
         }
@@ -368,27 +306,25 @@ class Cycle:
                 trusted.require(posterior, site)
             return row | admit(self.state, site, row, posterior, prior, others)
 
-    def _content(self, number: int) -> bytes:
-        """The file of a round's prior, kept in memory for all sites that ask."""
-        if self._contents.keys() != {number}:
-            self._prior(number)  # a damaged one is not sent
-            self._contents = {number: self._prior_file(number).read_bytes()}
-        return self._contents[number]
+    def _content(self, number: int, site: str) -> bytes:
+        """The file of a site's prior, kept in memory for all sites that ask for the same."""
+        sha256 = prior_sha256(self.state, site, number)
+        if self._contents.keys() != {sha256}:
+            trained_from(self.folder, self.state, site, number)  # a damaged one is not sent
+            self._contents = {sha256: prior_file(self.folder, self.state, site, number).read_bytes()}
+        return self._contents[sha256]
 
-    @property
-    def _next(self) -> Path:
-        return self.folder / "next.safetensors"
+    def _prior(self, row: Mapping[str, Any]) -> Posterior:
+        """What a recorded posterior was trained from."""
+        return trained_from(self.folder, self.state, row["site"], row["round"])
 
-    def _prior_file(self, number: int) -> Path:
-        return self.folder / f"q{number - 1}.safetensors"
 
-    def _prior(self, number: int) -> Posterior:
-        prior = Posterior.load(self._prior_file(number))
-        if prior.sha256 != self.state["priors"][number - 1]:
-            raise InputError(
-                f"{prior.name}: is not the prior that was published; recompute its round, or restore it from a backup"
-            )
-        return prior
+def _check_files(project: Project) -> None:
+    """Refuse keys and held-out scans that could not be used later."""
+    if project.trusted is not None:
+        TrustedKeys(project.trusted)
+    if project.data is not None:
+        HeldOut.of(project.data, project.prior)
 
 
 def _now(state: dict[str, Any]) -> datetime:

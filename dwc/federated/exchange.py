@@ -88,7 +88,7 @@ class Exchange(Controller):
         )  # no prior is sent later, to end within `pass_limit`
         sites = {client.name for client in self._engine.get_clients()}.intersection(cycle.project["sites"])
         open_tasks = {site: self._send(ASK, cycle, site, fl_ctx) for site in sorted(sites)}
-        want_prior: list[str] = []
+        wanted: list[tuple[str, bool]] = []  # sites that asked for the prior, and whether for the start too
         while open_tasks and not abort_signal.triggered:
             time.sleep(_LOOK_S)
             for site, task in list(open_tasks.items()):
@@ -96,15 +96,16 @@ class Exchange(Controller):
                     continue
                 del open_tasks[site]
                 with self._noted(cycle, trouble, fl_ctx, site):
-                    if self._receive(cycle, site, task, fl_ctx) == "no prior":
-                        want_prior.append(site)
+                    state = self._receive(cycle, site, task, fl_ctx)
+                    if state in ("no prior", "no start"):
+                        wanted.append((site, state == "no start"))
                 self._advance(cycle, trouble, fl_ctx)
             if time.monotonic() < until:  # the other sites ask again in the next pass
                 free = _MAX_SENDING - sum(task.name == GIVE for task in open_tasks.values())
-                for site in want_prior[:free]:
+                for site, with_start in wanted[:free]:
                     with self._noted(cycle, trouble, fl_ctx, site):
-                        open_tasks[site] = self._send(GIVE, cycle, site, fl_ctx)
-                del want_prior[:free]
+                        open_tasks[site] = self._send(GIVE, cycle, site, fl_ctx, with_start=with_start)
+                del wanted[:free]
         self._advance(cycle, trouble, fl_ctx)  # the grace period may be over though nobody answers
         cycle.note(trouble)
 
@@ -128,9 +129,9 @@ class Exchange(Controller):
             if line not in trouble:
                 trouble.append(line)
 
-    def _send(self, name: str, cycle: Cycle, site: str, fl_ctx: FLContext) -> Task:
+    def _send(self, name: str, cycle: Cycle, site: str, fl_ctx: FLContext, *, with_start: bool = False) -> Task:
         data = Shareable()
-        data.update(cycle.question(site, with_prior=name == GIVE))
+        data.update(cycle.question(site, with_prior=name == GIVE, with_start=with_start))
         task = Task(name, data, timeout=max(1, round(cycle.project["answer_timeout_s"])))
         self.send(task, fl_ctx, targets=[site])
         return task

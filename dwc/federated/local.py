@@ -57,13 +57,15 @@ def simulate(settings: SimulationSettings) -> None:
     LabelMap.load(settings.label_map)
     open_folder(settings.out)
     names = [f"site-{number}" for number in range(1, settings.sites + 1)]
+    n_times = settings.rounds if settings.method == "dwc" else 1  # how often the sites get new scans
     manifests = [
         {name: _scans(settings, name, site, number) for site, name in enumerate(names)}
-        for number in range(1, settings.rounds + 1)
+        for number in range(1, n_times + 1)
     ]
     project = Project(
-        "simulation", "localhost", names, _first_prior(settings), rounds=settings.rounds, temper=settings.temper,
-        max_influence=settings.max_influence, training=settings.training(),
+        "simulation", "localhost", names, _first_prior(settings), rounds=settings.rounds, method=settings.method,
+        damping=settings.damping, temper=settings.temper, max_influence=settings.max_influence,
+        training=settings.training(),
     )  # fmt: skip
     books = settings.out / "books"
     cycle = Cycle.create(books / SERVER, project)
@@ -115,11 +117,11 @@ def _give_scans(settings: SimulationSettings, books: Path, manifests: dict[str, 
     write_whole(shared, yaml.safe_dump(settings.training(), sort_keys=False).encode())
     words = ["--config", str(shared), "--mode", "vcl", "--device", "cpu"]
     for name, manifest in manifests.items():
-        Spool.create(books / name, words, scans=read_manifest(manifest))
+        Spool.create(books / name, words, scans=read_manifest(manifest), method=settings.method)
 
 
 def _run_flare(settings: SimulationSettings, names: list[str], books: Path, manifests: list[dict[str, Path]]) -> None:
-    """Run all rounds as one job in the simulator, with a process for each site and new scans for each round."""
+    """Run all rounds as one job in the simulator, with a process for each site."""
     workspace, log = settings.out / "flare", settings.out / "flare.log"
     (workspace / "local").mkdir(parents=True)
     policy = {"format_version": 2, "class_allow_list": list(ALLOWED)}
@@ -137,7 +139,7 @@ def _run_flare(settings: SimulationSettings, names: list[str], books: Path, mani
         flare = subprocess.Popen(words, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
             while flare.poll() is None:
-                if given < min(len(read_state(books / SERVER)["priors"]), settings.rounds):
+                if given < min(len(read_state(books / SERVER)["priors"]), len(manifests)):
                     _give_scans(settings, books, manifests[given])
                     given += 1
                 if time.monotonic() > until:

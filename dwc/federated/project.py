@@ -6,7 +6,7 @@ Where a site's scans are and how it computes is not part of it.
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dwc.base.errors import InputError
 from dwc.base.settings import Settings
@@ -34,7 +34,7 @@ class Project(Settings):
     prior
         Bayesian posterior that round 1 starts from, relative to project.yml.
     rounds
-        Number of rounds.
+        Number of rounds; the greatest one if `until` is given.
     quorum
         Number of posteriors with which a round may close; by default one of every site. With fewer than three, nobody's
         influence is limited.
@@ -46,8 +46,20 @@ class Project(Settings):
         E-mail address of whoever runs the server.
     certificate_years
         How long the kits are valid.
+    method
+        ``pvi``: rounds on the same scans, in which each site's new factor replaces its old one. ``dwc``: the paper's
+        cycle, in which each round multiplies the network by the likelihood of new scans.
+    damping
+        For pvi: share of a new factor, above 0 and at most 1. If left out, 1/S for the S sites that are not banned;
+        ``auto`` doubles it from there while the held-out scans of `data` get more likely.
+    data
+        For pvi: manifest of the organization that made the prior, at the server and relative to project.yml. Each
+        round is judged by its held-out scans before it is published, and one that makes them less likely is told.
+    until
+        For pvi: end before the last of `rounds` when the network's change is below this: the mean over the weights of
+        |mu_new - mu_old| / sigma_old.
     temper
-        lambda of the consolidation, see `dwc consolidate --help`.
+        For dwc: lambda of the consolidation, see `dwc consolidate --help`.
     max_influence
         Limit of a site's precision and pull on the means, as a multiple of the median site's; null switches it off. It
         needs three sites.
@@ -71,6 +83,10 @@ class Project(Settings):
     port: int = 8002
     organizer: str = "organizer@dwc.org"
     certificate_years: float = 10.0
+    method: Literal["pvi", "dwc"] = "pvi"
+    damping: float | Literal["auto"] | None = None
+    data: Path | None = None
+    until: float | None = None
     temper: float = 1.0
     max_influence: float | None = 3.0
     trusted: Path | None = None
@@ -79,7 +95,8 @@ class Project(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("rounds", "certificate_years", "temper", "answer_timeout_s", "max_influence")
+        self._require_positive("rounds", "certificate_years", "temper", "answer_timeout_s", "max_influence", "until")
+        self._check_method()
         self._require("grace_hours", self.grace_hours >= 0, "give 0 or more")
         self._require("grace_hours", self.grace_hours <= 1e6, "give a million or less")
         self._require("certificate_years", self.certificate_years <= 1000, "give 1000 or less")
@@ -91,6 +108,17 @@ class Project(Settings):
             object.__setattr__(self, "quorum", n_sites)
         self._require("quorum", 1 <= (self.quorum or 0) <= n_sites, f"give 1 to {n_sites}, the number of sites")
         self._check_training()
+
+    def _check_method(self) -> None:
+        if self.method == "dwc":
+            for name in ("damping", "data", "until"):
+                self._require(name, getattr(self, name) is None, "is for `method` pvi; leave it out")
+            return
+        self._require("temper", self.temper == 1, "is for `method` dwc; use `damping`, which also averages the sites")
+        if self.damping == "auto":
+            self._require("damping", self.data is not None, "needs scans to choose on; give `data`, or a number")
+        elif self.damping is not None:
+            self._require("damping", 0 < self.damping <= 1, "give a number above 0 and at most 1")
 
     def _check_names(self) -> None:
         self._require("sites", len(self.sites) > 0, "give at least one name")

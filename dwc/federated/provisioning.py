@@ -18,16 +18,18 @@ from nvflare.lighter.prov_utils import prepare_builders
 from nvflare.lighter.provision import prepare_project
 from nvflare.lighter.provisioner import Provisioner
 
-from dwc.base.errors import InputError
+from dwc.base.errors import InputError, one_line
 from dwc.base.files import open_folder, write_whole
 from dwc.consolidation import Consolidation
 from dwc.federated.cycle import Cycle
 from dwc.federated.project import Project, folder_in
+from dwc.federated.server_state import read_state
 from dwc.posterior import Posterior
 
-__all__ = ["FIRST", "TRAINING", "LastingCertificates", "provision"]
+__all__ = ["AGREEMENT", "FIRST", "TRAINING", "LastingCertificates", "method_of", "provision"]
 
 TRAINING = "training.yml"
+AGREEMENT = "agreement.yml"  # what a site must know of project.yml; kits of an earlier dwc have none
 FIRST = "prod_00"  # FLARE's name for the first kits; the server's holds the cycle
 _LIGHTER = "nvflare.lighter.impl"
 
@@ -52,6 +54,8 @@ def provision(project: Project, out: Path) -> Path:
     prior = Posterior.load(project.prior)
     Consolidation(prior)  # refuses a MAP network before anything is written
     training = _on_the_priors_split(project, prior)
+    begun = folder_in(out / project.name / FIRST / project.server)
+    method = read_state(begun)["project"]["method"] if begun.exists() else project.method
     open_folder(out)
     flare = _flare_project(project)
     write_whole(out / "flare.yml", yaml.safe_dump(flare, sort_keys=False).encode())
@@ -66,9 +70,24 @@ def provision(project: Project, out: Path) -> Path:
         folder = folder_in(kits / site)
         folder.mkdir()
         write_whole(folder / TRAINING, yaml.safe_dump(training, sort_keys=False).encode())
+        write_whole(folder / AGREEMENT, yaml.safe_dump({"method": method}).encode())
     if kits.name == FIRST:
         Cycle.create(folder_in(kits / project.server), project)
     return kits
+
+
+def method_of(folder: Path) -> str:
+    """The method that a site's kit was made for."""
+    path = folder / AGREEMENT
+    if not path.exists():
+        return "dwc"
+    try:
+        method: str = yaml.safe_load(path.read_text(encoding="utf-8"))["method"]
+        if method in ("dwc", "pvi"):
+            return method
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(str(error))}); take it from the kit") from error
+    raise InputError(f"{path}: method {str(method)[:20]!r}; take it from the kit")
 
 
 def _on_the_priors_split(project: Project, prior: Posterior) -> dict[str, Any]:

@@ -10,19 +10,41 @@ from typing import Any
 
 from dwc.base.errors import InputError, one_line
 from dwc.base.files import write_whole
+from dwc.damping import Trial, worse
 from dwc.factors import Influence
 from dwc.federated.books import odd_entry
 from dwc.federated.project import Project
 from dwc.influence import MIN_SITES, verdicts, warnings_about
 
 __all__ = [
-    "VERSION", "describe", "n_expected", "quorum_since", "read_state", "small_quorum", "steady_time", "uncount",
-    "waiting", "write_state",
+    "UNHEARD", "answered", "describe", "last_round", "n_expected", "new_state", "open_round", "prior_sha256",
+    "quorum_since", "read_state", "small_quorum", "steady_time", "uncount", "waiting", "write_state",
 ]  # fmt: skip
 
-VERSION = 4
+VERSION = 5
+UNHEARD = {"state": "not heard of", "round": 0, "heard": None}
 _HELD_BEFORE = ("the site is banned", "so its prior is void; train again")  # refusals that an earlier dwc kept for ever
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def new_state(project: Project, prior: str) -> dict[str, Any]:
+    """The state in which nobody was asked; `prior` is the digest of the first network."""
+    return {
+        "version": VERSION,
+        "project": project.to_json(),
+        "priors": [prior],  # of round 1, 2, ...; the last is the result when all rounds are closed
+        "published": [],
+        "networks": [{}],  # what is known of each of these, in rounds on the same scans
+        "clock": {},
+        "banned": [],
+        "acts": [],  # of the organizer: what was dropped, reopened or banned, and when
+        "posteriors": [],
+        "refused": [],
+        "dropped": [],  # by the organizer: how to know them if they are sent again
+        "trouble": [],  # problems of the last pass
+        "traffic": {},  # by site and round: bytes of the messages to it and from it
+        "sites": {site: dict(UNHEARD) for site in project.sites},
+    }
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -37,13 +59,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise InputError(f"{path}: is not a JSON object; restore it from a backup")
     version = state.get("version")
-    if version == 3 and type(version) is int:
-        state = _from_version_3(state)
-    elif version != VERSION or type(version) is not int:
+    if type(version) is not int or not 3 <= version <= VERSION:
         raise InputError(
-            f"{path}: version {str(version)[:20]}, this dwc reads 3 and {VERSION}; use the dwc that wrote it, "
+            f"{path}: version {str(version)[:20]}, this dwc reads 3 to {VERSION}; use the dwc that wrote it, "
             "or restore it from a backup"
         )
+    if version == 3:
+        state = _from_version_3(state)
+    if version < VERSION:
+        state = _from_version_4(state)
     state = {"dropped": [], **state}
     for row in _dicts(state.get("posteriors")):
         if isinstance(row.get("influence"), dict) and "tensors" not in row["influence"]:
@@ -64,10 +88,11 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 def describe(state: Mapping[str, Any]) -> str:
     """The state as text, one line per site, then what needs attention."""
     project, number = state["project"], len(state["priors"])
-    open_round = "result is"
-    if number <= project["rounds"]:
-        open_round = f"round {number} of {project['rounds']} is open, from"
-    lines = [f"{project['name']}: {open_round} q{number - 1}.safetensors ({state['priors'][-1][:12]})"]
+    which = "result is"
+    if open_round(state):
+        which = f"round {number} of {project['rounds']} is open, from"
+    lines = [f"{project['name']}: {which} q{number - 1}.safetensors ({state['priors'][-1][:12]})"]
+    lines += _changes(state)
     if since := quorum_since(state):
         lines.append(f"quorum since {since}, grace {project['grace_hours']:g} h")
     if warning := small_quorum(project, n_expected(state)):
@@ -92,11 +117,44 @@ def describe(state: Mapping[str, Any]) -> str:
     return "\n".join(map(one_line, lines))
 
 
+def open_round(state: Mapping[str, Any]) -> int | None:
+    """The round that is open, from 1; None when all are closed."""
+    number = len(state["priors"])
+    return number if number <= last_round(state) else None
+
+
+def last_round(state: Mapping[str, Any]) -> int:
+    """The round after which the cycle ends: the agreed number, or the first whose change is below `until`."""
+    until = state["project"]["until"]
+    for number, network in enumerate(state["networks"]):
+        if until is not None and network.get("change", until) < until:
+            return number
+    return state["project"]["rounds"]
+
+
+def prior_sha256(state: Mapping[str, Any], site: str, number: int) -> str:
+    """Digest of what a site trains from in a round: its cavity, or the network that the round began with."""
+    cavities: Mapping[str, str] = state["networks"][number - 1].get("cavities", {})
+    return cavities.get(site, state["priors"][number - 1])
+
+
 def quorum_since(state: Mapping[str, Any]) -> str | None:
     """When the posterior arrived that completed the open round's quorum; None if it has none."""
-    number, quorum = len(state["priors"]), min(state["project"]["quorum"], n_expected(state))
-    received = sorted(row["received"] for row in waiting(state) if row["round"] == number)
+    received, quorum = sorted(answered(state).values()), min(state["project"]["quorum"], n_expected(state))
     return received[quorum - 1] if 0 < quorum <= len(received) else None
+
+
+def answered(state: Mapping[str, Any]) -> dict[str, str]:
+    """The sites whose answers wait for the open round to close, and when they came.
+
+    In rounds on the same scans an answer to an earlier cavity is as good as one to this round's.
+    """
+    number, any_round = len(state["priors"]), state["project"]["method"] == "pvi"
+    found: dict[str, str] = {}
+    for row in waiting(state):
+        if any_round or row["round"] == number:
+            found.setdefault(row["site"], row["received"])
+    return found
 
 
 def waiting(state: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -152,6 +210,27 @@ def _act(act: Mapping[str, Any]) -> str:
     return f"{act['act']} {', '.join(about)} at {act['at']}"
 
 
+def _changes(state: Mapping[str, Any]) -> list[str]:
+    """How far each round of factors moved the network, and what the held-out scans say about it."""
+    lines = []
+    for number, made in enumerate(state["networks"]):
+        if "change" not in made:
+            continue
+        line = f"round {number}: the network changed by {made['change']:.3g} sigma, damping {made['damping']:.3g}"
+        trial = _trial_of(made)
+        lines.append(f"{line}; held-out scans: {trial}" if trial else line)
+        if trial and trial.is_worse:
+            lines.append(f"warning: round {number}: {worse(trial)}")
+    return lines
+
+
+def _trial_of(made: Mapping[str, Any]) -> Trial | None:
+    """The verdict of the held-out scans on a network."""
+    if made.get("log_likelihood") is None:
+        return None
+    return Trial(made["damping"], made["log_likelihood"], made["gain"], made["standard_error"])
+
+
 def _limited(state: Mapping[str, Any]) -> list[str]:
     lines = []
     for row in state["posteriors"]:
@@ -195,5 +274,14 @@ def _from_version_3(state: dict[str, Any]) -> dict[str, Any]:
     project = state.get("project")
     if isinstance(project, dict):
         defaults = {item.name: item.default for item in fields(Project) if item.default is not MISSING}
-        project = {**defaults, "training": {}, "max_influence": None, **project}
-    return {"banned": [], "acts": [], "clock": {}, **state, "project": project, "version": VERSION}
+        project = {**defaults, "training": {}, "max_influence": None, "method": "dwc", **project}
+    return {"banned": [], "acts": [], "clock": {}, **state, "project": project}
+
+
+def _from_version_4(state: dict[str, Any]) -> dict[str, Any]:
+    """A cycle that began before there were rounds on the same scans goes on as it began."""
+    project, priors = state.get("project"), state.get("priors")
+    if isinstance(project, dict):
+        project = {"method": "dwc", "damping": None, "data": None, "until": None, **project}
+    networks: list[dict[str, Any]] = [{} for _ in priors] if isinstance(priors, list) else []
+    return {**state, "project": project, "networks": networks, "version": VERSION}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dwc.training.settings import NetworkSettings, OptimizerSettings
 
@@ -21,8 +21,12 @@ class SimulationSettings(OptimizerSettings, NetworkSettings):
         Number of sites; all train at once, each in a process of about half a gigabyte.
     rounds
         Number of rounds.
+    method
+        As in project.yml: ``pvi``, rounds on the same scans, or ``dwc``, new scans in each round.
+    damping
+        For pvi: share of a new factor; if left out, 1 over the number of sites.
     n_train
-        Training scans per site and round, new ones in each round.
+        Training scans per site; for dwc, new ones in each round.
     n_test
         Test scans per site, the same in all rounds.
     steps
@@ -30,8 +34,8 @@ class SimulationSettings(OptimizerSettings, NetworkSettings):
     batch_size
         Sub-volumes per step.
     temper
-        lambda of the consolidation, as in project.yml. 1 is Eq. 17; after trainings as short as these it adds the
-        sites' shifts up, and 1 over the number of sites averages them.
+        For dwc: lambda of the consolidation, as in project.yml. 1 is Eq. 17; after trainings as short as these it adds
+        the sites' shifts up, and 1 over the number of sites averages them.
     max_influence
         Limit of a site's influence, as in project.yml; null switches it off.
     pause_s
@@ -49,6 +53,8 @@ class SimulationSettings(OptimizerSettings, NetworkSettings):
     out: Path = Path("simulation")
     sites: int = 3
     rounds: int = 1
+    method: Literal["pvi", "dwc"] = "pvi"
+    damping: float | None = None
     n_train: int = 2
     n_test: int = 1
     grid_size: int = 32

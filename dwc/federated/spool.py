@@ -5,16 +5,19 @@ the trainer holds while it runs. The trainer is a detached process; if it ends w
 and resumes. A site works on one round at a time, the oldest first. Which posteriors the server has is known from its
 questions alone; a file `given-up` in a round's folder skips the round.
 
-A round is trained on the scans that the site has when it begins; `scans.json` lists their content digests. Scans that
-have counted in one round are not used in another, unless `again` is set.
+A round is trained on the scans that the site has when it begins; `scans.json` lists their content digests. With method
+dwc, scans that have counted in one round are not used in another, unless `again` is set. With method pvi the same scans
+are used in each round: the prior is the site's cavity, and the site computes what it starts from, the whole network,
+from the cavity and its own earlier answers.
 """
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,6 +31,7 @@ from dwc.data.manifest import Scan, as_csv
 from dwc.federated.wire import QUESTION, check, digest
 from dwc.posterior import Posterior
 from dwc.signing import sign
+from dwc.site_factors import Factors
 
 __all__ = ["TRAINER", "Spool", "stream_of"]
 
@@ -56,6 +60,7 @@ class _Site(_Scans):
     arguments: list[str]
     again: bool
     key: str | None = None
+    method: Literal["dwc", "pvi"] = "dwc"
 
 
 class _Task(_Kept):
@@ -90,6 +95,7 @@ class Spool:
         scans: Sequence[Scan] = (),
         again: bool = False,
         key: Path | None = None,
+        method: str = "dwc",
     ) -> "Spool":
         """Make the folder, or change what future rounds are trained on.
 
@@ -108,13 +114,15 @@ class Spool:
             Allow rounds on scans that have counted before.
         key : Path, optional
             Private key to sign posteriors with, see `dwc.signing`.
+        method : {"dwc", "pvi"}
+            The consortium's; scans may not count twice with dwc.
         """
         open_folder(folder)
         to_train = [
             replace(scan, label=None) for scan in scans if scan.split == "train"
         ]  # other labels do not make it another scan
         known = [digest_of_scans([scan], folder / "cache") for scan in to_train]
-        if (n := len(_counted(folder).intersection(known))) and not again:
+        if method == "dwc" and not again and (n := len(_counted(folder).intersection(known))):
             raise InputError(
                 f"{folder}: {n} of {len(known)} scans have counted in an earlier round; give others, or set `again`"
             )
@@ -125,6 +133,7 @@ class Spool:
             write_whole(data, manifest)
         site: dict[str, Any] = {"command": list(command or TRAINER), "arguments": list(arguments)}
         site |= {"data": data, "scans": known, "again": again, "key": None if key is None else str(key)}
+        site["method"] = method
         write_whole(folder / "site.yml", yaml.safe_dump(site, sort_keys=False).encode())
         return cls(folder)
 
@@ -137,22 +146,24 @@ class Spool:
             for place in (self.folder, *self._tasks()):
                 sweep(place)
                 rotate(place / "trainer.log")
-            if "prior" in question:
-                self._take(question)
+            if "prior" in question and not self._take(question):
+                return _answer("no start", question)
             return self._next(question)
 
     def prune(self) -> int:
         """Delete what finished rounds no longer need, checkpoints above all; returns the bytes freed.
 
-        Kept are the posteriors and the digests of the scans, by which counted scans and settled rounds are known.
+        Kept are the posteriors and the digests of the scans, by which counted scans and settled rounds are known, and
+        with method pvi the priors, which the next start is computed from.
         """
         freed = 0
+        kept = (*_KEPT, "prior.safetensors") if self.site["method"] == "pvi" else _KEPT
         for task in self._tasks():
             posterior = task / "run" / "posterior.safetensors"
             with held(task / "trainer.lock") as ended:
                 if not ended or not posterior.exists():
                     continue
-                keep = {posterior, *(task / name for name in _KEPT)}
+                keep = {posterior, *(task / name for name in kept)}
                 for path in [path for path in task.rglob("*") if path.is_file() and path not in keep]:
                     freed += path.stat().st_size
                     path.unlink()
@@ -191,7 +202,11 @@ class Spool:
 
     def _lacks_scans(self) -> bool:
         """Whether a round that began now would count scans twice, without `again`."""
-        return not self.site["again"] and not _counted(self.folder).isdisjoint(self.site["scans"])
+        return (
+            self.site["method"] == "dwc"
+            and not self.site["again"]
+            and not _counted(self.folder).isdisjoint(self.site["scans"])
+        )
 
     def _task(self, question: Mapping[str, Any]) -> Path:
         return self.folder / f"round-{question['round']}-{question['prior_sha256'][:12]}"
@@ -201,18 +216,37 @@ class Spool:
         begun = [path.parent for path in self.folder.glob("round-*/task.json")]
         return sorted(begun, key=lambda task: (task / "task.json").stat().st_mtime_ns)
 
-    def _take(self, question: Mapping[str, Any]) -> None:
-        """Keep a prior that was sent; `task.json` is written last and makes it a task."""
+    def _take(self, question: Mapping[str, Any]) -> bool:
+        """Keep a prior that was sent; `task.json` is written last and makes it a task. False without its start."""
         task = self._task(question)
         if (task / "task.json").exists():
-            return
+            return True
         task.mkdir(parents=True, exist_ok=True)
-        write_whole(task / "prior.safetensors", question["prior"])
-        found = Posterior.load(task / "prior.safetensors").sha256
-        if found != question["prior_sha256"]:
-            raise InputError(f"{task / 'prior.safetensors'}: is {found[:12]}, not what the message names; ask again")
+        prior = _kept(task / "prior.safetensors", question["prior"], question["prior_sha256"])
+        if expected := question["start_sha256"]:
+            if "start" in question:
+                _kept(task / "start.safetensors", question["start"], expected)
+            elif (start := self._start(prior, question["entered"])) and start.sha256 == expected:
+                start.save(task / "start.safetensors")
+            else:
+                return False
         key = {name: question[name] for name in ("round", "prior_sha256")}
         write_whole(task / "task.json", json.dumps(key).encode())
+        return True
+
+    def _start(self, cavity: Posterior, entered: Sequence[Mapping[str, Any]]) -> Posterior | None:
+        """The network: the cavity times this site's factor, which its answers make; None if one of them is gone."""
+        own = Factors(cavity)
+        with suppress(InputError):  # damaged here
+            for row in entered:
+                task = self._task(row)
+                posterior = task / "run" / "posterior.safetensors"
+                if not posterior.exists() or digest(posterior.read_bytes()) != row["file_sha256"]:
+                    return None
+                before, shares = Posterior.load(task / "prior.safetensors"), (row["damping"], row["power"])
+                own.replace(self.name, Posterior.load(posterior), cavity=before, damping=shares[0], power=shares[1])
+            return own.posterior()
+        return None
 
     def _train(self, task: Path) -> str:
         """Start the trainer unless it runs; the state to report."""
@@ -221,9 +255,21 @@ class Spool:
             (task / "run").mkdir()
         data = _scans(task)["data"]
         words = [*self._command, *(["--data", data] if data else []), "--stream", stream_of(self.name)]
-        words += ["--prior", task / "prior.safetensors", "--out", task / "run", "--resume"]
+        words += ["--prior", task / "prior.safetensors"]
+        if (start := task / "start.safetensors").exists():
+            words += ["--init", start]
+        words += ["--out", task / "run", "--resume"]
         trainer = start_once(words, task / "trainer.lock", task / "trainer.log", cwd=self.folder)
         return "training" if trainer is None else "started"
+
+
+def _kept(path: Path, content: bytes, sha256: str) -> Posterior:
+    """Write a posterior that was sent, and read it back."""
+    write_whole(path, content)
+    posterior = Posterior.load(path)
+    if posterior.sha256 != sha256:
+        raise InputError(f"{path}: is {posterior.sha256[:12]}, not what the message names; ask again")
+    return posterior
 
 
 def _counted(folder: Path) -> set[str]:

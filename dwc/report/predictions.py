@@ -1,6 +1,8 @@
 """The report on a folder of segmentations: a page with all scans, and a page for each scan with a viewer."""
 
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from dwc.data.reading import open_scan
 from dwc.derivatives import Derivatives
 from dwc.report.cohort import FEWEST_SCANS, FROM_MAD, Cohort, read_cohort, read_sidecar
 from dwc.report.pages import is_ours, render
-from dwc.report.scan_page import ScanPage, Shown, write_scan_page
+from dwc.report.scan_page import ScanPage, Shown, made_from, write_scan_page
 from dwc.report.volumes import map_of
 from dwc.report.words import DASH, millilitres, number
 
@@ -42,16 +44,18 @@ def write_predictions_report(folder: Path, out: Path) -> Path:
         raise InputError(f"{index}: was not written by dwc report; give another `out`")
     open_folder(out)
     open_folder(out / _SCANS)
-    shown = Shown(*_scale(cohort), viewer=_copy_viewer(out))
+    sidecars = {scan: _read_sidecar(cohort, scan) for scan in cohort.scans.index}
+    shown = Shown(*_scale(cohort, sidecars), viewer=_copy_viewer(out))
     pages = {}
-    for position, scan in enumerate(tqdm(cohort.scans.index, desc="report", unit="scan"), start=1):
+    for position, (scan, sidecar) in enumerate(tqdm(sidecars.items(), desc="report", unit="scan"), start=1):
         name = f"{position:04d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', scan)[-80:]}.html"
-        pages[scan] = write_scan_page(cohort, scan, out / _SCANS / name, shown)
+        pages[scan] = write_scan_page(cohort, scan, sidecar, out / _SCANS / name, shown)
     written = {page.path.name for page in pages.values() if page.path}
     for old in (out / _SCANS).glob("[0-9][0-9][0-9][0-9]-*.html"):
         if old.name not in written:
             old.unlink()
-    write_whole(index, _index(cohort, pages, shown))
+    made = next((made_from(sidecar) for sidecar in sidecars.values() if isinstance(sidecar, dict)), {})
+    write_whole(index, _index(cohort, pages, made, shown))
     return index
 
 
@@ -65,19 +69,27 @@ def _copy_viewer(out: Path) -> str | None:
     return f"../{NIIVUE}"
 
 
-def _scale(cohort: Cohort) -> tuple[str, float]:
+def _read_sidecar(cohort: Cohort, scan: str) -> dict[str, Any] | InputError | None:
+    """A scan's sidecar, or what is wrong with it; None for a scan that failed."""
+    if cohort.scans.loc[scan, "quality"] == "failed":
+        return None
+    try:
+        return read_sidecar(cohort.folder, scan)
+    except InputError as error:
+        return error
+
+
+def _scale(cohort: Cohort, sidecars: Mapping[str, Any]) -> tuple[str, float]:
     """The map of uncertainty in the pictures, and the value from which on it is brightest, for all scans alike."""
-    name, tops = "", []
-    for scan in cohort.scans.index[cohort.scans["quality"] != "failed"]:
-        try:
-            if name := map_of(read_sidecar(cohort.folder, scan)) or name:
-                tops.append(255 * open_scan(Derivatives(cohort.folder / scan).map(name)).scaling[0])
-        except InputError:
-            continue  # reported when the scan's turn comes
-    return name, (_SATURATED * float(np.median(tops)) if tops else 1.0)
+    shown = {scan: map_of(sidecar) for scan, sidecar in sidecars.items() if isinstance(sidecar, dict)}
+    tops = []
+    for path in (Derivatives(cohort.folder / scan).map(name) for scan, name in shown.items() if name):
+        with suppress(InputError):  # reported when the scan's turn comes
+            tops.append(255 * open_scan(path).scaling[0])
+    return max(shown.values(), default=""), (_SATURATED * float(np.median(tops)) if tops else 1.0)
 
 
-def _index(cohort: Cohort, pages: dict[str, ScanPage], shown: Shown) -> bytes:
+def _index(cohort: Cohort, pages: dict[str, ScanPage], made: Mapping[str, str], shown: Shown) -> bytes:
     judged = cohort.n_measured >= FEWEST_SCANS
     rows = [_row(cohort, scan, page) for scan, page in pages.items()]
     quality = cohort.scans["quality"]
@@ -91,7 +103,7 @@ def _index(cohort: Cohort, pages: dict[str, ScanPage], shown: Shown) -> bytes:
         "predictions.html",
         scripts=["table.js"],
         name=printable(cohort.folder.resolve().name),
-        about=_about(cohort),
+        about="; ".join(f"{name} {made[name]}" for name in ("label map", "networks", "version") if name in made),
         tiles=tiles,
         structures=[{"name": name, "shown": name in largest} for name in cohort.mm3],
         rows=rows,
@@ -106,23 +118,6 @@ def _index(cohort: Cohort, pages: dict[str, ScanPage], shown: Shown) -> bytes:
         from_mad=FROM_MAD,
         dash=DASH,
     )
-
-
-def _about(cohort: Cohort) -> str:
-    """A line on what made the segmentations, as the sidecar of any scan says."""
-    for scan in cohort.scans.index[cohort.scans["quality"] != "failed"]:
-        try:
-            made = read_sidecar(cohort.folder, scan)
-        except InputError:
-            continue
-        networks, label_map = made.get("Networks"), made.get("LabelMap")
-        parts = [f"dwc {made['Version']}"] if "Version" in made else []
-        if isinstance(label_map, dict) and "Name" in label_map:
-            parts.append(f"label map {label_map['Name']}")
-        if isinstance(networks, list):
-            parts.append(f"network {', '.join(str(digest)[:12] for digest in networks)} (SHA-256)")
-        return "; ".join([*parts, f"draws of the weights {made['Samples']}"] if "Samples" in made else parts)
-    return ""
 
 
 def _row(cohort: Cohort, scan: str, page: ScanPage) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from dwc.base.errors import InputError
 from dwc.base.files import write_whole
 from dwc.derivatives import Derivatives
 from dwc.quality import LIMITS
-from dwc.report.cohort import Cohort, read_sidecar
+from dwc.report.cohort import Cohort
 from dwc.report.pages import data_address, render
 from dwc.report.thumbnails import PANEL, thumbnail
 from dwc.report.volumes import Volumes, read_volumes
 from dwc.report.words import DASH, millilitres, number
 
-__all__ = ["ScanPage", "Shown", "write_scan_page"]
+__all__ = ["ScanPage", "Shown", "made_from", "write_scan_page"]
 
 _NO_VIEWER = "call `make viewer` in the clone of dwc, which gets NiiVue from npm, and make the report again."
 _DIGITS = 12  # of a SHA-256
@@ -44,16 +45,17 @@ class ScanPage:
     trouble: str = ""
 
 
-def write_scan_page(cohort: Cohort, scan: str, path: Path, shown: Shown) -> ScanPage:
-    """Write the page of a scan; one that failed has none."""
-    quality, reason = cohort.scans.loc[scan, ["quality", "reason"]]
-    if quality == "failed":
-        return ScanPage()
+def write_scan_page(
+    cohort: Cohort, scan: str, sidecar: dict[str, Any] | InputError | None, path: Path, shown: Shown
+) -> ScanPage:
+    """Write the page of a scan; one that failed (None) has none, nor one whose files cannot be read."""
+    if not isinstance(sidecar, dict):
+        return ScanPage(trouble=str(sidecar or ""))
     try:
-        sidecar = read_sidecar(cohort.folder, scan)
         volumes = read_volumes(Derivatives(cohort.folder / scan), sidecar)
     except InputError as error:
         return ScanPage(trouble=str(error))
+    quality, reason = cohort.scans.loc[scan, ["quality", "reason"]]
     picture = thumbnail(volumes, shown.most_uncertain)
     address = data_address(picture, "webp")
     embedded = _embedded(volumes, shown.most_uncertain) if shown.viewer else None
@@ -73,7 +75,7 @@ def write_scan_page(cohort: Cohort, scan: str, path: Path, shown: Shown) -> Scan
         n_measured=cohort.n_measured,
         structures=_structures(cohort, scan, volumes),
         measures=_measures(sidecar["Quality"].get("Measures")),
-        made_from=_made_from(sidecar),
+        made_from=made_from(sidecar),
     )
     write_whole(path, page)
     return ScanPage(path, address, height=PANEL[0] * (1 if volumes.uncertainty is None else 2))
@@ -110,7 +112,8 @@ def _measures(measures: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _made_from(sidecar: dict[str, Any]) -> dict[str, str]:
+def made_from(sidecar: Mapping[str, Any]) -> dict[str, str]:
+    """What a scan's results were made from, in words."""
     label_map, networks = sidecar.get("LabelMap"), sidecar.get("Networks")
     return {
         "scan": ", ".join(sidecar["Sources"]),

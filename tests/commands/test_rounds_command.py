@@ -108,9 +108,38 @@ def test_a_site_taken_out_leaves_the_others(round_1, networks, capsys):
     assert "100.0%" in capsys.readouterr().out
 
 
+def test_damping_auto_is_chosen_on_the_organizations_scans_and_said(round_1, networks, settings, vcl, capsys):
+    for name in ("a", "b"):
+        prior, out = round_1 / "next" / f"{name}.safetensors", round_1 / f"run-{name}"
+        vcl(prior=prior, init=round_1 / "q1.safetensors", steps_per_epoch=1, out=out)
+        (out / "posterior.safetensors").rename(round_1 / f"{name}.safetensors")
+    words = [
+        "consolidate", str(round_1 / "a.safetensors"), str(round_1 / "b.safetensors"), "--prior", networks["vi"].name,
+        "--data", str(settings.data), "--cache-dir", str(round_1 / "cache"), "--validation-sub-volumes", "2",
+    ]  # fmt: skip
+    state = (round_1 / "state.safetensors").read_bytes()
+    chosen = {}
+    for damping in ("auto", "0.5", "1.0"):
+        (round_1 / "state.safetensors").write_bytes(state)
+        out = round_1 / f"q2-{damping}.safetensors"
+        more = ["--damping", damping, "--state", str(round_1 / "state.safetensors"), "--out", str(out)]
+        assert main([*words, *more]) == 0
+        printed = capsys.readouterr().out
+        assert "log-likelihood" in printed
+        (line,) = [line for line in printed.splitlines() if line.endswith("chosen")]
+        chosen[damping] = (float(line.split()[0]), Posterior.load(out).sha256)
+    assert chosen["auto"] == chosen["0.5"] or chosen["auto"] == chosen["1.0"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["--damping", "auto"],
+            "--damping auto: needs the organization's scans to choose on; give --data",
+        ),
+        (["--damping", "auto", "--data", "none.csv"], "none.csv"),
+        (["--damping", "0.5", "--device", "cpu"], "--device cpu: is for --damping auto; give --data too"),
         (["--damping", "1.5"], "--damping 1.5: give a number above 0 and at most 1"),
         (["--temper", "0.5"], "--temper 0.5: is for a consolidation without --state"),
         (["--out", "{state}"], "is the --state file"),

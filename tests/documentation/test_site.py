@@ -46,6 +46,7 @@ def test_every_command_and_step_has_its_flags_in_the_reference(site):
         assert f'id="dwc-{name}"' in text
     assert 'id="dwc-federated-join"' in text
     assert "--max-influence" in text
+    assert "\b" not in text
 
 
 @pytest.mark.parametrize("package", [dwc, dwc_kernels], ids=lambda package: package.__name__)

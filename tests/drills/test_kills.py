@@ -90,9 +90,10 @@ def test_killed_trainings_end_at_the_same_bits(settings, networks, tmp_path):
     killed_until(kills(), begin, check)
 
 
-def test_a_killed_server_ends_at_the_same_bits(tmp_path):
+@pytest.mark.parametrize("method", ["dwc", "pvi"])
+def test_a_killed_server_ends_at_the_same_bits(tmp_path, method):
     a_prior().save(tmp_path / "prior.safetensors")
-    project = Project("brains", "localhost", list(SITES), tmp_path / "prior.safetensors", rounds=3)
+    project = Project("brains", "localhost", list(SITES), tmp_path / "prior.safetensors", rounds=3, method=method)
     begun = [0]
 
     def rounds(folder: Path) -> list[str]:
@@ -100,7 +101,7 @@ def test_a_killed_server_ends_at_the_same_bits(tmp_path):
         for number in (1, 2, 3):
             for seed, site in enumerate(SITES):
                 if (folder / f"q{number - 1}.safetensors").exists() and len(cycle.state["priors"]) >= number:
-                    cycle.receive(site, trained(cycle, 10 * number + seed, number=number))
+                    cycle.receive(site, trained(cycle, 10 * number + seed, number=number, site=site))
             cycle.advance(NOW)
         return cycle.state["priors"]
 

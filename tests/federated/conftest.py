@@ -29,7 +29,9 @@ def clock(monkeypatch):
 def project(tmp_path, clock) -> Project:
     prior = tmp_path / "prior.safetensors"
     a_prior().save(prior)
-    return Project("brains", "localhost", ["north", "east", "west"], prior, rounds=2, quorum=2, grace_hours=24)
+    return Project(
+        "brains", "localhost", ["north", "east", "west"], prior, rounds=2, quorum=2, grace_hours=24, method="dwc"
+    )
 
 
 @pytest.fixture

@@ -288,7 +288,9 @@ def test_what_is_not_in_the_agreement_is_not_even_read(cycle, site, change, mess
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 and up, where threads run
-def test_after_a_kill_in_the_middle_of_any_write_the_same_bits_come_out(project, tmp_path):
+@pytest.mark.parametrize("method", ["dwc", "pvi"])
+def test_after_a_kill_in_the_middle_of_any_write_the_same_bits_come_out(project, tmp_path, method):
+    project = Project(**{**project.to_json(), "method": method})
     whole = Cycle.create(tmp_path / "whole", project)
     run(whole)
     at, ended = 0, 9
@@ -300,10 +302,11 @@ def test_after_a_kill_in_the_middle_of_any_write_the_same_bits_come_out(project,
             run(Cycle(folder))
             os._exit(0)
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        left = [*folder.glob(".*.part"), *folder.glob("next.safetensors")]
+        left = [*folder.rglob(".*.part"), *folder.glob("next.safetensors")]
         assert bool(left) == bool(ended)  # what nobody could clear away
         run(Cycle(folder))
         again = Cycle(folder)
+        assert not list(folder.rglob(".*.part"))
         assert again.state["priors"] == whole.state["priors"]
         assert [row["site"] for row in again.state["posteriors"]] == ["north", "east", "west"]
         assert {path.name for path in folder.iterdir()} == {path.name for path in whole.folder.iterdir()}

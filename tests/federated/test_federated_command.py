@@ -17,6 +17,8 @@ from dwc.federated import corrections, service
 from dwc.federated.cycle import Cycle
 from dwc.federated.exchange import ALLOWED, FOLDER, Exchange, Site, own_entries
 from dwc.federated.project import Project, folder_in
+from dwc.federated.provisioning import method_of
+from dwc.federated.server_state import read_state
 from dwc.federated.service import _bound_logs, _clear_runs, configure, write_job
 from dwc.federated.spool import Spool
 from dwc.federated.wire import ANSWER, ASK
@@ -25,7 +27,7 @@ from tests.made_posteriors import a_prior, a_site
 
 AGREEMENT = {
     "name": "brains", "server": "localhost", "sites": ["north", "east"], "prior": "q.safetensors", "rounds": 3,
-    "quorum": 1, "grace_hours": 12, "training": {"epochs": 2, "lr": 0.01},
+    "method": "dwc", "quorum": 1, "grace_hours": 12, "training": {"epochs": 2, "lr": 0.01},
 }  # fmt: skip
 
 
@@ -148,6 +150,34 @@ def test_a_site_that_joins_later_begins_no_second_cycle(project, capsys):
     assert not folder_in(project / "later" / "brains" / "prod_01" / "localhost").exists()
     assert cli.main(["federated", "amend", str(books), str(more)]) == 0
     assert "west   not heard of" in capsys.readouterr().out
+
+
+def test_a_project_file_that_names_no_method_means_the_one_that_its_cycle_began_with(project, capsys):
+    out, later = project / "unnamed", project / "unnamed.yml"
+    words = ["federated", "init", str(project / "project.yml"), "--out", str(out)]
+    assert cli.main(words) == 0
+    later.write_text(yaml.safe_dump({**AGREEMENT, "sites": ["north", "east", "west"]}).replace("method: dwc\n", ""))
+    assert cli.main([*words[:2], str(later), *words[3:]]) == 0
+    assert cli.main(["federated", "amend", str(out / "brains" / "prod_00" / "localhost"), str(later)]) == 0
+    kit = folder_in(out / "brains" / "prod_01" / "west")
+    assert method_of(kit) == "dwc"
+    (kit / "agreement.yml").unlink()  # as in a kit that an earlier dwc made
+    assert method_of(kit) == "dwc"
+
+
+def test_a_new_project_makes_rounds_on_the_same_scans_unless_it_says_otherwise(
+    project, manifest, tmp_path, monkeypatch
+):
+    (project / "new.yml").write_text(yaml.safe_dump({**AGREEMENT, "name": "new"}).replace("method: dwc\n", ""))
+    assert cli.main(["federated", "init", str(project / "new.yml"), "--out", str(project / "new")]) == 0
+    kit = project / "new" / "new" / "prod_00" / "north"
+    assert read_state(folder_in(kit.parent / "localhost"))["project"]["method"] == "pvi"
+    assert method_of(folder_in(kit)) == "pvi"
+    monkeypatch.setattr(service, "join", lambda kit: None)
+    assert cli.main(["federated", "join", str(kit), "--data", str(manifest(TRAIN))]) == 0
+    assert yaml.safe_load((folder_in(kit) / "site.yml").read_text())["method"] == "pvi"
+    (folder_in(kit) / "agreement.yml").write_text("method: fedavg")
+    assert cli.main(["federated", "join", str(kit), "--data", str(manifest(TRAIN))]) == 2
 
 
 def test_a_change_waits_for_the_pass_that_is_being_made_but_not_for_ever(kits, project, capsys, monkeypatch):
@@ -383,6 +413,12 @@ def test_what_goes_wrong_at_a_site_is_not_told_to_the_server(exchanged, tmp_path
         ({"prior": "none.safetensors"}, "none.safetensors: no such file"),
         ({"sites": ["../north"]}, "'../north'"),
         ({"training": {"prior": "x"}}, "'prior' is not a setting that sites share"),
+        ({"method": "fedavg"}, "project.yml: method fedavg"),
+        ({"method": "pvi", "temper": 0.5}, "temper 0.5: is for method dwc"),
+        ({"method": "dwc", "damping": 0.5}, "damping 0.5: is for method pvi; leave it out"),
+        ({"method": "dwc", "until": 0.5}, "until 0.5: is for method pvi; leave it out"),
+        ({"method": "pvi", "damping": 1.5}, "damping 1.5: give a number above 0 and at most 1"),
+        ({"method": "pvi", "until": 0.0}, "until 0.0: give a positive number"),
     ],
 )
 def test_a_bad_agreement_is_one_line_and_leaves_no_kits(agreement, tmp_path, capsys, change, message):

@@ -20,7 +20,7 @@ def test_three_sites_and_two_rounds_in_the_simulator_give_what_consolidate_gives
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: environments.append(k.get("env")) or popen(*a, **k))
     out = tmp_path / "simulation"
     words = ["--sites", "3", "--rounds", "2", "--steps", "2", "--width", "2", "--dilations", "[1]", "--n_train", "1"]
-    words += ["--temper", "0.5", "--plan_sites", "[]", "--limit_s", "300", "--out", str(out)]
+    words += ["--method", "dwc", "--temper", "0.5", "--plan_sites", "[]", "--limit_s", "300", "--out", str(out)]
     assert cli.main(["federated", "simulate", *words]) == 0
     assert int(environments[0]["OMP_NUM_THREADS"]) == max(1, os.cpu_count() // 3)  # sites share the cores
     server = out / "books" / "server"
@@ -44,6 +44,28 @@ def test_three_sites_and_two_rounds_in_the_simulator_give_what_consolidate_gives
         for path in out.glob(f"books/site-*/round-{number}-*/scans.json"):
             scans += json.loads(path.read_text())["scans"]
     assert len({*scans}) == len(scans) == 6  # each site and round has its own
+
+
+def test_rounds_on_the_same_scans_in_the_simulator_give_what_consolidate_with_a_state_gives_by_hand(tmp_path):
+    out, server = tmp_path / "simulation", tmp_path / "simulation" / "books" / "server"
+    words = ["--sites", "2", "--rounds", "2", "--steps", "2", "--width", "2", "--dilations", "[1]", "--n_train", "1"]
+    assert cli.main(["federated", "simulate", *words, "--plan_sites", "[]", "--limit_s", "300", "--out", str(out)]) == 0
+    state = json.loads((server / "state.json").read_text())
+    by_hand, q0 = tmp_path / "by_hand.safetensors", str(server / "q0.safetensors")
+    for number in (1, 2):
+        files = [str(server / f"round-{number}" / f"site-{site}.safetensors") for site in (1, 2)]
+        words = ["--state", str(tmp_path / "state.safetensors"), "--damping", "0.5", "--out", str(by_hand)]
+        assert cli.main(["consolidate", *files, "--prior", q0, *words]) == 0
+        assert Posterior.load(by_hand).sha256 == state["priors"][number]
+    assert state["refused"] == []
+    starts = list(out.glob("books/site-*/round-2-*/start.safetensors"))
+    trained = [
+        Posterior.load(start.parent / "run" / "posterior.safetensors").metadata["training"]["init_sha256"]
+        for start in starts
+    ]
+    assert sorted(trained) == sorted(state["networks"][1]["starts"].values())
+    scans = [json.loads(path.read_text())["scans"] for path in out.glob("books/site-1/round-*/scans.json")]
+    assert scans[0] == scans[1]
 
 
 def test_the_plan_says_what_is_measured_and_what_is_not():

@@ -94,7 +94,7 @@ HOSTILE = {
 def cycle(tmp_path) -> Cycle:
     a_prior().save(tmp_path / "prior.safetensors")
     sites = [*HONEST, *HOSTILE]
-    project = Project("brains", "localhost", sites, tmp_path / "prior.safetensors", quorum=3)
+    project = Project("brains", "localhost", sites, tmp_path / "prior.safetensors", quorum=3, method="dwc")
     return Cycle.create(tmp_path / "server", project)
 
 
@@ -140,6 +140,7 @@ def closed_with(tmp_path, make, **settings) -> Cycle:
     """A round of five sites, one of them hostile."""
     a_prior().save(tmp_path / "prior.safetensors")
     sites = ["a", "b", "c", "d", "loud"]
+    settings = {"method": "dwc", **settings}
     cycle = Cycle.create(tmp_path / "s", Project("x", "localhost", sites, tmp_path / "prior.safetensors", **settings))
     for n, site in enumerate(sites[:-1]):
         cycle.receive(site, answer(file_of(a_site(a_prior(), n), tmp_path)))

@@ -32,7 +32,8 @@ def spoilt(change):
         (lambda state: "{}", "version None"),
         (lambda state: '{"version": 4}', "project is missing"),
         (lambda state: '{"version": 3}', "project is missing"),
-        (lambda state: '{"version": 9}', "version 9, this dwc reads 3 and 4"),
+        (lambda state: '{"version": 5}', "project is missing"),
+        (lambda state: '{"version": 9}', "version 9, this dwc reads 3 to 5"),
         (lambda state: "[" * 10**5, "is not JSON"),
         (spoilt(lambda state: state.pop("sites")), "sites is missing"),
         (spoilt(lambda state: state["project"].pop("quorum")), r"project\.quorum is missing"),
@@ -56,9 +57,9 @@ def test_a_broken_state_is_one_line_that_names_what_is_wrong(cycle, spoil, messa
 def as_version_3(cycle: Cycle) -> None:
     """The books as the version before wrote them."""
     state = json.loads((cycle.folder / "state.json").read_text())
-    for name in ("clock", "banned", "acts"):
+    for name in ("clock", "banned", "acts", "networks"):
         del state[name]
-    for name in ("max_influence", "trusted"):
+    for name in ("max_influence", "trusted", "method", "damping", "until"):
         del state["project"][name]
     for row in state["posteriors"]:
         del row["influence"]
@@ -75,7 +76,26 @@ def test_a_cycle_begun_by_the_version_before_goes_on_to_the_same_result(cycle):
     assert again.advance(NOW)
     files = [Posterior.load(again.folder / f"round-1/{site}.safetensors") for site in SITES]
     assert again.state["priors"][1] == consolidate(a_prior(), files).sha256
-    assert json.loads((again.folder / "state.json").read_text())["version"] == 4
+    assert json.loads((again.folder / "state.json").read_text())["version"] == 5
+
+
+def test_a_cycle_begun_before_there_were_two_methods_goes_on_with_the_papers(cycle):
+    for seed, site in enumerate(SITES):
+        cycle.receive(site, trained(cycle, seed))
+    assert cycle.advance(NOW)
+    state = json.loads((cycle.folder / "state.json").read_text())
+    for name in ("method", "damping", "until"):
+        del state["project"][name]
+    del state["networks"]
+    (cycle.folder / "state.json").write_text(json.dumps({**state, "version": 4}))
+    again = Cycle(cycle.folder)
+    assert again.project["method"] == "dwc"
+    for seed, site in enumerate(SITES):
+        again.receive(site, trained(again, 3 + seed, number=2))
+    assert again.advance(NOW)
+    files = [Posterior.load(again.folder / f"round-2/{site}.safetensors") for site in SITES]
+    first = Posterior.load(again.folder / "q1.safetensors")
+    assert again.state["priors"][2] == consolidate(first, files).sha256
 
 
 def test_a_jump_of_the_clock_neither_ends_nor_prolongs_a_grace(monkeypatch):

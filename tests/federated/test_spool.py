@@ -6,23 +6,26 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from dwc.base import processes
 from dwc.base.errors import InputError
 from dwc.data.manifest import Scan, read_manifest
 from dwc.federated.cycle import Cycle
+from dwc.federated.networks import trained_from
 from dwc.federated.project import Project
 from dwc.federated.spool import Spool
-from dwc.federated.wire import ANSWER, check, digest
+from dwc.federated.wire import ANSWER, QUESTION, check, digest
 from dwc.posterior import Posterior
 from dwc.signing import TrustedKeys
+from tests.made_cycles import trained
 from tests.made_keys import write_keys
 from tests.made_posteriors import a_prior, a_site
 
 # Stands in for dwc train: waits to be let go, then leaves a posterior of its prior; it notes each start.
 TRAINER = """
-import os, sys, time
+import json, os, sys, time
 from pathlib import Path
 folder = Path.cwd()
 words = dict(zip(sys.argv[1:-1:2], sys.argv[2::2]))
@@ -31,6 +34,8 @@ with (folder / "starts").open("a") as file:
     file.write(f"{os.getpid()} {os.getpgrp()} {run.parent.name}\\n")
 with (folder / "data").open("a") as file:
     file.write(words.get("--data", "") + "\\n")
+with (folder / "words").open("a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
 while not (folder / "go").exists():
     time.sleep(0.01)
 os.rename(folder / "made.safetensors", run / "posterior.safetensors")
@@ -48,8 +53,13 @@ def spool(tmp_path):
 
 @pytest.fixture
 def cycle(tmp_path) -> Cycle:
-    a_prior().save(tmp_path / "prior.safetensors")
-    project = Project("brains", "localhost", ["north", "east"], tmp_path / "prior.safetensors", rounds=2, quorum=1)
+    return a_cycle(tmp_path, "dwc")
+
+
+def a_cycle(tmp_path: Path, method: str) -> Cycle:
+    prior = tmp_path / "prior.safetensors"
+    a_prior().save(prior)
+    project = Project("brains", "localhost", ["north", "east"], prior, rounds=2, quorum=1, method=method)
     return Cycle.create(tmp_path / "server", project)
 
 
@@ -225,11 +235,12 @@ def test_a_training_whose_run_folder_is_taken_away_starts_anew(spool, cycle):
 def give(spool, tmp_path):
     """Gives the site scans of this content to train on, as a person does with `join --data`."""
 
-    def give_scans(*contents: str, name: str = "", again: bool = False) -> None:
+    def give_scans(*contents: str, name: str = "", again: bool = False, method: str = "dwc") -> None:
         scans = [Scan(tmp_path / f"{name or content}.nii.gz", None, content, "north", "train") for content in contents]
         for scan in scans:
             scan.image.write_text(scan.subject)
-        Spool.create(spool.folder, [], [sys.executable, str(tmp_path / "trainer.py")], scans=scans, again=again)
+        words = [sys.executable, str(tmp_path / "trainer.py")]
+        Spool.create(spool.folder, [], words, scans=scans, again=again, method=method)
 
     return give_scans
 
@@ -301,6 +312,84 @@ def test_the_scans_of_a_refused_posterior_have_not_counted(spool, cycle, give):
     assert cycle.advance()
     assert Spool(spool.folder).answer(cycle.question("north"))["state"] == "no prior"
     give("a")
+
+
+@pytest.fixture
+def rounds(tmp_path, spool, give):
+    """A cycle of rounds on the same scans, in which north has handed in two answers and east one each time."""
+    cycle = a_cycle(tmp_path, "pvi")
+    cycle.amend(Project(**{**cycle.project, "rounds": 9, "quorum": 2}))
+    give("a", method="pvi")
+    for number in (1, 2):
+        cycle.receive("east", trained(cycle, 10 * number, number=number, site="east"))
+        work(spool, cycle)
+        assert cycle.round == number + 1
+    return cycle
+
+
+def work(spool: Spool, cycle: Cycle) -> None:
+    """North trains from its cavity and hands in, as in a pass; the round closes if it can."""
+    spool = Spool(spool.folder, "north")
+    before = len(starts(spool))
+    assert spool.answer(cycle.question("north"))["state"] == "no prior"
+    assert spool.answer(cycle.question("north", with_prior=True))["state"] == "started"
+    wait_until(lambda: len(starts(spool)) == before + 1)
+    prior = trained_from(cycle.folder, cycle.state, "north", cycle.round)
+    let_finish(spool, a_site(prior, before + 1))
+    cycle.receive("north", spool.answer(cycle.question("north")))
+    cycle.advance()
+
+
+def test_rounds_on_the_same_scans_start_from_the_network_that_the_site_computes_itself(rounds, spool):
+    site = Spool(spool.folder, "north")
+    assert site.answer(rounds.question("north"))["state"] == "no prior"  # the same scans are no obstacle
+    question = rounds.question("north", with_prior=True)
+    assert "start" not in question
+    assert site.answer(question)["state"] == "started"
+    (task,) = spool.folder.glob("round-3-*")
+    start, network = Posterior.load(task / "start.safetensors"), Posterior.load(rounds.result)
+    assert start.sha256 == question["start_sha256"]
+    for name in network.mu:  # the network itself, but for the rounding of the cavity
+        torch.testing.assert_close(start.mu[name], network.mu[name], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(start.sigma[name], network.sigma[name], rtol=1e-5, atol=0)
+    wait_until(lambda: len(starts(spool)) == 3)
+    words = [json.loads(line) for line in (spool.folder / "words").read_text().splitlines()]
+    assert ["--init" in line for line in words] == [False, True, True]
+    assert words[2][words[2].index("--init") + 1] == str(task / "start.safetensors")
+
+
+@pytest.mark.parametrize("lost", ["round-1-*/prior.safetensors", "round-2-*/run/posterior.safetensors"])
+def test_a_site_that_has_lost_its_answers_is_sent_the_start_too(rounds, spool, lost):
+    (path,) = spool.folder.glob(lost)
+    path.write_bytes(b"damaged")
+    site = Spool(spool.folder, "north")
+    assert site.answer(rounds.question("north", with_prior=True))["state"] == "no start"
+    assert not list(spool.folder.glob("round-3-*/task.json"))
+    question = rounds.question("north", with_prior=True, with_start=True)
+    site._take(check(question, QUESTION))
+    (task,) = spool.folder.glob("round-3-*/task.json")
+    assert Posterior.load(task.parent / "start.safetensors").sha256 == question["start_sha256"]
+
+
+def test_a_start_or_an_answer_that_is_not_what_the_message_names_begins_no_training(rounds, spool):
+    site = Spool(spool.folder, "north")
+    question = rounds.question("north", with_prior=True, with_start=True)
+    with pytest.raises(InputError, match=r"start\.safetensors: is .*, not what the message names"):
+        site.answer({**question, "start": question["prior"]})
+    for wrong in ({"damping": 0.4}, {"round": 2}):
+        entered = [{**row, **wrong} for row in question["entered"]]
+        without = {name: value for name, value in question.items() if name != "start"}
+        assert site.answer({**without, "entered": entered})["state"] == "no start"
+    for wrong in ({"prior_sha256": "../../x"}, {"damping": 0.0}, {"power": "1"}, {"more": 1}):
+        with pytest.raises(InputError, match="message: an answer in `entered`"):
+            site.answer({**question, "entered": [{**question["entered"][0], **wrong}]})
+    assert len(starts(spool)) == 2
+
+
+def test_pruning_keeps_what_the_next_start_is_computed_from(rounds, spool):
+    assert Spool(spool.folder).prune() > 0
+    assert Spool(spool.folder, "north").answer(rounds.question("north", with_prior=True))["state"] == "started"
+    wait_until(lambda: len(starts(spool)) == 3)
 
 
 def test_each_site_draws_noise_of_its_own_the_same_at_each_start(tmp_path, cycle):

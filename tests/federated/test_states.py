@@ -18,10 +18,12 @@ from dwc.consolidation import Consolidation
 from dwc.federated import corrections
 from dwc.federated import cycle as module
 from dwc.federated.cycle import Cycle
+from dwc.federated.networks import network, trained_from
 from dwc.federated.project import Project
 from dwc.federated.server_state import describe, n_expected
 from dwc.federated.wire import digest
 from dwc.posterior import Posterior
+from dwc.site_factors import Factors
 from tests.made_cycles import NOW, trained
 from tests.made_posteriors import a_prior
 
@@ -33,12 +35,15 @@ numbers = st.integers(1, ROUNDS)
 
 
 class CycleMachine(RuleBasedStateMachine):
+    method = "dwc"
+
     @initialize()
     def begin(self) -> None:
         self.root = Path(tempfile.mkdtemp())
         self.real_now, module._now = module._now, lambda state: NOW
         a_prior().save(self.root / "prior.safetensors")
-        project = Project("brains", "localhost", list(SITES), self.root / "prior.safetensors", ROUNDS, quorum=3)
+        prior = self.root / "prior.safetensors"
+        project = Project("brains", "localhost", list(SITES), prior, ROUNDS, quorum=3, method=self.method)
         self.cycle = Cycle.create(self.root / "server", project)
         self.kept: dict[str, dict[str, bytes]] = {site: {} for site in SITES}  # by prior: what each site has trained
         self.sent: dict[str, int] = dict.fromkeys(SITES, 0)
@@ -57,7 +62,7 @@ class CycleMachine(RuleBasedStateMachine):
         if not waiting and question["round"] and question["prior_sha256"] not in kept:
             self.sent[site] += 1
             seed = 100 * SITES.index(site) + self.sent[site]
-            content = trained(self.cycle, seed, number=question["round"])["posterior"]
+            content = trained(self.cycle, seed, number=question["round"], site=site)["posterior"]
             waiting, kept[question["prior_sha256"]] = [content], content
         state = "trained" if waiting else "idle"
         message = {"state": state, "round": 0, "prior_sha256": "", **({"posterior": waiting[0]} if waiting else {})}
@@ -134,17 +139,22 @@ class CycleMachine(RuleBasedStateMachine):
             posterior = Posterior.load(self.cycle.folder / f"q{number}.safetensors")
             assert posterior.sha256 == state["priors"][number]
             rows = [row for row in state["posteriors"] if row["counted_in"] == number]
-            again = Consolidation(self.cycle._prior(number))
-            for row in rows:
-                assert row["prior_sha256"] == state["priors"][row["round"] - 1]
-                if row["power"] > 0:
-                    site = Posterior.load(self.cycle.folder / row["file"])
-                    again.add(site, prior=self.cycle._prior(row["round"]), power=row["power"])
-            assert again.posterior().sha256 == posterior.sha256
+            assert all(row["prior_sha256"] == self.prior_of(row).sha256 for row in rows)
+            assert self.made_again(number, [row for row in rows if row["power"] > 0]) == posterior.sha256
         assert len({(row["site"], row["round"]) for row in state["posteriors"]}) == len(state["posteriors"])
         assert not self.dropped & {row["payload_sha256"] for row in state["posteriors"]}
         open_rows = [row for row in state["posteriors"] if row["counted_in"] is None]
-        assert all(row["prior_sha256"] == state["priors"][row["round"] - 1] for row in open_rows)
+        assert all(row["prior_sha256"] == self.prior_of(row).sha256 for row in open_rows)
+
+    def prior_of(self, row: dict) -> Posterior:
+        return trained_from(self.cycle.folder, self.cycle.state, row["site"], row["round"])
+
+    def made_again(self, number: int, rows: list[dict]) -> str:
+        again = Consolidation(network(self.cycle.folder, self.cycle.state, number))
+        for row in rows:
+            site = Posterior.load(self.cycle.folder / row["file"])
+            again.add(site, prior=self.prior_of(row), power=row["power"])
+        return again.posterior().sha256
 
     @rule()
     @precondition(lambda self: n_expected(self.cycle.state) > 0 and self.cycle.round is not None)
@@ -173,10 +183,48 @@ class CycleMachine(RuleBasedStateMachine):
         shutil.rmtree(folder)
 
 
-CycleMachine.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
-)
+class FactorsMachine(CycleMachine):
+    method = "pvi"
+
+    def made_again(self, number: int, rows: list[dict]) -> str:
+        """From the sites' factors of the round before, which are rebuilt from the beginning."""
+        state = self.cycle.state
+        factors = Factors(network(self.cycle.folder, state, 1))
+        for earlier in range(1, number + 1):
+            about = state["networks"][earlier]
+            for site in about["removed"]:
+                factors.remove(site)
+            for row in [row for row in state["posteriors"] if row["counted_in"] == earlier and row["power"] > 0]:
+                site, shares = Posterior.load(self.cycle.folder / row["file"]), (about["damping"], row["power"])
+                cavity = self.prior_of(row)
+                factors.replace(row["site"], site, cavity=cavity, damping=shares[0], power=shares[1])
+        return factors.posterior().sha256
+
+    @invariant()
+    def a_site_can_compute_what_it_starts_from(self) -> None:
+        for site in SITES:
+            question = self.cycle.question(site, with_prior=True)
+            if question["start_sha256"]:
+                rows = {row["file_sha256"]: row for row in self.cycle.state["posteriors"]}
+                own = Factors(trained_from(self.cycle.folder, self.cycle.state, site, question["round"]))
+                for entry in question["entered"]:
+                    row = rows[entry["file_sha256"]]
+                    answer = Posterior.load(self.cycle.folder / row["file"])
+                    shares = (entry["damping"], entry["power"])
+                    own.replace(site, answer, cavity=self.prior_of(row), damping=shares[0], power=shares[1])
+                assert own.posterior().sha256 == question["start_sha256"]
+
+
+for machine in (CycleMachine, FactorsMachine):
+    machine.TestCase.settings = settings(
+        max_examples=25, stateful_step_count=20, derandomize=True, deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
 
 
 class TestACycleInWhateverOrder(CycleMachine.TestCase):
+    pass
+
+
+class TestACycleOfRoundsOnTheSameScansInWhateverOrder(FactorsMachine.TestCase):
     pass

@@ -105,6 +105,8 @@ def test_each_scan_has_a_row_with_volumes_flags_and_reasons(report):
         ("12", "scans"), ("10", "pass"), ("1", "check"), ("1", "failed"), ("1", "with outlying volumes")
     ]  # fmt: skip
     assert page.count("<img ") == 11
+    assert "below, entropy (nats), which is bright from 0.76 on" in text(page)  # 0.6 of 255 steps of 0.005
+    assert "label map two; networks abababababab; version 0.1.0" in page
 
 
 def test_with_fewer_than_ten_scans_no_volume_is_called_outlying(tmp_path):
@@ -290,3 +292,15 @@ def test_the_cohort_is_what_predict_writes_as_a_person_types_it(networks, site, 
     page = (out / "report" / "index.html").read_text(encoding="utf-8")
     assert page.count("<img ") == 2
     assert "± " in row_of(page, "sub-0")["total"]
+
+
+def test_conformed_results_of_a_map_network_without_maps_are_shown_with_contours_alone(networks, site, tmp_path):
+    out = tmp_path / "out"
+    words = ["--no-picture", "--maps", "none", "--conformed", "--network", networks["map"].name, "--out", str(out)]
+    assert cli.main(["predict", str(site / "sub-1_T1w.nii.gz"), *words]) == 0
+    page = predictions.write_predictions_report(out, tmp_path / "report").read_text(encoding="utf-8")
+    assert f'height="{PANEL[0]}"' in page
+    assert "below, entropy" not in page
+    assert "±" not in row_of(page, "sub-1")["total"]
+    scan = next((tmp_path / "report" / "scans").iterdir()).read_text(encoding="utf-8")
+    assert 'id="uncertainty"' not in scan
