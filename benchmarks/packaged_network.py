@@ -25,13 +25,13 @@ from dwc.posterior import Posterior
 __all__ = ["main"]
 
 ORIGIN, SITES = "H", ("N", "B", "W")
-GRIDS = (Grid(64, 3.0), Grid(96, 2.0), Grid(128, 1.5), Grid(160, 1.2))  # from coarse to fine, 192 mm each
-NETWORK: dict[str, Any] = {"width": 16, "dilations": [1, 2, 4, 8, 16], "intensity": "quantile"}
+GRIDS = (Grid(64, 3.0), Grid(96, 2.0), Grid(128, 1.5))  # from coarse to fine, 192 mm each
+NETWORK: dict[str, Any] = {"width": 16, "dilations": [1, 2, 4, 8], "intensity": "quantile"}
 N_TRAIN, N_TEST = 12, 1  # scans of a site, of three anatomies and of one
 AUGMENTATION = Augmentation(mirror=0.5, bias=0.15, gamma=0.1, blur=0.6, noise=0.02)  # the simulation deforms heads
-MAP_STEPS = (1200, 1000, 1000, 1500)  # on each grid
-MAP_RATES = (3e-2, 1e-2, 5e-3, 3e-3)
-STEPS = {"vi": 160, "vcl": 120, "finetune": 80}
+MAP_STEPS = (1200, 600, 900)  # on each grid
+MAP_RATES = (3e-2, 1e-2, 5e-3)
+STEPS = {"vi": 80, "vcl": 60, "finetune": 40}
 EPOCHS = 4
 TRAINING: dict[str, Any] = {
     "schedule": "one_cycle", "epochs": EPOCHS, "batch_size": 2, "brain_share": 0.6, "validation_sub_volumes": 48,
@@ -74,7 +74,7 @@ def _first(cycle: Cycle) -> Path:
         name = f"H_MAP_{grid.size}"
         start: dict[str, Any] = {**NETWORK, "margin": 0}
         if network:
-            start = {"init": cycle.made(f"{name}_start", partial(_on_grid, network, grid)), "margin": 4}
+            start = {"init": cycle.made(f"{name}_start", partial(_on_grid, network, grid)), "margin": 8}
         network = cycle.train(
             "map", name, cycle.manifest(ORIGIN), lr=rate, steps_per_epoch=n_steps // EPOCHS, grid_size=grid.size,
             voxel_size=grid.voxel_size, **start,
