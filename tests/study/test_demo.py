@@ -37,7 +37,7 @@ def test_another_preset_is_chosen_by_name_and_the_folder_stays(monkeypatch):
     assert main(["demo", "--preset", "smoke"]) == main(["demo"]) == 0
     smoke, demo = seen
     assert (smoke.grid_size, smoke.width, demo.grid_size, demo.width) == (32, 4, 64, 12)
-    assert smoke.out == demo.out == Path("demo")
+    assert smoke.out == demo.out == Path("demo").absolute()
 
 
 def test_every_network_is_scored_at_every_site(demo):
