@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch.utils.data import Dataset
 
 from dwc.data.augmentation import Augmentation, augment, reach_of
@@ -53,15 +54,23 @@ class SurroundedCubes(Dataset[Item]):
 class RandomCubes(Dataset[Item]):
     """Cubes at random positions in prepared, labelled scans.
 
-    The volumes take turns, each pass in a new order. A cube's centre is in the head's box or, with probability
-    `air_share`, anywhere. Cubes stay within the volume, their margins may not: `margin` voxels on each side of the
-    image, but not of the labels.
+    The volumes take turns, each pass in a new order. A cube's centre is anywhere with probability `air_share`; else it
+    is in the head's box or, with probability `brain_share`, in the box of the labelled voxels. Cubes stay within the
+    volume, their margins may not: `margin` voxels on each side of the image, but not of the labels.
     """
 
-    def __init__(self, data: SubVolumes, seed: int, margin: int, air_share: float, augmentation: Augmentation) -> None:
+    def __init__(
+        self,
+        data: SubVolumes,
+        seed: int,
+        margin: int,
+        air_share: float,
+        augmentation: Augmentation,
+        brain_share: float = 0.0,
+    ) -> None:
         self.data, self.seed, self.margin = data, seed, margin
-        self.air_share, self.augmentation = air_share, augmentation
-        self._boxes: dict[int, Region] = {}
+        self.air_share, self.brain_share, self.augmentation = air_share, brain_share, augmentation
+        self._boxes: dict[tuple[int, bool], Region] = {}
 
     def __getitem__(self, position: int) -> Item:
         volume = _in_turn(position, self.data.n_volumes, self.seed)
@@ -74,16 +83,19 @@ class RandomCubes(Dataset[Item]):
             image, labels = augment(image, labels, side, self.augmentation, rng)
         return _item(self.data.scaling(volume)(image), labels, self.margin)
 
-    def _box(self, volume: int) -> Region:
-        if volume not in self._boxes:
-            self._boxes[volume] = head_box(self.data.volume(volume)[0])
-        return self._boxes[volume]
+    def _box(self, volume: int, of_brain: bool) -> Region:
+        if (volume, of_brain) not in self._boxes:
+            image, labels = self.data.volume(volume)
+            found = ndimage.find_objects(np.sign(labels))[:1] if of_brain and labels is not None else ()
+            self._boxes[volume, of_brain] = found[0] if found else head_box(image)
+        return self._boxes[volume, of_brain]
 
     def _start(self, volume: int, rng: np.random.Generator) -> np.ndarray:
         last = self.data.grid.size - SIDE
         if rng.uniform() < self.air_share:
             return rng.integers(0, last + 1, 3)
-        corners = [slice(side.start - SIDE // 2, side.stop - SIDE // 2) for side in self._box(volume)]
+        of_brain = self.brain_share > 0 and rng.uniform() < self.brain_share
+        corners = [slice(side.start - SIDE // 2, side.stop - SIDE // 2) for side in self._box(volume, of_brain)]
         return np.array([rng.integers(max(0, c.start), min(last, c.stop - 1), endpoint=True) for c in corners])
 
 

@@ -28,6 +28,7 @@ __all__ = ["Site", "load_sites", "mixed_site", "random_site", "simulate", "write
 _N_CODES = 61  # classes 0..49 and 50..60 outside the brain
 _N_CLASSES = 50
 _VENTRICLE = 2
+_CEREBELLUM = (3, 4)  # white matter and cortex
 _REGION_SD = 3.0  # sd of the intensity offset of a region from its tissue, drawn for each scan
 _ELASTIC_SPACING = 40.0  # mm between the nodes of the elastic field
 _BIAS_NODES = 3  # along each axis
@@ -50,6 +51,7 @@ class Site:
     ventricle: float  # growth, mm
     elastic: float  # amplitude of the deformation, mm
     log_gamma: float  # log of the exponent of the intensities
+    neck: float = np.inf  # of the field of view below the brain, mm
 
 
 @lru_cache(maxsize=1)
@@ -82,7 +84,7 @@ def mixed_site(name: str, rng: np.random.Generator) -> Site:
 
 
 def random_site(name: str, rng: np.random.Generator) -> Site:
-    """A site whose T1 contrast, noise, bias field, resolution and deformations are drawn from wide ranges.
+    """A site whose T1 contrast, noise, bias field, resolution, neck and deformations are drawn from wide ranges.
 
     White matter stays the brightest tissue of the brain and CSF the darkest, and deep nuclei lie between grey and white
     matter. Everything outside the brain has any intensity below or around white matter's.
@@ -103,9 +105,10 @@ def random_site(name: str, rng: np.random.Generator) -> Site:
     }
     coarse = rng.uniform(1, 1.5, 3) * (rng.uniform(size=3) < 0.5)  # 0: as fine as the volume
     return Site(
-        name=name, tissue_means=means, sd=rng.uniform(5, 14), noise=rng.uniform(0.005, 0.07), bias=rng.uniform(0, 0.5),
+        name=name, tissue_means=means, sd=rng.uniform(5, 14), noise=rng.uniform(0.005, 0.05), bias=rng.uniform(0, 0.5),
         resolution=(float(coarse[0]), float(coarse[1]), float(coarse[2])), scale=rng.uniform(0.92, 1.06),
         ventricle=rng.uniform(0, 2.5), elastic=rng.uniform(2, 6), log_gamma=rng.normal(0, 0.15),
+        neck=rng.uniform(5, 90),
     )  # fmt: skip
 
 
@@ -115,7 +118,7 @@ def simulate(labels: np.ndarray, site: Site | str, *, voxel_size: float, seed: i
     The labels are warped, nearest neighbour, by scale, a small rotation, a coarse random elastic field and growth of
     the ventricles. The image is the tissue's mean at the site + an offset per region + noise per voxel, blurred by one
     voxel (FWHM), sampled at the site's resolution if that is coarser, multiplied by exp(a smooth bias field), with
-    Rician noise, clipped at the 99.9th percentile and raised to gamma.
+    Rician noise, clipped at the 99.9th percentile and raised to gamma. Below the site's `neck`, image and labels are 0.
 
     `labels` has codes 0..60, uint8 [D, H, W] (classes 0..49, then tissues outside the brain), with voxels of
     `voxel_size` mm. Returns the scan and the warped labels, both like `labels`.
@@ -123,7 +126,11 @@ def simulate(labels: np.ndarray, site: Site | str, *, voxel_size: float, seed: i
     site = site if isinstance(site, Site) else _known(site)
     rng = np.random.default_rng(seed)
     labels = _warp(labels, site, voxel_size, rng)
-    return _scan(labels, site, voxel_size, rng), labels
+    image = _scan(labels, site, voxel_size, rng)
+    if np.isfinite(site.neck):
+        end = _end_of_view(labels, site, voxel_size)
+        image[:, end:] = labels[:, end:] = 0
+    return image, labels
 
 
 def write_site(
@@ -324,6 +331,13 @@ def _sample(image: np.ndarray, resolution: tuple[float, float, float], voxel_siz
     shape = [max(1, round(size / c)) for size, c in zip(image.shape, coarser, strict=True)]
     scanned = _zoom(blurred, shape, order=1)
     return _zoom(scanned, image.shape, order=1)
+
+
+def _end_of_view(labels: np.ndarray, site: Site, voxel_size: float) -> int:
+    """The first plane below the field of view, along the second axis."""
+    cerebellum = np.flatnonzero(np.isin(labels, _CEREBELLUM).any(axis=(0, 2)))
+    lowest = int(cerebellum[-1]) if len(cerebellum) else labels.shape[1]
+    return lowest + 1 + round(site.neck / voxel_size)
 
 
 def _zoom(array: np.ndarray, shape: Sequence[int], order: int) -> np.ndarray:

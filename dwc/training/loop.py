@@ -325,4 +325,6 @@ class _Batches(Sampler[list[int]]):
 def _cubes(data: SubVolumes, settings: TrainSettings) -> Dataset[tuple[Tensor, Tensor]]:
     if settings.cubes == "paper":
         return PaperCubes(data, settings.seed)
-    return RandomCubes(data, settings.seed, settings.margin, settings.air_share, settings.augmentation)
+    return RandomCubes(
+        data, settings.seed, settings.margin, settings.air_share, settings.augmentation, settings.brain_share
+    )

@@ -17,7 +17,12 @@ __all__ = [
     "ComputeSettings", "CubeSettings", "NetworkSettings", "OptimizerSettings", "TrainSettings", "without_later",
 ]  # fmt: skip
 
-_LATER = {"activation": "relu", "intensity": "z_score", "stream": 0}  # settings added later, with what was done before
+_LATER = {
+    "activation": "relu",
+    "intensity": "z_score",
+    "stream": 0,
+    "brain_share": 0.0,
+}  # settings added later, with what was done before
 
 
 def without_later(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,6 +120,8 @@ class CubeSettings(Settings):
         Voxels of neighbours on each side, which the loss ignores.
     air_share
         Share of the cubes centred anywhere in the volume; the others are centred in the head's bounding box.
+    brain_share
+        Share of those others that are centred in the bounding box of the labelled tissue instead.
     augmentation
         Strength of the augmentation.
     """
@@ -122,12 +129,14 @@ class CubeSettings(Settings):
     cubes: Literal["random", "paper"] = "random"
     margin: int = 0
     air_share: float = 0.05
+    brain_share: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("margin", self.margin >= 0, "give a number of voxels >= 0")
-        self._require("air_share", 0 <= self.air_share <= 1, "give a share, 0 to 1")
+        for name in ("air_share", "brain_share"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "give a share, 0 to 1")
 
     def decisive_cubes(self) -> dict[str, Any]:
         """These settings as plain values; none for the paper's cubes, whose runs keep their header and fingerprint."""

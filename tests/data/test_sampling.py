@@ -5,6 +5,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch.utils.data import DataLoader
 
 from dwc.base.errors import InputError
@@ -91,6 +92,18 @@ def test_cubes_lie_in_the_heads_box_and_seldom_outside(data):
             nearest = [min(max(start + 16, b.start), b.stop - 1) for start, b in zip(starts, boxes[0], strict=True)]
             outside += any(abs(n - start - 16) > 0 for n, start in zip(nearest, starts, strict=True))
         assert least <= outside <= most
+
+
+def test_a_brain_share_of_one_centres_cubes_in_the_box_of_the_labels_and_of_none_changes_nothing(data):
+    image, labels = data.volume(0)
+    assert ndimage.find_objects(labels)[0] != head_box(image)
+    brain, head, before = (RandomCubes(data, 0, 0, 0.0, NONE, *share) for share in ((1.0,), (0.0,), ()))
+    for position in range(20):
+        starts = [cubes._start(0, np.random.default_rng([9, position])) for cubes in (brain, head, before)]
+        centre = np.clip(starts[0] + 16, 16, 48)
+        low, high = ([getattr(side, end) for side in ndimage.find_objects(labels)[0]] for end in ("start", "stop"))
+        assert np.all((centre >= np.clip(low, 16, 48)) & (centre <= np.clip(high, 16, 48)))
+        np.testing.assert_array_equal(starts[1], starts[2])
 
 
 def test_cubes_do_not_pile_up_at_the_edges_of_the_volume(data):

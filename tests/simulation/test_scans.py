@@ -212,3 +212,16 @@ def test_random_scanners_differ_from_scan_to_scan_and_leave_the_subjects_as_they
         image, ids = (nib.load(random.parent / f"{name}_{part}.nii.gz").get_fdata() for part in ("T1w", "dseg"))
         white.append(np.median(image[ids == 2]))
     assert abs(white[0] - white[1]) > 1
+
+
+def test_a_field_of_view_ends_below_the_brain_and_changes_nothing_above(head):
+    (image, labels), (cut, cut_labels) = (
+        simulate(head, replace(SITES["H"], neck=neck), voxel_size=3.0, seed=0) for neck in (np.inf, 9.0)
+    )
+    cerebellum = np.isin(labels, (3, 4)).any(axis=(0, 2))
+    end = int(np.flatnonzero(cerebellum)[-1]) + 1 + 3
+    assert image[:, end:].any()
+    assert not cut[:, end:].any()
+    assert not cut_labels[:, end:].any()
+    np.testing.assert_array_equal(cut[:, :end], image[:, :end])
+    np.testing.assert_array_equal(cut_labels[:, :end], labels[:, :end])
