@@ -18,7 +18,7 @@ print(sorted({"torch", "nvflare", "pandas", "scipy"} & sys.modules.keys()))
     "words",
     [
         ["consolidate"], ["posterior"], ["posterior", "audit"], ["federated"], ["federated", "amend"],
-        ["federated", "simulate"],
+        ["federated", "simulate"], ["report"],
     ],
     ids=" ".join,
 )  # fmt: skip
