@@ -103,8 +103,8 @@ def held_out(manifests: Sequence[Path], folder: Path) -> SubVolumes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/asynchronous"))
-    parser.add_argument("--rounds", type=int, default=6, help="times S trainings")
-    parser.add_argument("--steps", type=int, default=40, help="of each training")
+    parser.add_argument("--rounds", type=int, default=5, help="times S trainings")
+    parser.add_argument("--steps", type=int, default=30, help="of each training")
     parser.add_argument("--first-steps", type=int, default=200)
     parser.add_argument("--durations", type=int, nargs="+", default=[1, 1, 2, 4], help="of each site's training")
     values = parser.parse_args()
