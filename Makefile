@@ -63,8 +63,8 @@ docs: setup
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks/test_cpu_layer.py --benchmark-enable -q
 
-# Wheel and sdist, in dist/, and what PyPI would say of them.
-dist:
+# Wheel and sdist, in dist/, NiiVue included, and what PyPI would say of them.
+dist: viewer
 	$(PYTHON) -m venv .dist
 	.dist/bin/python -m pip install --quiet --disable-pip-version-check build==1.6.1 twine==7.0.0
 	rm -rf dist build

@@ -136,7 +136,10 @@ class Posterior:
         return {name: count for name, count in counts.items() if count}
 
     def distance(self, other: "Posterior") -> float:
-        """Mean over the weights of |mu - mu_other| / sigma_other; both are Bayesian and of one architecture."""
+        """Mean over the weights of |mu - mu_other| / sigma_other.
+
+        `other` is Bayesian too and has the same architecture.
+        """
         total = sum(
             ((self.mu[name] - mu).abs() / other.sigma[name]).sum(dtype=torch.float64).item()
             for name, mu in other.mu.items()

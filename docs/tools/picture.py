@@ -30,10 +30,10 @@ def draw(scan: Path, folder: Path, out: Path) -> None:
     grey, nats = np.asarray(image.dataobj, dtype=float), entropy.get_fdata()
     grey = np.clip(grey / np.percentile(grey[grey > 0], 99.5), 0, 1)
     inside = np.argwhere(classes > 0)
-    middle, low, high = np.median(inside, axis=0).astype(int), inside.min(axis=0) - 22, inside.max(axis=0) + 22
-    box = tuple(slice(max(a, 0), b) for a, b in zip(low, high, strict=True))
+    middle, low, high = np.median(inside, axis=0).astype(int), inside.min(axis=0), inside.max(axis=0)
+    box = tuple(slice(max(a - 22, 0), b + 22) for a, b in zip(low, high, strict=True))
     # The central sagittal slice would lie in the gap between the hemispheres.
-    places = ((2, middle[2] + 4), (0, middle[0] + 22))
+    places = ((2, middle[2] + 4), (0, middle[0] + (high[0] - low[0]) // 6))
     colours = class_colours(fifty.n_classes)
 
     figure = Figure(figsize=(7.2, 4.75), facecolor="black")

@@ -1,6 +1,7 @@
 """`dwc demo`: the whole cycle on simulated sites, in minutes on two CPU cores."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from dwc.commands.experiment import parse_study
 
@@ -14,6 +15,7 @@ def main(arguments: Sequence[str]) -> None:
         "Run the whole cycle on simulated sites: train at each site, consolidate, fine-tune, compare.",
         arguments,
         "demo",
+        out=Path("demo"),
     )
     from dwc.study.demo import run  # imported here so that help does not wait for PyTorch
 

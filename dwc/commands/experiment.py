@@ -16,11 +16,8 @@ __all__ = ["main", "parse_study"]
 
 def main(arguments: Sequence[str]) -> None:
     """Run a study, say what it would do, or pool several runs of it."""
-    chosen = [value for flag, value in pairwise(arguments) if flag == "--preset"]
-    chosen += [word.removeprefix("--preset=") for word in arguments if word.startswith("--preset=")]
-    preset = chosen[-1] if chosen else "cpu"
     about = "Run the paper's study: its networks, its Table 2, its figures, in one report."
-    settings, options = parse_study("experiment", about, arguments, preset, add=_add_options)
+    settings, options = parse_study("experiment", about, arguments, "cpu", add=_add_options)
     study, only, dry_run, folders = (options[name] for name in ("study", "only", "dry_run", "pool"))
     if study != "paper" and (only or dry_run):
         raise InputError(f"`study` {study}: `only` and `dry_run` are for the paper's study; leave them out")
@@ -56,13 +53,22 @@ def parse_study(
     arguments: Sequence[str],
     preset: str,
     *,
+    out: Path | None = None,
     add: Callable[[ArgumentParser], None] = lambda _: None,
 ) -> tuple[StudySettings, dict[str, Any]]:
-    """The settings of a study, with defaults from a preset, and the values of the options that `add` adds."""
+    """The settings of a study, with defaults from `preset` or from `--preset`, and the values of `add`'s options.
+
+    `out` is the output folder if neither preset nor user names one.
+    """
     parser = new_parser(command, about)
+    parser.add_argument("--preset", default=preset, help=f"default settings: {', '.join(PRESETS)}")
     add(parser)
     add_settings(parser, StudySettings)
-    parser.default_config_files = [str(preset_file(preset))]
+    chosen = [value for flag, value in pairwise(arguments) if flag == "--preset"]
+    chosen += [word.removeprefix("--preset=") for word in arguments if word.startswith("--preset=")]
+    if out is not None:
+        parser.set_defaults({"out": out})
+    parser.default_config_files = [str(preset_file(chosen[-1] if chosen else preset))]
     values = parse(parser, arguments).as_dict()
     names = StudySettings.__dataclass_fields__
     settings = StudySettings(**{name: value for name, value in values.items() if name in names})
@@ -71,7 +77,6 @@ def parse_study(
 
 def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--study", type=Literal[STUDIES], default="paper", help="the paper's study or another one")
-    parser.add_argument("--preset", default="cpu", help=f"default settings: {', '.join(PRESETS)}")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="names of the rows to train and score")
     parser.add_argument(
         "--dry_run", type=bool, default=False, help="print what would run and for how long; write nothing"

@@ -21,6 +21,7 @@ from dwc.posterior import Posterior
 __all__ = ["capacity_table"]
 
 _MEASURED = 10  # sites
+_CLOSING = 10  # posteriors per site: its old and its new factor, four times as large each, its answer and its cavity
 
 
 def capacity_table(sites: Sequence[int], *, n_classes: int, width: int, link_mbit_s: float) -> pd.DataFrame:
@@ -29,8 +30,8 @@ def capacity_table(sites: Sequence[int], *, n_classes: int, width: int, link_mbi
     Columns: ``payload_mb`` (one posterior; a site receives and sends as much), ``server_traffic_gb`` (both ways),
     ``link_s`` (that traffic on the server's idle link), ``answer_timeout_s`` (lower bound for the project's if all
     posteriors arrive at once), ``consolidation_s``, ``memory_mb`` (without FLARE; the same for any number of sites),
-    ``in_flight_mb`` (in addition, if all posteriors arrive at once), ``disk_gb`` and ``basis``, measured or
-    extrapolated.
+    ``in_flight_mb`` (in addition, if all posteriors arrive at once), ``disk_gb``, ``factors_gb`` (memory in addition
+    while a round on the same scans closes, computed) and ``basis``, measured or extrapolated.
     """
     # A separate process, so that peak memory is not that of what ran here before.
     n_measured = min(_MEASURED, *sites)
@@ -47,6 +48,7 @@ def capacity_table(sites: Sequence[int], *, n_classes: int, width: int, link_mbi
             "memory_mb": memory / 1e6,
             "in_flight_mb": n * payload / 1e6,
             "disk_gb": (n + 1) * payload / 1e9,
+            "factors_gb": _CLOSING * n * payload / 1e9,
             "basis": "measured" if n == n_measured else f"extrapolated from {n_measured}",
         }
         for n in sites
@@ -63,7 +65,7 @@ def _measure(n_sites: int, n_classes: int, width: int) -> tuple[int, float, int]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file.safetensors"
         prior.save(path)
-        cycle = Cycle.create(Path(folder) / "books", Project("plan", "localhost", sites, path))
+        cycle = Cycle.create(Path(folder) / "books", Project("plan", "localhost", sites, path, method="dwc"))
         seconds = 0.0
         for number, site in enumerate(sites, 1):
             sigma = {name: sigma * (1 - 0.5 * number / n_sites) for name, sigma in prior.sigma.items()}

@@ -131,7 +131,7 @@ def entered(state: Mapping[str, Any], site: str) -> list[dict[str, Any]]:
     networks = state["networks"]
     since = max((number for number, made in enumerate(networks) if site in made.get("removed", ())), default=0)
     rows = [
-        {**row, "damping": networks[row["counted_in"]]["damping"]}
+        {**row, "damping": networks[row["counted_in"]].get("damping", 1.0)}
         for row in sorted(state["posteriors"], key=lambda row: (row["counted_in"] or 0, row["round"]))
         if row["site"] == site and (row["counted_in"] or 0) > since and row["power"] > 0
     ]

@@ -24,6 +24,7 @@ __all__ = ["ScanPage", "Shown", "made_from", "write_scan_page"]
 
 _NO_VIEWER = "call `make viewer` in the clone of dwc, which gets NiiVue from npm, and make the report again."
 _DIGITS = 12  # of a SHA-256
+_GREYS = 0xFC  # 64 levels: they look the same and compress better
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def made_from(sidecar: Mapping[str, Any]) -> dict[str, str]:
 
 def _embedded(volumes: Volumes, most_uncertain: float) -> dict[str, Any]:
     """What viewer.js shows: NIfTI files in base64, and the colours and names of the classes."""
-    arrays = {"image": (volumes.image, 1.0), "classes": (volumes.classes, 1.0)}
+    arrays = {"image": (volumes.image & _GREYS, 1.0), "classes": (volumes.classes, 1.0)}
     if volumes.uncertainty is not None:
         arrays["uncertainty"] = volumes.uncertainty, volumes.slope
     red, green, blue = zip(*(klass.rgb for klass in volumes.klasses), strict=True)

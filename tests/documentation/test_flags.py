@@ -10,7 +10,7 @@ from dwc import cli
 from tests.documentation.pages import PAGES, ROOT
 
 OTHERS = {  # torchrun's, mri_convert's, nvflare's and systemd's
-    "--conform", "--nnodes", "--nproc-per-node", "--rdzv-endpoint", "--scope", "--shutdown-timeout", "--standalone",
+    "--conform", "--nnodes", "--nproc-per-node", "--rdzv-endpoint", "--shutdown-timeout", "--standalone",
     "--user",
 }  # fmt: skip
 
@@ -32,7 +32,7 @@ def test_flags_in_the_text_of_a_page_exist(page, flags):
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S | re.M)
     benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
     known = set.union(*flags.values(), OTHERS, re.findall(r'"(--[\w-]+)"', benchmarks))
-    for span in re.findall(r"`((?!python -m benchmarks)[^`]+)`", text):
+    for span in re.findall(r"`((?:--|dwc |python -m dwc)[^`]+)`", text):
         used = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", span)}
         words = span.removeprefix("python -m ").split()
         if len(words) > 1 and words[0] == "dwc" and words[1] in cli.COMMANDS:

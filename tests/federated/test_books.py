@@ -19,9 +19,10 @@ from tests.made_json import places, with_entry
 WRONG: list[Any] = [None, True, -1, 0.5, 10**400, "", "x", "\x1b[2J", [], {}, ["x"], {"a": []}, [[1]], 2**70]
 
 
-@pytest.fixture
-def busy(cycle: Cycle, project: Project) -> Cycle:
+@pytest.fixture(params=["dwc", "pvi"])
+def busy(project: Project, tmp_path: Path, request: pytest.FixtureRequest) -> Cycle:
     """A cycle in which everything that the state can hold has happened."""
+    cycle = Cycle.create(tmp_path / request.param, Project(**{**project.to_json(), "method": request.param}))
     cycle.question("north", with_prior=True)
     cycle.count("north", 1, 10, 20)
     cycle.receive("north", trained(cycle, 9))
@@ -30,12 +31,14 @@ def busy(cycle: Cycle, project: Project) -> Cycle:
         cycle.receive(site, trained(cycle, seed))
     cycle.receive("east", trained(cycle, 7))
     assert cycle.advance(NOW)
-    cycle.receive("north", trained(cycle, 10, number=2))
+    cycle.receive("north", trained(cycle, 10, number=2, site="north"))
     corrections.reopen(cycle, 1)
     corrections.recompute(cycle, 1)
-    cycle.receive("west", trained(cycle, 12, number=2))
+    cycle.receive("west", trained(cycle, 12, number=2, site="west"))
     corrections.reopen(cycle, 1)
     corrections.ban(cycle, "west")
+    if request.param == "pvi":  # with factors and cavities of a round that is closed
+        corrections.recompute(cycle, 1)
     cycle.note(["trouble"])
     cycle.state["clock"] = {"boot": "this", "uptime": 1.5, "time": NOW.isoformat()}
     cycle.write()

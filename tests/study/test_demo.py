@@ -1,6 +1,7 @@
 """`dwc demo` runs the whole cycle, resumes, and refuses another demo's folder."""
 
 import socket
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -28,6 +29,15 @@ def test_the_demo_needs_no_network(demo, offline_here):
         pass
     assert "192.0.2.1" in offline_here.read_text()  # the guard does guard
     offline_here.unlink()
+
+
+def test_another_preset_is_chosen_by_name_and_the_folder_stays(monkeypatch):
+    seen = []
+    monkeypatch.setattr("dwc.study.demo.run", seen.append)
+    assert main(["demo", "--preset", "smoke"]) == main(["demo"]) == 0
+    smoke, demo = seen
+    assert (smoke.grid_size, smoke.width, demo.grid_size, demo.width) == (32, 4, 64, 12)
+    assert smoke.out == demo.out == Path("demo").absolute()
 
 
 def test_every_network_is_scored_at_every_site(demo):

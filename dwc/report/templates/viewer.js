@@ -33,7 +33,7 @@
   await viewer.attachToCanvas(canvas, false);
   for (const { kind, base64, most } of data.volumes) {
     const options = { base64, name: `${kind}.nii.gz`, colormap: "gray" };
-    if (kind === "image") Object.assign(options, { cal_min: 0, cal_max: 255 });
+    if (kind === "image") Object.assign(options, { cal_min: 0, cal_max: 252 });
     if (kind === "classes") options.opacity = Number(element("classes").value);
     if (kind === "uncertainty") Object.assign(options, { colormap: "inferno", opacity: 0, cal_min: most / 2, cal_max: most });
     const volume = await NVImage.loadFromBase64(options);
