@@ -62,7 +62,6 @@ class Cycle:
     groups: Sequence[Group] | None = None
     seed: int = 0
     anatomies: Path | None = None
-    random_scanners: bool = False
     real: tuple[Path, Path] | None = None
 
     def manifest(self, site: str) -> Path:
@@ -72,7 +71,7 @@ class Cycle:
             print(f"simulating site {site}", flush=True)
             write_site(
                 folder, load_sites()[site], self.n_train, self.n_test, grid=self.grid, seed=self.seed,
-                anatomies=self.anatomies, shared_by=self.sites, random_scanners=self.random_scanners,
+                anatomies=self.anatomies, shared_by=self.sites,
             )  # fmt: skip
         return folder / "manifest.csv"
 

@@ -23,12 +23,11 @@ from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap, read_tsv
 from dwc.simulation.phantom import make_phantom
 
-__all__ = ["Site", "load_sites", "mixed_site", "random_site", "simulate", "write_site"]
+__all__ = ["Site", "load_sites", "mixed_site", "simulate", "write_site"]
 
 _N_CODES = 61  # classes 0..49 and 50..60 outside the brain
 _N_CLASSES = 50
 _VENTRICLE = 2
-_CEREBELLUM = (3, 4)  # white matter and cortex
 _REGION_SD = 3.0  # sd of the intensity offset of a region from its tissue, drawn for each scan
 _ELASTIC_SPACING = 40.0  # mm between the nodes of the elastic field
 _BIAS_NODES = 3  # along each axis
@@ -51,7 +50,6 @@ class Site:
     ventricle: float  # growth, mm
     elastic: float  # amplitude of the deformation, mm
     log_gamma: float  # log of the exponent of the intensities
-    neck: float = np.inf  # of the field of view below the brain, mm
 
 
 @lru_cache(maxsize=1)
@@ -83,42 +81,13 @@ def mixed_site(name: str, rng: np.random.Generator) -> Site:
     return replace(parts[0], name=name, tissue_means=tissues, resolution=(x, y, z), **values)
 
 
-def random_site(name: str, rng: np.random.Generator) -> Site:
-    """A site whose T1 contrast, noise, bias field, resolution, neck and deformations are drawn from wide ranges.
-
-    White matter stays the brightest tissue of the brain and CSF the darkest, and deep nuclei lie between grey and white
-    matter. Everything outside the brain has any intensity below or around white matter's.
-    """
-    white = rng.uniform(140, 220)
-    grey, csf = white * rng.uniform(0.55, 0.85), white * rng.uniform(0.1, 0.4)
-    means = {
-        "background": rng.uniform(0, 6),
-        "white_matter": white,
-        "grey_matter": grey,
-        "deep_grey": grey + (white - grey) * rng.uniform(0.1, 0.5),
-        "csf": csf,
-        "pallidum_stem": grey + (white - grey) * rng.uniform(0.6, 0.9),
-        "skull": white * rng.uniform(0.05, 0.35),
-        "scalp": white * rng.uniform(0.45, 1.1),
-        "thalamus": grey + (white - grey) * rng.uniform(0.35, 0.8),
-        "cerebellar_white": white * rng.uniform(0.9, 1.0),
-    }
-    coarse = rng.uniform(1, 1.5, 3) * (rng.uniform(size=3) < 0.5)  # 0: as fine as the volume
-    return Site(
-        name=name, tissue_means=means, sd=rng.uniform(5, 14), noise=rng.uniform(0.005, 0.05), bias=rng.uniform(0, 0.5),
-        resolution=(float(coarse[0]), float(coarse[1]), float(coarse[2])), scale=rng.uniform(0.92, 1.06),
-        ventricle=rng.uniform(0, 2.5), elastic=rng.uniform(2, 6), log_gamma=rng.normal(0, 0.15),
-        neck=rng.uniform(5, 90),
-    )  # fmt: skip
-
-
 def simulate(labels: np.ndarray, site: Site | str, *, voxel_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Deform a head and scan it at a site; a pure function of its arguments.
 
     The labels are warped, nearest neighbour, by scale, a small rotation, a coarse random elastic field and growth of
     the ventricles. The image is the tissue's mean at the site + an offset per region + noise per voxel, blurred by one
     voxel (FWHM), sampled at the site's resolution if that is coarser, multiplied by exp(a smooth bias field), with
-    Rician noise, clipped at the 99.9th percentile and raised to gamma. Below the site's `neck`, image and labels are 0.
+    Rician noise, clipped at the 99.9th percentile and raised to gamma.
 
     `labels` has codes 0..60, uint8 [D, H, W] (classes 0..49, then tissues outside the brain), with voxels of
     `voxel_size` mm. Returns the scan and the warped labels, both like `labels`.
@@ -126,11 +95,7 @@ def simulate(labels: np.ndarray, site: Site | str, *, voxel_size: float, seed: i
     site = site if isinstance(site, Site) else _known(site)
     rng = np.random.default_rng(seed)
     labels = _warp(labels, site, voxel_size, rng)
-    image = _scan(labels, site, voxel_size, rng)
-    if np.isfinite(site.neck):
-        end = _end_of_view(labels, site, voxel_size)
-        image[:, end:] = labels[:, end:] = 0
-    return image, labels
+    return _scan(labels, site, voxel_size, rng), labels
 
 
 def write_site(
@@ -143,7 +108,6 @@ def write_site(
     seed: int = 0,
     anatomies: str | os.PathLike[str] | None = None,
     shared_by: Sequence[str] = (),
-    random_scanners: bool = False,
 ) -> Path:
     """Write a simulated site's scans, labels and, last, the manifest, whose path is returned.
 
@@ -160,8 +124,6 @@ def write_site(
         its brain. If a site needs more scans than it has anatomies, some subjects are scanned and deformed repeatedly.
     shared_by : sequence of str
         Names of all sites that share the anatomies, including this one; by default those of `load_sites`.
-    random_scanners : bool
-        Make each scan at a `random_site` instead of at `site`.
     """
     site, out_dir = site if isinstance(site, Site) else _known(site), Path(out_dir)
     if min(n_train, n_test, seed) < 0 or n_train + n_test < 1:
@@ -180,10 +142,7 @@ def write_site(
         raise InputError(f"{out_dir}: cannot write ({error.strerror}); choose another folder") from error
     rows = []
     for number, (subject, split, codes) in enumerate(heads):
-        scanner = (
-            random_site(site.name, np.random.default_rng(_seed(seed, site, number, 2))) if random_scanners else site
-        )
-        image, codes = simulate(codes, scanner, voxel_size=grid.voxel_size, seed=_seed(seed, site, number, 0))
+        image, codes = simulate(codes, site, voxel_size=grid.voxel_size, seed=_seed(seed, site, number, 0))
         ids = label_map.to_ids(np.where(codes < _N_CLASSES, codes, 0))
         names = [f"{site.name}-{number:03d}_{suffix}.nii.gz" for suffix in ("T1w", "dseg")]
         for name, voxels in zip(names, (image, ids.astype(np.int16)), strict=True):
@@ -203,7 +162,7 @@ def _known(name: str) -> Site:
 
 
 def _seed(seed: int, site: Site, number: int, purpose: int) -> int:
-    """A seed for each scan (purpose 0), head (1) and random scanner (2) of each site."""
+    """A seed for each scan (purpose 0) and head (1) of each site."""
     words = [seed, int.from_bytes(site.name.encode(), "little"), number, purpose]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
@@ -331,13 +290,6 @@ def _sample(image: np.ndarray, resolution: tuple[float, float, float], voxel_siz
     shape = [max(1, round(size / c)) for size, c in zip(image.shape, coarser, strict=True)]
     scanned = _zoom(blurred, shape, order=1)
     return _zoom(scanned, image.shape, order=1)
-
-
-def _end_of_view(labels: np.ndarray, site: Site, voxel_size: float) -> int:
-    """The first plane below the field of view, along the second axis."""
-    cerebellum = np.flatnonzero(np.isin(labels, _CEREBELLUM).any(axis=(0, 2)))
-    lowest = int(cerebellum[-1]) if len(cerebellum) else labels.shape[1]
-    return lowest + 1 + round(site.neck / voxel_size)
 
 
 def _zoom(array: np.ndarray, shape: Sequence[int], order: int) -> np.ndarray:

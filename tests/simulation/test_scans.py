@@ -11,7 +11,7 @@ from dwc.data.labels import LabelMap
 from dwc.data.manifest import read_manifest
 from dwc.simulation import scans
 from dwc.simulation.phantom import make_phantom
-from dwc.simulation.scans import load_sites, random_site, simulate, write_site
+from dwc.simulation.scans import load_sites, simulate, write_site
 
 SITES = load_sites()
 GRID = Grid(32, 6.0)
@@ -191,37 +191,3 @@ def test_a_site_from_the_anatomies_of_real_people_has_their_variety(shared_data)
     assert np.sum(first == 2) > 2 * np.sum(second == 2)
     image, labels = simulate(first, "B", voxel_size=3.0, seed=0)
     assert np.median(image[labels == 1]) > np.median(image[labels == 2])
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_random_scanner_keeps_the_order_of_tissues_in_t1(seed):
-    site = random_site("R", np.random.default_rng(seed))
-    means = site.tissue_means
-    inside = ["csf", "grey_matter", "deep_grey", "pallidum_stem", "white_matter"]
-    assert [means[tissue] for tissue in inside] == sorted(means[tissue] for tissue in inside)
-    assert means.keys() == load_sites()["H"].tissue_means.keys()
-    assert site == random_site("R", np.random.default_rng(seed))
-
-
-def test_random_scanners_differ_from_scan_to_scan_and_leave_the_subjects_as_they_are(tmp_path):
-    plain = write_site(tmp_path / "plain", "H", 2, 1, grid=GRID, seed=1)
-    random = write_site(tmp_path / "random", "H", 2, 1, grid=GRID, seed=1, random_scanners=True)
-    assert plain.read_text() == random.read_text()
-    white = []
-    for name in ("H-000", "H-001"):
-        image, ids = (nib.load(random.parent / f"{name}_{part}.nii.gz").get_fdata() for part in ("T1w", "dseg"))
-        white.append(np.median(image[ids == 2]))
-    assert abs(white[0] - white[1]) > 1
-
-
-def test_a_field_of_view_ends_below_the_brain_and_changes_nothing_above(head):
-    (image, labels), (cut, cut_labels) = (
-        simulate(head, replace(SITES["H"], neck=neck), voxel_size=3.0, seed=0) for neck in (np.inf, 9.0)
-    )
-    cerebellum = np.isin(labels, (3, 4)).any(axis=(0, 2))
-    end = int(np.flatnonzero(cerebellum)[-1]) + 1 + 3
-    assert image[:, end:].any()
-    assert not cut[:, end:].any()
-    assert not cut_labels[:, end:].any()
-    np.testing.assert_array_equal(cut[:, :end], image[:, :end])
-    np.testing.assert_array_equal(cut_labels[:, :end], labels[:, :end])
