@@ -97,6 +97,7 @@ def test_a_missing_extra_is_one_line_that_names_it(module, extra, monkeypatch, c
         (["train", "--data", "m.csv", "--out", "r", "--batch-size", "0"], "--batch-size 0: give a positive number"),
         (["train", "--data", "m.csv", "--out", "r", "--batch_size=0"], "--batch-size 0: give a positive number"),
         (["train", "--data", "m.csv"], "--out must be given"),
+        (["predict", "scan.nii.gz", "--out", "o"], "--network must be given (a network comes from dwc train, or"),
         (["train", "--data", "m.csv", "--out", "r", "--mode", "vcl"], "--mode vcl: needs a posterior"),
     ],
 )

@@ -162,7 +162,9 @@ def _in_short(message: str, parser: ArgumentParser) -> str:
     line = " ".join(message.split())
     if missing := re.match(r"the following arguments are required: ([\w., ]+)", line):
         names = [_flag(name, parser) for name in missing[1].split(", ")]
-        return f"{' and '.join(names)} must be given"
+        given = f"{' and '.join(names)} must be given"
+        origin = "a network comes from dwc train, or from dwc import if others published it"
+        return f"{given} ({origin})" if "--network" in names else given
     if unknown := re.match(r"(?:U|u)nrecognized arguments: (--[\w.-]+)", line):
         known = [name for action in parser._actions for name in action.option_strings]
         close = get_close_matches(unknown[1].replace("-", "_").replace("__", "--", 1), known, 1)

@@ -159,7 +159,7 @@ def _amend(values: Namespace) -> None:
 
 def _site_and_round(text: str) -> tuple[str, int]:
     site, _, number = text.partition("/")
-    if not number.isdecimal():
+    if not number.isdecimal() or len(number) > 9:
         raise InputError(f"`drop` {text}: give a site and a round, as north/1")
     return site, int(number)
 

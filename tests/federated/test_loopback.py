@@ -26,6 +26,7 @@ from dwc.base.locks import held
 from dwc.consolidation import consolidate
 from dwc.federated.spool import Spool, stream_of
 from dwc.posterior import Posterior
+from dwc.site_factors import Factors
 from dwc.training.loop import train_network
 from tests.federated.test_hostile_sites import HOSTILE
 from tests.made_cycles import file_of
@@ -100,8 +101,14 @@ class Federation:
 
 
 @pytest.fixture
-def federation(networks, settings, tmp_path) -> Iterator[Federation]:
-    federation = Federation(tmp_path / "federation", Path(networks["vi"].name), settings.data)
+def method() -> str:
+    """How the federation's rounds go on; a test that runs both names them."""
+    return "dwc"
+
+
+@pytest.fixture
+def federation(networks, settings, tmp_path, method) -> Iterator[Federation]:
+    federation = Federation(tmp_path / "federation", Path(networks["vi"].name), settings.data, method=method)
     yield federation
     for participant in ("localhost", *SITES):
         federation.signal(participant, signal.SIGKILL)
@@ -119,18 +126,32 @@ def is_free(lock: Path) -> bool:
         return free
 
 
-def undisturbed(settings, prior: Posterior, folder: Path) -> Posterior:
-    """The same two rounds by hand: dwc train at each site, dwc consolidate."""
+def undisturbed(method: str, settings, q0: Posterior, folder: Path) -> Posterior:
+    """The same two rounds by hand: dwc train at each site, then Eq. 17 or the sites' factors."""
+    factors, joint = Factors(q0), q0
+
+    def saved(posterior: Posterior, name: str) -> Path:
+        posterior.save(folder / f"{name}.safetensors")
+        return folder / f"{name}.safetensors"
+
     for number in (1, 2):
-        path = folder / f"prior-{number}.safetensors"
-        prior.save(path)
-        sites = []
+        answers = []
         for site in SITES:
-            vcl = replace(settings, mode="vcl", prior=path, stream=stream_of(site), **TRAINING)
-            vcl = replace(vcl, label_map=None, grid_size=None, width=None, dilations=None)
-            sites.append(train_network(replace(vcl, out=folder / f"{site}-{number}")))
-        prior = consolidate(prior, sites)
-    return prior
+            prior, init = joint, None
+            if method == "pvi" and number > 1:
+                prior = factors.cavity(site)
+                init = saved(factors.start(site, prior), f"start-{site}")
+            vcl = replace(settings, mode="vcl", prior=saved(prior, f"prior-{site}-{number}"), init=init, **TRAINING)
+            vcl = replace(vcl, stream=stream_of(site), label_map=None, grid_size=None, width=None, dilations=None)
+            answers.append(train_network(replace(vcl, out=folder / f"{site}-{number}")))
+        if method == "dwc":
+            joint = consolidate(joint, answers)
+        else:
+            cavities = [factors.cavity(site) for site in SITES]
+            for site, answer, cavity in zip(SITES, answers, cavities, strict=True):
+                factors.replace(site, answer, cavity=cavity, damping=1 / len(SITES))
+            joint = factors.posterior()
+    return joint
 
 
 def kill_a_site_and_its_trainer(federation: Federation) -> None:
@@ -156,7 +177,10 @@ def epochs_of(federation: Federation, site: str) -> int:
     return sum(path.read_bytes().count(b"\n") for path in paths if path.exists())
 
 
-def test_two_rounds_through_kills_and_a_freeze_end_at_the_undisturbed_bits(federation, networks, settings, tmp_path):
+@pytest.mark.parametrize("method", ["dwc", "pvi"])
+def test_two_rounds_through_kills_and_a_freeze_end_at_the_undisturbed_bits(
+    federation, method, networks, settings, tmp_path
+):
     seed = int(os.environ.get("DWC_TEST_SEED", random.SystemRandom().randrange(10**6)))
     rng = random.Random(seed)
     epoch, delay = rng.randint(1, TRAINING["epochs"] // 2), rng.uniform(0, 20)
@@ -202,7 +226,7 @@ def test_two_rounds_through_kills_and_a_freeze_end_at_the_undisturbed_bits(feder
     assert state["refused"] == []
     result = Posterior.load(federation.server / "cycle" / "q2.safetensors")
     (tmp_path / "by_hand").mkdir()
-    assert result.sha256 == undisturbed(settings, networks["vi"], tmp_path / "by_hand").sha256
+    assert result.sha256 == undisturbed(method, settings, networks["vi"], tmp_path / "by_hand").sha256
 
 
 def is_let_in(port: int, kit: Path | None) -> bool:
