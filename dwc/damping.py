@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dwc.base.errors import InputError
 from dwc.data.dataset import SubVolumes
 from dwc.posterior import Posterior
 from dwc.site_factors import Factors
@@ -78,6 +79,9 @@ def choose_damping(
 ) -> Chosen:
     """Try dampings in this order as long as each is clearly better than the one before, by its standard error.
 
+    It is an `InputError` if the log-likelihood under the network before, or under that of the first damping, is not
+    finite.
+
     Parameters
     ----------
     before : Posterior
@@ -104,10 +108,15 @@ def choose_damping(
         trials.append(Trial(damping, found.mean().item() / n_voxels, *_gain(found, first, n_voxels)))
         if best is not None:
             rise, error = _gain(found, best, n_voxels)
-            if rise <= error:
+            if not rise > error:  # also if it is NaN
                 break
         best, chosen = found, Chosen(factors, trials[-1], trials)
     assert chosen is not None
+    if not math.isfinite(chosen.trial.gain):
+        raise InputError(
+            f"damping {chosen.trial.damping:.3g}: the log-likelihood of the held-out scans is not finite, after the "
+            "round or before it; leave out the site whose means moved furthest"
+        )
     return chosen
 
 

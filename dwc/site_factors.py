@@ -22,7 +22,7 @@ from dwc.base.files import DIGEST, content_sha256, load_entries, save_tensors
 from dwc.natural import SHARED, Sum, check_alike, check_answer, natural, two_sum
 from dwc.posterior import Posterior
 
-__all__ = ["Factors"]
+__all__ = ["Factors", "check_share"]
 
 STATE_VERSION = 1
 _MAX_NAME = 200  # bytes; with the ending of a temporary file, it still is a file's name
@@ -122,8 +122,7 @@ class Factors:
             Power in (0, 1] of the new factor, to limit the site's influence.
         """
         for name, share in (("damping", damping), ("power", power)):
-            if not 0 < share <= 1:
-                raise InputError(f"`{name}` {share}: give a number above 0 and at most 1")
+            check_share(name, share)
         cavity = self.cavity(site) if cavity is None else cavity
         self.check(site, posterior, cavity)
         known, eta = self._factors.get(site), {}
@@ -250,6 +249,12 @@ class Factors:
             "sites": sorted(sites, key=lambda row: str(row["sha256"])),
         }
         return Posterior(mu, sigma, metadata, name=name).validate()
+
+
+def check_share(name: str, share: float) -> None:
+    """Refuse what is no share of a factor."""
+    if not 0 < share <= 1:
+        raise InputError(f"`{name}` {share}: give a number above 0 and at most 1")
 
 
 def _plus(total: Sum, part: Sum) -> Sum:

@@ -52,7 +52,7 @@ def _init(values: Namespace) -> None:
     from dwc.federated.provisioning import FIRST, provision
     from dwc.federated.server_state import small_quorum
 
-    project = _agreement(values.project)
+    project = _agreement(values.project, **_begun(values.project, values.out))
     kits = provision(project, values.out.absolute())
     if kits.name == FIRST:
         print(f"{kits / project.server}  the server's kit; next: dwc federated serve {kits / project.server}")
@@ -65,6 +65,21 @@ def _init(values: Namespace) -> None:
     unless = "" if kits.name == FIRST else "if it has none yet, "
     for site in project.sites:
         print(f"{kits / site}  for {site}, {unless}over a safe channel")
+
+
+def _begun(path: Path, out: Path) -> dict[str, str]:
+    """The method of the cycle that has kits there, for a project.yml that was written before there were two."""
+    from dwc.federated.project import folder_in
+    from dwc.federated.provisioning import FIRST
+    from dwc.federated.server_state import read_state
+
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        folder = folder_in(out / entries["name"] / FIRST / entries["server"])
+        begun = folder.exists()
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return {}  # `_agreement` says what is wrong
+    return {"method": read_state(folder)["project"]["method"]} if begun else {}
 
 
 def _agreement(path: Path, **defaults: Any) -> "Project":
@@ -144,7 +159,7 @@ def _amend(values: Namespace) -> None:
 
 def _site_and_round(text: str) -> tuple[str, int]:
     site, _, number = text.partition("/")
-    if not number.isdecimal():
+    if not number.isdecimal() or len(number) > 9:
         raise InputError(f"`drop` {text}: give a site and a round, as north/1")
     return site, int(number)
 

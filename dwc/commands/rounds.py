@@ -49,11 +49,14 @@ def take_round(values: Namespace) -> None:
     from dwc.base.locks import held
     from dwc.posterior import Posterior
     from dwc.signing import TrustedKeys
+    from dwc.site_factors import check_share
 
     answers = _by_name(values.sites)
     gone = [_name(path) for path in values.without]
     if not answers and not gone:
         raise InputError("SITES must be given, the posteriors of those that answered, or `without`")
+    if values.damping not in (None, "auto"):
+        check_share("damping", values.damping)  # before scans are read
     state = check_suffix(values.state)
     given = {path.resolve(): path for path in (values.prior, *values.sites, *values.earlier)}
     if values.out.resolve() == state.resolve():

@@ -43,6 +43,8 @@ def _measured(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+_OF_FACTORS = {"factors", "cavities", "starts", "removed", "damping"}  # of each network that was made of factors
+_VERDICT = {"log_likelihood", "gain", "standard_error"}  # all of them or none
 _Time = Annotated[str, AfterValidator(_time)]
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
 _Round = Annotated[int, Field(ge=1, lt=2**31)]
@@ -169,8 +171,16 @@ def _odd_number(books: _Books) -> str | None:
     for key in ("published", "networks"):
         if len(getattr(books, key)) != n_open:
             return f"{key} is of another length than priors"
-    if books.project["method"] == "pvi" and not all(network.factors for network in books.networks[1:]):
-        return "networks is wrong: one has no factors"
+    if books.project["method"] == "pvi":
+        for number, network in enumerate(books.networks[1:], start=1):
+            needed = _OF_FACTORS | (_VERDICT if network.model_fields_set & _VERDICT else set())
+            if missing := sorted(needed - network.model_fields_set):
+                return f"networks is wrong: {number}.{missing[0]} is missing"
+            if not network.factors:
+                return f"networks is wrong: {number} has no factors"
+        for row in books.posteriors:
+            if row.counted_in is not None and "power" not in row.model_fields_set:
+                return f"posteriors is wrong: {row.file} counts without a power"
     for row in books.posteriors:
         if row.round > n_open or (row.counted_in or 0) > n_closed:
             return f"posteriors is wrong: {row.file} is of a round that has not begun"

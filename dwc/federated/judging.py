@@ -56,7 +56,8 @@ def verdict_on(
         Judge here and now.
     """
     asked = {
-        "number": number, "answers": answers, "banned": state["banned"], "priors": state["priors"][:number],
+        "number": number, "answers": answers, "n_sites": n_expected(state), "banned": state["banned"],
+        "priors": state["priors"][:number],
         **{name: state["project"][name] for name in ("damping", "data")},
     }  # fmt: skip
     question = digest(canonical_json(asked).encode())
@@ -93,7 +94,7 @@ def _scores(folder: Path, asked: Mapping[str, Any]) -> dict[str, float]:
     held_out = HeldOut.of(Path(asked["data"]), network_file(folder, 1))
     answers = ((row, Posterior.load(folder / row["file"]), row["power"]) for row in asked["answers"])
     after, _ = round_of_factors(folder, state, number, answers)
-    n_sites, damping = max(1, n_expected(state)), asked["damping"]
+    n_sites, damping = max(1, asked["n_sites"]), asked["damping"]
     dampings = doubled(n_sites) if damping == "auto" else [damping or 1 / n_sites]
     data, device = held_out.prepare(folder / "cache"), choose_device("auto")
     before = network(folder, state, number)

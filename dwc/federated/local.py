@@ -55,18 +55,19 @@ def simulate(settings: SimulationSettings) -> None:
     if settings.out.exists() and any(settings.out.iterdir()):
         raise InputError(f"`out` {settings.out}: is not empty; give another folder")
     LabelMap.load(settings.label_map)
-    open_folder(settings.out)
     names = [f"site-{number}" for number in range(1, settings.sites + 1)]
+    project = Project(
+        "simulation", "localhost", names, settings.out / "origin" / "vi" / "posterior.safetensors",
+        rounds=settings.rounds, method=settings.method, damping=settings.damping, temper=settings.temper,
+        max_influence=settings.max_influence, training=settings.training(),
+    )  # fmt: skip
+    open_folder(settings.out)
     n_times = settings.rounds if settings.method == "dwc" else 1  # how often the sites get new scans
     manifests = [
         {name: _scans(settings, name, site, number) for site, name in enumerate(names)}
         for number in range(1, n_times + 1)
     ]
-    project = Project(
-        "simulation", "localhost", names, _first_prior(settings), rounds=settings.rounds, method=settings.method,
-        damping=settings.damping, temper=settings.temper, max_influence=settings.max_influence,
-        training=settings.training(),
-    )  # fmt: skip
+    _train_first(settings, project.prior.parent)
     books = settings.out / "books"
     cycle = Cycle.create(books / SERVER, project)
     _run_flare(settings, names, books, manifests)
@@ -95,20 +96,17 @@ def _scans(settings: SimulationSettings, name: str, site: int, number: int) -> P
     return write_site(folder, kinds[kind], settings.n_train, n_test, grid=grid, seed=seed)
 
 
-def _first_prior(settings: SimulationSettings) -> Path:
+def _train_first(settings: SimulationSettings, out: Path) -> None:
     """Train the organization's network, MAP and then variational, on scans that no site has."""
     grid = Grid(settings.grid_size, settings.voxel_size)
     kind = next(iter(load_sites()))
     data = write_site(settings.out / "scans" / "origin", kind, settings.n_train, 0, grid=grid, seed=settings.seed + 999)
     first = TrainSettings(
-        mode="map", data=data, out=settings.out / "origin" / "map", device="cpu", **settings.network(),
+        mode="map", data=data, out=out.with_name("map"), device="cpu", **settings.network(),
         **settings.training(),
     )  # fmt: skip
     train_network(replace(first, rho_lr=None))
-    train_network(
-        replace(first, mode="vi", init=first.out / "posterior.safetensors", out=settings.out / "origin" / "vi")
-    )
-    return settings.out / "origin" / "vi" / "posterior.safetensors"
+    train_network(replace(first, mode="vi", init=first.out / "posterior.safetensors", out=out))
 
 
 def _give_scans(settings: SimulationSettings, books: Path, manifests: dict[str, Path]) -> None:

@@ -109,12 +109,14 @@ def replaced(
     Banned sites' factors are taken out; all others stay. The second value goes into the state, with the verdict of the
     held-out scans, which has the damping.
     """
+    answers = list(answers)
     after, removed = round_of_factors(folder, state, number, answers)
     damping = verdict["damping"] if verdict else state["project"]["damping"] or 1 / max(1, n_expected(state))
     factors = after(damping)
     made = factors.posterior("consolidated")
-    change = made.distance(network(folder, state, number))
-    about: dict[str, Any] = {"factors": factors.sha256, "removed": removed, "damping": damping, "change": change}
+    about: dict[str, Any] = {"factors": factors.sha256, "removed": removed, "damping": damping}
+    if answers:  # a round in which all were left out says nothing about whether the network still changes
+        about["change"] = made.distance(network(folder, state, number))
     about |= {"cavities": {}, "starts": {}, **(verdict or {})}
     place = _place(folder, number, factors.sha256)
     (place / "cavities").mkdir(parents=True, exist_ok=True)

@@ -99,6 +99,7 @@ class Project(Settings):
         self._check_method()
         self._require("grace_hours", self.grace_hours >= 0, "give 0 or more")
         self._require("grace_hours", self.grace_hours <= 1e6, "give a million or less")
+        self._require("answer_timeout_s", self.answer_timeout_s <= 1e6, "give a million or less")
         self._require("certificate_years", self.certificate_years <= 1000, "give 1000 or less")
         self._require("port", 1 <= self.port <= 65535, "give 1 to 65535")
         self._require("organizer", "@" in self.organizer, "give an e-mail address")

@@ -91,6 +91,8 @@ def describe(state: Mapping[str, Any]) -> str:
     which = "result is"
     if open_round(state):
         which = f"round {number} of {project['rounds']} is open, from"
+    elif number <= project["rounds"]:
+        which = f"ended after round {number - 1}, whose change is below until ({project['until']:g}); result is"
     lines = [f"{project['name']}: {which} q{number - 1}.safetensors ({state['priors'][-1][:12]})"]
     lines += _changes(state)
     if since := quorum_since(state):
@@ -124,10 +126,14 @@ def open_round(state: Mapping[str, Any]) -> int | None:
 
 
 def last_round(state: Mapping[str, Any]) -> int:
-    """The round after which the cycle ends: the agreed number, or the first whose change is below `until`."""
+    """The round after which the cycle ends: the agreed number, or the first whose change is below `until`.
+
+    A round that has been answered goes on, also if `until` was raised since: its answers belong to no earlier one.
+    """
     until = state["project"]["until"]
+    begun = max((row["round"] for row in state["posteriors"]), default=0)
     for number, network in enumerate(state["networks"]):
-        if until is not None and network.get("change", until) < until:
+        if number >= begun and until is not None and network.get("change", until) < until:
             return number
     return state["project"]["rounds"]
 
@@ -214,9 +220,11 @@ def _changes(state: Mapping[str, Any]) -> list[str]:
     """How far each round of factors moved the network, and what the held-out scans say about it."""
     lines = []
     for number, made in enumerate(state["networks"]):
-        if "change" not in made:
+        if "factors" not in made:
             continue
-        line = f"round {number}: the network changed by {made['change']:.3g} sigma, damping {made['damping']:.3g}"
+        line = f"round {number}: no answer entered"
+        if "change" in made:
+            line = f"round {number}: the network changed by {made['change']:.3g} sigma, damping {made['damping']:.3g}"
         trial = _trial_of(made)
         lines.append(f"{line}; held-out scans: {trial}" if trial else line)
         if trial and trial.is_worse:

@@ -141,6 +141,7 @@ def test_damping_auto_is_chosen_on_the_organizations_scans_and_said(round_1, net
         (["--damping", "auto", "--data", "none.csv"], "none.csv"),
         (["--damping", "0.5", "--device", "cpu"], "--device cpu: is for --damping auto; give --data too"),
         (["--damping", "1.5"], "--damping 1.5: give a number above 0 and at most 1"),
+        (["--damping", "nan", "--data", "none.csv"], "--damping nan: give a number above 0 and at most 1"),
         (["--temper", "0.5"], "--temper 0.5: is for a consolidation without --state"),
         (["--out", "{state}"], "is the --state file"),
         (["--without", "nobody"], "nobody: has no factor here; give one of a, b"),

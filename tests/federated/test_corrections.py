@@ -171,6 +171,7 @@ def test_amend_and_prune_do_it_from_the_command_line(tmp_path, closed, capsys, m
     for words, message in (
         ([], "nothing to do: give project.yml, --drop, --reopen"),
         (["--drop", "west"], "--drop west: give a site and a round, as north/1"),
+        (["--drop", "west/" + 5000 * "9"], "give a site and a round, as north/1"),
         (["--reopen", "7"], "--reopen 7: "),
         (["--ban", "south"], "--ban south: is not a site"),
     ):

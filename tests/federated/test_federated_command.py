@@ -154,10 +154,12 @@ def test_a_site_that_joins_later_begins_no_second_cycle(project, capsys):
 
 def test_a_project_file_that_names_no_method_means_the_one_that_its_cycle_began_with(project, capsys):
     out, later = project / "unnamed", project / "unnamed.yml"
-    words = ["federated", "init", str(project / "project.yml"), "--out", str(out)]
+    first = {**AGREEMENT, "temper": 0.5}  # which is for method dwc
+    later.write_text(yaml.safe_dump(first))
+    words = ["federated", "init", str(later), "--out", str(out)]
     assert cli.main(words) == 0
-    later.write_text(yaml.safe_dump({**AGREEMENT, "sites": ["north", "east", "west"]}).replace("method: dwc\n", ""))
-    assert cli.main([*words[:2], str(later), *words[3:]]) == 0
+    later.write_text(yaml.safe_dump({**first, "sites": ["north", "east", "west"]}).replace("method: dwc\n", ""))
+    assert cli.main(words) == 0
     assert cli.main(["federated", "amend", str(out / "brains" / "prod_00" / "localhost"), str(later)]) == 0
     kit = folder_in(out / "brains" / "prod_01" / "west")
     assert method_of(kit) == "dwc"

@@ -82,6 +82,9 @@ def test_the_plan_says_what_is_measured_and_what_is_not():
     [
         (["--sites", "0"], "--sites 0: give a positive number"),
         (["--temper", "0"], "--temper 0.0: give a positive number"),
+        (["--temper", "0.5"], "--temper 0.5: is for --method dwc; use --damping"),
+        (["--damping", "1.5"], "--damping 1.5: give a number above 0 and at most 1"),
+        (["--method", "dwc", "--damping", "0.5"], "--damping 0.5: is for --method pvi"),
         (["--grid_size", "33"], "--grid-size 33: give a multiple of 32"),
         (["--plan_sites", "[0]"], "--plan-sites [0]"),
     ],

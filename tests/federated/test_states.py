@@ -186,6 +186,12 @@ class CycleMachine(RuleBasedStateMachine):
 class FactorsMachine(CycleMachine):
     method = "pvi"
 
+    @rule(until=st.sampled_from([None, 1e-9, 0.3, 1e9]))
+    def amend(self, until: float | None) -> None:
+        """The organizer changes when the rounds end."""
+        agreed = {**self.cycle.project, "prior": self.root / "prior.safetensors", "until": until}
+        self.may(lambda: self.cycle.amend(Project(**agreed)))
+
     def made_again(self, number: int, rows: list[dict]) -> str:
         """From the sites' factors of the round before, which are rebuilt from the beginning."""
         state = self.cycle.state
