@@ -71,7 +71,7 @@ def _asked(parameter: str, prefix: str, labels: Iterable[str], known: set[str]) 
     if unknown := asked - known:
         there = ", ".join(sorted(name.removeprefix(prefix) for name in known)[:10]) or "none"
         raise InputError(
-            f"`{parameter}` {min(unknown).removeprefix(prefix)}: there is no {min(unknown)}; choose of {there}"
+            f"`{parameter}` {min(unknown).removeprefix(prefix)}: there is no {min(unknown)}; choose from {there}"
             + (", ..." if len(known) > 10 else "")
         )
     return asked

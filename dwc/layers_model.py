@@ -129,11 +129,11 @@ def import_network(folder: str | Path, label_map: LabelMap, intensity: Scheme | 
     label_map : LabelMap
         What the network's classes are, in its order.
     intensity : str, optional
-        How the network was shown its scans. By default `quantile` if model.json asks for quantiles (`_normalize`),
+        How scans were scaled for the network. By default `quantile` if model.json asks for quantiles (`_normalize`),
         else `min_max`, as brainchop does.
     """
     path = Path(folder)
-    path = existing_file(path / MODEL if path.is_dir() else path)
+    path = existing_file(path if path.suffix == ".json" or path.is_file() else path / MODEL)
     text = _read(path, _MAX_JSON)
     model = _json(path, text)
     groups = _manifest(path, model)

@@ -19,7 +19,7 @@ from dwc.data.head import Region
 from dwc.posterior import Posterior
 from dwc.preprocessing import Preprocessing
 from dwc_kernels import FFGConv3d
-from dwc_kernels.network import drawn_weights
+from dwc_kernels.drawing import drawn_weights
 
 __all__ = ["DILATIONS", "Activation", "MeshNet", "checked_architecture", "describe"]
 

@@ -1,23 +1,12 @@
 """Variational 3D layers by local reparameterization, the op beneath them, and what works over whole networks."""
 
 from dwc_kernels.conversion import Conversion, conversion_report, convert, mean_names
+from dwc_kernels.drawing import Prediction, draw_weights, drawn_weights, predict, sampling, seed_noise
 from dwc_kernels.factorized import inverse_softplus
 from dwc_kernels.functional import ffg_conv3d, ffg_conv_transpose3d, ffg_linear
 from dwc_kernels.kl import gaussian_kl
 from dwc_kernels.module import FFGConv3d, FFGConvTranspose3d, FFGLinear
-from dwc_kernels.network import (
-    Prediction,
-    SigmaProjection,
-    draw_weights,
-    drawn_weights,
-    kl_loss,
-    parameter_groups,
-    predict,
-    sampling,
-    seed_noise,
-    set_prior,
-    set_sigma_fraction,
-)
+from dwc_kernels.network import SigmaProjection, kl_loss, parameter_groups, set_prior, set_sigma_fraction
 
 __version__ = "0.2.0"
 

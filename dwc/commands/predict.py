@@ -119,7 +119,7 @@ def _maps(words: Sequence[str]) -> tuple[tuple[Map, ...], list[Path]]:
         names = [name.strip().replace("-", "_") for name in word.strip("[]").split(",") if name.strip()]
         if word != "none" and not all(name in known for name in names):
             if not position:
-                raise InputError(f"`maps` {word}: choose of {', '.join(MAPS)}, or none")
+                raise InputError(f"`maps` {word}: choose from {', '.join(MAPS)}, or none")
             scans.append(Path(word))
         elif word != "none":
             maps += [known[name] for name in names]

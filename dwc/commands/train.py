@@ -1,6 +1,7 @@
 """`dwc train`, also `python -m dwc.train`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dwc.base.errors import InputError
@@ -30,10 +31,12 @@ def main(arguments: Sequence[str]) -> None:
     with ranks.joined():
         posterior = train_network(settings, resume=resume)
         if ranks.is_main():
-            print(_summary(posterior.name, posterior.metadata["training"]))
+            print(_summary(Path(posterior.name), posterior.metadata["training"]))
 
 
-def _summary(name: str, training: dict[str, Any]) -> str:
+def _summary(path: Path, training: dict[str, Any]) -> str:
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
     plateau = training["plateau_step"]
     began = "no plateau seen" if plateau is None else f"plateau from step {plateau}"
-    return f"{name}  (steps {training['steps']}, {began})"
+    return f"{path}  (steps {training['steps']}, {began})"

@@ -256,7 +256,7 @@ def test_each_kind_of_file_gets_results_on_its_own_voxels(network, site, tmp_pat
         (["EMPTY"], "empty: holds no scan"),
         (["x*.nii.gz"], "matches no scan"),
         (["COHORT", "--skip-existing", "--overwrite"], "--skip-existing keeps results and --overwrite replaces them"),
-        (["COHORT", "--maps", "entropie"], "--maps entropie: choose of entropy, mutual_information"),
+        (["COHORT", "--maps", "entropie"], "--maps entropie: choose from entropy, mutual_information"),
         (["TWICE/one/T1.nii.gz", "TWICE/two/T1.nii.gz"], "would all be written as"),
         (["none.nii.gz"], "none.nii.gz: no such file"),
     ],

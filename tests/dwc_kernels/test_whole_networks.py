@@ -133,7 +133,7 @@ def test_a_drawn_weight_is_mu_plus_sigma_times_the_noise_function_and_layers_dif
     assert abs(eps.mean()) < 0.02
     assert abs(eps.std() - 1) < 0.02
     # The documented function of (layer's seed, index): one seed reproduces all of it.
-    from dwc_kernels.network import _derived_seeds
+    from dwc_kernels.drawing import _derived_seeds
 
     torch.testing.assert_close(
         eps.view(200, 300), normal(many.weight_mu, _derived_seeds(7, 2, 0)[0]), rtol=0, atol=1e-3
