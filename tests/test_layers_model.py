@@ -198,6 +198,12 @@ def test_a_model_json_that_is_none_is_refused(tmp_path, text, words):
         import_network(tmp_path, COARSE)
 
 
+@pytest.mark.parametrize("given", ["none", "none/model.json"])
+def test_a_folder_that_is_not_there_is_refused_naming_the_model_json_that_is_looked_for(tmp_path, given):
+    with pytest.raises(InputError, match=f"^{tmp_path}/none/model.json: no such file; check the path$"):
+        import_network(tmp_path / given, COARSE)
+
+
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
     layers = layers_of("relu")
     tensors = tensors_of(layers)

@@ -137,7 +137,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     print_verdicts(dict(zip(map(str, values.sites), influences, strict=True)), powers, values.max_influence)
     warn(f"{out}: {name}: fp32 rounds {n} means by over 0.1 sigma" for name, n in posterior.coarse().items())
-    print(_table(consolidation.report()))
+    if rows := consolidation.report():  # a file that a site was taken out of has none
+        print(_table(rows))
     print(
         printable(
             f"{out}  ({consolidation.n_sites} sites, {posterior.metadata['n_volumes']} volumes, "

@@ -95,7 +95,10 @@ def test_the_results_are_a_bids_derivative(app, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["participant", "--participant-label", "07"], "--participant-label 07: there is no sub-07; choose from 01, 02"),
+        (
+            ["participant", "--participant-label", "07"],
+            "--participant-label 07: there is no sub-07; choose from 01, 02",
+        ),
         (["participant", "--session-label", "z"], "--session-label z: there is no ses-z; choose from a, b"),
         (["participant", "--participant-label", "04"], "bids/sub-04: holds no *_T1w image of what is asked for"),
         (["participants"], "level participants: choose participant or group"),

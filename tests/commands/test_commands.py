@@ -110,13 +110,18 @@ def test_train_without_data_says_what_to_give_and_how_to_see_it_run():
     assert "make demo" in error
 
 
+def test_train_prints_a_file_below_the_current_folder_by_its_relative_path(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *flags_of(replace(settings, epochs=1, out=Path("runs/map")))]) == 0
+    assert capsys.readouterr().out == "runs/map/posterior.safetensors  (steps 2, no plateau seen)\n"
+
+
 def test_flags_and_the_config_file_they_leave_give_the_same_run(settings, tmp_path):
     flags = flags_of(replace(settings, epochs=2, out=tmp_path / "flags"))
     code, out, error = dwc("train", *flags)
     assert code == 0, error
     assert out.startswith(str(tmp_path / "flags" / "posterior.safetensors"))
-    assert "loss=" in error
-    assert "dice=" in error
+    assert re.search(r"loss \d+\.\d{4}, held-out Dice \d\.\d{3} at step \d", error)
     config = tmp_path / "flags" / "config.yaml"
     assert cli.main(["train", "--config", str(config), "--out", str(tmp_path / "config")]) == 0
     first, second = (Posterior.load(tmp_path / name / "posterior.safetensors") for name in ("flags", "config"))

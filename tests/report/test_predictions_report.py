@@ -105,7 +105,7 @@ def test_each_scan_has_a_row_with_volumes_flags_and_reasons(report):
         ("12", "scans"), ("10", "pass"), ("1", "check"), ("1", "failed"), ("1", "with outlying volumes")
     ]  # fmt: skip
     assert page.count("<img ") == 11
-    assert "below, entropy (nats), which is bright from 0.76 on" in text(page)  # 0.6 of 255 steps of 0.005
+    assert "below, entropy (nats), brightest at 0.76 and above" in text(page)  # 0.6 of 255 steps of 0.005
     assert "label map two; networks abababababab; version 0.1.0" in page
 
 
