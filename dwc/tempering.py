@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dwc.base.errors import InputError
 from dwc.base.seeds import seed_of
 from dwc.consolidation import Consolidation
 from dwc.data.dataset import SubVolumes
@@ -99,7 +100,12 @@ def choose_temper(
             MeshNet.from_posterior(posterior), data, n_samples=n_samples, at_most=at_most, seed=seed, device=device
         )
         scores.append(TemperScore(temper, log_likelihood, dice))
-    return max(scores[1:], key=lambda score: score.log_likelihood).temper, scores
+    usable = [score for score in scores[1:] if math.isfinite(score.log_likelihood)]
+    if not usable:
+        raise InputError(
+            "`temper` auto: no lambda gives a network whose log-likelihood is finite; look at the sites' verdicts"
+        )
+    return max(usable, key=lambda score: score.log_likelihood).temper, scores
 
 
 def score_network(

@@ -349,3 +349,15 @@ def test_sites_that_learned_what_the_origin_forgot_are_trusted_and_sites_that_un
     chosen, scores = choice(-20)
     assert chosen == scores[1].temper
     assert "no lambda makes these scans more likely than the prior does" in format_scores(scores, chosen)
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_likelihood_that_is_no_number_is_never_chosen(settings, networks, monkeypatch, finite):
+    scores = iter([(-1.0, 0.5), (math.nan, 0.5), *[(-2.0 if finite else math.nan, 0.5)] * 20])
+    monkeypatch.setattr("dwc.tempering.score_network", lambda *_, **__: next(scores))
+    arguments = trained(networks), held_out(settings)
+    if finite:
+        assert choose_temper(*arguments, progress=False)[0] == temper_grid(2)[1]
+    else:
+        with pytest.raises(InputError, match="no lambda gives a network whose log-likelihood is finite"):
+            choose_temper(*arguments, progress=False)
