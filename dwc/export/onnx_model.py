@@ -1,5 +1,6 @@
 """A network at its means as an ONNX model, with what has to be known to use it in its metadata."""
 
+import importlib
 import json
 import warnings
 from pathlib import Path
@@ -17,6 +18,8 @@ __all__ = ["write_onnx"]
 
 def write_onnx(posterior: Posterior, path: Path, label_map: str | None = None) -> None:
     """Write an ONNX model: `image`, fp32 [N, 1, D, H, W], scaled, to `logits` [N, n_classes, D, H, W] of any size."""
+    for library in ("onnx", "onnxscript"):  # PyTorch may remember them from before
+        importlib.import_module(library)
     preprocessing = Preprocessing.of(posterior, label_map)
     example = torch.zeros(2, 1, 12, 10, 11)
     any_size = {0: Dim("batch"), 2: Dim("depth"), 3: Dim("height"), 4: Dim("width")}

@@ -83,16 +83,21 @@ def test_nobody_is_limited_in_silence_where_too_few_answered(place, capsys):
     assert "1 sites have no median" in capsys.readouterr().err
 
 
+_OF_ONE_ROUND = "is for a consolidation without --state; leave it out"
+_OF_SCANS = "is for --damping auto; give --data too"
+
+
 @pytest.mark.parametrize(
-    "words",
+    ("words", "message"),
     [
-        ("--validation-sub-volumes", "8"), ("--label-map", "coarse"), ("--cache-dir", "cache"), ("--device", "cpu"),
-        ("--data", "scans.csv"), ("--leave-one-out",), ("--temper", "0.5"),
+        (("--validation-sub-volumes", "8"), _OF_SCANS), (("--label-map", "coarse"), _OF_SCANS),
+        (("--cache-dir", "cache"), _OF_SCANS), (("--device", "cpu"), _OF_SCANS),
+        (("--leave-one-out",), _OF_ONE_ROUND), (("--temper", "0.5"), _OF_ONE_ROUND),
     ],
 )  # fmt: skip
-def test_options_of_another_consolidation_are_refused(place, capsys, words):
+def test_options_of_another_consolidation_are_refused(place, capsys, words, message):
     assert f"{words[0]} " in (said := refused(place, capsys, place.a, *words))
-    assert "is for a consolidation without --state; leave it out" in said
+    assert message in said
 
 
 @pytest.mark.parametrize("name", [".hidden", "two\nlines", "\x1b[31mred", "x" * 201])
