@@ -1,7 +1,8 @@
 """The networks of a study as a graph: their names, how they are made, and which networks they start from."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 __all__ = [
@@ -12,9 +13,9 @@ __all__ = [
 _TRAINED = ("map", "vi", "vcl", "finetune")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Network:
-    """A network of a study."""
+    """A network of a study; two are equal if all of their fields are, parents included."""
 
     name: str  # as in the paper, such as H->N
     mode: Literal[
@@ -23,10 +24,23 @@ class Network:
     ]  # fmt: skip
     site: str | None = None  # that it is trained on, or whose cavity it is; None for other computed ones
     # Prior and start, which may be one; for a computed network, the prior, the current network and the sites'.
-    parents: tuple["Network", ...] = ()
+    parents: tuple["Network", ...] = field(default=(), repr=False)
     stage: str = ""  # the setting that describes its training; by default the one named like its mode
     round: int = 0  # draws other cubes and noise in each round on the same scans
     damping: float = 1.0  # of factors
+    _digest: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Compared by a digest, since over many rounds the number of paths to an ancestor grows exponentially.
+        parents = [parent._digest for parent in self.parents]
+        content = repr((self.name, self.mode, self.site, self.stage, self.round, self.damping, parents))
+        object.__setattr__(self, "_digest", hashlib.sha256(content.encode()).hexdigest())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Network) and self._digest == other._digest
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
 
     @property
     def is_trained(self) -> bool:

@@ -16,7 +16,7 @@ from dwc.simulation.scans import load_sites, mixed_site
 from dwc.site_factors import Factors
 from dwc.study import beyond
 from dwc.study.context import Study
-from dwc.study.graph import variational, vcl
+from dwc.study.graph import variational, vcl, with_parents
 from dwc.study.networks import Networks
 from dwc.study.rounds import trajectory
 from dwc.study.rows import simulate_mixed
@@ -81,6 +81,18 @@ def test_rounds_compare_methods_that_share_their_first_training(run, tiny):
     dice = ["H", "sites", "A"]
     for method in ("tempered", "average", "factors"):  # one site's network, whatever the rule
         np.testing.assert_allclose(of_one.loc[method, dice].astype(float), of_one.loc["dwc", dice].astype(float))
+
+
+@pytest.mark.parametrize("method", ["dwc", "tempered", "average", "factors"])
+def test_the_networks_of_many_rounds_are_listed_once_each(method):
+    """Forty rounds have more paths through their graph than could be walked."""
+    q0, sites, rounds = variational("H"), ["S01", "S02", "S03"], 40
+    networks = with_parents([trajectory(method, q0, sites, rounds)[-1]])
+    computed = rounds + (3 * (rounds - 1) if method == "factors" else 0)
+    assert len(networks) == 2 + 3 * rounds + computed  # H's MAP network and its variational one
+    again = with_parents([trajectory(method, q0, sites, rounds)[-1]])
+    assert again == networks
+    assert len({*again, *networks}) == len(networks)
 
 
 def test_each_method_takes_its_prior_and_start_from_the_round_before(run, tiny):
