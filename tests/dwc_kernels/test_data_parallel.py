@@ -1,6 +1,8 @@
 """A converted network in DistributedDataParallel: two processes, each with half of the batch and noise of its own."""
 
 import copy
+import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,11 @@ def train_a_step(rank: int, folder: Path) -> None:
     found |= {f"{name} alone": gradient for name, gradient in gradients(alone).items()}
     contiguous = {name: tensor.contiguous() for name, tensor in found.items()}
     safetensors.torch.save_file(contiguous, folder / f"{rank}.safetensors")
+    dist.barrier()  # nobody leaves while another still needs it
+    del parallel
+    gc.collect()  # the replica ends before the group that its threads use
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo can abort while an interpreter ends
 
 
 def test_ranks_draw_noise_of_their_own_and_step_by_the_mean_of_their_gradients(tmp_path):
