@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from dwc.base.errors import InputError, printable
 from dwc.commands import rounds
@@ -22,48 +22,7 @@ _FOR_ROUNDS = {"damping": None, "cavities": None}
 
 def main(arguments: Sequence[str]) -> None:
     """Consolidate the given files, with one in memory at a time, and print each site's weight per layer."""
-    parser = new_parser("consolidate", "Consolidate the posteriors of several sites, trained from one prior (Eq. 17).")
-    parser.add_argument("sites", type=Path, nargs="*", help="posterior.safetensors of each site, or consolidated files")
-    parser.add_argument("--prior", type=Path, required=True, help="the posterior that every site started from")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
-    parser.add_argument(
-        "--earlier", type=Path, nargs="+", default=[], help="earlier priors, for sites that answered late"
-    )
-    parser.add_argument("--without", type=Path, nargs="+", default=[], help="sites to remove from consolidated files")
-    parser.add_argument(
-        "--temper", type=float | Literal["auto"], default=1.0,
-        help="lambda > 0 in prior^(1 - S lambda) prod_s q_s^lambda: 1 is Eq. 17, 1/S the geometric mean of S sites; "
-        "auto: the best on the organization's held-out scans, see --data",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max_influence", type=float | None, default=None,
-        help="limit each site's precision and pull on the means to this multiple of the median site's, with three "
-        "sites or more; a server's default is 3",
-    )  # fmt: skip
-    parser.add_argument(
-        "--trusted", type=Path | None, default=None,
-        help="folder of public keys: NAME.pem of each site, organizations/NAME.pem of who may sign consolidated files; "
-        "others are refused, and a key answers for one site",
-    )  # fmt: skip
-    parser.add_argument(
-        "--leave_one_out", type=bool, default=False, help="with --temper auto: also score the result without each site"
-    )
-    parser.add_argument(
-        "--data",
-        type=Path | None,
-        default=None,
-        help="for --temper auto and --damping auto: the organization's manifest",
-    )
-    parser.add_argument(
-        "--validation_sub_volumes", type=int, default=256, help="with --data: maximum number of sub-volumes"
-    )
-    parser.add_argument("--label_map", type=str | None, default=None, help="with --data: TSV, if the prior has its own")
-    parser.add_argument(
-        "--cache_dir", type=Path | None, default=None, help="folder for conformed scans; default beside --out"
-    )
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="with --data")
-    rounds.add_flags(parser)
-    values = parse(parser, arguments)
+    values = parse(_parser(), arguments)
     values.sites = values.sites or []
     if values.state is not None:
         of_one_round = {"temper": 1.0, "leave_one_out": False}
@@ -145,6 +104,50 @@ def main(arguments: Sequence[str]) -> None:
             f"lambda {consolidation.temper:g}, sha256 {posterior.sha256[:12]})"
         )
     )
+
+
+def _parser() -> ArgumentParser:
+    """The flags."""
+    parser = new_parser("consolidate", "Consolidate the posteriors of several sites, trained from one prior (Eq. 17).")
+    parser.add_argument("sites", type=Path, nargs="*", help="posterior.safetensors of each site, or consolidated files")
+    parser.add_argument("--prior", type=Path, required=True, help="the posterior that every site started from")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
+    parser.add_argument(
+        "--earlier", type=Path, nargs="+", default=[], help="earlier priors, for sites that answered late"
+    )
+    parser.add_argument("--without", type=Path, nargs="+", default=[], help="sites to remove from consolidated files")
+    parser.add_argument(
+        "--temper", type=float | Literal["auto"], default=1.0,
+        help="lambda > 0 in prior^(1 - S lambda) prod_s q_s^lambda: 1 is Eq. 17, 1/S the geometric mean of S sites; "
+        "auto: the best on the organization's held-out scans, see --data",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_influence", type=float | None, default=None,
+        help="limit each site's precision and pull on the means to this multiple of the median site's, with three "
+        "sites or more; a server's default is 3",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trusted", type=Path | None, default=None,
+        help="folder of public keys: NAME.pem of each site, organizations/NAME.pem of who may sign consolidated files; "
+        "others are refused, and a key answers for one site",
+    )  # fmt: skip
+    parser.add_argument(
+        "--leave_one_out", type=bool, default=False, help="with --temper auto: also score the result without each site"
+    )
+    parser.add_argument(
+        "--data", type=Path | None, default=None,
+        help="for --temper auto and --damping auto: the organization's manifest",
+    )  # fmt: skip
+    parser.add_argument(
+        "--validation_sub_volumes", type=int, default=256, help="with --data: maximum number of sub-volumes"
+    )
+    parser.add_argument("--label_map", type=str | None, default=None, help="with --data: TSV, if the prior has its own")
+    parser.add_argument(
+        "--cache_dir", type=Path | None, default=None, help="folder for conformed scans; default beside --out"
+    )
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="with --data")
+    rounds.add_flags(parser)
+    return parser
 
 
 def _refuse(values: Namespace, defaults: Mapping[str, Any], why: str) -> None:
