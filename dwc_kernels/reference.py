@@ -151,7 +151,7 @@ def forward(
     if not keep_r:  # no backward will follow
         return y, x.new_empty(0)
     r_layout = output_layout(x) if plain else torch.channels_last_3d
-    r = eps.div_(std).mul_(0.5)
+    r = torch.addcdiv(std.new_zeros(()), eps, std, value=0.5, out=eps)
     # A look at the values, which a GPU would have to be waited for.
     if std.device.type != "cpu" or (std.numel() and not std.amin() > 0):
         r.masked_fill_(std == 0, 0.0)
@@ -236,9 +236,12 @@ def _transposed(
 ) -> Tensor:
     """The adjoint of conv3d(. , weight) applied to g, or to g * times."""
     reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
-    if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0 or plain:
+    like = _placeholder(shape, g)
+    dense = dilation == (1, 1, 1) and groups == 1
+    direct = dense and winograd.onednn_wins(like, weight.shape, stride, padding, dilation, groups)
+    if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0 or plain or direct:
         g = g if times is None else g * times
-        return _derivative(0, g, _placeholder(shape, g), weight, stride, padding, dilation, groups)
+        return _derivative(0, g, like, weight, stride, padding, dilation, groups)
     # At stride 1 the adjoint is a convolution with the mirrored filter, inputs and outputs exchanged within a group.
     per_group = weight.unflatten(0, (groups, -1))  # [groups, F / groups, C / groups, kD, kH, kW]
     mirrored = native(per_group.transpose(1, 2).flatten(0, 1).flip(2, 3, 4))
@@ -266,6 +269,8 @@ def grad_weight(
     gradient is wanted.
     """
     working, shape = _working_dtype(x.dtype, x.device), weight_sigma.shape
+    if (g if transposed else x).shape[2] <= dilation[0] * (shape[2] - 1) and working == torch.bfloat16:
+        working = torch.float32  # oneDNN's bf16 sum reads memory that nobody wrote where no plane meets all taps
     geometry = (stride, padding, dilation, groups)
     dmu = dsigma = db_mu = db_sigma = weight_sigma.new_empty(0)
     if bias_sigma is not None:
@@ -287,11 +292,11 @@ def grad_weight(
         dmu, dsigma = unfolded.both_correlations(h, g, r, weight_sigma.to(working), stride, padding)
     elif both and wide and not tiled and stride == (1, 1, 1) and groups == 1:
         dmu, dvar = _correlate_both(a, b, a_times, b_times, shape, padding, dilation)
-        dsigma = dvar.mul_(weight_sigma).mul_(2.0)
+        dsigma = _times_twice(dvar, weight_sigma)
     else:
         dmu = _correlate(tiled, a, None, b, None, shape, *geometry) if wants_mu else dmu
         if wants_sigma:
-            dsigma = _correlate(tiled, a, a_times, b, b_times, shape, *geometry).mul_(weight_sigma).mul_(2.0)
+            dsigma = _times_twice(_correlate(tiled, a, a_times, b, b_times, shape, *geometry), weight_sigma)
     biased = bias_sigma is not None
     wanted = ((dmu, wants_mu), (dsigma, wants_sigma), (db_mu, wants_mu and biased), (db_sigma, wants_sigma and biased))
     out = (t.to(weight_sigma.dtype).contiguous() if want else weight_sigma.new_empty(0) for t, want in wanted)
@@ -327,6 +332,12 @@ def _correlate(
         return winograd.correlate(a, b, padding, dilation, a_times, b_times)
     a, b = (t if times is None else t * times for t, times in ((a, a_times), (b, b_times)))
     return _derivative(1, b, a, _placeholder(shape, a), stride, padding, dilation, groups)
+
+
+def _times_twice(dvar: Tensor, sigma: Tensor) -> Tensor:
+    """2 sigma * dvar, row-major, from a dvar that is overwritten."""
+    dvar = dvar.contiguous()
+    return torch.addcmul(dvar.new_zeros(()), dvar, sigma.to(dvar.dtype), value=2.0, out=dvar)
 
 
 def _placeholder(shape: torch.Size, like: Tensor) -> Tensor:
