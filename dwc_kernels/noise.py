@@ -181,7 +181,7 @@ def _row_major(like: Tensor, seed: Tensor | int) -> Tensor:
 
 
 def _channels_last(like: Tensor, seed: Tensor | int) -> Tensor:
-    """Noise of a channels_last_3d tensor in memory order: channels are neighbours, a group's lanes lie one row apart."""
+    """Noise of a channels_last_3d tensor in memory order: channels are neighbours, lanes of a group a row apart."""
     eps = torch.empty_like(like, dtype=torch.float32)
     n, channels = eps.shape[:2]
     rows = math.prod(eps.shape[2:]) // 4  # groups in one channel's volume

@@ -21,7 +21,7 @@ _BLOCK = 1 << 18  # weights squared at a time
 def suits(x: Tensor, weight: Tensor, dilation: Triple, groups: int, n_rows: int) -> bool:
     """Whether to convolve x [N, C, D, H, W] with weight [F, C, kD, kH, kW] here, to ``n_rows`` output voxels."""
     here = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    few = 0 < n_rows <= _ROWS and weight.numel() >= x.numel() + n_rows * len(weight)
+    few = 0 < n_rows <= _ROWS and weight.numel() >= x.numel() + n_rows * weight.shape[0]
     return here and few and groups == 1 and dilation == (1, 1, 1)
 
 
@@ -99,7 +99,7 @@ def _voxels(g: Tensor) -> Tensor:
 
 
 def _volume(rows: Tensor, x: Tensor, size: Triple) -> Tensor:
-    return rows.view(len(x), *size, -1).permute(0, 4, 1, 2, 3)
+    return rows.view(x.shape[0], *size, -1).permute(0, 4, 1, 2, 3)
 
 
 def _rows(x: Tensor, kernel: Triple, size: Triple, stride: Triple, padding: Triple) -> Tensor:
@@ -107,8 +107,8 @@ def _rows(x: Tensor, kernel: Triple, size: Triple, stride: Triple, padding: Trip
     (pd, ph, pw), (sd, sh, sw) = padding, stride
     x = torch.constant_pad_nd(x, (pw, pw, ph, ph, pd, pd)).contiguous()
     n, c, d, h, w = x.stride()
-    windows = x.as_strided((len(x), *size, x.shape[1], *kernel), (n, d * sd, h * sh, w * sw, c, d, h, w))
-    return windows.contiguous().view(len(x) * size[0] * size[1] * size[2], -1)
+    windows = x.as_strided((x.shape[0], *size, x.shape[1], *kernel), (n, d * sd, h * sh, w * sw, c, d, h, w))
+    return windows.contiguous().view(x.shape[0] * size[0] * size[1] * size[2], -1)
 
 
 def _fold(windows: Tensor, size: Triple, stride: Triple, padding: Triple) -> Tensor:
