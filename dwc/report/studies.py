@@ -108,7 +108,7 @@ def leave_one_out(tests: pd.DataFrame, columns: Sequence[str], path: Path) -> Pa
 
 
 def tempering(table: pd.DataFrame, origin: str, n_sites: int, path: Path) -> Path:
-    """Log-likelihood on the scans that choose lambda and Dice on the others; marks the lambda chosen."""
+    """Log-likelihood on the scans that choose lambda and Dice on the others; marks the lambdas chosen by any seed."""
     figure, (left, right) = _figure(2, width=5)
     prior, grid = table[table["lambda"] == 0].iloc[0], table[table["lambda"] > 0]
     left.plot(grid["lambda"], grid["log_likelihood"], color="black", marker="o", markersize=4)
@@ -118,10 +118,10 @@ def tempering(table: pd.DataFrame, origin: str, n_sites: int, path: Path) -> Pat
     for column, colour in _colours(grid).items():
         right.axhline(100 * prior[column], color=colour, linestyle="--", linewidth=0.8)
     _titled(right, "held-out scans (dashed: the prior)", _DICE)
-    chosen = grid[grid["chosen"]]["lambda"].iloc[0]
     for panel in (left, right):
         panel.set_xscale("log", base=2)
-        panel.axvline(chosen, color="grey", linewidth=5, alpha=0.25, label="chosen")
+        for k, chosen in enumerate(grid.loc[grid["chosen"] > 0, "lambda"]):
+            panel.axvline(chosen, color="grey", linewidth=5, alpha=0.25, label="" if k else "chosen")
         panel.set_xticks([1 / (4 * n_sites), 1 / n_sites, 0.5, 1, 2], ["1/4S", "1/S", "1/2", "1", "2"])
         panel.minorticks_off()
         panel.set_xlabel("λ")

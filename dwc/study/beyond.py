@@ -116,14 +116,15 @@ def tempering(study: Study, folder: Path) -> Result:
         network = consolidation.tempered(score.temper).posterior() if score.temper else consolidation.prior
         row = f"lambda {score.temper:.4g}"
         volumes.append(score_row(study, network, held_out, row))
+        if score.temper == chosen:
+            volumes.append(volumes[-1].assign(row="chosen"))
         rows.append(
             {"row": row, "lambda": score.temper, "log_likelihood": score.log_likelihood,
              "validation_dice": score.dice, "chosen": score.temper == chosen}
         )  # fmt: skip
     table, joined = join_rows(study, rows, volumes)
     pictures.tempering(table, settings.origin, len(settings.sites), folder / "tempering.png")
-    best = f"lambda {chosen:.4g}"
-    pairs = [(best, "lambda 0"), (best, "lambda 1"), ("lambda 1", "lambda 0")]
+    pairs = [("chosen", "lambda 0"), ("chosen", "lambda 1"), ("lambda 1", "lambda 0")]
     return table, joined, compare_rows(study.settings.training_sites, joined, pairs)
 
 

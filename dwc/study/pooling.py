@@ -76,7 +76,8 @@ def pool_beyond(study: str, folders: Sequence[Path], out: Path) -> pd.DataFrame:
     folders = _given(folders, out)
     config, seeds = _settings(folders, study)
     tables = [read_table(folder / study / "table.csv") for folder in folders]
-    names = tables[0].columns[[k for k, dtype in enumerate(tables[0].dtypes) if dtype.kind != "f"]]  # of a row
+    tables = [table.astype(dict.fromkeys(table.select_dtypes("bool"), float)) for table in tables]  # a share of seeds
+    names = tables[0].columns.drop(tables[0].select_dtypes("float"))  # of a row
     for folder, table in zip(folders, tables, strict=True):
         if list(table) != list(tables[0]) or not table[names].equals(tables[0][names]):
             raise InputError(f"{folder / study}: has other rows than {folders[0] / study}; finish both studies")
@@ -97,11 +98,23 @@ def pool_beyond(study: str, folders: Sequence[Path], out: Path) -> pd.DataFrame:
     tests["n_seeds"] = len(seeds)
     open_folder(out / study)
     write_study(out / study, config, {"table": mean, "table_sd": sd, "volumes": volumes, "tests": tests})
-    if study == "rounds":
-        pictures.rounds(mean, config["unseen"], out / study / "rounds.png")
+    _draw(study, config, mean, tests, out / study / f"{study}.png")
     print(f"Means over {len(seeds)} seeds\n{mean.to_string(index=False, float_format='%.4g', na_rep='-')}")
     print(f"\n{in_words(tests)}")
     return mean
+
+
+def _draw(study: str, config: Mapping[str, Any], table: pd.DataFrame, tests: pd.DataFrame, path: Path) -> None:
+    """The picture of a study beyond the paper, from means over seeds."""
+    match study:
+        case "rounds":
+            pictures.rounds(table, config["unseen"], path)
+        case "many-sites":
+            pictures.many_sites(table, config["origin"], config["unseen"], path)
+        case "tempering":
+            pictures.tempering(table, config["origin"], len(config["sites"]), path)
+        case "leave-one-out":
+            pictures.leave_one_out(tests, list(table.columns.drop(["row", "seconds"])), path)
 
 
 def _units(volumes: pd.DataFrame, config: Mapping[str, Any]) -> pd.DataFrame:
