@@ -70,8 +70,14 @@ def _study(rows: pd.DataFrame) -> pd.DataFrame:
     return table.fillna("")
 
 
+def _numbers(rows: pd.DataFrame) -> pd.DataFrame:
+    """All rows and columns, with two digits."""
+    return rows.map(lambda value: f"{value:.2g}")
+
+
 _KINDS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "asynchronous": _asynchronous,
+    "numbers": _numbers,
     "rounds": _rounds,
     "study": _study,
 }
