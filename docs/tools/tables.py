@@ -70,6 +70,17 @@ def _study(rows: pd.DataFrame) -> pd.DataFrame:
     return table.fillna("")
 
 
+def _classes(volumes: pd.DataFrame) -> pd.DataFrame:
+    """Mean Dice in % of each class on the sites: the start, then the first and last round of two rules."""
+    n_sites, last = (volumes["row"].str.split(", ").str[k].dropna().astype(int).max() for k in (0, 2))
+    rows = {"start": "0"} | {
+        f"{rule} {number}": f"{n_sites}, {rule}, {number}" for rule in ("tempered", "factors") for number in (1, last)
+    }
+    on_sites = volumes[volumes["column"] == "sites"].groupby("row")[list(volumes.filter(like="dice of "))].mean()
+    table = (100 * on_sites.loc[list(rows.values())]).T.map("{:.1f}".format).set_axis(list(rows), axis="columns")
+    return table.rename(lambda name: name.removeprefix("dice of ")).rename_axis("class").reset_index()
+
+
 def _numbers(rows: pd.DataFrame) -> pd.DataFrame:
     """All rows and columns, with two digits."""
     return rows.map(lambda value: f"{value:.2g}")
@@ -77,6 +88,7 @@ def _numbers(rows: pd.DataFrame) -> pd.DataFrame:
 
 _KINDS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "asynchronous": _asynchronous,
+    "classes": _classes,
     "numbers": _numbers,
     "rounds": _rounds,
     "study": _study,
