@@ -4,13 +4,15 @@ The real launcher runs, on a volume of a few voxels, up to the point where Trito
 what is known of the arguments are those of a call on the GPU.
 """
 
+import contextlib
+import io
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -26,7 +28,7 @@ from dwc_kernels.kernels import launch
 from dwc_kernels.kernels.chips import CHIPS, WARP
 from dwc_kernels.kernels.tiles import Problem, Tile
 
-__all__ = ["Compiled", "compile_kernel", "run_tool"]
+__all__ = ["Asked", "Compiled", "asked_of_triton", "compile_kernel", "run_tool"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -80,6 +82,15 @@ class Compiled:
         return max(1, min(by_registers, chip.shared // max(1, self.shared + 1024))) * self.tile.warps
 
 
+class Asked(NamedTuple):
+    """What a launcher's call asks Triton to compile."""
+
+    function: JITFunction
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]  # such as divisibility by 16
+
+
 class _Offline:
     """In place of Triton's driver: a device of the wanted chip, on which nothing can run."""
 
@@ -96,15 +107,13 @@ class _Offline:
         return TARGETS[self.arch]
 
 
-def launched(
-    problem: Problem, tile: Tile, arch: str, *, bias: bool = True
-) -> tuple[JITFunction, dict[str, str], dict[tuple[int, ...], Any], Any]:
-    """The kernel, signature, constants and attributes that Triton would compile for the launcher's call."""
-    seen: dict[str, tuple[JITFunction, dict[str, str], dict[tuple[int, ...], Any], Any]] = {}
+def asked_of_triton(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> Asked:
+    """What Triton would compile for the launcher's call."""
+    seen: dict[str, Asked] = {}
 
     def remember(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         found = fn.jit_function
-        seen[found.fn.__name__] = found, compile["signature"], compile["constants"], compile["configs"][0]
+        seen[found.fn.__name__] = Asked(found, compile["signature"], compile["constants"], compile["configs"][0])
         return True  # neither compile nor launch
 
     channels, filters = problem.channels, problem.columns
@@ -135,10 +144,13 @@ def launched(
 
 def compile_kernel(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> Compiled:
     """Compile one kernel for one chip."""
-    source = ASTSource(*launched(problem, tile, arch, bias=bias))
+    source = ASTSource(*asked_of_triton(problem, tile, arch, bias=bias))
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    compiled = triton.compile(source, target=TARGETS[arch], options=options)
-    return Compiled(problem.kind, arch, problem.dtype, tile, shared=compiled.metadata.shared, **_facts(compiled))
+    log = io.StringIO()
+    with mock.patch.object(knobs.nvidia, "dump_ptxas_log", True), contextlib.redirect_stdout(log):
+        compiled = triton.compile(source, target=TARGETS[arch], options=options)
+    facts = _assembler_facts(log.getvalue() or _assembled_again(compiled.asm["ptx"])) | _code_facts(compiled.asm)
+    return Compiled(problem.kind, arch, problem.dtype, tile, shared=compiled.metadata.shared, **facts)
 
 
 def run_tool(tool: str, *arguments: str) -> str:
@@ -148,30 +160,42 @@ def run_tool(tool: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def _facts(compiled: Any) -> dict[str, Any]:
-    """What ptxas says about the PTX, and what the disassembly of the cubin shows."""
+def _assembled_again(ptx: str) -> str:
+    """What ptxas says of a kernel that Triton found in its cache, called as Triton calls it."""
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    assembler = "ptxas-blackwell" if target.startswith("sm_1") else "ptxas"
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        ptx.write_text(compiled.asm["ptx"])
-        cubin.write_bytes(compiled.asm["cubin"])
-        target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
-        assembler = "ptxas-blackwell" if target.startswith("sm_1") else "ptxas"
-        # As Triton calls it.
-        said = run_tool(
-            assembler, "-v", "--regAllocOptLevel=2", f"--gpu-name={target}", str(ptx), "-o", str(Path(folder) / "out")
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        return run_tool(
+            assembler,
+            "-v",
+            "--regAllocOptLevel=2",
+            f"--gpu-name={target}",
+            str(path),
+            "-o",
+            str(path.with_suffix(".o")),
         )
-        sass = run_tool("nvdisasm", "-c", str(cubin))
-    used = re.search(r"Used (\d+) registers", said)
+
+
+def _assembler_facts(said: str) -> dict[str, Any]:
+    """Registers, stack and spills, as ptxas prints them."""
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    instructions, labels = _listing(sass)
     return {
-        "registers": int(used[1]),
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
         "stack": int(frame[1]),
         "spills": int(frame[2]) + int(frame[3]),
         "serialized": "wgmma.mma_async instructions are serialized" in said,
-        "code": {"ptx": compiled.asm["ptx"], "cubin": compiled.asm["cubin"], "sass": sass},
-        **_loop_facts(instructions, labels),
     }
+
+
+def _code_facts(code: Any) -> dict[str, Any]:
+    """The code itself, and what the disassembly of the cubin shows."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(code["cubin"])
+        sass = run_tool("nvdisasm", "-c", str(cubin))
+    return {"code": {"ptx": code["ptx"], "cubin": code["cubin"], "sass": sass}, **_loop_facts(*_listing(sass))}
 
 
 def _listing(sass: str) -> tuple[list[str], dict[str, int]]:

@@ -139,11 +139,14 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
             for unroll in unrolls
             if n % unroll == 0 and c < 2 * problem.channels + 16
         ]
+    # Noise of lines that are no multiple of four is drawn twice; with fp32 operands in registers besides, on sm_90.
+    crowded = problem.kind == "forward" and problem.dtype == "tf32" and problem.size[2] % 4 != 0
+    chunk = CHUNK // 2 if crowded and not (chip.warp_matrix or chip.tensor_memory) else CHUNK
     depths = (3, 2) if problem.kind == "grad_weight" else (4, 3, 2)
     found: list[Tile] = []
     for box, channels, unroll, warps in shapes:
         for wide, tail in columns:
-            tiles = (Tile(box, channels, unroll, wide, tail, CHUNK, warps, stages) for stages in depths)
+            tiles = (Tile(box, channels, unroll, wide, tail, chunk, warps, stages) for stages in depths)
             found += itertools.islice((t for t in tiles if fits(problem, t, chip)), 1)
     return found
 
