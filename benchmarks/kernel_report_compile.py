@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from dwc_kernels.kernels import launch
 from dwc_kernels.kernels.chips import CHIPS, WARP
 from dwc_kernels.kernels.tiles import Problem, Tile
 
-__all__ = ["Asked", "Compiled", "asked_of_triton", "compile_kernel", "run_tool"]
+__all__ = ["Asked", "Compiled", "asked_by", "asked_of_triton", "compile_kernel", "compiled_facts", "run_tool"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -107,8 +108,8 @@ class _Offline:
         return TARGETS[self.arch]
 
 
-def asked_of_triton(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> Asked:
-    """What Triton would compile for the launcher's call."""
+def asked_by(call: Callable[[], Any], kernel: str, arch: str, dtype: str) -> Asked:
+    """What Triton would compile of a kernel when a launcher is called."""
     seen: dict[str, Asked] = {}
 
     def remember(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
@@ -116,6 +117,19 @@ def asked_of_triton(problem: Problem, tile: Tile, arch: str, *, bias: bool = Tru
         seen[found.fn.__name__] = Asked(found, compile["signature"], compile["constants"], compile["configs"][0])
         return True  # neither compile nor launch
 
+    with (
+        mock.patch.object(launch, "chip_of", return_value=CHIPS[arch]),
+        mock.patch.object(launch, "operand_dtype", return_value=dtype),
+        mock.patch.object(launch, "why_not_triton", return_value=None),
+        mock.patch.object(knobs.runtime, "jit_cache_hook", remember),
+        mock.patch.object(driver, "_active", _Offline(arch)),
+    ):
+        call()
+    return seen[kernel]
+
+
+def asked_of_triton(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> Asked:
+    """What Triton would compile for a problem."""
     channels, filters = problem.channels, problem.columns
     if problem.kind == "grad_input":
         channels, filters = filters, channels
@@ -126,31 +140,28 @@ def asked_of_triton(problem: Problem, tile: Tile, arch: str, *, bias: bool = Tru
     weight = torch.zeros(filters, channels, *problem.kernel, dtype=dtype)
     biases = [torch.zeros(filters, dtype=dtype)] * 2 if bias else [None] * 2
     geometry: tuple[Any, ...] = (problem.stride, tuple(k // 2 for k in problem.kernel), (1, 1, 1), 1)
-    with (
-        mock.patch.object(launch, "chip_of", return_value=CHIPS[arch]),
-        mock.patch.object(launch, "operand_dtype", return_value=problem.dtype),
-        mock.patch.object(launch, "why_not_triton", return_value=None),
-        mock.patch.object(knobs.runtime, "jit_cache_hook", remember),
-        mock.patch.object(driver, "_active", _Offline(arch)),
-    ):
-        if problem.kind == "forward":
-            kernels.forward(x, weight, weight, *biases, *geometry, torch.tensor(0), tile=tile)
-        elif problem.kind == "grad_input":
-            kernels.grad_input(g, g, x, weight, weight, *geometry, tile=tile)
-        else:
-            kernels.grad_weight(g, g, x, weight, *geometry, bias_sigma=biases[0], tile=tile)
-    return seen[f"{problem.kind}_kernel"]
+    call: Callable[[], Any] = {
+        "forward": lambda: kernels.forward(x, weight, weight, *biases, *geometry, torch.tensor(0), tile=tile),
+        "grad_input": lambda: kernels.grad_input(g, g, x, weight, weight, *geometry, tile=tile),
+        "grad_weight": lambda: kernels.grad_weight(g, g, x, weight, *geometry, bias_sigma=biases[0], tile=tile),
+    }[problem.kind]
+    return asked_by(call, f"{problem.kind}_kernel", arch, problem.dtype)
 
 
 def compile_kernel(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> Compiled:
     """Compile one kernel for one chip."""
-    source = ASTSource(*asked_of_triton(problem, tile, arch, bias=bias))
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    log = io.StringIO()
+    asked = asked_of_triton(problem, tile, arch, bias=bias)
+    facts = compiled_facts(asked, arch, {"num_warps": tile.warps, "num_stages": tile.stages})
+    return Compiled(problem.kind, arch, problem.dtype, tile, **facts)
+
+
+def compiled_facts(asked: Asked, arch: str, options: dict[str, int]) -> dict[str, Any]:
+    """Compile what Triton is asked; what assembler and disassembly say of it, by the names of `Compiled`."""
+    source, log = ASTSource(*asked), io.StringIO()
     with mock.patch.object(knobs.nvidia, "dump_ptxas_log", True), contextlib.redirect_stdout(log):
         compiled = triton.compile(source, target=TARGETS[arch], options=options)
-    facts = _assembler_facts(log.getvalue() or _assembled_again(compiled.asm["ptx"])) | _code_facts(compiled.asm)
-    return Compiled(problem.kind, arch, problem.dtype, tile, shared=compiled.metadata.shared, **facts)
+    said = log.getvalue() or _assembled_again(compiled.asm["ptx"])
+    return {"shared": compiled.metadata.shared, **_assembler_facts(said), **_code_facts(compiled.asm)}
 
 
 def run_tool(tool: str, *arguments: str) -> str:

@@ -11,7 +11,7 @@ the same model with the instructions of the compiled loop in place of the estima
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dwc_kernels.geometry import Triple
@@ -139,16 +139,23 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
             for unroll in unrolls
             if n % unroll == 0 and c < 2 * problem.channels + 16
         ]
-    # Noise of lines that are no multiple of four is drawn twice; with fp32 operands in registers besides, on sm_90.
-    crowded = problem.kind == "forward" and problem.dtype == "tf32" and problem.size[2] % 4 != 0
-    chunk = CHUNK // 2 if crowded and not (chip.warp_matrix or chip.tensor_memory) else CHUNK
     depths = (3, 2) if problem.kind == "grad_weight" else (4, 3, 2)
     found: list[Tile] = []
     for box, channels, unroll, warps in shapes:
         for wide, tail in columns:
-            tiles = (Tile(box, channels, unroll, wide, tail, chunk, warps, stages) for stages in depths)
+            tiles = (Tile(box, channels, unroll, wide, tail, CHUNK, warps, stages) for stages in depths)
             found += itertools.islice((t for t in tiles if fits(problem, t, chip)), 1)
-    return found
+    return [finished(problem, tile, chip) for tile in found]
+
+
+def finished(problem: Problem, tile: Tile, chip: Chip) -> Tile:
+    """The tile with fewer columns finished at a time where more would spill.
+
+    Noise of lines that are no multiple of four is drawn twice, and takes registers that a full tile of fp32 lacks.
+    """
+    straddling = problem.kind == "forward" and problem.size[2] % 4 != 0
+    full = chip.arch == "sm_90" and registers(problem, tile, chip) > 0.9 * chip.holds
+    return replace(tile, chunk=CHUNK // 2) if straddling and full and problem.dtype == "tf32" else tile
 
 
 def fits(problem: Problem, tile: Tile, chip: Chip) -> bool:
