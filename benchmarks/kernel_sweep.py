@@ -123,8 +123,15 @@ def cases(
             found.setdefault((choose(problem, CHIPS[arch]), aligned), (problem, []))[1].append(edge)
         for (tile, _), (problem, edges) in found.items():
             every.append(Case(arch, shape, problem, tile, " ".join(map(str, edges))))
-    archs, most = MOST_ASKED
-    return sorted(every, key=lambda case: (case.problem.dtype not in most, case.arch not in archs))
+    return sorted(every, key=rank)
+
+
+def rank(case: Case) -> tuple[bool, ...]:
+    """What is asked most comes first; of the rest forwards come last, because they take longest to compile."""
+    archs, dtypes = MOST_ASKED
+    other_arch, other_dtype = case.arch not in archs, case.problem.dtype not in dtypes
+    other = other_arch or other_dtype
+    return other, other and case.problem.kind == "forward", other_dtype, other_arch
 
 
 def spelled(tile: Tile) -> str:

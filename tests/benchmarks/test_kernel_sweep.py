@@ -115,9 +115,11 @@ def test_a_source_is_one_set_of_types_constants_and_options():
 
 def test_what_is_asked_most_comes_first():
     ordered = cases(("sm_89", "sm_90"), ("fp16", "bf16"))
-    asked = [(case.problem.dtype == "bf16", case.arch == "sm_90") for case in ordered]
-    assert asked == sorted(asked, reverse=True)
+    most = [case.problem.dtype == "bf16" and case.arch == "sm_90" for case in ordered]
+    assert most == sorted(most, reverse=True)
     assert ordered[0].shape == (96, 96, 3)
+    forwards = [case.problem.kind == "forward" for case in ordered[sum(most) :]]
+    assert forwards == sorted(forwards)
 
 
 def test_a_kill_loses_no_finished_compilation(few_cases, tmp_path, monkeypatch):
