@@ -314,7 +314,7 @@ def _once(op: CustomOpDef, *arguments: Any) -> Any:
 
 
 class _Direct(torch.autograd.Function):
-    """The same derivative without the operators, whose calls cost more than a small convolution."""
+    """The same derivative without the operators, whose calls cost the host more than a small convolution."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -326,11 +326,11 @@ class _Direct(torch.autograd.Function):
 
 
 def _unobserved(arguments: tuple[Any, ...]) -> bool:
-    """Whether plain tensors on the CPU are computed with here and now, and nobody traces, counts or batches calls."""
+    """Whether plain tensors in memory are computed with here and now, and nobody traces, counts or batches calls."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         return False
     batched = torch._C._functorch.is_legacy_batchedtensor
-    return all(type(t) in _PLAIN and t.is_cpu and not batched(t) for t in arguments if isinstance(t, Tensor))
+    return all(type(t) in _PLAIN and not (t.is_meta or batched(t)) for t in arguments if isinstance(t, Tensor))
 
 
 def sample(*arguments: Any) -> Tensor:
