@@ -27,10 +27,16 @@ SAMPLE = [
 ]
 
 
-def test_every_chip_dtype_kernel_shape_and_size_is_a_case():
+@pytest.fixture(scope="module")
+def every_case():
+    """All cases; choosing their tiles takes seconds."""
+    return cases()
+
+
+def test_every_chip_dtype_kernel_shape_and_size_is_a_case(every_case):
     found = {
         (case.arch, case.problem.dtype, case.problem.kind, *case.shape, edge)
-        for case in cases()
+        for case in every_case
         for edge in case.edges.split()
     }
     n_shapes = len(kernel_sweep.shapes())
@@ -164,6 +170,19 @@ def test_the_committed_table_agrees_with_the_model_of_shared_memory():
     assert facts
     for fact in facts:
         assert 0 <= fact.shared - fact.shared_model <= BARRIERS, fact
+
+
+def test_the_committed_table_has_the_tiles_that_are_chosen_now_and_none_twice(every_case):
+    chosen = {
+        (case.arch, case.problem.dtype, case.problem.kind, *case.shape, case.edges, kernel_sweep.spelled(case.tile))
+        for case in every_case
+    }
+    committed = [
+        (fact.arch, fact.dtype, fact.kind, fact.channels, fact.filters, fact.kernel, fact.edges, fact.tile)
+        for fact in kernel_sweep.read(TABLE)
+    ]
+    assert set(committed) <= chosen, "the model of tiles has changed: run python -m benchmarks.kernel_sweep"
+    assert len(committed) == len(set(committed))
 
 
 @pytest.mark.sweep
