@@ -60,7 +60,21 @@ def _rounds(rows: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-_KINDS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {"asynchronous": _asynchronous, "rounds": _rounds}
+def _study(rows: pd.DataFrame) -> pd.DataFrame:
+    """All rows of a study beyond the paper; Dice in %."""
+    formats = {"S": "d", "lambda": ".3g", "log_likelihood": ".4f", "weight": ".2f", "seconds": ".2f", "chosen": ".2f"}
+    table = rows.drop(columns="sigma_ratio", errors="ignore")
+    for name in table.select_dtypes("number"):
+        scale, how = (1, formats[name]) if name in formats else (100, ".1f")
+        table[name] = [format(scale * value, how) if pd.notna(value) else "" for value in table[name]]
+    return table.fillna("")
+
+
+_KINDS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "asynchronous": _asynchronous,
+    "rounds": _rounds,
+    "study": _study,
+}
 
 
 def _as_markdown(table: pd.DataFrame) -> str:
