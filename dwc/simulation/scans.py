@@ -108,6 +108,7 @@ def write_site(
     seed: int = 0,
     anatomies: str | os.PathLike[str] | None = None,
     shared_by: Sequence[str] = (),
+    unlabelled: Sequence[int] = (),
 ) -> Path:
     """Write a simulated site's scans, labels and, last, the manifest, whose path is returned.
 
@@ -124,6 +125,8 @@ def write_site(
         its brain. If a site needs more scans than it has anatomies, some subjects are scanned and deformed repeatedly.
     shared_by : sequence of str
         Names of all sites that share the anatomies, including this one; by default those of `load_sites`.
+    unlabelled : sequence of int
+        Label ids that are 0, background, in the labels of training scans.
     """
     site, out_dir = site if isinstance(site, Site) else _known(site), Path(out_dir)
     if min(n_train, n_test, seed) < 0 or n_train + n_test < 1:
@@ -144,6 +147,8 @@ def write_site(
     for number, (subject, split, codes) in enumerate(heads):
         image, codes = simulate(codes, site, voxel_size=grid.voxel_size, seed=_seed(seed, site, number, 0))
         ids = label_map.to_ids(np.where(codes < _N_CLASSES, codes, 0))
+        if split == "train":
+            ids[np.isin(ids, unlabelled)] = 0
         names = [f"{site.name}-{number:03d}_{suffix}.nii.gz" for suffix in ("T1w", "dseg")]
         for name, voxels in zip(names, (image, ids.astype(np.int16)), strict=True):
             volume = nib.Nifti1Image(voxels, affine).to_bytes()
