@@ -153,6 +153,8 @@ def normal(like: Tensor, seed: Tensor | int) -> Tensor:
     """
     if isinstance(seed, Tensor) and seed.device.type == "cpu":
         seed = int(seed)
+    if like.numel() == 0:
+        return torch.empty_like(like, dtype=torch.float32)
     channels_last = like.dim() == 5 and like.stride(1) == 1 and math.prod(like.shape[2:]) % 4 == 0
     if channels_last and like.is_contiguous(memory_format=torch.channels_last_3d):
         return _channels_last(like, seed)
