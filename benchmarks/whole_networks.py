@@ -130,6 +130,7 @@ def compare(build: Callable[[], nn.Module], size: int, batch: int, seconds: floa
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="voxels along an axis")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="CPU seconds for each network")
@@ -137,8 +138,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = {
-        f"{name}, {size}^3": compare(build, size, arguments.batch, arguments.seconds)
-        for name, build in NETWORKS.items()
+        f"{name}, {size}^3": compare(NETWORKS[name], size, arguments.batch, arguments.seconds)
+        for name in arguments.networks
         for size in arguments.sizes
     }
     print(pd.DataFrame.from_dict(rows, orient="index").to_string(float_format="%.2f"))
