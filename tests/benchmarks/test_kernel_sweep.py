@@ -24,6 +24,7 @@ SAMPLE = [
     ("sm_80", "bf16", "grad_input", 96, 50, 1, 32),
     ("sm_90", "tf32", "forward", 96, 96, 3, 31),
     ("sm_120", "tf32", "grad_weight", 1, 96, 3, 32),
+    ("sm_80", "bf16", "grad_weight", 64, 64, 3, 32),
 ]
 
 
