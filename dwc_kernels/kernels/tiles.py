@@ -203,6 +203,11 @@ def shared_bytes(problem: Problem, tile: Tile, chip: Chip) -> int:
         return max(pipeline + extra, STACKED_ROWS * tile.wide * 4)  # the sums on their way out
     if not chip.warp_matrix:
         pipeline += column_bytes
+    if chip.arch == "sm_80":  # a thread copies 4 bytes at least; blocks of less pass through one buffer
+        sizes = (problem.itemsize, square_bytes(problem))
+        blocks = [columns * tile.channels * size for columns in (tile.wide, tile.tail) for size in sizes]
+        small = [block for block in blocks if block < 4 * WARP * tile.warps]
+        pipeline += max(small, default=0) - (tile.stages - 1) * tile.unroll * sum(small)
     if chip.tensor_memory and problem.itemsize == 2:
         pipeline += tile.rows * tile.channels * tile.unroll * problem.itemsize
     return pipeline
