@@ -4,13 +4,16 @@ The real launcher runs, on a volume of a few voxels, up to the point where Trito
 what is known of the arguments are those of a call on the GPU.
 """
 
+import contextlib
+import io
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -26,7 +29,7 @@ from dwc_kernels.kernels import launch
 from dwc_kernels.kernels.chips import CHIPS, WARP
 from dwc_kernels.kernels.tiles import Problem, Tile
 
-__all__ = ["Compiled", "compile_kernel", "run_tool"]
+__all__ = ["Asked", "Compiled", "asked_by", "asked_of_triton", "compile_kernel", "compiled_facts", "run_tool"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -80,6 +83,15 @@ class Compiled:
         return max(1, min(by_registers, chip.shared // max(1, self.shared + 1024))) * self.tile.warps
 
 
+class Asked(NamedTuple):
+    """What a launcher's call asks Triton to compile."""
+
+    function: JITFunction
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]  # such as divisibility by 16
+
+
 class _Offline:
     """In place of Triton's driver: a device of the wanted chip, on which nothing can run."""
 
@@ -96,17 +108,28 @@ class _Offline:
         return TARGETS[self.arch]
 
 
-def launched(
-    problem: Problem, tile: Tile, arch: str, *, bias: bool = True
-) -> tuple[JITFunction, dict[str, str], dict[tuple[int, ...], Any], Any]:
-    """The kernel, signature, constants and attributes that Triton would compile for the launcher's call."""
-    seen: dict[str, tuple[JITFunction, dict[str, str], dict[tuple[int, ...], Any], Any]] = {}
+def asked_by(call: Callable[[], Any], kernel: str, arch: str, dtype: str) -> Asked:
+    """What Triton would compile of a kernel when a launcher is called."""
+    seen: dict[str, Asked] = {}
 
     def remember(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         found = fn.jit_function
-        seen[found.fn.__name__] = found, compile["signature"], compile["constants"], compile["configs"][0]
+        seen[found.fn.__name__] = Asked(found, compile["signature"], compile["constants"], compile["configs"][0])
         return True  # neither compile nor launch
 
+    with (
+        mock.patch.object(launch, "chip_of", return_value=CHIPS[arch]),
+        mock.patch.object(launch, "operand_dtype", return_value=dtype),
+        mock.patch.object(launch, "why_not_triton", return_value=None),
+        mock.patch.object(knobs.runtime, "jit_cache_hook", remember),
+        mock.patch.object(driver, "_active", _Offline(arch)),
+    ):
+        call()
+    return seen[kernel]
+
+
+def asked_of_triton(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> Asked:
+    """What Triton would compile for a problem."""
     channels, filters = problem.channels, problem.columns
     if problem.kind == "grad_input":
         channels, filters = filters, channels
@@ -117,28 +140,28 @@ def launched(
     weight = torch.zeros(filters, channels, *problem.kernel, dtype=dtype)
     biases = [torch.zeros(filters, dtype=dtype)] * 2 if bias else [None] * 2
     geometry: tuple[Any, ...] = (problem.stride, tuple(k // 2 for k in problem.kernel), (1, 1, 1), 1)
-    with (
-        mock.patch.object(launch, "chip_of", return_value=CHIPS[arch]),
-        mock.patch.object(launch, "operand_dtype", return_value=problem.dtype),
-        mock.patch.object(launch, "why_not_triton", return_value=None),
-        mock.patch.object(knobs.runtime, "jit_cache_hook", remember),
-        mock.patch.object(driver, "_active", _Offline(arch)),
-    ):
-        if problem.kind == "forward":
-            kernels.forward(x, weight, weight, *biases, *geometry, torch.tensor(0), tile=tile)
-        elif problem.kind == "grad_input":
-            kernels.grad_input(g, g, x, weight, weight, *geometry, tile=tile)
-        else:
-            kernels.grad_weight(g, g, x, weight, *geometry, bias_sigma=biases[0], tile=tile)
-    return seen[f"{problem.kind}_kernel"]
+    call: Callable[[], Any] = {
+        "forward": lambda: kernels.forward(x, weight, weight, *biases, *geometry, torch.tensor(0), tile=tile),
+        "grad_input": lambda: kernels.grad_input(g, g, x, weight, weight, *geometry, tile=tile),
+        "grad_weight": lambda: kernels.grad_weight(g, g, x, weight, *geometry, bias_sigma=biases[0], tile=tile),
+    }[problem.kind]
+    return asked_by(call, f"{problem.kind}_kernel", arch, problem.dtype)
 
 
 def compile_kernel(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> Compiled:
     """Compile one kernel for one chip."""
-    source = ASTSource(*launched(problem, tile, arch, bias=bias))
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    compiled = triton.compile(source, target=TARGETS[arch], options=options)
-    return Compiled(problem.kind, arch, problem.dtype, tile, shared=compiled.metadata.shared, **_facts(compiled))
+    asked = asked_of_triton(problem, tile, arch, bias=bias)
+    facts = compiled_facts(asked, arch, {"num_warps": tile.warps, "num_stages": tile.stages})
+    return Compiled(problem.kind, arch, problem.dtype, tile, **facts)
+
+
+def compiled_facts(asked: Asked, arch: str, options: dict[str, int]) -> dict[str, Any]:
+    """Compile what Triton is asked; what assembler and disassembly say of it, by the names of `Compiled`."""
+    source, log = ASTSource(*asked), io.StringIO()
+    with mock.patch.object(knobs.nvidia, "dump_ptxas_log", True), contextlib.redirect_stdout(log):
+        compiled = triton.compile(source, target=TARGETS[arch], options=options)
+    said = log.getvalue() or _assembled_again(compiled.asm["ptx"])
+    return {"shared": compiled.metadata.shared, **_assembler_facts(said), **_code_facts(compiled.asm)}
 
 
 def run_tool(tool: str, *arguments: str) -> str:
@@ -148,30 +171,42 @@ def run_tool(tool: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def _facts(compiled: Any) -> dict[str, Any]:
-    """What ptxas says about the PTX, and what the disassembly of the cubin shows."""
+def _assembled_again(ptx: str) -> str:
+    """What ptxas says of a kernel that Triton found in its cache, called as Triton calls it."""
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    assembler = "ptxas-blackwell" if target.startswith("sm_1") else "ptxas"
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        ptx.write_text(compiled.asm["ptx"])
-        cubin.write_bytes(compiled.asm["cubin"])
-        target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
-        assembler = "ptxas-blackwell" if target.startswith("sm_1") else "ptxas"
-        # As Triton calls it.
-        said = run_tool(
-            assembler, "-v", "--regAllocOptLevel=2", f"--gpu-name={target}", str(ptx), "-o", str(Path(folder) / "out")
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        return run_tool(
+            assembler,
+            "-v",
+            "--regAllocOptLevel=2",
+            f"--gpu-name={target}",
+            str(path),
+            "-o",
+            str(path.with_suffix(".o")),
         )
-        sass = run_tool("nvdisasm", "-c", str(cubin))
-    used = re.search(r"Used (\d+) registers", said)
+
+
+def _assembler_facts(said: str) -> dict[str, Any]:
+    """Registers, stack and spills, as ptxas prints them."""
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    instructions, labels = _listing(sass)
     return {
-        "registers": int(used[1]),
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
         "stack": int(frame[1]),
         "spills": int(frame[2]) + int(frame[3]),
         "serialized": "wgmma.mma_async instructions are serialized" in said,
-        "code": {"ptx": compiled.asm["ptx"], "cubin": compiled.asm["cubin"], "sass": sass},
-        **_loop_facts(instructions, labels),
     }
+
+
+def _code_facts(code: Any) -> dict[str, Any]:
+    """The code itself, and what the disassembly of the cubin shows."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(code["cubin"])
+        sass = run_tool("nvdisasm", "-c", str(cubin))
+    return {"code": {"ptx": code["ptx"], "cubin": code["cubin"], "sass": sass}, **_loop_facts(*_listing(sass))}
 
 
 def _listing(sass: str) -> tuple[list[str], dict[str, int]]:

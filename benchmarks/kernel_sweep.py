@@ -3,9 +3,9 @@
     python -m benchmarks.kernel_sweep [--out docs/results/kernels] [--arch sm_90 ...] [--dtype bf16 ...]
         [--kind forward ...]
 
-Sizes reach the kernels as arguments, so shapes that take the same tile share one compilation. Each finished compilation
-is at once a row of ``sweep.csv``, with a hash of the kernels' source and of the compiler's version; called again, the
-command compiles only what is missing.
+Sizes reach the kernels as arguments, so volumes that take the same tile are one case, and cases that ask the same of
+the compiler share one compilation. Each finished case is at once a row of ``sweep.csv``, with a hash of all that the
+compiler is given; called again, the command compiles only what is missing, what is asked most first.
 """
 
 import argparse
@@ -15,33 +15,45 @@ import io
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 from triton.runtime import JITFunction
 
-from benchmarks.kernel_report_compile import compile_kernel, run_tool
+from benchmarks.kernel_report_compile import asked_of_triton, compile_kernel, run_tool
 from dwc.base.files import write_whole
 from dwc_kernels.kernels.chips import CHIPS
 from dwc_kernels.kernels.tiles import KINDS, Problem, Tile, choose, problem_of, shared_bytes
 
-__all__ = ["Fact", "cases", "main", "summary"]
+__all__ = ["Case", "Fact", "cases", "main", "summary"]
 
 ARCHITECTURES = ("sm_90", "sm_80", "sm_89", "sm_100", "sm_120")
 DTYPES = ("bf16", "tf32", "fp16")
+MOST_ASKED = {"sm_90", "sm_80"}, {"bf16", "tf32"}
 WIDTHS = (96, 21, 256, 30, 64, 16, 32)  # channels and filters
 EDGES = (32, 31, 45, 182)  # voxels along each edge of a volume
 KERNELS = (3, 1, 5)
 
 
+class Case(NamedTuple):
+    """A kernel of a layer on a chip, for all volumes that take its tile."""
+
+    arch: str
+    shape: tuple[int, int, int]  # channels, filters, kernel size
+    problem: Problem  # of one of the volumes
+    tile: Tile
+    edges: str
+
+
 @dataclass(frozen=True)
 class Fact:
-    """One compilation: what was asked, and what the compiler says."""
+    """One case: what was asked, and what the compiler says."""
 
-    source: str  # hash of the kernels' source and of the compiler's version
+    source: str  # hash of what the compiler is given
     arch: str
     dtype: str
     kind: str
@@ -62,8 +74,7 @@ class Fact:
 
     @property
     def key(self) -> tuple[str, ...]:
-        return self.source, self.arch, self.dtype, self.kind, str(self.channels), str(self.filters), str(self.kernel), \
-            self.tile, self.edges  # fmt: skip
+        return self.source, *map(str, (self.channels, self.filters, self.kernel)), self.tile, self.edges
 
 
 def compiler() -> str:
@@ -72,11 +83,23 @@ def compiler() -> str:
 
 
 @cache
-def source_hash(kind: str) -> str:
-    """A hash of a kernel's device code and of what compiles it; tiles are part of each row."""
+def device_code(kind: str) -> str:
+    """A kernel's device code and what compiles it."""
     modules = (sys.modules[f"dwc_kernels.kernels.{name}"] for name in ("products", "noise", kind))
     functions = (f for module in modules for f in vars(module).values() if isinstance(f, JITFunction))
-    return hashlib.sha256("".join([compiler(), *sorted({f.src for f in functions})]).encode()).hexdigest()[:12]
+    return "".join([compiler(), *sorted({f.src for f in functions})])
+
+
+@cache
+def source_hash(case: Case) -> str:
+    """A hash of all that the compiler is given for a case: cases with the same one are the same machine code."""
+    asked = asked_of_triton(case.problem, case.tile, case.arch)
+    constants = {place: str(value) for place, value in asked.constants.items()}
+    given = (
+        device_code(case.problem.kind), case.arch, asked.signature, constants, asked.attributes,
+        case.tile.warps, case.tile.stages,
+    )  # fmt: skip
+    return hashlib.sha256(repr(given).encode()).hexdigest()[:12]
 
 
 def shapes() -> list[tuple[int, int, int]]:
@@ -87,8 +110,9 @@ def shapes() -> list[tuple[int, int, int]]:
 
 def cases(
     architectures: Iterable[str] = ARCHITECTURES, dtypes: Iterable[str] = DTYPES, kinds: Iterable[str] = KINDS
-) -> Iterator[tuple[str, tuple[int, int, int], Problem, Tile, str]]:
-    """Arch, shape, problem, tile and the edges that share them, each compilation once."""
+) -> list[Case]:
+    """Every case once, what is asked most first."""
+    every = []
     for shape, arch, dtype, kind in itertools.product(shapes(), architectures, dtypes, kinds):
         channels, filters, kernel = shape
         found: dict[tuple[Tile, bool], tuple[Problem, list[int]]] = {}
@@ -98,7 +122,16 @@ def cases(
             aligned = kind != "forward" or edge % 4 == 0  # only the forward's noise asks
             found.setdefault((choose(problem, CHIPS[arch]), aligned), (problem, []))[1].append(edge)
         for (tile, _), (problem, edges) in found.items():
-            yield arch, shape, problem, tile, " ".join(map(str, edges))
+            every.append(Case(arch, shape, problem, tile, " ".join(map(str, edges))))
+    return sorted(every, key=rank)
+
+
+def rank(case: Case) -> tuple[bool, ...]:
+    """What is asked most comes first; of the rest forwards come last, because they take longest to compile."""
+    archs, dtypes = MOST_ASKED
+    other_arch, other_dtype = case.arch not in archs, case.problem.dtype not in dtypes
+    other = other_arch or other_dtype
+    return other, other and case.problem.kind == "forward", other_dtype, other_arch
 
 
 def spelled(tile: Tile) -> str:
@@ -107,13 +140,22 @@ def spelled(tile: Tile) -> str:
     return f"{box}_k{tile.channels}x{tile.unroll}_n{tile.wide}+{tile.tail}_c{tile.chunk}_w{tile.warps}_s{tile.stages}"
 
 
-def compiled(arch: str, shape: tuple[int, int, int], problem: Problem, tile: Tile, edges: str) -> Fact:
+def compiled(case: Case) -> Fact:
     """Compile one case."""
-    c = compile_kernel(problem, tile, arch)
+    problem, c = case.problem, compile_kernel(case.problem, case.tile, case.arch)
     return Fact(
-        source_hash(problem.kind), arch, problem.dtype, problem.kind, *shape, edges, spelled(tile),
+        source_hash(case), case.arch, problem.dtype, problem.kind, *case.shape, case.edges, spelled(case.tile),
         c.registers, c.spills, c.stack, c.local, int(c.serialized), c.full_waits, c.barriers,
-        c.shared, shared_bytes(problem, tile, CHIPS[arch]),
+        c.shared, shared_bytes(problem, case.tile, CHIPS[case.arch]),
+    )  # fmt: skip
+
+
+def same_code(fact: Fact, case: Case) -> Fact:
+    """The row of a case whose machine code is that of a fact."""
+    channels, filters, kernel = case.shape
+    return replace(
+        fact, channels=channels, filters=filters, kernel=kernel, edges=case.edges, tile=spelled(case.tile),
+        shared_model=shared_bytes(case.problem, case.tile, CHIPS[case.arch]),
     )  # fmt: skip
 
 
@@ -127,11 +169,9 @@ def read(path: Path) -> list[Fact]:
     return [Fact(**{name: int(v) if kinds[name] is int else v for name, v in row.items()}) for row in rows]
 
 
-def asked(case: tuple[str, tuple[int, int, int], Problem, Tile, str]) -> tuple[str, ...]:
+def key_of(case: Case) -> tuple[str, ...]:
     """The `Fact.key` of a case."""
-    arch, shape, problem, tile, edges = case
-    source = source_hash(problem.kind)
-    return source, arch, problem.dtype, problem.kind, *map(str, shape), spelled(tile), edges
+    return source_hash(case), *map(str, case.shape), spelled(case.tile), case.edges
 
 
 def as_csv(facts: list[Fact]) -> str:
@@ -144,13 +184,17 @@ def as_csv(facts: list[Fact]) -> str:
 
 
 def summary(facts: list[Fact], total: int) -> str:
-    """How many of all compilations are done, and a Markdown table: per chip, dtype and kernel, which of them spill."""
-    lines = [f"{len(facts)} of {total} compilations.", ""]
-    lines += ["| chip | dtype | kernel | compiled | spill | most bytes | which spill |", "| --- " * 7 + "|"]
+    """How many of all cases are done, and a Markdown table: per chip, dtype and kernel, which of them spill."""
+    n_compiled = len({fact.source for fact in facts})
+    lines = [f"{len(facts)} of {total} cases, in {n_compiled} compilations.", ""]
+    lines += ["| chip | dtype | kernel | cases | spill | most bytes | which spill |", "| --- " * 7 + "|"]
     groups: dict[tuple[str, str, str], list[Fact]] = {}
     for fact in facts:
         groups.setdefault((fact.arch, fact.dtype, fact.kind), []).append(fact)
-    for (arch, dtype, kind), group in groups.items():
+    for arch, dtype, kind in itertools.product(ARCHITECTURES, DTYPES, KINDS):
+        if (arch, dtype, kind) not in groups:
+            continue
+        group = groups[arch, dtype, kind]
         spilling = sorted((f for f in group if f.spills or f.local), key=lambda f: -f.spills)
         named = ", ".join(f"{f.channels}->{f.filters} k{f.kernel} ({f.edges}): {f.spills}" for f in spilling[:4])
         named += ", ..." if len(spilling) > 4 else ""
@@ -170,18 +214,22 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it")
     options.out.mkdir(parents=True, exist_ok=True)
-    path, every = options.out / "sweep.csv", set(map(asked, cases()))
+    path, every = options.out / "sweep.csv", set(map(key_of, cases()))
     facts = [fact for fact in read(path) if fact.key in every]
     write_whole(path, as_csv(facts).encode())
-    known = {fact.key for fact in facts}
+    done, codes = {fact.key for fact in facts}, {fact.source: fact for fact in facts}
     try:
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, [f.name for f in fields(Fact)], lineterminator="\n")
             for case in cases(options.arch, options.dtype, options.kind):
-                if asked(case) not in known:
-                    facts.append(compiled(*case))
-                    writer.writerow(asdict(facts[-1]))
-                    file.flush()
+                if key_of(case) in done:
+                    continue
+                known = codes.get(source_hash(case))
+                fact = compiled(case) if known is None else same_code(known, case)
+                codes[fact.source] = fact
+                facts.append(fact)
+                writer.writerow(asdict(fact))
+                file.flush()
     finally:  # also for what Ctrl-C leaves
         table = summary(facts, len(every))
         print(table)

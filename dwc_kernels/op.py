@@ -122,9 +122,10 @@ def ffg_conv3d_grad_weight(
 
 
 @custom_op("dwc::ffg_conv3d_grad_bias", mutates_args=())
-def ffg_conv3d_grad_bias(g: Tensor, r: Tensor, bias_sigma: Tensor) -> tuple[Tensor, Tensor]:
+def ffg_conv3d_grad_bias(g: Tensor, r: Tensor, bias_sigma: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Return dL/dmu and dL/dsigma of the biases alone, for layers whose weights are frozen."""
-    return reference.grad_bias(g, r, bias_sigma)
+    with _as_given(g):
+        return _implementation(backend).grad_bias(g, r, bias_sigma)
 
 
 @ffg_conv3d.register_fake
@@ -199,7 +200,7 @@ def _(
 
 
 @ffg_conv3d_grad_bias.register_fake
-def _(g: Tensor, r: Tensor, bias_sigma: Tensor) -> tuple[Tensor, Tensor]:
+def _(g: Tensor, r: Tensor, bias_sigma: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(bias_sigma), torch.empty_like(bias_sigma)
 
 
@@ -234,7 +235,7 @@ def _backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         arguments = (*ctx.geometry, ctx.backend, biases, wants_mu, wants_sigma, ctx.transposed)
         dmu, dsigma, db_mu, db_sigma = _once(ffg_conv3d_grad_weight, g, r, x, weight_sigma, *arguments)
     elif biases is not None:
-        db_mu, db_sigma = _once(ffg_conv3d_grad_bias, g, r, bias_sigma)
+        db_mu, db_sigma = _once(ffg_conv3d_grad_bias, g, r, bias_sigma, ctx.backend)
     every = (dx, dmu, dsigma, db_mu, db_sigma)
     return *(t if wanted else None for t, wanted in zip(every, ctx.needs_input_grad, strict=False)), *[None] * 8
 
@@ -313,7 +314,7 @@ def _once(op: CustomOpDef, *arguments: Any) -> Any:
 
 
 class _Direct(torch.autograd.Function):
-    """The same derivative without the operators, whose calls cost more than a small convolution."""
+    """The same derivative without the operators, whose calls cost the host more than a small convolution."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -325,11 +326,11 @@ class _Direct(torch.autograd.Function):
 
 
 def _unobserved(arguments: tuple[Any, ...]) -> bool:
-    """Whether plain tensors on the CPU are computed with here and now, and nobody traces, counts or batches calls."""
+    """Whether plain tensors in memory are computed with here and now, and nobody traces, counts or batches calls."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         return False
     batched = torch._C._functorch.is_legacy_batchedtensor
-    return all(type(t) in _PLAIN and t.is_cpu and not batched(t) for t in arguments if isinstance(t, Tensor))
+    return all(type(t) in _PLAIN and not (t.is_meta or batched(t)) for t in arguments if isinstance(t, Tensor))
 
 
 def sample(*arguments: Any) -> Tensor:

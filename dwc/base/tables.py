@@ -16,7 +16,7 @@ from dwc.base.files import write_whole
 
 __all__ = ["as_csv", "read_settings", "read_table", "write_table"]
 
-_WORDS = {"subject": str, "site": str, "image": str}
+_WORDS = dict.fromkeys(("row", "against", "subject", "site", "image"), str)
 
 
 def write_table(path: Path, table: pd.DataFrame, *, index: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,10 +16,16 @@ __all__ = ["leave_one_out", "many_sites", "rounds", "tempering"]
 
 _DICE = "mean Dice, %"
 _RULES = {"1": ("C3", "Eq. 17 (λ = 1)"), "1/S": ("C0", "geometric mean (λ = 1/S)"), "chosen": ("C2", "λ chosen by {}")}
-_METHODS = {
-    "dwc": "Eq. 17 again and again", "tempered": "Eq. 17, λ = 1/S", "average": "federated averaging",
-    "factors": "cavities, damping 1/S",
-}  # fmt: skip
+_METHODS: dict[str, dict[str, Any]] = {
+    "dwc": {"color": "C3", "linestyle": "-", "label": "Eq. 17 again and again"},
+    "tempered": {"color": "C1", "linestyle": "-", "label": "Eq. 17, λ = 1/S"},
+    "average": {"color": "C2", "linestyle": "-", "label": "federated averaging"},
+    "factors": {"color": "C0", "linestyle": "-", "label": "cavities, damping 1/S"},
+    "chain": {"color": "C4", "linestyle": "", "marker": "D", "label": "one site after another"},
+    "ensemble": {"color": "C5", "linestyle": "", "marker": "^", "label": "ensemble of the sites"},
+    "finetuned": {"color": "C6", "linestyle": "", "marker": "o", "label": "Eq. 17 and fine-tuning"},
+    "pooled": {"color": "black", "linestyle": ":", "marker": "s", "label": "pooled scans, as many steps"},
+}
 _NO_DICE = ("row", "lambda", "log_likelihood", "validation_dice", "chosen")
 
 
@@ -49,26 +56,31 @@ def many_sites(table: pd.DataFrame, origin: str, unseen: Sequence[str], path: Pa
     return save(figure, path)
 
 
-def rounds(table: pd.DataFrame, origin: str, path: Path) -> Path:
-    """Dice and negative log-likelihood on the sites' held-out scans against the round, a line per method.
+def rounds(table: pd.DataFrame, unseen: Sequence[str], path: Path) -> Path:
+    """Dice and negative log-likelihood against the round: a line per method, markers for other rows.
 
-    Solid lines are the sites, dashed ones the origin; a column of panels for each number of sites.
+    A column of panels for each number of sites and for the sites' held-out scans and each unseen site. Where Eq. 17
+    collapses, its line leaves the panels, which show the range of all other rows.
     """
+    columns = ("sites", *unseen)
     counts = sorted(table.loc[table["S"] > 0, "S"].unique())
-    figure = Figure(figsize=(4 * len(counts), 6), layout="constrained")
+    figure = Figure(figsize=(3.8 * len(counts) * len(columns), 6.5), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(2, len(counts), squeeze=False, sharex=True, sharey="row")
+    grid = figure.subplots(2, len(counts) * len(columns), squeeze=False, sharex=True)
     start = table[table["S"] == 0]
-    for panels, n_sites in zip(grid.T, counts, strict=True):
-        for k, (method, part) in enumerate(table[table["S"] == n_sites].groupby("method", sort=False)):
-            part = pd.concat([start, part])
-            for column, style in (("sites", "-"), (origin, "--")):
-                label = _METHODS[str(method)] if column == "sites" else None
-                panels[0].plot(part["round"], 100 * part[column], style, color=f"C{k}", label=label)
-                panels[1].plot(part["round"], part[f"nll {column}"], style, color=f"C{k}")
-        _titled(panels[0], f"{n_sites} sites", _DICE)
+    for place, panels in enumerate(grid.T):
+        n_sites, column = counts[place // len(columns)], columns[place % len(columns)]
+        ours = pd.concat([start, table[table["S"] == n_sites]])
+        for panel, value, scale in zip(panels, (column, f"nll {column}"), (100, 1), strict=True):
+            for method, style in _METHODS.items():
+                part = ours[ours["method"].isin([method, "start"] if style["linestyle"] == "-" else [method])]
+                panel.plot(part["round"], scale * part[value], **style)
+            shown = scale * ours.loc[(ours["method"] != "dwc") | (ours["round"] == 1), value]
+            margin = 0.08 * (shown.max() - shown.min()) or 0.01
+            panel.set_ylim(shown.min() - margin, shown.max() + margin)
+        where = "held-out scans of the sites" if column == "sites" else f"{column}, never in"
+        _titled(panels[0], f"{n_sites} sites: {where}", _DICE)
         _titled(panels[1], "", "-log likelihood, nats per voxel")
-        panels[1].set_yscale("log")
         panels[1].set_xlabel("round (0: before the first)")
     grid[0, 0].legend(fontsize=7)
     return save(figure, path)
@@ -96,7 +108,7 @@ def leave_one_out(tests: pd.DataFrame, columns: Sequence[str], path: Path) -> Pa
 
 
 def tempering(table: pd.DataFrame, origin: str, n_sites: int, path: Path) -> Path:
-    """Log-likelihood on the scans that choose lambda and Dice on the others; marks the lambda chosen."""
+    """Log-likelihood on the scans that choose lambda and Dice on the others; marks the lambdas chosen by any seed."""
     figure, (left, right) = _figure(2, width=5)
     prior, grid = table[table["lambda"] == 0].iloc[0], table[table["lambda"] > 0]
     left.plot(grid["lambda"], grid["log_likelihood"], color="black", marker="o", markersize=4)
@@ -106,10 +118,10 @@ def tempering(table: pd.DataFrame, origin: str, n_sites: int, path: Path) -> Pat
     for column, colour in _colours(grid).items():
         right.axhline(100 * prior[column], color=colour, linestyle="--", linewidth=0.8)
     _titled(right, "held-out scans (dashed: the prior)", _DICE)
-    chosen = grid[grid["chosen"]]["lambda"].iloc[0]
     for panel in (left, right):
         panel.set_xscale("log", base=2)
-        panel.axvline(chosen, color="grey", linewidth=5, alpha=0.25, label="chosen")
+        for k, chosen in enumerate(grid.loc[grid["chosen"] > 0, "lambda"]):
+            panel.axvline(chosen, color="grey", linewidth=5, alpha=0.25, label="" if k else "chosen")
         panel.set_xticks([1 / (4 * n_sites), 1 / n_sites, 0.5, 1, 2], ["1/4S", "1/S", "1/2", "1", "2"])
         panel.minorticks_off()
         panel.set_xlabel("λ")

@@ -138,6 +138,7 @@ def write_site(
     anatomies: str | os.PathLike[str] | None = None,
     shared_by: Sequence[str] = (),
     random_contrasts: bool = False,
+    unlabelled: Sequence[int] = (),
 ) -> Path:
     """Write a simulated site's scans, labels and, last, the manifest, whose path is returned.
 
@@ -157,6 +158,8 @@ def write_site(
         is named twice gets two shares.
     random_contrasts : bool
         Make each scan with a `random_contrast` of the site's scanner.
+    unlabelled : sequence of int
+        Label ids that are 0, background, in the labels of training scans.
     """
     site, out_dir = site if isinstance(site, Site) else _known(site), Path(out_dir)
     if min(n_train, n_test, seed) < 0 or n_train + n_test < 1:
@@ -180,6 +183,8 @@ def write_site(
             scanner = random_contrast(site, np.random.default_rng(_seed(seed, site, number, 2)))
         image, codes = simulate(codes, scanner, voxel_size=grid.voxel_size, seed=_seed(seed, site, number, 0))
         ids = label_map.to_ids(np.where(codes < _N_CLASSES, codes, 0))
+        if split == "train":
+            ids[np.isin(ids, unlabelled)] = 0
         names = [f"{site.name}-{number:03d}_{suffix}.nii.gz" for suffix in ("T1w", "dseg")]
         for name, voxels in zip(names, (image, ids.astype(np.int16)), strict=True):
             volume = nib.Nifti1Image(voxels, affine).to_bytes()

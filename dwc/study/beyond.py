@@ -9,7 +9,6 @@ import pandas as pd
 
 from dwc.base.errors import InputError
 from dwc.base.files import open_folder
-from dwc.base.tables import write_table
 from dwc.consolidation import Consolidation
 from dwc.data.dataset import SubVolumes
 from dwc.posterior import Posterior
@@ -19,7 +18,17 @@ from dwc.study.context import Study
 from dwc.study.graph import cycle, variational, vcl
 from dwc.study.networks import Networks
 from dwc.study.rounds import rounds
-from dwc.study.rows import Result, compare_rows, held_out_of, join_rows, mixed_names, score_row, simulate_mixed
+from dwc.study.rows import (
+    Result,
+    compare_rows,
+    held_out_of,
+    in_words,
+    join_rows,
+    mixed_names,
+    score_row,
+    simulate_mixed,
+    write_study,
+)
 from dwc.study.settings import ManySites, StudySettings
 from dwc.study.sites import begin
 from dwc.tempering import TemperScore, choose_temper
@@ -30,9 +39,9 @@ __all__ = ["leave_one_out", "many_sites", "run", "tempering"]
 def run(name: str, settings: StudySettings) -> pd.DataFrame:
     """Run or continue a study, print its table and return it; raises Interrupted after a signal.
 
-    OUT/<name>/ gets ``table.csv`` (mean Dice, 0..1), ``volumes.csv`` (one line per row and held-out volume),
-    ``tests.csv`` (paired t-tests across volumes) and a picture. Networks are shared with the paper's study in the same
-    folder.
+    OUT/<name>/ gets ``config.yaml``, ``table.csv`` (mean Dice, 0..1), ``volumes.csv`` (one line per row and held-out
+    volume), ``tests.csv`` and ``tests.txt`` (paired t-tests across volumes) and a picture. Networks are shared with the
+    other studies in OUT.
     """
     if name not in _STUDIES:
         raise InputError(f"`study` {name}: no such study; choose one of {', '.join(_STUDIES)}")
@@ -46,15 +55,19 @@ def run(name: str, settings: StudySettings) -> pd.DataFrame:
             raise InputError(f"`study` {name}: simulates its own sites from the procedural head; leave {given} out")
         if taken := set(mixed_names(settings)) & set(settings.all_sites):
             raise InputError(f"`study` {name}: names its own sites {min(taken)} and so on; rename that site")
+        missing = (settings.many_sites or ManySites()).missing
+        if missing is not None and missing not in (classes := study.label_map.names[1:]):
+            raise InputError(
+                f"`many_sites.missing` {missing}: no class of the label map {study.label_map.name}; choose one of "
+                f"{', '.join(classes)}"
+            )
     begin(study, conform=False)
     folder = study.out / name
     open_folder(folder)
     table, volumes, tests = _STUDIES[name](study, folder)
-    write_table(folder / "volumes.csv", volumes)
-    write_table(folder / "tests.csv", tests)
-    write_table(folder / "table.csv", table)
+    write_study(folder, study.settings.to_json(), {"volumes": volumes, "tests": tests, "table": table})
     print(_for_people(table, settings))
-    print(f"\n{folder}: table.csv, tests.csv, volumes.csv and a picture")
+    print(f"\n{in_words(tests)}\n\n{folder}: table.csv, tests.csv, volumes.csv and a picture")
     return table
 
 
@@ -103,14 +116,15 @@ def tempering(study: Study, folder: Path) -> Result:
         network = consolidation.tempered(score.temper).posterior() if score.temper else consolidation.prior
         row = f"lambda {score.temper:.4g}"
         volumes.append(score_row(study, network, held_out, row))
+        if score.temper == chosen:
+            volumes.append(volumes[-1].assign(row="chosen"))
         rows.append(
             {"row": row, "lambda": score.temper, "log_likelihood": score.log_likelihood,
              "validation_dice": score.dice, "chosen": score.temper == chosen}
         )  # fmt: skip
     table, joined = join_rows(study, rows, volumes)
     pictures.tempering(table, settings.origin, len(settings.sites), folder / "tempering.png")
-    best = f"lambda {chosen:.4g}"
-    pairs = [(best, "lambda 0"), (best, "lambda 1"), ("lambda 1", "lambda 0")]
+    pairs = [("chosen", "lambda 0"), ("chosen", "lambda 1"), ("lambda 1", "lambda 0")]
     return table, joined, compare_rows(study.settings.training_sites, joined, pairs)
 
 
@@ -124,7 +138,7 @@ def many_sites(study: Study, folder: Path) -> Result:
     settings = study.settings
     origin, many = variational(settings.origin), settings.many_sites or ManySites()
     names = mixed_names(settings)
-    simulate_mixed(study, names, many.n_train)
+    simulate_mixed(study, names)
     networks = Networks(study)
     validation, others = _halves(study)
     of_sites = [scan for name in names[: many.n_scored] for scan in study.held_out_scans(name)]
@@ -197,6 +211,7 @@ def _choose(study: Study, consolidation: Consolidation, validation: SubVolumes) 
 def _for_people(table: pd.DataFrame, settings: StudySettings) -> str:
     """The printed table, with Dice in per cent."""
     shown = table.copy()
-    dice = [name for name in (*settings.all_sites, AVERAGE, "sites", "validation_dice") if name in shown]
+    means = (*settings.all_sites, AVERAGE, "sites", "validation_dice")
+    dice = [name for name in shown if name in means or name.startswith("dice of ")]
     shown[dice] = (100 * shown[dice].astype(float)).round(1)
     return "\nDice in %, without background\n" + shown.to_string(index=False, float_format="%.4g", na_rep="-")

@@ -55,7 +55,7 @@ def what_is_left(networks: Networks, needed: Sequence[Network], rows: Sequence[R
     n_volumes = {
         site: len(study.held_out_scans(site)) if there[site] else study.settings.n_scans(site)[1] for site in sites
     }
-    scores = Scores(networks, [site for site in sites if study.is_prepared(site)])
+    scores = Scores(networks, {site: study.held_out(site) for site in sites if study.is_prepared(site)})
     n_rows, predictions = 0, {False: 0, True: 0}
     for row in rows:
         n_left = sum(n_volumes[site] for site in _sites_left(scores, row))

@@ -28,12 +28,13 @@ class Network:
     stage: str = ""  # the setting that describes its training; by default the one named like its mode
     round: int = 0  # draws other cubes and noise in each round on the same scans
     damping: float = 1.0  # of factors
+    times: int = 1  # as many steps as its stage says
     _digest: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Compared by a digest, since over many rounds the number of paths to an ancestor grows exponentially.
         parents = [parent._digest for parent in self.parents]
-        content = repr((self.name, self.mode, self.site, self.stage, self.round, self.damping, parents))
+        content = repr((self.name, self.mode, self.site, self.stage, self.round, self.damping, self.times, parents))
         object.__setattr__(self, "_digest", hashlib.sha256(content.encode()).hexdigest())
 
     def __eq__(self, other: object) -> bool:

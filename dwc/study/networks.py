@@ -80,7 +80,9 @@ class Networks:
         return sum(row["seconds"] for row in self.log(network))
 
     def stage(self, network: Network) -> Stage:
-        return self.study.settings.stage(network.stage or network.mode)
+        """How it is trained, with the number of steps that it takes."""
+        stage = self.study.settings.stage(network.stage or network.mode)
+        return replace(stage, steps=network.times * stage.steps)
 
     def _factors(self, network: Network) -> Factors:
         """The factors of the network before this one, its second parent; none yet if that is the prior."""

@@ -1,6 +1,6 @@
 """Pool several seeds of one study from the tables in their folders; nothing is trained or scored."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from dwc.report import studies as pictures
 from dwc.report.html import write_report
 from dwc.report.results import AVERAGE, column_groups
 from dwc.study.paper import comparisons, tests_as_text
-from dwc.study.rows import compare_rows
+from dwc.study.rows import compare_rows, in_words, write_study
 from dwc.study.statistics import dice_table, differences_by_seed, paired_tests
 
 __all__ = ["pool", "pool_beyond"]
@@ -41,9 +41,8 @@ def pool(folders: Sequence[Path], out: Path) -> None:
     if config.get("manifests") is None:
         if config.get("anatomies") is None:  # each seed simulates different heads under the same names
             volumes["subject"] += " (seed " + volumes["seed"].astype(str) + ")"
-        else:  # an anatomy may belong to different sites under different seeds
-            names = zip(volumes["subject"], volumes["site"], strict=True)
-            volumes["anatomy"] = [subject.removeprefix(f"{site}-") for subject, site in names]
+        else:
+            volumes["anatomy"] = _anatomies(volumes)
     columns = read_table(folders[0] / "table.csv", ("row", AVERAGE)).columns.drop("row")
     groups = list(column_groups(list(columns)).values())
     averages = [dice_table(part, groups) for _, part in volumes.groupby("seed", sort=False)]
@@ -70,13 +69,15 @@ def pool(folders: Sequence[Path], out: Path) -> None:
 def pool_beyond(study: str, folders: Sequence[Path], out: Path) -> pd.DataFrame:
     """Pool a study beyond the paper, run with several seeds, into OUT/<study>/ and print the main table.
 
-    table and table_sd are mean and standard deviation over seeds; tests pairs the volumes of all seeds, whose heads are
-    others; volumes has a column seed.
+    table and table_sd are mean and standard deviation over seeds; volumes has a column seed. tests pairs volumes: where
+    the heads are simulated, each seed has its own; given scans and anatomies are the same in several seeds and count
+    once, with their mean. Its columns seeds_agree and n_seeds say how many seeds alone have a difference of this sign.
     """
     folders = _given(folders, out)
     config, seeds = _settings(folders, study)
     tables = [read_table(folder / study / "table.csv") for folder in folders]
-    names = tables[0].columns[[k for k, dtype in enumerate(tables[0].dtypes) if dtype.kind != "f"]]  # of a row
+    tables = [table.astype(dict.fromkeys(table.select_dtypes("bool"), float)) for table in tables]  # a share of seeds
+    names = tables[0].columns.drop(tables[0].select_dtypes("float"))  # of a row
     for folder, table in zip(folders, tables, strict=True):
         if list(table) != list(tables[0]) or not table[names].equals(tables[0][names]):
             raise InputError(f"{folder / study}: has other rows than {folders[0] / study}; finish both studies")
@@ -84,21 +85,49 @@ def pool_beyond(study: str, folders: Sequence[Path], out: Path) -> pd.DataFrame:
     mean, sd = (tables[0][names].join(figures) for figures in (stacked.mean(), stacked.std()))
     parts = [read_table(folder / study / "volumes.csv", _TABLES["volumes"]) for folder in folders]
     volumes = pd.concat([part.assign(seed=seed) for part, seed in zip(parts, seeds, strict=True)], ignore_index=True)
-    asked = read_table(folders[0] / study / "tests.csv", ("row", "against", "column"))
+    asked = read_table(folders[0] / study / "tests.csv", ("row", "against", "column", "value"))
     pairs = list(asked[["row", "against"]].drop_duplicates().itertuples(index=False, name=None))
-    training = [config["origin"], *config["sites"]]
-    tests = pd.concat(
-        compare_rows(training, volumes, pairs, value).assign(value=value)
-        for value in (asked["value"].unique() if "value" in asked else ["dice"])
-    )
+
+    def compared(part: pd.DataFrame) -> pd.DataFrame:
+        training = [config["origin"], *config["sites"]]
+        return pd.concat(compare_rows(training, part, pairs, value) for value in asked["value"].unique())
+
+    tests = compared(_units(volumes, config))
+    each = [compared(part)["mean_difference"] for _, part in volumes.groupby("seed")]
+    tests["seeds_agree"] = sum((difference * tests["mean_difference"] > 0).astype(int) for difference in each)
+    tests["n_seeds"] = len(seeds)
     open_folder(out / study)
-    for name, table in {"table": mean, "table_sd": sd, "volumes": volumes, "tests": tests}.items():
-        write_table(out / study / f"{name}.csv", table)
-    write_whole(out / study / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
-    if study == "rounds":
-        pictures.rounds(mean, config["origin"], out / study / "rounds.png")
+    write_study(out / study, config, {"table": mean, "table_sd": sd, "volumes": volumes, "tests": tests})
+    _draw(study, config, mean, tests, out / study / f"{study}.png")
     print(f"Means over {len(seeds)} seeds\n{mean.to_string(index=False, float_format='%.4g', na_rep='-')}")
+    print(f"\n{in_words(tests)}")
     return mean
+
+
+def _draw(study: str, config: Mapping[str, Any], table: pd.DataFrame, tests: pd.DataFrame, path: Path) -> None:
+    """The picture of a study beyond the paper, from means over seeds."""
+    match study:
+        case "rounds":
+            pictures.rounds(table, config["unseen"], path)
+        case "many-sites":
+            pictures.many_sites(table, config["origin"], config["unseen"], path)
+        case "tempering":
+            pictures.tempering(table, config["origin"], len(config["sites"]), path)
+        case "leave-one-out":
+            pictures.leave_one_out(tests, list(table.columns.drop(["row", "seconds"])), path)
+
+
+def _units(volumes: pd.DataFrame, config: Mapping[str, Any]) -> pd.DataFrame:
+    """The volumes without the seed or with the anatomy, where that tells which of them are independent."""
+    if config.get("manifests") is not None:
+        return volumes.drop(columns="seed")
+    return volumes if config.get("anatomies") is None else volumes.assign(anatomy=_anatomies(volumes))
+
+
+def _anatomies(volumes: pd.DataFrame) -> list[str]:
+    """The anatomy of each volume, which may belong to different sites under different seeds."""
+    names = zip(volumes["subject"], volumes["site"], strict=True)
+    return [subject.removeprefix(f"{site}-") for subject, site in names]
 
 
 def _given(folders: Sequence[Path], out: Path) -> list[Path]:
@@ -118,12 +147,13 @@ def _settings(folders: Sequence[Path], study: str = "") -> tuple[dict[str, Any],
     for folder in folders:
         if not (folder / study / "table.csv").is_file():
             raise InputError(f"{folder / study}: holds no finished study (no table.csv); run the study there first")
-        values = read_settings(folder / "config.yaml")
+        values = read_settings(folder / study / "config.yaml")
         seed = values.pop("seed", 0)
         first = first or values
         if differing := [name for name in first | values if values.get(name) != first.get(name)]:
             raise InputError(
-                f"{folder}: differs from {folders[0]} in {', '.join(differing)}; pool studies that differ in the seed"
+                f"{folder / study}: differs from {folders[0] / study} in {', '.join(differing)}; pool studies that "
+                "differ in the seed"
             )
         if seed in seeds:
             raise InputError(f"{folder}: has the same seed {seed} as {folders[seeds.index(seed)]}; give each seed once")

@@ -1,7 +1,7 @@
-"""Scores of a study's rows on each site's held-out volumes, in folders named by a hash of what they depend on."""
+"""Scores of a study's rows on groups of held-out volumes, in folders named by a hash of what they depend on."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +12,7 @@ import pandas as pd
 from dwc.base.files import open_folder
 from dwc.base.tables import read_table, write_table
 from dwc.base.work_sharing import claimed
+from dwc.data.dataset import SubVolumes
 from dwc.evaluation import calibration, per_class, per_volume, score_volumes
 from dwc.meshnet import MeshNet
 from dwc.prediction import predict_volume
@@ -36,12 +37,13 @@ class Row:
 
 
 class Scores:
-    """The scores of rows at some sites of a study (by default all)."""
+    """The scores of rows on held-out scans, by site or by another name (by default those of all sites)."""
 
-    def __init__(self, networks: Networks, sites: Sequence[str] | None = None) -> None:
+    def __init__(self, networks: Networks, held_out: Mapping[str, SubVolumes] | None = None) -> None:
         self.networks, self.study = networks, networks.study
-        self.sites = self.study.settings.all_sites if sites is None else tuple(sites)
-        self.held_out = {site: self.study.held_out(site) for site in self.sites}
+        if held_out is None:
+            held_out = {site: self.study.held_out(site) for site in self.study.settings.all_sites}
+        self.held_out, self.sites = held_out, tuple(held_out)
 
     def score(self, rows: Iterable[Row]) -> None:
         """Score rows wherever they are not scored yet, except those that another process is scoring."""

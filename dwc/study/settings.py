@@ -19,7 +19,7 @@ STUDIES = ("paper", "demo", "many-sites", "rounds", "leave-one-out", "tempering"
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)
 _RESERVED = (
     "untrained", "ensemble", "average", "row", "kind", "network", "round", "method", "sites", "s", "rule", "lambda",
-    "seconds", "weight", "sigma_ratio", "log_likelihood", "validation_dice", "chosen",
+    "seconds", "mb", "weight", "sigma_ratio", "log_likelihood", "validation_dice", "chosen",
 )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ class Stage(OptimizerSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ManySites(Settings):
-    """The simulated sites of the study many-sites.
+    """The simulated sites of the studies many-sites and rounds.
 
     Parameters
     ----------
@@ -58,11 +58,14 @@ class ManySites(Settings):
         Training scans per site.
     n_scored
         Score one held-out scan of each of the first so many sites, consolidated or not.
+    missing
+        Class, by its name in the label map, that the first site does not label: background in its training scans.
     """
 
     counts: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     n_train: int = 2
     n_scored: int = 8
+    missing: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,9 +112,10 @@ class StudySettings(ComputeSettings, NetworkSettings):
     finetune
         Training of the consolidated network on the origin.
     rounds
-        Number of cycles in the study rounds.
+        Number of rounds in the study rounds.
     many_sites
-        The sites of the study many-sites: counts, n_train and n_scored. By default 2 to 64 sites with two scans each.
+        The simulated sites of the studies many-sites and rounds. By default 2 to 64 with two scans each; without any,
+        rounds takes `sites`.
     n_samples
         Monte Carlo samples per prediction.
     """

@@ -1,8 +1,9 @@
-"""A study's scans: check given manifests, simulate the other sites, pool the training sites, conform all scans."""
+"""A study's scans: check given manifests, simulate the other sites, pool sites, conform all scans."""
 
 import csv
 import io
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from dwc.base.files import open_folder, write_whole
 from dwc.simulation.scans import Site, load_sites, mixed_site, write_site
 from dwc.study.context import Study
 
-__all__ = ["begin", "check_manifests", "make_manifests", "simulate"]
+__all__ = ["begin", "check_manifests", "make_manifests", "pool", "simulate"]
 
 
 def begin(study: Study, *, conform: bool = True) -> None:
@@ -45,17 +46,19 @@ def make_manifests(study: Study) -> None:
     with study.scans_held():
         for site in settings.all_sites if settings.manifests is None else ():
             simulate(study, _scanner(site, settings.seed), study.manifests[site], *settings.n_scans(site))
-        _pool(study)
+        pool(study, settings.pooled_name, settings.training_sites)
 
 
-def simulate(study: Study, site: Site, manifest: Path, n_train: int, n_test: int) -> None:
+def simulate(
+    study: Study, site: Site, manifest: Path, n_train: int, n_test: int, unlabelled: Sequence[int] = ()
+) -> None:
     """Write a site's scans unless its manifest exists; the caller must hold the study's scans."""
     if not manifest.exists():
         print(f"simulating site {site.name}", flush=True)
         settings = study.settings
         write_site(
             manifest.parent, site, n_train, n_test, grid=study.grid, seed=settings.seed, anatomies=settings.anatomies,
-            shared_by=settings.all_sites,
+            shared_by=settings.all_sites, unlabelled=unlabelled,
         )  # fmt: skip
 
 
@@ -64,12 +67,12 @@ def _scanner(name: str, seed: int) -> Site:
     return known[name] if name in known else mixed_site(name, np.random.default_rng([seed, *name.encode()]))
 
 
-def _pool(study: Study) -> None:
-    """Write the manifest of all training sites, with subjects prefixed: one name at two sites is two people."""
-    manifest = study.manifests[study.settings.pooled_name]
+def pool(study: Study, name: str, sites: Iterable[str]) -> None:
+    """Write the manifest `name` of all these sites' scans, with subjects prefixed: one name at two is two people."""
+    manifest = study.manifests[name] = study.site_folder(name) / "manifest.csv"
     open_folder(manifest.parent)
     rows = [("image", "label", "subject", "site", "split")]
-    for site in study.settings.training_sites:
+    for site in sites:
         for scan in study.scans(site):
             image, label = (os.path.relpath(str(file), manifest.parent) for file in (scan.image, scan.label))
             rows.append((image, label, f"{site}-{scan.subject}", site, scan.split))

@@ -4,7 +4,8 @@ beforehand whether it can run.
 """
 
 from dwc_kernels.kernels.forward import forward
+from dwc_kernels.kernels.grad_bias import grad_bias
 from dwc_kernels.kernels.grad_input import grad_input
 from dwc_kernels.kernels.grad_weight import grad_weight
 
-__all__ = ["forward", "grad_input", "grad_weight"]
+__all__ = ["forward", "grad_bias", "grad_input", "grad_weight"]

@@ -18,7 +18,7 @@ from dwc_kernels.kernels.chips import CHIPS, Chip
 from dwc_kernels.kernels.tiles import Problem, Tile, problem_of
 from dwc_kernels.kernels.tuned import tile_for
 
-__all__ = ["Geometry", "Plan", "asked", "chip_of", "forget_plans", "run_on"]
+__all__ = ["Geometry", "Plan", "asked", "chip_of", "descriptor", "forget_plans", "run_on"]
 
 ONE = (1, 1, 1)
 
@@ -113,10 +113,8 @@ class Plan:
         return (*tile.box, tile.channels, tile.unroll, steps, tile.wide, tile.tail)
 
     def descriptor(self, x: Tensor, block: list[int]) -> TensorDescriptor | Tensor | None:
-        """A descriptor of x for such blocks; None for empty ones; x itself where `voxel_blocks` makes its own."""
-        if not math.prod(block):
-            return None
-        return x if self.chip.arch == "sm_80" else TensorDescriptor.from_tensor(x, block)
+        """A descriptor of x for such blocks, None for empty ones."""
+        return descriptor(x, block, self.chip) if math.prod(block) else None
 
     def columns(self, mu: Tensor, var: Tensor) -> list[TensorDescriptor | Tensor | None]:
         """Descriptors of packed weights [taps, columns, channels]: mu (wide, tail) and sigma^2 (wide, tail)."""
@@ -131,6 +129,11 @@ class Plan:
             device, kernel, programs, *arguments, **constants, PRECISION=self.precision, ARCH=self.chip.arch,
             num_warps=self.tile.warps, num_stages=self.tile.stages,
         )  # fmt: skip
+
+
+def descriptor(x: Tensor, block: list[int], chip: Chip) -> TensorDescriptor | Tensor:
+    """A descriptor of x for such blocks; x itself where `voxel_blocks` makes its own."""
+    return x if chip.arch == "sm_80" else TensorDescriptor.from_tensor(x, block)
 
 
 def run_on(device: torch.device, kernel: JITFunction, programs: int, *arguments: Any, **options: Any) -> None:

@@ -11,7 +11,7 @@ the same model with the instructions of the compiled loop in place of the estima
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dwc_kernels.geometry import Triple
@@ -116,17 +116,21 @@ STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """The tiles that fit the chip's registers and shared memory."""
     columns: tuple[tuple[int, int], ...] = SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS
+    one_tap = math.prod(problem.kernel) == 1
     if problem.dtype == "ieee":  # not tensor cores: operands sit in registers, so many warps on a small tile
         shapes = [((1, 2, 8), 32, 1, 8)] if problem.kind == "grad_weight" else [((2, 4, 8), 16, 1, 8)]
         columns = ((32, 0), (16, 0))
     elif problem.kind == "grad_weight":
-        # Without a copy engine for tensors, 128 voxels need too many addresses.
-        summed = [box for box in SUMMED_BOXES if chip.arch != "sm_80" or math.prod(box) < 128]
+        most = math.inf
+        if chip.arch == "sm_80":  # without a copy engine for tensors, 128 voxels need too many addresses
+            most = 64
+        elif chip.arch == "sm_120" and one_tap and problem.dtype == "tf32":
+            most = 16  # ptxas keeps more within 128 registers, and spills
+        summed = [box for box in SUMMED_BOXES if math.prod(box) <= most]
         shapes = [(box, 32, 1, STACKED_ROWS // chip.rows_per_warp) for box in summed]
     else:
         blocks = {c: math.ceil(problem.channels / c) for c in (16, 32, 64)}
         # With one tap the compiler merges the loop with what follows and needs registers for both: half the rows.
-        one_tap = math.prod(problem.kernel) == 1
         boxes = BOXES[1:] if one_tap else BOXES
         per_warp = 16 if one_tap and not chip.tensor_memory else chip.rows_per_warp
         # g and r together, or the phases of a stride, leave no registers for an unrolled loop.
@@ -145,7 +149,17 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
         for wide, tail in columns:
             tiles = (Tile(box, channels, unroll, wide, tail, CHUNK, warps, stages) for stages in depths)
             found += itertools.islice((t for t in tiles if fits(problem, t, chip)), 1)
-    return found
+    return [finished(problem, tile, chip) for tile in found]
+
+
+def finished(problem: Problem, tile: Tile, chip: Chip) -> Tile:
+    """The tile with fewer columns finished at a time where more would spill.
+
+    Noise of lines that are no multiple of four is drawn twice, and takes registers that a full tile of fp32 lacks.
+    """
+    straddling = problem.kind == "forward" and problem.size[2] % 4 != 0
+    full = chip.arch == "sm_90" and registers(problem, tile, chip) > 0.9 * chip.holds
+    return replace(tile, chunk=CHUNK // 2) if straddling and full and problem.dtype == "tf32" else tile
 
 
 def fits(problem: Problem, tile: Tile, chip: Chip) -> bool:

@@ -1,5 +1,8 @@
 """The benchmark of the host's cost runs the real launchers, plans a shape once, and copies nothing beside them."""
 
+import re
+from functools import partial
+
 import pytest
 
 pytest.importorskip("triton")
@@ -7,6 +10,7 @@ pytest.importorskip("triton")
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import host_cost as benchmark
+from dwc_kernels import ffg_conv3d
 from dwc_kernels.kernels import launch
 
 
@@ -41,3 +45,22 @@ def test_a_step_is_timed_as_training_runs_it_without_copies_or_a_second_packing(
     step = ["pack_kernel", "forward_kernel", "grad_input_kernel", "grad_weight_kernel", "sum_kernel"]
     assert launched == 2 * step
     assert copied == []
+
+
+def test_the_command_prints_op_launchers_their_parts_and_the_composition(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "SHAPES", ((16, 16), (1, 8)))
+    benchmark.main(["--calls", "3"])
+    printed = capsys.readouterr().out
+    rows = dict(re.findall(r"^\| ([\w:, ]+) \| ([\d |]+) \|$", printed, re.M))
+    assert list(rows) == ["op, forward", "launcher, first", "launcher", "of it: plan", "of it: packed weights",
+                          "op, backward", "launchers, first", "launchers"]  # fmt: skip
+    assert all(int(n) > 0 for row in rows.values() for n in row.split(" | "))
+    assert re.search(r"The composition: [1-9]\d* us forward, [1-9]\d* us backward\.", printed)
+
+
+def test_the_op_and_its_backward_launch_what_the_launchers_do(monkeypatch):
+    launched = []
+    monkeypatch.setattr(benchmark, "_launch_nothing", lambda _, kernel, *__, **___: launched.append(kernel.fn.__name__))
+    benchmark.op_cost(partial(ffg_conv3d, backend="triton"), 16, 16, (4, 4, 8), calls=2)
+    step = ["pack_kernel", "forward_kernel", "grad_input_kernel", "grad_weight_kernel", "sum_kernel"]
+    assert launched == 2 * step

@@ -75,6 +75,22 @@ def test_a_strided_forward_spills_nothing(arch, dtype):
     assert done.stdout == "0 0 0 False\n", done.stderr
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_bias_gradients_alone_spill_nothing(arch):
+    program = (
+        "import sys\nimport torch\nfrom benchmarks.kernel_report_compile import asked_by, compiled_facts\n"
+        "from dwc_kernels import kernels\n"
+        "g = torch.zeros(1, 96, 2, 8, 8, dtype=torch.bfloat16).to(memory_format=torch.channels_last_3d)\n"
+        "asked = asked_by(lambda: kernels.grad_bias(g, g, g[0, :, 0, 0, 0]), 'grad_bias_kernel', sys.argv[1], 'bf16')\n"
+        "facts = compiled_facts(asked, sys.argv[1], {})\n"
+        "print(facts['spills'], facts['stack'], facts['local'], facts['registers'])\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", program, arch]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("0 0 0 "), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("arch", "dtype", "layer"), CASES)
 def test_tensor_cores_multiply_in_every_main_loop(report, arch, dtype, layer, kind):

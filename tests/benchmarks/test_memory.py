@@ -44,6 +44,16 @@ def test_the_count_sees_what_a_launcher_allocates(monkeypatch):
     assert memory.count_layer(layer, torch.bfloat16, memory.OPS["ours"]).peak > before + 100e6
 
 
+def test_bias_gradients_of_frozen_weights_take_no_memory_of_the_output_s_size():
+    with torch.device("meta"):
+        x = torch.empty(2, 96, 32, 32, 32, dtype=torch.bfloat16).to(memory_format=torch.channels_last_3d)
+        weight, bias = (torch.empty(s, dtype=torch.bfloat16) for s in ((96, 96, 3, 3, 3), (96,)))
+        inputs = [x, weight, weight.clone(), *(bias.clone().requires_grad_() for _ in range(2))]
+        counted = memory.count(lambda *t: memory.OPS["ours"](*t, padding=1), inputs)
+    size = x.numel() * x.element_size()
+    assert counted.peak < 3.2 * size  # y, its gradient and r
+
+
 def test_the_peak_of_a_wide_layer_is_below_the_composition_s():
     ours, composed = (memory.count_layer(LAYERS[1], torch.bfloat16, op).peak for op in memory.OPS.values())
     assert ours < 0.65 * composed

@@ -221,7 +221,7 @@ def test_opcheck(layout, arguments, geometry):
     if parameters[3] is not None:
         gradients = torch.ops.dwc.ffg_conv3d_grad_weight.default
         torch.library.opcheck(gradients, (g, r, x, sigma, *where, "reference", parameters[3].detach()))
-        torch.library.opcheck(torch.ops.dwc.ffg_conv3d_grad_bias.default, (g, r, parameters[3].detach()))
+        torch.library.opcheck(torch.ops.dwc.ffg_conv3d_grad_bias.default, (g, r, parameters[3].detach(), "reference"))
 
 
 def test_only_x_and_r_are_kept_for_the_backward():

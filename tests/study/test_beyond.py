@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ from dwc.base.errors import InputError
 from dwc.base.tables import write_table
 from dwc.cli import main
 from dwc.consolidation import consolidate
+from dwc.data.labels import LabelMap
 from dwc.posterior import Posterior
 from dwc.simulation.scans import load_sites, mixed_site
 from dwc.site_factors import Factors
@@ -18,9 +20,10 @@ from dwc.study import beyond
 from dwc.study.context import Study
 from dwc.study.graph import variational, vcl, with_parents
 from dwc.study.networks import Networks
-from dwc.study.rounds import trajectory
+from dwc.study.rounds import lines_of, trajectory
 from dwc.study.rows import simulate_mixed
 from dwc.study.settings import STUDIES, ManySites, StudySettings
+from dwc.study.sites import pool
 from dwc.tempering import temper_grid
 from tests.study.tiny_study import tiny_settings
 
@@ -74,13 +77,79 @@ def test_a_study_leaves_its_table_raw_scores_and_a_picture(name, run, tiny):
 
 def test_rounds_compare_methods_that_share_their_first_training(run, tiny):
     table = run("rounds")
-    assert list(table["S"]) == [0, *[1] * 8, *[2] * 8]
-    assert list(table["method"]) == ["start", *np.repeat(["dwc", "tempered", "average", "factors"], 2).tolist() * 2]
-    assert table.filter(like="nll ").gt(0).all(axis=None)
+    methods = np.repeat(["dwc", "tempered", "average", "factors"], 2).tolist()
+    methods += ["chain", "ensemble", "finetuned", "pooled", "pooled"]
+    assert list(table["S"]) == [0, *[1] * 13, *[2] * 13]
+    assert list(table["method"]) == ["start", *methods * 2]
+    assert list(table["round"]) == [0, *([1, 2] * 4 + [1, 1, 1, 1, 2]) * 2]
+    for value in ("nll", "ece"):
+        assert table[[f"{value} {column}" for column in ("H", "sites", "A")]].gt(0).all(axis=None)
     of_one = table[(table["S"] == 1) & (table["round"] == 1)].set_index("method")
     dice = ["H", "sites", "A"]
     for method in ("tempered", "average", "factors"):  # one site's network, whatever the rule
         np.testing.assert_allclose(of_one.loc[method, dice].astype(float), of_one.loc["dwc", dice].astype(float))
+
+
+def test_rows_beside_the_methods_take_as_many_steps(run, tiny):
+    """One site after another, all scans at once: each takes the steps of all sites in a round, or in all rounds."""
+    run("rounds")
+    study = Study(tiny)
+    simulate_mixed(study, ["S01", "S02"])
+    pool(study, "2 sites", ["S01", "S02"])
+    networks, lines = Networks(study), {line.name: line for line in lines_of(tiny, ["S01", "S02"])}
+
+    def steps(row):
+        return sum(map(networks.steps, lines[row].trained))
+
+    assert all(networks.is_done(network) for line in lines.values() for network in line.networks)
+    assert [steps(f"2, {row}") for row in ("dwc, 1", "chain, 1", "pooled, 1", "pooled, 2")] == [4, 4, 4, 8]
+    sites = lines["2, dwc, 1"].trained
+    assert lines["2, ensemble, 1"].networks == sites
+    first, second = lines["2, chain, 1"].trained
+    assert (first, second.parents, second.site) == (sites[0], (first,), "S02")
+    pooled = networks.get(lines["2, pooled, 2"].networks[0]).metadata
+    assert pooled["n_volumes"] == 2
+    assert pooled["prior_sha256"] == networks.get(variational("H")).sha256
+
+
+def test_the_bytes_and_seconds_of_a_round_are_counted(run, tiny):
+    table = run("rounds").set_index(["S", "method", "round"])
+
+    def size(pattern):
+        return sum(f.stat().st_size for f in (tiny.out / "networks").glob(f"{pattern}/posterior.safetensors")) / 1e6
+
+    for method in ("dwc", "tempered", "average", "factors"):
+        of_method = table.xs((2, method), level=("S", "method"))
+        there_and_back = 2 * size(f"{method}_of_2_round_1-*") + size(f"{method}_of_2_round_2_S0[12]-*")
+        assert of_method.loc[2, "MB"] == pytest.approx(there_and_back)  # a network to each site, and its answer
+        assert list(of_method["total MB"]) == pytest.approx(list(of_method["MB"].cumsum()))
+        assert list(of_method["total seconds"]) == pytest.approx(list(of_method["seconds"].cumsum()))
+    scans = [*(tiny.out / "sites").glob("S0[12]-1/S0?-000*.gz")]  # of each site's two, the one to train on
+    assert len(scans) == 4
+    for row in (1, 2):
+        assert table.loc[(2, "pooled", row), "total MB"] == pytest.approx(sum(f.stat().st_size for f in scans) / 1e6)
+    assert table["seconds"].drop((0, "start", 0)).gt(0).all()
+
+
+def test_a_class_that_one_site_does_not_label_is_scored_where_it_is_labelled(tmp_path):
+    many = ManySites(counts=(2,), n_train=1, n_scored=2, missing="Cerebellum")
+    settings = tiny_settings(out=tmp_path, n_test={"H": 2, "N": 1, "B": 1, "W": 1, "A": 1}, rounds=1, many_sites=many)
+    table = beyond.run("rounds", settings)
+    label_map = LabelMap.load("coarse")
+    cerebellum = label_map.names.index("Cerebellum")
+
+    def has_it(scan):
+        return bool((label_map.apply(np.asanyarray(nib.load(scan).dataobj)) == cerebellum).any())
+
+    first, second = (tmp_path / "sites" / folder for folder in (f"S01-1-without-{cerebellum}", "S02-1"))
+    assert not has_it(first / "S01-000_dseg.nii.gz")  # to train on
+    assert has_it(first / "S01-001_dseg.nii.gz")  # held out
+    assert has_it(second / "S02-000_dseg.nii.gz")
+    columns = ["dice of Cerebellum H", "dice of Cerebellum sites", "dice of Cerebellum A"]
+    assert table[columns].stack().between(0, 1).all()
+    assert table[columns].notna().all(axis=None)
+    tests = pd.read_csv(tmp_path / "rounds" / "tests.csv")
+    assert set(tests["value"]) == {"dice", "nll", "dice of Cerebellum"}
 
 
 @pytest.mark.parametrize("method", ["dwc", "tempered", "average", "factors"])
@@ -98,7 +167,7 @@ def test_the_networks_of_many_rounds_are_listed_once_each(method):
 def test_each_method_takes_its_prior_and_start_from_the_round_before(run, tiny):
     run("rounds")
     study = Study(tiny)
-    simulate_mixed(study, ["S01", "S02"], 1)
+    simulate_mixed(study, ["S01", "S02"])
     networks, q0 = Networks(study), variational("H")
 
     def of(method):
@@ -195,6 +264,7 @@ def test_a_mixed_site_lies_between_those_it_is_mixed_from():
 def test_a_study_gives_the_same_table_again_and_trains_nothing_twice(run, tiny, monkeypatch):
     before = (run("rounds"), (tiny.out / "rounds" / "table.csv").read_bytes())
     monkeypatch.setattr("dwc.study.networks.train_network", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("dwc.study.scoring.score_volumes", lambda *_, **__: pytest.fail("scored again"))
     pd.testing.assert_frame_equal(beyond.run("rounds", tiny), before[0])
     assert (tiny.out / "rounds" / "table.csv").read_bytes() == before[1]
 
@@ -212,6 +282,11 @@ def test_a_study_gives_the_same_table_again_and_trains_nothing_twice(run, tiny, 
             "names its own sites S01 and so on; rename",
         ),
         ("rounds", {"rounds": 0}, "`rounds` 0: give a positive number"),
+        (
+            "rounds",
+            {"many_sites": ManySites(counts=(2,), n_scored=2, missing="Cerebelum")},
+            "`many_sites.missing` Cerebelum: no class of the label map coarse; choose one of White-Matter, Cortex",
+        ),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_made(tiny, tmp_path, name, changes, message):
@@ -246,27 +321,30 @@ def test_the_command_runs_a_study_from_flags_and_a_preset(run, tiny, capsys):
     assert str(tiny.out / "leave-one-out") in printed
 
 
-@pytest.mark.parametrize("study", ["rounds", "leave-one-out"])
+@pytest.mark.parametrize("study", STUDIES[2:])
 def test_seeds_of_a_study_are_pooled_into_means_and_tests_over_all_volumes(run, tiny, tmp_path, study, capsys):
     one = run(study)
     for seed in (0, 1):
         shutil.copytree(tiny.out / study, tmp_path / str(seed) / study)
-        settings = (tiny.out / "config.yaml").read_text().replace("\nseed: 0\n", f"\nseed: {seed}\n")
-        (tmp_path / str(seed) / "config.yaml").write_text(settings)
+        settings = tmp_path / str(seed) / study / "config.yaml"
+        settings.write_text(settings.read_text().replace("\nseed: 0\n", f"\nseed: {seed}\n"))
     for name in ("table", "volumes"):
         path = tmp_path / "1" / study / f"{name}.csv"
         other = pd.read_csv(path, dtype={"row": str})
         columns = ["dice"] if name == "volumes" else ["H", "A"]
+        if study == "tempering" and name == "table":  # another seed may choose another lambda
+            other["chosen"] = np.roll(other["chosen"], 1)
         write_table(path, other.assign(**{column: other[column] / 2 for column in columns}))
     words = ["experiment", "--study", study, "--out", str(tmp_path / "pooled"), "--pool"]
     assert main([*words, str(tmp_path / "0"), str(tmp_path / "1")]) == 0
     assert "Means over 2 seeds" in capsys.readouterr().out
     pooled = tmp_path / "pooled" / study
+    assert (pooled / f"{study}.png").read_bytes().startswith(b"\x89PNG")
     np.testing.assert_allclose(pd.read_csv(pooled / "table.csv")["A"], 0.75 * one["A"], rtol=1e-4)
     np.testing.assert_allclose(pd.read_csv(pooled / "table_sd.csv")["A"], one["A"] / 8**0.5, rtol=1e-4)
     before, after = (pd.read_csv(folder / "tests.csv") for folder in (tiny.out / study, pooled))
     assert list(after["n"]) == list(2 * before["n"])
-    halves = after["value"].eq("dice") if "value" in after else slice(None)
+    halves = after["value"].eq("dice")
     scale = 0.75 * before["mean_difference"]
     np.testing.assert_allclose(after["mean_difference"][halves], scale[halves], rtol=1e-3, atol=1e-6)
     assert main([*words, str(tmp_path / "0"), str(tiny.out)]) == 2  # the same seed
@@ -281,6 +359,10 @@ def test_seeds_of_a_study_are_pooled_into_means_and_tests_over_all_volumes(run, 
         (["--study", "rounds", "--dry-run"], "--study rounds: --only and --dry-run are for the paper's study"),
         (["--study", "many-sites", "--preset", "small", "--many_sites.counts", "[4,2]"], "ascending"),
         (["--study", "rounds", "--preset", "small", "--rounds", "none"], "rounds"),
+        (
+            ["--study", "many-sites", "--preset", "small", "--many-sites.missing", "1"],
+            "--many-sites.missing 1: no class",
+        ),
     ],
 )
 def test_bad_flags_of_a_study_are_one_line_and_make_nothing(tmp_path, capsys, flags, message):

@@ -191,6 +191,19 @@ def test_weight_sums_split_over_programs_add_up(monkeypatch):
         torch.testing.assert_close(o, e, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("size", "f"), [((5, 9, 17), 37), ((4, 8, 8), 32), ((1, 1, 1), 1)])
+def test_bias_gradients_alone_are_the_reference_s(size, f, dtype):
+    g, r = (torch.randn(2, f, *size).to(dtype) for _ in range(2))
+    sigma = torch.rand(f).to(dtype)
+    ours = kernels.grad_bias(g, r, sigma)
+    for o, e in zip(ours, reference.grad_bias(g.double(), r.double(), sigma.double()), strict=True):
+        assert o.dtype == dtype
+        torch.testing.assert_close(o.double(), e, rtol=torch.finfo(dtype).eps, atol=1e-4)
+    again = kernels.grad_bias(g, r, sigma)
+    assert all(torch.equal(a, o) for a, o in zip(again, ours, strict=True))
+
+
 def test_tf32_rounds_to_nearest_instead_of_truncating():
     _, w, _ = (t.detach() for t in make(c=8, f=16, kernel=1, bias=False))
     for orientation, order in (("forward", w[..., 0, 0, 0]), ("adjoint", w[..., 0, 0, 0].T)):
