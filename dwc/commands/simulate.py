@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--random_contrasts", type=bool, default=False,
-        help="give each scan its own T1 contrast and resolution, as varied as real scans; for networks of many scanners",
+        help="give each scan its own T1 contrast and resolution, as varied as between real scans",
     )  # fmt: skip
     values = parse(parser, arguments)
     manifest = values.out / "manifest.csv"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -63,7 +64,7 @@ def load_sites() -> dict[str, Site]:
     sites = {}
     for row in read_tsv(str(files(__package__) / "sites.tsv")):
         name = row.pop("site")
-        value = {column: float(cell) for column, cell in row.items()}
+        value: dict[str, Any] = {column: float(cell) for column, cell in row.items()}
         means = {column: value.pop(column) for column in list(value) if column in tissues}
         x, y, z = (value.pop(f"res_{axis}") for axis in "xyz")
         sites[name] = Site(name=name, tissue_means=means, resolution=(x, y, z), **value)
@@ -81,7 +82,7 @@ def mixed_site(name: str, rng: np.random.Generator) -> Site:
     tissues = {tissue: mixed(part.tissue_means[tissue] for part in parts) for tissue in parts[0].tissue_means}
     x, y, z = (mixed(part.resolution[axis] for part in parts) for axis in range(3))
     numbers = ("sd", "noise", "bias", "scale", "ventricle", "elastic", "log_gamma")
-    values = {field: mixed(getattr(part, field) for part in parts) for field in numbers}
+    values: dict[str, Any] = {field: mixed(getattr(part, field) for part in parts) for field in numbers}
     return replace(parts[0], name=name, tissue_means=tissues, resolution=(x, y, z), **values)
 
 
