@@ -8,7 +8,6 @@ import torch
 
 from dwc import damping as module
 from dwc.base.errors import InputError
-from dwc.base.errors import InputError
 from dwc.damping import choose_damping, doubled, format_trials, worse
 from dwc.posterior import Posterior
 from dwc.site_factors import Factors
