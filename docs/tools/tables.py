@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 DOCS = Path(__file__).resolve().parents[1]
-_TABLE = re.compile(r"(?P<marker><!-- table: (?P<kind>\S+) (?P<file>\S+) -->\n)\n(\|.*\n)*")
+_TABLE = re.compile(r"(?P<marker><!-- table: (?P<kind>\S+) (?P<file>\S+) -->\n)\n(\|.*\n)*\n?")
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def with_tables(text: str, folder: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         rows = pd.read_csv(folder / match["file"], dtype={"row": str, "method": str, "rule": str})
-        return match["marker"] + "\n" + _as_markdown(_KINDS[match["kind"]](rows))
+        return match["marker"] + "\n" + _as_markdown(_KINDS[match["kind"]](rows)) + "\n"
 
     return _TABLE.sub(table, text)
 
@@ -60,7 +60,39 @@ def _rounds(rows: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-_KINDS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {"asynchronous": _asynchronous, "rounds": _rounds}
+def _study(rows: pd.DataFrame) -> pd.DataFrame:
+    """All rows of a study beyond the paper; Dice in %."""
+    formats = {"S": "d", "lambda": ".3g", "log_likelihood": ".4f", "weight": ".2f", "seconds": ".2f", "chosen": ".2f"}
+    table = rows.drop(columns="sigma_ratio", errors="ignore")
+    for name in table.select_dtypes("number"):
+        scale, how = (1, formats[name]) if name in formats else (100, ".1f")
+        table[name] = [format(scale * value, how) if pd.notna(value) else "" for value in table[name]]
+    return table.fillna("")
+
+
+def _classes(volumes: pd.DataFrame) -> pd.DataFrame:
+    """Mean Dice in % of each class on the sites: the start, then the first and last round of two rules."""
+    n_sites, last = (volumes["row"].str.split(", ").str[k].dropna().astype(int).max() for k in (0, 2))
+    rows = {"start": "0"} | {
+        f"{rule} {number}": f"{n_sites}, {rule}, {number}" for rule in ("tempered", "factors") for number in (1, last)
+    }
+    on_sites = volumes[volumes["column"] == "sites"].groupby("row")[list(volumes.filter(like="dice of "))].mean()
+    table = (100 * on_sites.loc[list(rows.values())]).T.map("{:.1f}".format).set_axis(list(rows), axis="columns")
+    return table.rename(lambda name: name.removeprefix("dice of ")).rename_axis("class").reset_index()
+
+
+def _numbers(rows: pd.DataFrame) -> pd.DataFrame:
+    """All rows and columns, with two digits."""
+    return rows.map(lambda value: f"{value:.2g}")
+
+
+_KINDS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "asynchronous": _asynchronous,
+    "classes": _classes,
+    "numbers": _numbers,
+    "rounds": _rounds,
+    "study": _study,
+}
 
 
 def _as_markdown(table: pd.DataFrame) -> str:

@@ -82,7 +82,7 @@ def rounds(table: pd.DataFrame, unseen: Sequence[str], path: Path) -> Path:
         _titled(panels[0], f"{n_sites} sites: {where}", _DICE)
         _titled(panels[1], "", "-log likelihood, nats per voxel")
         panels[1].set_xlabel("round (0: before the first)")
-    grid[0, 0].legend(fontsize=7)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return save(figure, path)
 
 

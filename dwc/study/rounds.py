@@ -150,16 +150,15 @@ def _pairs(n_sites: int, n_rounds: int) -> Iterator[tuple[str, str]]:
 def _scored(
     networks: Networks, lines: Sequence[Line], held_out: dict[str, SubVolumes], missing: str | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The table without its costs, and a line per row and held-out volume."""
+    """The table without its costs, and a line per row and held-out volume, with the Dice of each class too."""
     rows = [line.row for line in lines]
     scores = Scores(networks, held_out)
     scores.score(rows)
     tables = scores.table("volumes", rows), scores.table("classes", rows), scores.table("calibration", rows)
     volumes, classes, counts = (_with_column(table, held_out) for table in tables)
-    if missing is not None:
-        volume = ["row", "column", "site", "subject", "image"]
-        of_class = classes[classes["name"] == missing].set_index(volume)["dice"].rename(_of(missing))
-        volumes = volumes.join(of_class, on=volume)
+    volume = ["row", "column", "site", "subject", "image"]
+    of_class = classes.pivot_table(index=volume, columns="name", values="dice", sort=False)
+    volumes = volumes.join(of_class.rename(columns=_of), on=volume)
     ece = pd.DataFrame(
         {"row": row, "column": column, "ece": expected_calibration_error(part)}
         for (row, column), part in counts.groupby(["row", "column"])

@@ -49,9 +49,9 @@ def simulate_mixed(study: Study, names: list[str]) -> None:
         site = mixed_site(name, np.random.default_rng([study.settings.seed, number]))
         folder, unlabelled = f"{name}-{many.n_train}", []
         if number == 1 and many.missing is not None:
-            missing = label_map.names.index(many.missing)
-            folder += f"-without-{missing}"
-            unlabelled = [i for i, k in zip(label_map.ids, label_map.classes, strict=True) if k == missing]
+            folder += f"-without-{label_map.names.index(many.missing)}"
+            of_id = zip(label_map.ids, label_map.classes, strict=True)
+            unlabelled = [i for i, k in of_id if label_map.names[k] == many.missing]
         study.manifests[name] = study.site_folder(folder) / "manifest.csv"
         with study.scans_held():
             simulate(study, site, study.manifests[name], many.n_train, 1, unlabelled)

@@ -150,6 +150,9 @@ def test_a_class_that_one_site_does_not_label_is_scored_where_it_is_labelled(tmp
     assert table[columns].notna().all(axis=None)
     tests = pd.read_csv(tmp_path / "rounds" / "tests.csv")
     assert set(tests["value"]) == {"dice", "nll", "dice of Cerebellum"}
+    each = volumes(settings, "rounds")
+    of_classes = each[[f"dice of {name}" for name in label_map.names[1:]]]
+    np.testing.assert_allclose(of_classes.mean(axis="columns"), each["dice"], atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["dwc", "tempered", "average", "factors"])
