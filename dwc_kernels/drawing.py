@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dwc_kernels.factorized import (
     Drawn,
     FFGModule,
+    Override,
     weight_key,
     whole,
 )
@@ -45,7 +46,10 @@ def seed_noise(net: nn.Module, seed: int, *, rank: int | None = None) -> None:
 
 @contextmanager
 def sampling(net: nn.Module, sample: bool) -> Iterator[None]:
-    """Within the context, `net` samples (True) or takes the mean (False), whatever its mode; ``sample=`` still wins."""
+    """Within the context, `net` samples (True) or takes the mean (False), whatever its mode; ``sample=`` still wins.
+
+    It holds for the network, in every thread, as its mode does.
+    """
     with _overridden(dict.fromkeys(variational_layers(net).values(), sample)):
         yield
 
@@ -99,14 +103,17 @@ def drawn_weights(net: nn.Module, seed: int | None = None, *, rank: int | None =
 
 @contextmanager
 def _overridden(choices: Mapping[FFGModule, bool | Drawn | None]) -> Iterator[None]:
-    before = {layer: layer._override for layer in choices}
+    """The context that was entered last wins, in all threads; contexts may end in any order."""
+    opened = {layer: Override(choice) for layer, choice in choices.items()}
     try:
-        for layer, choice in choices.items():
-            layer._override = choice
+        for layer, override in opened.items():
+            layer._overrides.append(override)
+            layer._override = override.choice
         yield
     finally:
-        for layer, choice in before.items():
-            layer._override = choice
+        for layer, override in opened.items():
+            layer._overrides = [other for other in layer._overrides if other is not override]
+            layer._override = layer._overrides[-1].choice if layer._overrides else None
 
 
 def _rank() -> int:

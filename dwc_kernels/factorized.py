@@ -6,6 +6,7 @@ The convolutions and the linear layer themselves are in `module`.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,17 @@ from torch.nn.utils import parametrize
 from dwc_kernels.backends import BACKENDS
 from dwc_kernels.kl import gaussian_kl_of_rho
 
-__all__ = ["FFGModule", "inverse_softplus", "leaves", "sharded_like", "weight_key", "whole"]
+__all__ = ["FFGModule", "Override", "inverse_softplus", "leaves", "sharded_like", "weight_key", "whole"]
 
 Drawn = tuple[Tensor, Tensor | None]  # a weight and a bias, drawn once
 MOMENTS = ("mu", "sigma")
+
+
+@dataclass(frozen=True, eq=False)
+class Override:
+    """What a context of `drawing` makes of a layer: a sampling one, its mean, or drawn weights."""
+
+    choice: bool | Drawn | None
 
 
 def inverse_softplus(sigma: Tensor) -> Tensor:
@@ -64,7 +72,8 @@ class FFGModule(nn.Module):
         self.sigma_init, self.backend = sigma_init, backend
         self._prior_numbers: dict[str, float] = {}  # the parts of the prior that reset_parameters can restore
         self._lost_priors: set[str] = set()  # those that to_empty has lost
-        self._override: bool | Drawn | None = None  # set by network.sampling and network.draw_weights
+        self._override: bool | Drawn | None = None  # of the last context of drawing that is open; set there
+        self._overrides: list[Override] = []  # of all that are open
         self._rank_key = 0  # set by network.seed_noise
         for name, like in (("weight", plain.weight), ("bias", plain.bias)):
             for parameter in ("mu", "rho"):
@@ -114,10 +123,16 @@ class FFGModule(nn.Module):
             self._reset_sigmas_and_prior()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        """What a copy or a file has: made within `draw_weights` or `sampling`, it is outside it."""
+        return {**vars(self), "_override": None, "_overrides": []}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "FFGModule":
-        """A copy made within `draw_weights` or `sampling` is outside it."""
         replica = memo[id(self)] = self.__new__(type(self))
-        vars(replica).update(deepcopy({**vars(self), "_override": None}, memo))
+        vars(replica).update(deepcopy(self._state(), memo))
         return replica
 
     def __getattr__(self, name: str) -> Any:

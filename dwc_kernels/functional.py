@@ -194,7 +194,8 @@ def ffg_linear(
     volume = rows.t()[None, :, None, None, :]  # a view: channels_last_3d
     mu, sigma = (w[:, :, None, None, None] for w in (weight_mu, weight_sigma))
     y = ffg_conv3d(volume, mu, sigma, bias_mu, bias_sigma, seed=seed, backend=backend)
-    return y[0, :, 0, 0].t().reshape(*input.shape[:-1], weight_mu.shape[0])
+    # No view for autograd, so that an activation in place leaves the hooks of FSDP2 on the output where they are.
+    return torch.ops.aten._unsafe_view(y[0, :, 0, 0].t(), (*input.shape[:-1], weight_mu.shape[0]))
 
 
 def _autocast(input: Tensor, *rest: Tensor | None) -> list[Any]:

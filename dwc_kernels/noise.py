@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["N_ROUNDS", "normal", "philox"]
@@ -19,6 +20,11 @@ _MASK = 0xFFFFFFFF
 # Multipliers and key increments of Philox-4x32 (Salmon et al. 2011, section 3.3).
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
+# For numpy: the multipliers, and what the key words of rounds 2 to 6 add to those of round 0.
+_FACTORS = np.array([[_M1], [_M0]], np.uint64)
+_LATER_STEPS = np.array([[[r * w & _MASK] for w in (_W0, _W1)] for r in range(2, N_ROUNDS)], np.uint64)
+
+_ANGLE = 2.0 * math.pi * 2.0**-32  # of a signed word, as a fraction of a turn
 
 Key = int | Tensor  # half of a seed
 
@@ -63,14 +69,15 @@ def _philox(even: Tensor, odd: Tensor, key: tuple[Key, Key], n_rounds: int) -> t
     return even, odd.bitwise_and_(_MASK)
 
 
-def _philox_by_numpy(group: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The words of groups below 2^32 by numpy, whose calls cost half as much as PyTorch's on one thread.
+def _philox_by_numpy(counter: NDArray[np.uint64], seed: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The same on groups below 2^32, [n], by numpy.
 
-    Words 1 to 3 of these counters are 0, so the first two rounds act on one word each.
+    Words 1 to 3 of these counters are 0, so the first two rounds act on one word each. The high halves of the odd words
+    are left as they are.
     """
-    counter = group.numpy().view(np.uint64)
-    even, odd, product = (np.empty((2, *counter.shape), np.uint64) for _ in range(3))
-    (k_0, k_1), (l_0, l_1), *keys = _key_words(key, N_ROUNDS)
+    k_0, k_1 = seed & _MASK, (seed >> 32) & _MASK
+    l_0, l_1 = (k_0 + _W0) & _MASK, (k_1 + _W1) & _MASK
+    even, odd, product = np.empty((3, 2, *counter.shape), np.uint64)
     np.multiply(counter, _M0, out=odd[1])
     np.right_shift(odd[1], 32, out=even[1])
     even[1] ^= k_1
@@ -80,47 +87,50 @@ def _philox_by_numpy(group: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tenso
     np.bitwise_xor(odd[1], (_M0 * k_0 >> 32) ^ l_1, out=even[1])
     even[1] &= _MASK
     odd[1] = _M0 * k_0 & _MASK
-    factors = np.array((_M1, _M0), np.uint64).reshape(2, *[1] * counter.ndim)
-    for words in np.array(keys, np.uint64).reshape(-1, *factors.shape):
-        np.multiply(even[::-1], factors, out=product)
+    for keys in (np.array([[k_0], [k_1]], np.uint64) + _LATER_STEPS) & _MASK:
+        np.multiply(even[::-1], _FACTORS, out=product)
         np.right_shift(product, 32, out=even)
         even ^= odd
-        even ^= words
+        even ^= keys
         even &= _MASK
         odd, product = product, odd
-    odd &= _MASK
-    return torch.from_numpy(even.view(np.int64)), torch.from_numpy(odd.view(np.int64))
-
-
-def _key_words(key: tuple[int, int], n_rounds: int) -> list[list[int]]:
-    """The two key words of each round."""
-    return [[(k + r * w) & _MASK for k, w in zip(key, (_W0, _W1), strict=True)] for r in range(n_rounds)]
+    return even, odd
 
 
 def _round_keys(key: tuple[Key, Key], n_rounds: int, like: Tensor) -> Tensor:
     """The key words of each round, [n_rounds, 2, 1, ...]; made where the seed is, so that no one waits for it."""
-    shape = (n_rounds, 2, *[1] * (like.dim() - 1))
-    if isinstance(key[0], int) and isinstance(key[1], int):
-        return torch.tensor(_key_words((key[0], key[1]), n_rounds), device=like.device).view(shape)
     steps = torch.arange(n_rounds, device=like.device)
-    return torch.stack([(k + steps * w) & _MASK for k, w in zip(key, (_W0, _W1), strict=True)], 1).view(shape)
+    words = torch.stack([(k + steps * w) & _MASK for k, w in zip(key, (_W0, _W1), strict=True)], 1)
+    return words.view(n_rounds, 2, *[1] * (like.dim() - 1))
+
+
+def _uniforms(group: Tensor, seed: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Two uniform numbers in (0, 1] and two angles in [-pi, pi) for each group, both fp32 [2, ...]."""
+    even, odd = group.new_zeros(2, *group.shape), group.new_zeros(2, *group.shape)
+    torch.bitwise_and(group, _MASK, out=even[0])
+    torch.bitwise_right_shift(group, 32, out=odd[0])
+    even, odd = _philox(even, odd, (seed & _MASK, (seed >> 32) & _MASK), N_ROUNDS)
+    signed = odd.bitwise_left_shift_(32).bitwise_right_shift_(32)
+    return even.to(torch.float32).mul_(2.0**-32).add_(2.0**-33), signed.to(torch.float32).mul_(_ANGLE)
+
+
+def _uniforms_by_numpy(group: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The same for groups below 2^32 by numpy, whose calls cost half as much as PyTorch's on one thread."""
+    even, odd = _philox_by_numpy(group.view(-1).numpy().view(np.uint64), seed)
+    u, angle = even.view(np.int64).astype(np.float32), odd.astype(np.int32).astype(np.float32)
+    u *= 2.0**-32
+    u += 2.0**-33
+    angle *= _ANGLE
+    return torch.from_numpy(u).view(2, *group.shape), torch.from_numpy(angle).view(2, *group.shape)
 
 
 def _four_normals(group: Tensor, seed: Tensor | int, out: Tensor) -> None:
-    """Write the normals of each group (int64, any shape) to out[lane], lane = 0..3 (fp32)."""
-    few = group.device.type == "cpu" and group.numel() <= _ALONE
-    if isinstance(seed, int) and few and group.max() <= _MASK:
-        even, odd = _philox_by_numpy(group, (seed & _MASK, (seed >> 32) & _MASK))
+    """Write the normals of each group (int64, any shape, ascending) to out[lane], lane = 0..3 (fp32)."""
+    if isinstance(seed, int) and group.is_cpu and group.numel() <= _ALONE and group.view(-1)[-1].item() <= _MASK:
+        u, angle = _uniforms_by_numpy(group, seed)
     else:
-        even, odd = group.new_zeros(2, *group.shape), group.new_zeros(2, *group.shape)
-        torch.bitwise_and(group, _MASK, out=even[0])
-        torch.bitwise_right_shift(group, 32, out=odd[0])
-        even, odd = _philox(even, odd, (seed & _MASK, (seed >> 32) & _MASK), N_ROUNDS)
-    # u in (0, 1], so the logarithm is finite; the angle is the signed word as a fraction of a turn, in [-1/2, 1/2).
-    u = even.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
-    radius = u.log_().mul_(-2.0).sqrt_()
-    turn = odd.bitwise_left_shift_(32).bitwise_right_shift_(32).to(torch.float32).mul_(2.0**-32)
-    angle = turn.mul_(2.0 * math.pi)
+        u, angle = _uniforms(group, seed)
+    radius = u.log_().mul_(-2.0).sqrt_()  # finite, for u > 0
     torch.mul(radius, angle.cos(), out=out[0::2])
     torch.mul(radius, angle.sin_(), out=out[1::2])
 
@@ -143,17 +153,13 @@ def normal(like: Tensor, seed: Tensor | int) -> Tensor:
     """
     if isinstance(seed, Tensor) and seed.device.type == "cpu":
         seed = int(seed)
-    eps = torch.empty_like(like, dtype=torch.float32)
-    if (
-        like.dim() == 5
-        and math.prod(like.shape[2:]) % 4 == 0
-        and eps.is_contiguous(memory_format=torch.channels_last_3d)
-    ):
-        _fill_channels_last(eps, seed)
-        return eps
-    flat = eps if eps.is_contiguous() else torch.empty(like.shape, dtype=torch.float32, device=like.device)
-    _fill_contiguous(flat, seed)
-    return flat if flat is eps else eps.copy_(flat)
+    if like.numel() == 0:
+        return torch.empty_like(like, dtype=torch.float32)
+    channels_last = like.dim() == 5 and like.stride(1) == 1 and math.prod(like.shape[2:]) % 4 == 0
+    if channels_last and like.is_contiguous(memory_format=torch.channels_last_3d):
+        return _channels_last(like, seed)
+    eps = _row_major(like, seed)
+    return eps if like.is_contiguous() else torch.empty_like(like, dtype=torch.float32).copy_(eps)
 
 
 def _chunk(eps: Tensor) -> int:
@@ -164,23 +170,21 @@ def _chunk(eps: Tensor) -> int:
     return _ALONE if threads == 1 else _CHUNK * threads
 
 
-def _fill_contiguous(eps: Tensor, seed: Tensor | int) -> None:
-    """Fill a row-major tensor: lanes are neighbours in memory."""
-    n_whole = eps.numel() // 4
-    lanes = eps.view(-1)[: 4 * n_whole].view(n_whole, 4).T
+def _row_major(like: Tensor, seed: Tensor | int) -> Tensor:
+    """Noise of a tensor's shape, row-major: lanes are neighbours in memory."""
+    n_groups = -(-like.numel() // 4)
+    eps = torch.empty(4 * n_groups, dtype=torch.float32, device=like.device)
+    lanes = eps.view(n_groups, 4).T
     chunk = _chunk(eps)
-    for start in range(0, n_whole, chunk):
-        stop = min(start + chunk, n_whole)
+    for start in range(0, n_groups, chunk):
+        stop = min(start + chunk, n_groups)
         _four_normals(torch.arange(start, stop, device=eps.device), seed, lanes[:, start:stop])
-    n_left = eps.numel() - 4 * n_whole
-    if n_left:
-        last = torch.empty(4, 1, device=eps.device)
-        _four_normals(torch.tensor([n_whole], device=eps.device), seed, last)
-        eps.view(-1)[4 * n_whole :] = last[:n_left, 0]
+    return eps[: like.numel()].view(like.shape)
 
 
-def _fill_channels_last(eps: Tensor, seed: Tensor | int) -> None:
-    """Fill a channels_last_3d tensor in memory order: channels are neighbours, a group's lanes lie one row apart."""
+def _channels_last(like: Tensor, seed: Tensor | int) -> Tensor:
+    """Noise of a channels_last_3d tensor in memory order: channels are neighbours, lanes of a group a row apart."""
+    eps = torch.empty_like(like, dtype=torch.float32)
     n, channels = eps.shape[:2]
     rows = math.prod(eps.shape[2:]) // 4  # groups in one channel's volume
     lanes = eps.permute(0, 2, 3, 4, 1).view(n, rows, 4, channels)
@@ -193,3 +197,4 @@ def _fill_channels_last(eps: Tensor, seed: Tensor | int) -> None:
             stop = min(start + step, rows)
             row = torch.arange(start, stop, device=eps.device)[:, None]
             _four_normals(first[some] + row, seed, lanes[some, start:stop].movedim(2, 0))
+    return eps

@@ -7,7 +7,6 @@ the backend it is given. Choosing a backend, checking arguments and casting unde
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.library import custom_op
 from dwc_kernels import reference
 from dwc_kernels.flops import count_when_asked
 from dwc_kernels.geometry import Triple, output_size
-from dwc_kernels.reference import native, output_layout, stays_plain
+from dwc_kernels.reference import output_layout
 
 __all__ = ["ffg_conv3d", "sample", "transforming"]
 
@@ -149,13 +148,9 @@ def _(
     else:
         size = output_size(x.shape[2:], weight_mu.shape[2:], tuple(stride), tuple(padding), tuple(dilation))
         shape = (x.shape[0], weight_mu.shape[0], *size)
-    transposed = transposed_size is not None
-    plain = backend == "reference" and stays_plain(
-        x, weight_mu, tuple(stride), tuple(dilation), prod(shape), transposed
-    )
     y, r = (
         torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-        for layout in (output_layout(x), output_layout(x) if plain else torch.channels_last_3d)
+        for layout in (output_layout(x), torch.channels_last_3d if backend == "triton" else output_layout(x))
     )
     return y, r if keep_r else x.new_empty(0)
 
@@ -214,29 +209,36 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    every: tuple[Tensor | None, ...]
     dx = dmu = dsigma = db_mu = db_sigma = None
     if g is None:
         return (None,) * 13
-    x, r, weight_mu, weight_sigma, bias_sigma = ctx.saved_tensors
+    x, r, weight_mu, weight_sigma, bias_sigma = saved = ctx.saved_tensors  # once: checkpointing allows no more
     wants_x, *wants_weights, wants_b_mu, wants_b_sigma = ctx.needs_input_grad[:5]
+    biases = bias_sigma if wants_b_mu or wants_b_sigma else None
     # Under vmap and under autograd's batched gradients tensors have no layout.
     unlaid = transforming() or torch._C._functorch.is_legacy_batchedtensor(g)
-    layout = None if unlaid else output_layout(x)
-    plain = stays_plain(x, weight_mu, tuple(ctx.geometry[0]), tuple(ctx.geometry[2]), g.numel(), ctx.transposed)
-    if layout and not plain and ctx.backend == "reference" and wants_x and any(wants_weights):  # once for both
-        g, x = native(g), native(x)
-    if wants_x:
-        dx = _once(ffg_conv3d_grad_input, g, r, x, weight_mu, weight_sigma, *ctx.geometry, ctx.backend, ctx.transposed)
-        dx = dx.contiguous(memory_format=layout) if layout else dx
-    biases = bias_sigma if wants_b_mu or wants_b_sigma else None
-    # One kernel serves weights and biases where it can; frozen means or sigmas are left out of both.
-    wants_mu, wants_sigma = wants_weights[0] or wants_b_mu, wants_weights[1] or wants_b_sigma
-    if any(wants_weights):
-        arguments = (*ctx.geometry, ctx.backend, biases, wants_mu, wants_sigma, ctx.transposed)
-        dmu, dsigma, db_mu, db_sigma = _once(ffg_conv3d_grad_weight, g, r, x, weight_sigma, *arguments)
-    elif biases is not None:
-        db_mu, db_sigma = _once(ffg_conv3d_grad_bias, g, r, bias_sigma, ctx.backend)
-    every = (dx, dmu, dsigma, db_mu, db_sigma)
+    # With a graph of the gradients the operators are needed: they refuse a second derivative.
+    direct = not unlaid and not torch.is_grad_enabled() and _unobserved((g, *saved))
+    if direct and ctx.backend == "reference" and not ctx.transposed and wants_x and all(wants_weights):
+        stride, padding, dilation, groups = ctx.geometry
+        geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+        with _as_given(x):
+            every = reference.gradients(g, r, x, weight_mu, weight_sigma, *geometry, bias_sigma=biases)
+    else:
+        layout = None if unlaid else output_layout(x)
+        if wants_x:
+            arguments = (*ctx.geometry, ctx.backend, ctx.transposed)
+            dx = _once(ffg_conv3d_grad_input, direct, g, r, x, weight_mu, weight_sigma, *arguments)
+            dx = dx.contiguous(memory_format=layout) if layout else dx
+        # One kernel serves weights and biases where it can; frozen means or sigmas are left out of both.
+        wants_mu, wants_sigma = wants_weights[0] or wants_b_mu, wants_weights[1] or wants_b_sigma
+        if any(wants_weights):
+            arguments = (*ctx.geometry, ctx.backend, biases, wants_mu, wants_sigma, ctx.transposed)
+            dmu, dsigma, db_mu, db_sigma = _once(ffg_conv3d_grad_weight, direct, g, r, x, weight_sigma, *arguments)
+        elif biases is not None:
+            db_mu, db_sigma = _once(ffg_conv3d_grad_bias, direct, g, r, bias_sigma, ctx.backend)
+        every = (dx, dmu, dsigma, db_mu, db_sigma)
     return *(t if wanted else None for t, wanted in zip(every, ctx.needs_input_grad, strict=False)), *[None] * 8
 
 
@@ -303,13 +305,11 @@ def _refuse_to_compile() -> None:
 _refuse_to_compile._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _once(op: CustomOpDef, *arguments: Any) -> Any:
+def _once(op: CustomOpDef, direct: bool, *arguments: Any) -> Any:
     if transforming():
         if torch.compiler.is_compiling():
             _refuse_to_compile()
         return _Once.apply(op, *arguments)
-    # With a graph of the gradients the operators are needed: they refuse a second derivative.
-    direct = not torch.is_grad_enabled() and _unobserved(arguments)
     return (op._init_fn if direct else op)(*arguments)
 
 

@@ -1,5 +1,7 @@
 """Plain layers that have a variational form: whether one can be taken over, and how a new layer takes it over."""
 
+from itertools import takewhile
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -28,6 +30,8 @@ def why_not_taken_over(plain: Any, kind: type[nn.Module]) -> str | None:
     normalized = _weight_norm(plain) is not None
     if parametrize.is_parametrized(plain) and not normalized:
         return f"{name} has parametrizations other than weight_norm on its weight; remove them first"
+    if own := _own_members(plain, kind):
+        return f"{name} has a {own[0]} of its own, which the variational layer would lose; move it to the module around"
     registered = ("bias",) if normalized else ("weight", "bias")
     if made := [part for part in registered if part not in plain._parameters]:
         return (
@@ -39,6 +43,17 @@ def why_not_taken_over(plain: Any, kind: type[nn.Module]) -> str | None:
     if not plain.weight.is_floating_point():
         return f"its weight is {plain.weight.dtype}, not a real floating-point type"
     return None
+
+
+def _own_members(plain: Any, kind: type[nn.Module]) -> list[str]:
+    """Methods and properties that the layer's class adds to ``kind``'s; static ones serve those who make layers."""
+    bases = type(plain).__mro__[parametrize.is_parametrized(plain) :]  # which puts a class of its own in front
+    members = [pair for base in takewhile(lambda base: base is not kind, bases) for pair in vars(base).items()]
+    return [
+        member
+        for member, value in members
+        if isinstance(value, FunctionType | property) and not member.startswith("__") and member != "extra_repr"
+    ]
 
 
 def take_over(layer: Any, plain: Any) -> None:

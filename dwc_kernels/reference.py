@@ -7,9 +7,9 @@ are batched and of one dtype, stride, padding and dilation are triples.
 
 On the CPU both convolutions run in channels_last_3d, the input gradient runs as a forward convolution with the mirrored
 filter (PyTorch's own dilated backward can be several times slower), and the weight gradient is a sum of matrix products
-that skip taps outside the volume. Layers with more weights than voxels keep PyTorch's plain convolutions, which copy no
-weights, or with very few voxels become `unfolded`'s matrix products. Wide 3x3x3 layers in fp32 take `winograd`'s
-shorter sums for all but the variance; where oneDNN has AVX-512, for dilated weight gradients alone.
+that skip taps outside the volume. Wide 3x3x3 layers in fp32 take `winograd`'s shorter sums for all but the variance.
+Where oneDNN has AVX-512, only dilated layers do so, and the others take PyTorch's own derivatives. Small volumes and
+layers with more weights than voxels stay in the plain layout; very few voxels become `unfolded`'s matrix products.
 """
 
 from math import prod
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dwc_kernels import unfolded, winograd
 from dwc_kernels.backends import _why_not_here
+from dwc_kernels.correlation import correlate_both
 from dwc_kernels.geometry import Triple, output_size
 from dwc_kernels.noise import normal
 
@@ -28,12 +29,15 @@ __all__ = [
     "grad_bias",
     "grad_input",
     "grad_weight",
+    "gradients",
     "multiplies_bf16",
     "native",
     "output_layout",
-    "stays_plain",
 ]
 
+# Where fewer elements go in and out, changing their layout costs more than it wins: always, and where PyTorch hands
+# them to oneDNN with AVX-512, which blocks whole vectors of channels by itself.
+_FEW, _FEW_BLOCKED = 1 << 16, 1 << 20
 # From how many products of input and output channels a tap's matrix product outruns PyTorch's own weight gradient.
 _WIDE = 64 * 64
 
@@ -52,10 +56,10 @@ def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def native(x: Tensor) -> Tensor:
     """The layout that convolves fastest on the CPU; elsewhere as it is."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return x
-    n, channels, voxels = len(x), x.shape[1], prod(x.shape[2:])
-    if type(x) is not Tensor or not x.is_contiguous() or channels < 32 or voxels < 128:
+    n, channels, voxels = x.shape[0], x.shape[1], prod(x.shape[2:])
+    if channels < 32 or voxels < 128 or not x.is_contiguous() or type(x) is not Tensor:
         return x.contiguous(memory_format=torch.channels_last_3d)
     # PyTorch transposes matrices in blocks, volumes element by element.
     out = torch.empty_like(x, memory_format=torch.channels_last_3d)
@@ -66,7 +70,7 @@ def native(x: Tensor) -> Tensor:
     return out
 
 
-def stays_plain(
+def _stays_plain(
     x: Tensor,  # [N, C, D, H, W]
     weight: Tensor,  # [F, C / groups, kD, kH, kW], or of a transposed convolution [C, F / groups, ...]
     stride: Triple,
@@ -77,14 +81,20 @@ def stays_plain(
     """Whether PyTorch's own convolutions in the plain layout win, on the CPU without dilation.
 
     They do where there are more weights than voxels, for every copy of the weights, mirrored or in another layout,
-    costs as much as they do; and for plain inputs of transposed, strided or 1x1x1 convolutions.
+    costs as much as they do; and for plain inputs that are small or of transposed, strided or 1x1x1 convolutions.
     """
     if x.device.type != "cpu" or dilation != (1, 1, 1):
         return False
-    if weight.numel() >= x.numel() + n_outputs:
+    n_elements = x.numel() + n_outputs
+    if weight.numel() >= n_elements:
         return True
-    few_products = transposed or stride != (1, 1, 1) or prod(weight.shape[2:]) == 1
-    return few_products and output_layout(x) == torch.contiguous_format
+    if output_layout(x) == torch.channels_last_3d:
+        return False
+    if transposed or stride != (1, 1, 1) or prod(weight.shape[2:]) == 1 or n_elements < _FEW:
+        return True
+    blocked = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0 and x.shape[1] == weight.shape[1]
+    taken = x.shape[0] > 1 or prod(x.shape[1:4]) > 20480  # by oneDNN
+    return blocked and taken and n_elements < _FEW_BLOCKED and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -117,25 +127,24 @@ def forward(
     -------
     y, r : Tensor
         [N, F, D', H', W'] in the dtype of x: the sample, in the layout of x, and eps / (2 sqrt(var)), which is all that
-        the backward needs next to x; r is channels_last_3d unless x is plain and `stays_plain`, and empty without
-        ``keep_r``.
+        the backward needs next to x, in the same layout; empty without ``keep_r``.
     """
     working = _working_dtype(x.dtype, x.device)
     size = transposed_size or output_size(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
-    n_filters = weight_mu.shape[1] * groups if transposed_size else len(weight_mu)
-    n_outputs = len(x) * n_filters * prod(size)
-    plain = stays_plain(x, weight_mu, stride, dilation, n_outputs, transposed_size is not None)
+    n_filters = weight_mu.shape[1] * groups if transposed_size else weight_mu.shape[0]
+    n_outputs = x.shape[0] * n_filters * prod(size)
+    plain = _stays_plain(x, weight_mu, stride, dilation, n_outputs, transposed_size is not None)
     laid_out = _plain if plain else native
     h, mu, sigma = (laid_out(t.to(working)) for t in (x, weight_mu, weight_sigma))
     b_mu = None if bias_mu is None else bias_mu.to(working)
     b_var = None if bias_sigma is None else bias_sigma.to(working).square()
     if transposed_size:
-        shape = torch.Size((len(x), n_filters, *size))
+        shape = torch.Size((x.shape[0], n_filters, *size))
         y = _transposed(h, mu, shape, stride, padding, dilation, groups)
         var = _transposed(h.square(), sigma.square(), shape, stride, padding, dilation, groups)
         if b_mu is not None and b_var is not None:
             y, var = y.add_(b_mu.view(-1, 1, 1, 1)), var.add_(b_var.view(-1, 1, 1, 1))
-    elif unfolded.suits(h, mu, dilation, groups, len(x) * prod(size)):
+    elif unfolded.suits(h, mu, dilation, groups, x.shape[0] * prod(size)):
         y, var = unfolded.both_convolutions(h, mu, sigma, size, stride, padding)
         if b_mu is not None and b_var is not None:
             y, var = y.add_(b_mu.view(-1, 1, 1, 1)), var.add_(b_var.view(-1, 1, 1, 1))
@@ -148,16 +157,17 @@ def forward(
     eps = _noise(std, seed).to(working)
     y.addcmul_(std, eps)
     y = y.to(x.dtype).contiguous(memory_format=output_layout(x))
+    if y._is_view():  # autograd would refuse to let an activation overwrite it in place
+        y = y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
     if not keep_r:  # no backward will follow
         return y, x.new_empty(0)
-    r_layout = output_layout(x) if plain else torch.channels_last_3d
-    r = eps.div_(std).mul_(0.5)
+    r = torch.addcdiv(std.new_zeros(()), eps, std, value=0.5, out=eps)
     # A look at the values, which a GPU would have to be waited for.
     if std.device.type != "cpu" or (std.numel() and not std.amin() > 0):
         r.masked_fill_(std == 0, 0.0)
     if x.dtype == torch.float16:  # where std < 8e-6, 1 / std leaves its range; saturated, r keeps the gradient finite
         r.clamp_(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
-    return y, r.to(x.dtype).contiguous(memory_format=r_layout)
+    return y, r.to(x.dtype).contiguous(memory_format=output_layout(x))
 
 
 def _launches(x: Tensor) -> bool:
@@ -207,7 +217,7 @@ def grad_input(
 ) -> Tensor:
     """dL/dx = convT(g, mu) + 2 x * convT(g * r, sigma^2), in the dtype and layout of x; conv for convT."""
     working = _working_dtype(x.dtype, x.device)
-    plain = stays_plain(x, weight_mu, stride, dilation, g.numel(), transposed)
+    plain = _stays_plain(x, weight_mu, stride, dilation, g.numel(), transposed)
     laid_out = _plain if plain else native
     g, r, h, mu, sigma = (laid_out(t.to(working)) for t in (g, r, x, weight_mu, weight_sigma))
     geometry = (stride, padding, dilation, groups)
@@ -236,9 +246,12 @@ def _transposed(
 ) -> Tensor:
     """The adjoint of conv3d(. , weight) applied to g, or to g * times."""
     reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
-    if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0 or plain:
+    like = _placeholder(shape, g)
+    dense = dilation == (1, 1, 1) and groups == 1
+    direct = dense and winograd.onednn_wins(like, weight.shape, stride, padding, dilation, groups)
+    if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0 or plain or direct:
         g = g if times is None else g * times
-        return _derivative(0, g, _placeholder(shape, g), weight, stride, padding, dilation, groups)
+        return _derivative(0, g, like, weight, stride, padding, dilation, groups)
     # At stride 1 the adjoint is a convolution with the mirrored filter, inputs and outputs exchanged within a group.
     per_group = weight.unflatten(0, (groups, -1))  # [groups, F / groups, C / groups, kD, kH, kW]
     mirrored = native(per_group.transpose(1, 2).flatten(0, 1).flip(2, 3, 4))
@@ -266,16 +279,18 @@ def grad_weight(
     gradient is wanted.
     """
     working, shape = _working_dtype(x.dtype, x.device), weight_sigma.shape
+    if (g if transposed else x).shape[2] <= dilation[0] * (shape[2] - 1) and working == torch.bfloat16:
+        working = torch.float32  # oneDNN's bf16 sum reads memory that nobody wrote where no plane meets all taps
     geometry = (stride, padding, dilation, groups)
     dmu = dsigma = db_mu = db_sigma = weight_sigma.new_empty(0)
-    if bias_sigma is not None:
-        db_mu, db_sigma = grad_bias(g, r, bias_sigma)
-    plain = stays_plain(x, weight_sigma, stride, dilation, g.numel(), transposed)
+    plain = _stays_plain(x, weight_sigma, stride, dilation, g.numel(), transposed)
     # With one channel x has either layout, and PyTorch's sum over a plain g is faster.
     plain_sum = plain or (output_layout(g) == torch.contiguous_format and x.shape[1] == 1 and not transposed)
     laid_out = _plain if plain_sum and x.device.type == "cpu" else native
     g, h = (laid_out(t.to(working)) for t in (g, x))
     r = laid_out(r.to(working)) if wants_sigma else r
+    if bias_sigma is not None:
+        db_mu, db_sigma = grad_bias(g, r, bias_sigma)
     # A transposed convolution's input is the output of the convolution whose weight it has.
     a, b, a_times, b_times = (g, h, r, h) if transposed else (h, g, h, r)
     # Dilated weight gradients are the one sum that oneDNN is slow at.
@@ -286,17 +301,51 @@ def grad_weight(
     if both and unfolded.suits(h, weight_sigma, dilation, groups, g.numel() // g.shape[1]):
         dmu, dsigma = unfolded.both_correlations(h, g, r, weight_sigma.to(working), stride, padding)
     elif both and wide and not tiled and stride == (1, 1, 1) and groups == 1:
-        dmu, dvar = _correlate_both(a, b, a_times, b_times, shape, padding, dilation)
-        dsigma = dvar.mul_(weight_sigma).mul_(2.0)
+        dmu, dvar = correlate_both(a, b, a_times, b_times, shape, padding, dilation)
+        dsigma = _times_twice(dvar, weight_sigma)
     else:
         dmu = _correlate(tiled, a, None, b, None, shape, *geometry) if wants_mu else dmu
         if wants_sigma:
-            dsigma = _correlate(tiled, a, a_times, b, b_times, shape, *geometry).mul_(weight_sigma).mul_(2.0)
+            dsigma = _times_twice(_correlate(tiled, a, a_times, b, b_times, shape, *geometry), weight_sigma)
     biased = bias_sigma is not None
     wanted = ((dmu, wants_mu), (dsigma, wants_sigma), (db_mu, wants_mu and biased), (db_sigma, wants_sigma and biased))
     out = (t.to(weight_sigma.dtype).contiguous() if want else weight_sigma.new_empty(0) for t, want in wanted)
     dmu, dsigma, db_mu, db_sigma = out
     return dmu, dsigma, db_mu, db_sigma
+
+
+def gradients(
+    g: Tensor,  # [N, F, D', H', W']
+    r: Tensor,
+    x: Tensor,  # [N, C, D, H, W]
+    weight_mu: Tensor,
+    weight_sigma: Tensor,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    groups: int,
+    *,
+    bias_sigma: Tensor | None = None,  # [F]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`grad_input` and all of `grad_weight`, with what they share formed once."""
+    shape, geometry = weight_mu.shape, (stride, padding, dilation)
+    laid_out = _plain if _stays_plain(x, weight_mu, stride, dilation, g.numel()) else native
+    several = x.shape[1] > 1  # with one channel either layout may suit a sum
+    g, h = (laid_out(g), laid_out(x)) if several else (g, x)
+    dense = several and dilation == (1, 1, 1) and groups == 1
+    few = unfolded.suits(h, weight_mu, dilation, groups, g[:, 0].numel())
+    if few or not dense or not winograd.onednn_wins(h, shape, *geometry, groups):
+        dx = grad_input(g, r, h, weight_mu, weight_sigma, *geometry, groups)
+        dx = dx.contiguous(memory_format=output_layout(x))
+        return dx, *grad_weight(g, r, h, weight_sigma, *geometry, groups, bias_sigma=bias_sigma)
+    arguments = (*geometry, False, (0, 0, 0), 1, [True, True, False])
+    backward = torch.ops.aten.convolution_backward
+    dvar, dsigma, _ = backward(g * laid_out(r), h.square(), laid_out(weight_sigma).square(), None, *arguments)
+    dx, dmu, _ = backward(g, h, laid_out(weight_mu), None, *arguments)
+    dx = dx.addcmul_(dvar, h, value=2.0).contiguous(memory_format=output_layout(x))
+    empty = weight_sigma.new_empty(0)
+    biases = (empty, empty) if bias_sigma is None else grad_bias(g, r, bias_sigma)
+    return dx, dmu.contiguous(), _times_twice(dsigma, weight_sigma), *biases
 
 
 def grad_bias(g: Tensor, r: Tensor, bias_sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,6 +378,12 @@ def _correlate(
     return _derivative(1, b, a, _placeholder(shape, a), stride, padding, dilation, groups)
 
 
+def _times_twice(dvar: Tensor, sigma: Tensor) -> Tensor:
+    """2 sigma * dvar, row-major, from a dvar that is overwritten."""
+    dvar = dvar.contiguous()
+    return torch.addcmul(dvar.new_zeros(()), dvar, sigma.to(dvar.dtype), value=2.0, out=dvar)
+
+
 def _placeholder(shape: torch.Size, like: Tensor) -> Tensor:
     """A tensor of which only the shape will be read, in the layout of another."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=output_layout(like))
@@ -352,47 +407,3 @@ def _derivative(
     mask = [which == 0, which == 1, False]
     geometry = (stride, padding, dilation, False, (0, 0, 0), groups)
     return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, mask)[which]
-
-
-def _correlate_both(
-    x: Tensor, g: Tensor, x_times: Tensor, g_times: Tensor, shape: torch.Size, padding: Triple, dilation: Triple
-) -> tuple[Tensor, Tensor]:
-    """Both of `_correlate`'s sums at stride 1 without groups, as batched matrix products over rows of voxels.
-
-    Rows are padded with zeros along W to one pitch, so a tap's shift along W is a shift of the row index; shifts along
-    D and H select planes and lines, and those that fall outside the volume are never multiplied.
-    """
-    (n, n_filters, *out_size), (c, *size) = g.shape, x.shape[1:]
-    kd, kh, kw = shape[2:]
-    (pd, ph, pw), (dd, dh, dw) = padding, dilation
-    # Row v of the output meets row v + shift of the input: zeros behind a line also stand before the next one.
-    tail = (kw - 1) * dw
-    pitch = max(size[2] + pw, out_size[2] + tail - pw, out_size[2])
-    a = torch.zeros(2, size[0], size[1] * pitch + tail, c, dtype=x.dtype, device=x.device)
-    b = torch.zeros(2, out_size[0], out_size[1], pitch, n_filters, dtype=x.dtype, device=x.device)
-    a_lines = a[:, :, : size[1] * pitch].view(2, size[0], size[1], pitch, c)[..., pw : pw + size[2], :]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    total = torch.zeros(kd, kh, kw, 2, c, n_filters, dtype=wide, device=x.device)
-    for sample in range(n):
-        a_lines[0] = x[sample].permute(1, 2, 3, 0)
-        torch.mul(a_lines[0], x_times[sample].permute(1, 2, 3, 0), out=a_lines[1])
-        b[0, ..., : out_size[2], :] = g[sample].permute(1, 2, 3, 0)
-        torch.mul(b[0, ..., : out_size[2], :], g_times[sample].permute(1, 2, 3, 0), out=b[1, ..., : out_size[2], :])
-        for i in range(kd):
-            for j in range(kh):
-                dz, dy = i * dd - pd, j * dh - ph
-                y0, y1 = max(0, -dy), min(out_size[1], size[1] - dy)
-                if y0 >= y1:
-                    continue
-                for z in range(max(0, -dz), min(out_size[0], size[0] - dz)):
-                    rows = (y1 - y0) * pitch
-                    lines = b[:, z, y0:y1].view(2, rows, n_filters)
-                    for k in range(kw):
-                        start = (y0 + dy) * pitch + k * dw
-                        taps = a[:, z + dz, start : start + rows].transpose(1, 2)
-                        if x.dtype == total.dtype:
-                            total[i, j, k].baddbmm_(taps, lines)
-                        else:  # bf16 rounds each product once and never the sum
-                            total[i, j, k] += torch.bmm(taps, lines)
-    both = total.permute(3, 5, 4, 0, 1, 2)
-    return both[0], both[1]

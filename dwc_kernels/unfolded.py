@@ -8,7 +8,6 @@ column for each weight of a filter. Squares of sigma are formed a block at a tim
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dwc_kernels.geometry import Triple
@@ -22,7 +21,7 @@ _BLOCK = 1 << 18  # weights squared at a time
 def suits(x: Tensor, weight: Tensor, dilation: Triple, groups: int, n_rows: int) -> bool:
     """Whether to convolve x [N, C, D, H, W] with weight [F, C, kD, kH, kW] here, to ``n_rows`` output voxels."""
     here = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    few = 0 < n_rows <= _ROWS and weight.numel() >= x.numel() + n_rows * len(weight)
+    few = 0 < n_rows <= _ROWS and weight.numel() >= x.numel() + n_rows * weight.shape[0]
     return here and few and groups == 1 and dilation == (1, 1, 1)
 
 
@@ -100,29 +99,31 @@ def _voxels(g: Tensor) -> Tensor:
 
 
 def _volume(rows: Tensor, x: Tensor, size: Triple) -> Tensor:
-    return rows.view(len(x), *size, -1).permute(0, 4, 1, 2, 3)
+    return rows.view(x.shape[0], *size, -1).permute(0, 4, 1, 2, 3)
 
 
 def _rows(x: Tensor, kernel: Triple, size: Triple, stride: Triple, padding: Triple) -> Tensor:
     """The voxels under the kernel for each output voxel, a copy: [N D' H' W', C kD kH kW]."""
-    x = F.pad(x, [p for p in reversed(padding) for _ in range(2)]).contiguous()
-    n, c, *each = x.stride()
-    windows = x.as_strided(
-        (len(x), *size, x.shape[1], *kernel), (n, *(e * s for e, s in zip(each, stride, strict=True)), c, *each)
-    )
-    return windows.contiguous().view(len(x) * size[0] * size[1] * size[2], -1)
+    (pd, ph, pw), (sd, sh, sw) = padding, stride
+    x = torch.constant_pad_nd(x, (pw, pw, ph, ph, pd, pd)).contiguous()
+    n, c, d, h, w = x.stride()
+    windows = x.as_strided((x.shape[0], *size, x.shape[1], *kernel), (n, d * sd, h * sh, w * sw, c, d, h, w))
+    return windows.contiguous().view(x.shape[0] * size[0] * size[1] * size[2], -1)
 
 
 def _fold(windows: Tensor, size: Triple, stride: Triple, padding: Triple) -> Tensor:
     """Sum [N, D', H', W', C, kD, kH, kW] where windows overlap, one axis after the other: [N, C, D, H, W]."""
     for axis, (n, s, p) in enumerate(zip(size, stride, padding, strict=True), 1):
-        n_windows, kernel = windows.shape[axis], windows.shape[5]
-        taps = windows.movedim(5, 0)
-        shape = list(taps.shape[1:])
-        shape[axis] = max(n + 2 * p, (n_windows - 1) * s + kernel)
+        shape = list(windows.shape)
+        n_windows, kernel = shape[axis], shape.pop(5)
+        shape[axis] = n
         total = windows.new_zeros(shape)
-        for i in range(kernel):
-            covered = slice(i, i + (n_windows - 1) * s + 1, s)
-            total[(slice(None),) * axis + (covered,)] += taps[i]
-        windows = total.narrow(axis, p, n)
+        for tap in range(kernel):
+            # Window i puts this tap at voxel s i + tap - p.
+            first = max(0, -(-(p - tap) // s))
+            count = min(n_windows, (n - 1 + p - tap) // s + 1) - first
+            if count > 0:
+                covered = total[(slice(None),) * axis + (slice(first * s + tap - p, n, s),)].narrow(axis, 0, count)
+                covered += windows.select(5, tap).narrow(axis, first, count)
+        windows = total
     return windows.permute(0, 4, 1, 2, 3)

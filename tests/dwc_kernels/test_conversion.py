@@ -337,6 +337,25 @@ def test_methods_replaced_on_an_instance_are_refused_by_path():
     assert type(conv) is nn.Conv3d
 
 
+def test_a_class_with_methods_of_its_own_is_refused_and_one_that_only_sets_arguments_is_not():
+    class Padded(nn.Conv3d):
+        def __init__(self, channels):
+            super().__init__(channels, channels, 3, padding=1)
+
+        @staticmethod
+        def stride_of(level):
+            return 2**level
+
+    class Counting(Padded):
+        def n_taps(self):
+            return self.weight[0].numel()
+
+    with pytest.raises(ValueError, match=r"^1: Counting has a n_taps of its own.*skip=\['1'\]"):
+        convert(nn.Sequential(Padded(2), Counting(2)))
+    normalized = parametrizations.weight_norm(Padded(2))
+    assert all(isinstance(layer, FFGConv3d) for layer in convert(nn.Sequential(Padded(2), normalized)))
+
+
 @pytest.mark.parametrize("where", ["layer", "parent", "wrapper"])
 def test_compiled_networks_are_refused_by_path(where):
     net = nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU())

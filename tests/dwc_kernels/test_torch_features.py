@@ -17,6 +17,7 @@ from torch.nn.utils import prune
 import dwc_kernels
 from dwc_kernels import (
     FFGConv3d,
+    FFGConvTranspose3d,
     FFGLinear,
     SigmaProjection,
     convert,
@@ -241,6 +242,45 @@ def test_networks_under_fsdp2_are_drawn_projected_and_become_priors(tmp_path):
             convert(sharded)
     finally:
         dist.destroy_process_group()
+
+
+def test_activations_in_place_leave_the_hooks_of_fsdp2_where_they_are(tmp_path):
+    """Without them the weights are not gathered for the backward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = nn.Sequential(FFGConv3d(1, 4, 1), nn.ReLU(inplace=True), FFGLinear(4, 4), nn.ReLU(inplace=True))
+        for module in (net[0], net[2], net):
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        net(torch.randn(2, 1, 4, 4, 4)).sum().backward()
+        assert all(p.grad.full_tensor().isfinite().all() for p in net.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "channels_last"),
+    [
+        (FFGLinear(8, 6), (5, 8), False),
+        (FFGLinear(8, 6), (2, 3, 8), False),
+        (FFGConv3d(16, 16, 3, padding=1), (2, 16, 1, 1, 1), False),
+        (FFGConv3d(16, 16, 3, padding=1), (2, 16, 2, 2, 2), True),
+        (FFGConv3d(64, 64, 3, padding=1), (1, 64, 16, 16, 16), True),  # Winograd's, where PyTorch's are slower
+        (FFGConvTranspose3d(8, 8, 2, 2), (2, 8, 3, 3, 3), False),
+        (FFGConvTranspose3d(8, 8, 3), (2, 8, 3, 3, 3), True),
+        (FFGConv3d(2, 3, 3, padding=1, padding_mode="circular"), (2, 4, 4, 4), False),
+    ],
+)
+def test_an_activation_may_overwrite_the_output_in_place(layer, shape, channels_last):
+    x = torch.randn(shape)
+    x = x.contiguous(memory_format=torch.channels_last_3d) if channels_last else x
+    expected, gradients = layer(x, seed=3).relu(), []
+    for y in (expected, layer(x, seed=3).relu_()):
+        assert torch.equal(y, expected)
+        gradients.append(torch.autograd.grad(y.square().sum(), tuple(layer.parameters())))
+    assert all(map(torch.equal, *gradients))
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])

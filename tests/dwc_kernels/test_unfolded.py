@@ -22,7 +22,7 @@ def test_few_voxels_are_as_accurate_as_the_composition(arguments, geometry, layo
     monkeypatch.setattr(unfolded, "suits", lambda *a, f=unfolded.suits: answers.append(f(*a)) or answers[-1])
     x, *rest = make(**arguments)
     assert_as_accurate_as_composition([in_layout(x, layout), *rest], **geometry)
-    assert answers == [True] * 3  # forward, and back to the input and to the weights
+    assert answers == [True] * 4  # forward, backward as a whole, and to the input and to the weights
 
 
 def test_blocks_of_weights_make_up_the_whole(monkeypatch):

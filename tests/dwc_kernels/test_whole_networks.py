@@ -1,6 +1,7 @@
 """What works over a whole network: KL, optimizers, seeds, modes, drawn weights, priors and predictions."""
 
 import copy
+import io
 
 import numpy as np
 import pytest
@@ -454,6 +455,30 @@ def test_a_copy_made_while_weights_are_drawn_is_outside_the_drawing(net, x):
         copied = copy.deepcopy(net)
     assert not torch.equal(copied.train()(x), copied(x))
     assert torch.equal(copied[0].eval()(x), net[0].eval()(x))
+
+
+def test_a_network_saved_while_weights_are_drawn_is_outside_the_drawing(net, x):
+    file = io.BytesIO()
+    with draw_weights(net, 0):
+        torch.save(net, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert not torch.equal(loaded.train()(x), loaded(x))
+
+
+def test_contexts_that_end_in_another_order_leave_nothing_behind(net, x):
+    """As those of two threads do."""
+    outer, inner = sampling(net, True), sampling(net, False)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    net.eval()
+    with draw_weights(net, 1):
+        drawn = net(x)
+        inner.__exit__(None, None, None)
+        assert torch.equal(net(x), drawn)
+    assert torch.equal(net(x), net(x))
+    assert not torch.equal(net(x), drawn)
 
 
 def test_complex_input_is_refused_in_both_modes():
