@@ -40,9 +40,9 @@ class Cycle:
     Parameters
     ----------
     sites : sequence of str
-        Sites that share the anatomies; the first is the origin.
+        Sites that share the anatomies, the origin first; one that is named twice gets two shares.
     n_train, n_test : int
-        Scans of a site.
+        Training scans of a site for each of its shares, and its test scans.
     training : mapping
         Settings of all trainings.
     groups : sequence of Group, optional
@@ -62,6 +62,7 @@ class Cycle:
     groups: Sequence[Group] | None = None
     seed: int = 0
     anatomies: Path | None = None
+    random_contrasts: bool = False
     real: tuple[Path, Path] | None = None
 
     def manifest(self, site: str) -> Path:
@@ -70,8 +71,8 @@ class Cycle:
         if not (folder / "manifest.csv").exists():
             print(f"simulating site {site}", flush=True)
             write_site(
-                folder, load_sites()[site], self.n_train, self.n_test, grid=self.grid, seed=self.seed,
-                anatomies=self.anatomies, shared_by=self.sites,
+                folder, load_sites()[site], self.n_train * self.sites.count(site), self.n_test, grid=self.grid,
+                seed=self.seed, anatomies=self.anatomies, shared_by=self.sites, random_contrasts=self.random_contrasts,
             )  # fmt: skip
         return folder / "manifest.csv"
 
@@ -126,7 +127,7 @@ class Cycle:
 
     def _scans(self) -> list[tuple[str, Path, Path]]:
         """Site, image and labels of each scan to score."""
-        scans = [(site, image, label) for site in self.sites for image, label in self._held_out(site)]
+        scans = [(site, image, label) for site in dict.fromkeys(self.sites) for image, label in self._held_out(site)]
         return [*scans, ("real", *self.real)] if self.real else scans
 
     def _file(self, name: str, image: Path) -> Path:

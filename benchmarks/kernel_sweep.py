@@ -214,8 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 interprets kernels instead of compiling them; unset it")
     options.out.mkdir(parents=True, exist_ok=True)
-    path, every = options.out / "sweep.csv", set(map(key_of, cases()))
-    facts = [fact for fact in read(path) if fact.key in every]
+    path, every = options.out / "sweep.csv", {key_of(case): case for case in cases()}
+    facts = [same_code(fact, every[fact.key]) for fact in read(path) if fact.key in every]
     write_whole(path, as_csv(facts).encode())
     done, codes = {fact.key for fact in facts}, {fact.source: fact for fact in facts}
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 DOCS = Path(__file__).resolve().parents[1]
-_TABLE = re.compile(r"(?P<marker><!-- table: (?P<kind>\S+) (?P<file>\S+) -->\n)\n(\|.*\n)*")
+_TABLE = re.compile(r"(?P<marker><!-- table: (?P<kind>\S+) (?P<file>\S+) -->\n)\n(\|.*\n)*\n?")
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def with_tables(text: str, folder: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         rows = pd.read_csv(folder / match["file"], dtype={"row": str, "method": str, "rule": str})
-        return match["marker"] + "\n" + _as_markdown(_KINDS[match["kind"]](rows))
+        return match["marker"] + "\n" + _as_markdown(_KINDS[match["kind"]](rows)) + "\n"
 
     return _TABLE.sub(table, text)
 

@@ -26,6 +26,10 @@ def main(arguments: Sequence[str]) -> None:
         "--anatomies", type=Path | None, default=None,
         help="folder of label volumes (codes 0 to 60) to make scans of; by default heads are procedural",
     )  # fmt: skip
+    parser.add_argument(
+        "--random_contrasts", type=bool, default=False,
+        help="give each scan its own T1 contrast and resolution, as varied as between real scans",
+    )  # fmt: skip
     values = parse(parser, arguments)
     manifest = values.out / "manifest.csv"
     if manifest.exists():
@@ -37,5 +41,6 @@ def main(arguments: Sequence[str]) -> None:
     write_site(
         values.out, values.site, values.n_train, values.n_test,
         grid=Grid(values.grid_size, values.voxel_size), seed=values.seed, anatomies=values.anatomies,
+        random_contrasts=values.random_contrasts,
     )  # fmt: skip
     print(f"{manifest}  ({values.n_train} scans to train on, {values.n_test} held out)")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -23,7 +24,7 @@ from dwc.data.grid import Grid
 from dwc.data.labels import LabelMap, read_tsv
 from dwc.simulation.phantom import make_phantom
 
-__all__ = ["Site", "load_sites", "mixed_site", "simulate", "write_site"]
+__all__ = ["Site", "load_sites", "mixed_site", "random_contrast", "simulate", "write_site"]
 
 _N_CODES = 61  # classes 0..49 and 50..60 outside the brain
 _N_CLASSES = 50
@@ -34,6 +35,9 @@ _BIAS_NODES = 3  # along each axis
 _FWHM_TO_SD = 0.4247
 _VENTRICLE_REACH = 12.0  # mm, decay length of the displacement around grown ventricles
 _MIXED = ("N", "B", "W")  # sources of mixed sites
+_OUTSIDE_SPREAD = 2.5  # factor on the spread of means outside the brain in random contrasts
+_LEAST_CONTRAST = 25.0  # between white and grey matter, of random contrasts
+_TEXTURE = 1.5  # voxels, sd of the filter on the texture outside the brain in random contrasts
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Site:
     ventricle: float  # growth, mm
     elastic: float  # amplitude of the deformation, mm
     log_gamma: float  # log of the exponent of the intensities
+    codes: tuple[tuple[float, float], ...] = ()  # mean and sd of each code, in place of the tissues' means and `sd`
 
 
 @lru_cache(maxsize=1)
@@ -59,7 +64,7 @@ def load_sites() -> dict[str, Site]:
     sites = {}
     for row in read_tsv(str(files(__package__) / "sites.tsv")):
         name = row.pop("site")
-        value = {column: float(cell) for column, cell in row.items()}
+        value: dict[str, Any] = {column: float(cell) for column, cell in row.items()}
         means = {column: value.pop(column) for column in list(value) if column in tissues}
         x, y, z = (value.pop(f"res_{axis}") for axis in "xyz")
         sites[name] = Site(name=name, tissue_means=means, resolution=(x, y, z), **value)
@@ -77,8 +82,33 @@ def mixed_site(name: str, rng: np.random.Generator) -> Site:
     tissues = {tissue: mixed(part.tissue_means[tissue] for part in parts) for tissue in parts[0].tissue_means}
     x, y, z = (mixed(part.resolution[axis] for part in parts) for axis in range(3))
     numbers = ("sd", "noise", "bias", "scale", "ventricle", "elastic", "log_gamma")
-    values = {field: mixed(getattr(part, field) for part in parts) for field in numbers}
+    values: dict[str, Any] = {field: mixed(getattr(part, field) for part in parts) for field in numbers}
     return replace(parts[0], name=name, tissue_means=tissues, resolution=(x, y, z), **values)
+
+
+def random_contrast(site: Site, rng: np.random.Generator) -> Site:
+    """A site with another T1 contrast and resolution for one scan.
+
+    Means of labels vary as between the real scans of `t1_priors.tsv`, those outside the brain more widely. White matter
+    stays brighter than grey. Half of the axes have voxels of up to 2 mm.
+    """
+    rows = [{key: float(row[key]) for key in ("mean", "mean_sd", "sd", "sd_sd")} for row in _t1_priors()]
+    while True:
+        deviates: dict[float, float] = {}  # labels of one tissue, which have one prior, vary together
+        codes = []
+        for code, row in enumerate(rows):
+            outside = code >= _N_CLASSES
+            z = rng.normal() if outside else deviates.setdefault(row["mean"], rng.normal())
+            mean = row["mean"] + z * row["mean_sd"] * (_OUTSIDE_SPREAD if outside else 1)
+            # The spread within a label includes noise and partial volumes, which are simulated.
+            codes.append((max(mean, 0.0), abs(row["sd"] + row["sd_sd"] * rng.normal()) / 2))
+        if codes[1][0] - codes[16][0] > _LEAST_CONTRAST:
+            break
+    x, y, z = np.where(rng.uniform(size=3) < 0.5, rng.uniform(1, 2, 3), site.resolution)
+    return replace(
+        site, codes=tuple(codes), resolution=(float(x), float(y), float(z)), noise=rng.uniform(0.005, 0.05),
+        bias=rng.uniform(0, 0.4), log_gamma=rng.normal(0, 0.1),
+    )  # fmt: skip
 
 
 def simulate(labels: np.ndarray, site: Site | str, *, voxel_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,6 +138,7 @@ def write_site(
     seed: int = 0,
     anatomies: str | os.PathLike[str] | None = None,
     shared_by: Sequence[str] = (),
+    random_contrasts: bool = False,
     unlabelled: Sequence[int] = (),
 ) -> Path:
     """Write a simulated site's scans, labels and, last, the manifest, whose path is returned.
@@ -124,7 +155,10 @@ def write_site(
         A folder of label volumes (`*.nii.gz`, codes as in `simulate`) to use instead of the phantom, each centred on
         its brain. If a site needs more scans than it has anatomies, some subjects are scanned and deformed repeatedly.
     shared_by : sequence of str
-        Names of all sites that share the anatomies, including this one; by default those of `load_sites`.
+        Names of all sites that share the anatomies, including this one; by default those of `load_sites`. A site that
+        is named twice gets two shares.
+    random_contrasts : bool
+        Make each scan with a `random_contrast` of the site's scanner.
     unlabelled : sequence of int
         Label ids that are 0, background, in the labels of training scans.
     """
@@ -145,7 +179,10 @@ def write_site(
         raise InputError(f"{out_dir}: cannot write ({error.strerror}); choose another folder") from error
     rows = []
     for number, (subject, split, codes) in enumerate(heads):
-        image, codes = simulate(codes, site, voxel_size=grid.voxel_size, seed=_seed(seed, site, number, 0))
+        scanner = site
+        if random_contrasts:
+            scanner = random_contrast(site, np.random.default_rng(_seed(seed, site, number, 2)))
+        image, codes = simulate(codes, scanner, voxel_size=grid.voxel_size, seed=_seed(seed, site, number, 0))
         ids = label_map.to_ids(np.where(codes < _N_CLASSES, codes, 0))
         if split == "train":
             ids[np.isin(ids, unlabelled)] = 0
@@ -167,7 +204,7 @@ def _known(name: str) -> Site:
 
 
 def _seed(seed: int, site: Site, number: int, purpose: int) -> int:
-    """A seed for each scan (purpose 0) and head (1) of each site."""
+    """A seed for each scan (purpose 0), head (1) and contrast (2) of each site."""
     words = [seed, int.from_bytes(site.name.encode(), "little"), number, purpose]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
@@ -183,7 +220,7 @@ def _anatomies(
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     paths = sorted(folder.glob("*.nii.gz"))
     order = np.random.default_rng(seed).permutation(len(paths))  # the same at all sites, so no two share an anatomy
-    mine = [paths[i] for i in order[sites.index(site) :: len(sites)]]
+    mine = [paths[i] for place, i in enumerate(order) if sites[place % len(sites)] == site]
     n_for_test = min(n_test, max(1, len(mine) // 3)) if n_test else 0
     if not mine or (n_train and len(mine) <= n_for_test):
         raise InputError(f"{folder}: {len(mine)} label volumes for site {site}; put at least {2 * len(sites)} there")
@@ -204,6 +241,11 @@ def _load_anatomy(path: Path, grid: Grid) -> np.ndarray:
     affine = grid.affine((image.affine @ [*middle, 1])[:3])
     volume = nib.Nifti1Image(codes.astype(np.uint8), image.affine)
     return np.asanyarray(resample_from_to(volume, (grid.shape, affine), order=0).dataobj)
+
+
+@lru_cache(maxsize=1)
+def _t1_priors() -> list[dict[str, str]]:
+    return list(read_tsv(str(files(__package__) / "t1_priors.tsv")))
 
 
 @lru_cache(maxsize=1)
@@ -269,12 +311,18 @@ def _scan(labels: np.ndarray, site: Site, voxel_size: float, rng: np.random.Gene
     mean = np.array([site.tissue_means[tissue] for tissue in tissues], np.float32)
     mean[1:] += rng.normal(0, _REGION_SD, len(mean) - 1).astype(np.float32)
     sd = np.full(len(mean), site.sd, np.float32)
+    if site.codes:
+        mean, sd = np.array(site.codes, np.float32).T
     sd[0] = 1  # air has no texture
 
     def normal() -> np.ndarray:
         return rng.standard_normal(labels.shape, dtype=np.float32)
 
-    image = mean[labels] + sd[labels] * normal()
+    texture = normal()
+    if site.codes:  # fat and muscle vary over some millimetres, not from voxel to voxel
+        smooth = ndimage.gaussian_filter(normal(), _TEXTURE)
+        texture = np.where(labels < _N_CLASSES, texture, smooth / smooth.std())
+    image = mean[labels] + sd[labels] * texture
     image = ndimage.gaussian_filter(image, _FWHM_TO_SD)
     image = _sample(image, site.resolution, voxel_size)
     nodes = (_BIAS_NODES,) * 3

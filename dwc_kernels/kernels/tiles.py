@@ -116,21 +116,15 @@ STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """The tiles that fit the chip's registers and shared memory."""
     columns: tuple[tuple[int, int], ...] = SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS
-    one_tap = math.prod(problem.kernel) == 1
     if problem.dtype == "ieee":  # not tensor cores: operands sit in registers, so many warps on a small tile
         shapes = [((1, 2, 8), 32, 1, 8)] if problem.kind == "grad_weight" else [((2, 4, 8), 16, 1, 8)]
         columns = ((32, 0), (16, 0))
     elif problem.kind == "grad_weight":
-        most = math.inf
-        if chip.arch == "sm_80":  # without a copy engine for tensors, 128 voxels need too many addresses
-            most = 64
-        elif chip.arch == "sm_120" and one_tap and problem.dtype == "tf32":
-            most = 16  # ptxas keeps more within 128 registers, and spills
-        summed = [box for box in SUMMED_BOXES if math.prod(box) <= most]
-        shapes = [(box, 32, 1, STACKED_ROWS // chip.rows_per_warp) for box in summed]
+        shapes = [(box, 32, 1, STACKED_ROWS // chip.rows_per_warp) for box in SUMMED_BOXES]
     else:
         blocks = {c: math.ceil(problem.channels / c) for c in (16, 32, 64)}
         # With one tap the compiler merges the loop with what follows and needs registers for both: half the rows.
+        one_tap = math.prod(problem.kernel) == 1
         boxes = BOXES[1:] if one_tap else BOXES
         per_warp = 16 if one_tap and not chip.tensor_memory else chip.rows_per_warp
         # g and r together, or the phases of a stride, leave no registers for an unrolled loop.
@@ -148,8 +142,19 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     for box, channels, unroll, warps in shapes:
         for wide, tail in columns:
             tiles = (Tile(box, channels, unroll, wide, tail, CHUNK, warps, stages) for stages in depths)
-            found += itertools.islice((t for t in tiles if fits(problem, t, chip)), 1)
+            found += itertools.islice((t for t in tiles if fits(problem, t, chip) and not spills(problem, t, chip)), 1)
     return [finished(problem, tile, chip) for tile in found]
+
+
+def spills(problem: Problem, tile: Tile, chip: Chip) -> bool:
+    """Whether a tile of grad_weight spills although `fits` counts registers enough for it, as compiled."""
+    if problem.kind != "grad_weight":
+        return False
+    one_tap = math.prod(problem.kernel) == 1
+    if chip.arch == "sm_80":  # no copy engine for tensors: addresses take registers
+        return tile.rows >= 128 or (tile.rows >= 64 and tile.columns >= 64 and not one_tap)
+    # ptxas keeps these within 128 registers.
+    return chip.arch == "sm_120" and one_tap and problem.dtype == "tf32" and tile.rows >= 32
 
 
 def finished(problem: Problem, tile: Tile, chip: Chip) -> Tile:
@@ -198,6 +203,11 @@ def shared_bytes(problem: Problem, tile: Tile, chip: Chip) -> int:
         return max(pipeline + extra, STACKED_ROWS * tile.wide * 4)  # the sums on their way out
     if not chip.warp_matrix:
         pipeline += column_bytes
+    if chip.arch == "sm_80":  # a thread copies 4 bytes at least; blocks of less pass through one buffer
+        sizes = (problem.itemsize, square_bytes(problem))
+        blocks = [columns * tile.channels * size for columns in (tile.wide, tile.tail) for size in sizes]
+        small = [block for block in blocks if block < 4 * WARP * tile.warps]
+        pipeline += max(small, default=0) - (tile.stages - 1) * tile.unroll * sum(small)
     if chip.tensor_memory and problem.itemsize == 2:
         pipeline += tile.rows * tile.channels * tile.unroll * problem.itemsize
     return pipeline

@@ -15,6 +15,7 @@ from dwc_kernels.kernels.chips import CHIPS
 from dwc_kernels.kernels.tiles import BARRIERS, shared_bytes
 
 TABLE = Path(__file__).parents[2] / "docs" / "results" / "kernels" / "sweep.csv"
+README = Path(__file__).parents[2] / "dwc_kernels" / "README.md"
 FACT = Fact("0", "sm_90", "bf16", "forward", 96, 96, 3, "31", "tile", 255, 0, 0, 0, 0, 12, 16, 1000, 900)
 # One narrow and one wide layer at an edge that is no multiple of 4, each on its chip.
 SAMPLE = [
@@ -24,6 +25,7 @@ SAMPLE = [
     ("sm_80", "bf16", "grad_input", 96, 50, 1, 32),
     ("sm_90", "tf32", "forward", 96, 96, 3, 31),
     ("sm_120", "tf32", "grad_weight", 1, 96, 3, 32),
+    ("sm_80", "bf16", "grad_weight", 64, 64, 3, 32),
 ]
 
 
@@ -165,24 +167,30 @@ def test_the_summary_says_how_many_of_how_many_and_names_what_spills():
     assert "| sm_90 | bf16 | forward | 2 | 1 | 28 | 96->96 k3 (45): 28 |" in text
 
 
-def test_the_committed_table_agrees_with_the_model_of_shared_memory():
-    facts = kernel_sweep.read(TABLE)
-    assert facts
-    for fact in facts:
+def test_the_committed_table_has_the_tiles_that_are_chosen_now_none_twice_and_agrees_with_the_model_of_them(every_case):
+    chosen = {
+        (case.arch, case.problem.dtype, case.problem.kind, *case.shape, case.edges, kernel_sweep.spelled(case.tile)): (
+            shared_bytes(case.problem, case.tile, CHIPS[case.arch])
+        )
+        for case in every_case
+    }
+    committed = {
+        (fact.arch, fact.dtype, fact.kind, fact.channels, fact.filters, fact.kernel, fact.edges, fact.tile): fact
+        for fact in kernel_sweep.read(TABLE)
+    }
+    assert committed.keys() <= chosen.keys(), "the model of tiles has changed: run python -m benchmarks.kernel_sweep"
+    assert len(committed) == len(kernel_sweep.read(TABLE)) > 0
+    for asked, fact in committed.items():
+        assert chosen[asked] == fact.shared_model, fact
         assert 0 <= fact.shared - fact.shared_model <= BARRIERS, fact
 
 
-def test_the_committed_table_has_the_tiles_that_are_chosen_now_and_none_twice(every_case):
-    chosen = {
-        (case.arch, case.problem.dtype, case.problem.kind, *case.shape, case.edges, kernel_sweep.spelled(case.tile))
-        for case in every_case
-    }
-    committed = [
-        (fact.arch, fact.dtype, fact.kind, fact.channels, fact.filters, fact.kernel, fact.edges, fact.tile)
-        for fact in kernel_sweep.read(TABLE)
-    ]
-    assert set(committed) <= chosen, "the model of tiles has changed: run python -m benchmarks.kernel_sweep"
-    assert len(committed) == len(set(committed))
+def test_the_readme_counts_the_committed_cases_and_their_spills(every_case):
+    facts = kernel_sweep.read(TABLE)
+    assert TABLE.with_suffix(".md").read_text() == summary(facts, len(every_case)) + "\n"
+    readme = " ".join(README.read_text().split())
+    assert f"{len(facts)} of {len(every_case)} cases" in readme
+    assert ("none of them spills" in readme) == (not any(f.spills or f.stack or f.local for f in facts))
 
 
 @pytest.mark.sweep

@@ -34,3 +34,14 @@ def test_bad_input_of_simulate_is_one_line_and_writes_nothing(flags, line, tmp_p
     assert line in error
     assert error.count("\n") == 1
     assert not (tmp_path / "site").exists()
+
+
+def test_scans_of_random_contrasts_are_of_the_same_people_at_another_scanner(tmp_path):
+    images = []
+    for out, flags in (("plain", []), ("random", ["--random-contrasts"])):
+        words = ["simulate", "N", "--out", str(tmp_path / out), "--n-train", "1", "--n-test", "0", *flags]
+        assert cli.main([*words, "--grid-size", "32", "--voxel-size", "6"]) == 0
+        images.append((tmp_path / out / "N-000_T1w.nii.gz").read_bytes())
+    plain, random = (read_manifest(tmp_path / out / "manifest.csv") for out in ("plain", "random"))
+    assert [scan.subject for scan in plain] == [scan.subject for scan in random]
+    assert images[0] != images[1]

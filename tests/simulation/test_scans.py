@@ -11,7 +11,7 @@ from dwc.data.labels import LabelMap
 from dwc.data.manifest import read_manifest
 from dwc.simulation import scans
 from dwc.simulation.phantom import make_phantom
-from dwc.simulation.scans import load_sites, simulate, write_site
+from dwc.simulation.scans import load_sites, random_contrast, simulate, write_site
 
 SITES = load_sites()
 GRID = Grid(32, 6.0)
@@ -191,3 +191,38 @@ def test_a_site_from_the_anatomies_of_real_people_has_their_variety(shared_data)
     assert np.sum(first == 2) > 2 * np.sum(second == 2)
     image, labels = simulate(first, "B", voxel_size=3.0, seed=0)
     assert np.median(image[labels == 1]) > np.median(image[labels == 2])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_random_contrast_is_a_t1_drawn_from_the_generator(seed):
+    site = random_contrast(SITES["B"], np.random.default_rng(seed))
+    means = [mean for mean, _ in site.codes]
+    assert len(means) == 61
+    assert means[1] > means[16] + 20
+    assert min(means) >= 0
+    assert len(set(means[16:50])) == 1  # the cortex is one tissue
+    assert len(set(means[50:])) > 5  # tissues outside the brain are drawn one by one
+    assert site == random_contrast(SITES["B"], np.random.default_rng(seed))
+    assert (site.name, site.ventricle, site.elastic) == ("B", SITES["B"].ventricle, SITES["B"].elastic)
+
+
+def test_random_contrasts_differ_from_scan_to_scan_and_leave_the_subjects_as_they_are(tmp_path):
+    plain = write_site(tmp_path / "plain", "H", 2, 1, grid=GRID, seed=1)
+    random = write_site(tmp_path / "random", "H", 2, 1, grid=GRID, seed=1, random_contrasts=True)
+    assert plain.read_text() == random.read_text()
+    ratios = []
+    for name in ("H-000", "H-001"):
+        image, ids = (nib.load(random.parent / f"{name}_{part}.nii.gz").get_fdata() for part in ("T1w", "dseg"))
+        ratios.append(np.median(image[ids >= 1000]) / np.median(image[ids == 2]))
+    assert abs(ratios[0] - ratios[1]) > 0.02
+
+
+def test_a_site_named_twice_gets_two_shares_of_the_anatomies(anatomies, tmp_path):
+    owners = {}
+    for site, n_train in (("H", 8), ("N", 4)):
+        manifest = write_site(
+            tmp_path / site, site, n_train, 1, grid=GRID, anatomies=anatomies, shared_by=("H", "H", "N")
+        )
+        owners[site] = {scan.subject.split("-", 1)[1] for scan in read_manifest(manifest)}
+    assert not owners["H"] & owners["N"]
+    assert len(owners["H"]) > len(owners["N"])
