@@ -4,8 +4,8 @@
 
 H trains a MAP network, from coarse to fine voxels: a cube of coarse ones holds much of a head, so that the network
 learns within minutes where the brain is. From it come a variational network on H, networks of N, B and W (VCL), the
-consolidated one, and the one fine-tuned on H. The sites share the anatomies. Scores are Dice of the sites' held-out
-scans (one anatomy each) and of a real scan on its own grid. Called again, it continues.
+consolidated one, and the one fine-tuned on H. The anatomies are divided among the sites. Scores are Dice of the sites'
+held-out scans (one anatomy each) and of a real scan on its own grid. Called again, it continues.
 """
 
 import argparse
