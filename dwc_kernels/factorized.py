@@ -124,15 +124,12 @@ class FFGModule(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self._state()
-
-    def _state(self) -> dict[str, Any]:
         """What a copy or a file has: made within `draw_weights` or `sampling`, it is outside it."""
         return {**vars(self), "_override": None, "_overrides": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FFGModule":
         replica = memo[id(self)] = self.__new__(type(self))
-        vars(replica).update(deepcopy(self._state(), memo))
+        vars(replica).update(deepcopy(self.__getstate__(), memo))
         return replica
 
     def __getattr__(self, name: str) -> Any:
