@@ -127,7 +127,7 @@ def forward(
     -------
     y, r : Tensor
         [N, F, D', H', W'] in the dtype of x: the sample, in the layout of x, and eps / (2 sqrt(var)), which is all that
-        the backward needs next to x, in the same layout; empty without ``keep_r``.
+        the backward needs next to x, in the layout that the backward will want; empty without ``keep_r``.
     """
     working = _working_dtype(x.dtype, x.device)
     size = transposed_size or output_size(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
@@ -167,7 +167,7 @@ def forward(
         r.masked_fill_(std == 0, 0.0)
     if x.dtype == torch.float16:  # where std < 8e-6, 1 / std leaves its range; saturated, r keeps the gradient finite
         r.clamp_(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
-    return y, r.to(x.dtype).contiguous(memory_format=output_layout(x))
+    return y, r.to(x.dtype)
 
 
 def _launches(x: Tensor) -> bool:
