@@ -177,7 +177,8 @@ def test_a_packed_adjoint_goes_when_its_forward_s_r_goes():
         (dict(size=(2, 4, 4), output=(2, 20000, 20000)), "2\\^31"),
     ],
 )
-def test_what_the_kernels_cannot_do_is_said(change, reason):
+def test_what_the_kernels_cannot_do_is_said(change, reason, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     options = dict(dtype=torch.float32, stride=ONE, groups=1, kernel=3, size=(4, 4, 4)) | change
     x = torch.empty(1, 4, *options["size"], dtype=options["dtype"], device="meta")
     weight = torch.empty(4, 4, *(options["kernel"],) * 3, device="meta")
