@@ -1,17 +1,20 @@
 """Arguments of the op, its definition in plain PyTorch, and the yardstick by which every backend is measured."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 
 from dwc_kernels import ffg_conv3d
 from dwc_kernels.noise import normal
 
+DEVICE = os.environ.get("DWC_TEST_DEVICE", "cpu")
 NAMES = ("y", "x", "weight_mu", "weight_sigma", "bias_mu", "bias_sigma")
 
 
 def make(c=3, f=5, kernel=3, size=(6, 7, 9), batch=2, groups=1, bias=True, dtype=torch.float32):
     """Arguments of the op, ReLU-like input with a background of zeros."""
-    gen = torch.Generator().manual_seed(0)
+    gen = torch.Generator(DEVICE).manual_seed(0)
 
     def randn(*shape):
         return torch.randn(shape, generator=gen, dtype=torch.float64)
@@ -61,7 +64,7 @@ def assert_as_accurate_as_composition(tensors, *, backend="auto", slack=0.0, **g
     dtype = tensors[0].dtype
     with torch.no_grad():
         y = F.conv3d(tensors[0].double(), tensors[1].double(), **geometry)
-    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).double()
+    g = torch.randn(y.shape, generator=torch.Generator(DEVICE).manual_seed(1), dtype=torch.float64).to(dtype).double()
     eps = normal(y, 7)
     doubles = [t.detach().double().requires_grad_() for t in tensors]
     exact = results(definition, doubles, g, eps=eps.double(), **geometry)

@@ -1,6 +1,6 @@
-"""The three kernels, interpreted, through their real launchers, against the fp64 definition and the reference.
+"""The three kernels through their real launchers, against the fp64 definition and the reference.
 
-The interpreter multiplies bf16 wrongly, so bf16 is left to the compiler's proof; the fp16 and fp32 paths run here.
+The interpreter multiplies bf16 wrongly, so bf16 is left to a GPU (`test_on_gpu`); the fp16 and fp32 paths run here.
 """
 
 import sys
@@ -21,7 +21,7 @@ from dwc_kernels.kernels.noise import four_normals
 from dwc_kernels.kernels.tiles import Tile
 from dwc_kernels.noise import _four_normals, normal
 from tests.dwc_kernels import problems
-from tests.dwc_kernels.problems import NAMES, in_layout, results
+from tests.dwc_kernels.problems import DEVICE, NAMES, in_layout, results
 
 ONE = (1, 1, 1)
 NOISE = 5e-7  # how far sine and cosine of an fp32 angle may differ between two good implementations
@@ -252,7 +252,7 @@ def test_nan_and_infinity_come_out_where_the_reference_has_them(place, value, dt
     # No padding: a product of infinity and the zeros outside the volume is left out by some backends and NaN in others.
     names = ("x", "weight_mu", "weight_sigma", "bias_mu", "bias_sigma")
     tensors = [t.detach().to(dtype) for t in make(c=6, f=5, size=(5, 5, 6))]
-    g = torch.randn(1, 5, 3, 3, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    g = torch.randn(1, 5, 3, 3, 4, generator=torch.Generator(DEVICE).manual_seed(1)).to(dtype)
     where = g if place == "g" else tensors[names.index(place)]
     where.view(-1)[where.numel() // 2] = value
     found = []
@@ -277,7 +277,7 @@ def test_a_special_value_at_a_corner_stays_in_its_channel_and_is_never_hidden(co
     tensors = [t.detach().to(dtype) for t in make(c=6, f=5, size=(5, 5, 6))]
     tensors[0][0, 2, corner, corner, corner] = value
     size = (n - 2 + 2 * padding for n in (5, 5, 6))
-    g = torch.randn(1, 5, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    g = torch.randn(1, 5, *size, generator=torch.Generator(DEVICE).manual_seed(1)).to(dtype)
     found = []
     for backend in ("triton", "reference"):
         inputs = [t.clone().requires_grad_() for t in tensors]
@@ -404,7 +404,7 @@ def test_the_module_trains_through_the_kernels_as_through_the_reference(how):
         "compile": torch.compile(layer, fullgraph=True, backend="aot_eager"),
         "functional_call": lambda t: torch.func.functional_call(layer, dict(layer.named_parameters()), (t,)),
     }.get(how, layer)
-    with torch.autocast("cpu", torch.float16, enabled=how == "autocast"):
+    with torch.autocast(DEVICE, torch.float16, enabled=how == "autocast"):
         ours = gradients(layer, call, x)
     tolerance = 2e-3 if how == "autocast" else 2e-6
     for o, e in zip(ours, expected, strict=True):
@@ -412,16 +412,17 @@ def test_the_module_trains_through_the_kernels_as_through_the_reference(how):
 
 
 # The last tile of a volume of more elements than 32 bits count. Its memory is reserved, and a tile's worth touched.
+FAR_SIZES = ["sample", "d0", "h0", "w0", "F", "D", "H", "W"]
 FAR = dict(sample=1, d0=4, h0=8190, w0=8188, F=3, D=6, H=8192, W=8192)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FAR_SIZES)
 def far_forward(y, seed, sample, d0, h0, w0, F, D, H, W):
     zero = tl.zeros([16, 4], tl.float32)
     forward_finish(zero, zero + 1.0, None, None, y, None, seed, sample, 0, d0, h0, w0, F, D, H, W, 2, 2, 4, 4, 16, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FAR_SIZES)
 def far_grad_input(x, sample, d0, h0, w0, F, D, H, W):
     zero = tl.zeros([16, 4], tl.float32)
     grad_input_finish(zero + 1.0, zero + 2.0, x, x, sample, 0, d0, h0, w0, F, D, H, W, 2, 2, 4, 4, 16)
