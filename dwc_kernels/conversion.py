@@ -143,6 +143,8 @@ def mean_names(model: nn.Module) -> dict[str, str]:
 
 def _classified(model: nn.Module, skip: Skip | Iterable[Skip]) -> Iterator[tuple[Conversion, nn.Module, bool]]:
     """Each layer's entry and module, and whether it stops a conversion."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, _WRAPPERS):
             raise ValueError(

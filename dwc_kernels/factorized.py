@@ -65,7 +65,7 @@ class FFGModule(nn.Module):
             raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         if not plain.weight.is_floating_point():
             raise ValueError(f"dtype must be a real floating-point type, got {plain.weight.dtype}")
-        rho = inverse_softplus(torch.tensor(sigma_init, dtype=plain.weight.dtype, device="cpu"))
+        rho = inverse_softplus(_number("sigma_init", sigma_init, plain.weight.dtype))
         if not rho.isfinite():
             raise ValueError(f"sigma_init must be positive and finite in {plain.weight.dtype}, got {sigma_init}")
         device = torch.get_default_device() if device is None else device
@@ -129,7 +129,7 @@ class FFGModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FFGModule":
         replica = memo[id(self)] = self.__new__(type(self))
-        vars(replica).update(deepcopy(self.__getstate__(), memo))
+        vars(replica).update(deepcopy(FFGModule.__getstate__(self), memo))  # a parametrized class has one that raises
         return replica
 
     def __getattr__(self, name: str) -> Any:
@@ -210,6 +210,8 @@ class FFGModule(nn.Module):
         given = {"weight_mu": weight_mu, "weight_sigma": weight_sigma, "bias_mu": bias_mu, "bias_sigma": bias_sigma}
         if posterior is not None and any(value is not None for value in given.values()):
             raise ValueError("give a layer or its parts, not both")
+        if not isinstance(posterior, FFGModule | None):
+            raise ValueError(f"posterior must be a variational layer, got a {type(posterior).__name__}")
         self._write_prior(self._checked_prior(given) if posterior is None else self._checked_posterior(posterior))
 
     def _checked_posterior(self, posterior: "FFGModule") -> dict[str, Tensor]:
@@ -229,7 +231,7 @@ class FFGModule(nn.Module):
                 continue
             if rho is None:
                 raise ValueError(f"{name} was given, but the layer has no bias")
-            value = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=rho.dtype, device="cpu")
+            value = value.detach() if isinstance(value, Tensor) else _number(name, value, rho.dtype)
             if not hasattr(rho, "device_mesh"):
                 value = whole(value)
             if value.shape != rho.shape if exact else not _broadcasts(value.shape, rho.shape):
@@ -355,6 +357,13 @@ def weight_key(module: nn.Module, *names: str) -> tuple[Any, ...]:
 def whole(t: Tensor) -> Tensor:
     """All of a tensor that FSDP2 has sharded."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def _number(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.tensor(value, dtype=dtype, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a number or a tensor, got {value!r}") from None
 
 
 def _why_no_prior(name: str, value: Tensor) -> str | None:

@@ -31,6 +31,10 @@ __all__ = [
 
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and activation checkpointing
+_WHOLE_WRAPPERS = (
+    ["module"],
+    ["_orig_mod"],
+)  # the children of DataParallel and AveragedModel, and of a compiled network
 
 
 def variational_layers(net: nn.Module) -> dict[str, FFGModule]:
@@ -43,7 +47,7 @@ def variational_layers(net: nn.Module) -> dict[str, FFGModule]:
 
 def _unwrapped_layers(net: nn.Module) -> dict[str, FFGModule]:
     """By the paths that they have without the wrappers of torch."""
-    while isinstance(net, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in net._modules:
+    while list(net._modules) in _WHOLE_WRAPPERS:
         net = next(net.children())
     return {
         ".".join(part for part in path.split(".") if part not in _WRAPPERS): layer

@@ -41,6 +41,33 @@ def _implementation(backend: str) -> ModuleType:
     return kernels
 
 
+def _sampled(
+    x: Tensor,
+    weight_mu: Tensor,
+    weight_sigma: Tensor,
+    bias_mu: Tensor | None,
+    bias_sigma: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    seed: Tensor,
+    backend: str,
+    keep_r: bool,
+    transposed_size: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    """`ffg_conv3d` with r in whatever layout the backend has it."""
+    arguments = (x, weight_mu, weight_sigma, bias_mu, bias_sigma, tuple(stride), tuple(padding), tuple(dilation))
+    with _as_given(x):
+        if transposed_size:
+            return reference.forward(*arguments, groups, seed, keep_r=keep_r, transposed_size=tuple(transposed_size))
+        return _implementation(backend).forward(*arguments, groups, seed, keep_r=keep_r)
+
+
+def _r_layout(x: Tensor, backend: str) -> torch.memory_format:
+    return torch.channels_last_3d if backend == "triton" else output_layout(x)
+
+
 @custom_op("dwc::ffg_conv3d", mutates_args=())
 def ffg_conv3d(
     x: Tensor,
@@ -61,11 +88,11 @@ def ffg_conv3d(
 
     ``transposed_size`` is D', H', W' of a transposed convolution, which only the reference runs.
     """
-    arguments = (x, weight_mu, weight_sigma, bias_mu, bias_sigma, tuple(stride), tuple(padding), tuple(dilation))
-    with _as_given(x):
-        if transposed_size:
-            return reference.forward(*arguments, groups, seed, keep_r=keep_r, transposed_size=tuple(transposed_size))
-        return _implementation(backend).forward(*arguments, groups, seed, keep_r=keep_r)
+    geometry = (stride, padding, dilation, groups)
+    y, r = _sampled(
+        x, weight_mu, weight_sigma, bias_mu, bias_sigma, *geometry, seed, backend, keep_r, transposed_size
+    )  # fmt: skip
+    return y, r.contiguous(memory_format=_r_layout(x, backend)) if keep_r else r
 
 
 @custom_op("dwc::ffg_conv3d_grad_input", mutates_args=())
@@ -150,7 +177,7 @@ def _(
         shape = (x.shape[0], weight_mu.shape[0], *size)
     y, r = (
         torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-        for layout in (output_layout(x), torch.channels_last_3d if backend == "triton" else output_layout(x))
+        for layout in (output_layout(x), _r_layout(x, backend))
     )
     return y, r if keep_r else x.new_empty(0)
 
@@ -318,7 +345,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        output = ffg_conv3d._init_fn(*arguments)
+        output = _sampled(*arguments)
         _save(ctx, arguments, output)
         return output
 

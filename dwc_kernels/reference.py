@@ -59,6 +59,8 @@ def native(x: Tensor) -> Tensor:
     if not x.is_cpu:
         return x
     n, channels, voxels = x.shape[0], x.shape[1], prod(x.shape[2:])
+    if channels == 1:  # in either layout; PyTorch goes by the stride, which `contiguous` would leave alone
+        return x.reshape(n, *x.shape[2:], 1).permute(0, 4, 1, 2, 3)
     if channels < 32 or voxels < 128 or not x.is_contiguous() or type(x) is not Tensor:
         return x.contiguous(memory_format=torch.channels_last_3d)
     # PyTorch transposes matrices in blocks, volumes element by element.
@@ -127,7 +129,7 @@ def forward(
     -------
     y, r : Tensor
         [N, F, D', H', W'] in the dtype of x: the sample, in the layout of x, and eps / (2 sqrt(var)), which is all that
-        the backward needs next to x, in the same layout; empty without ``keep_r``.
+        the backward needs next to x, in the layout that the backward will want; empty without ``keep_r``.
     """
     working = _working_dtype(x.dtype, x.device)
     size = transposed_size or output_size(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
@@ -141,7 +143,7 @@ def forward(
     if transposed_size:
         shape = torch.Size((x.shape[0], n_filters, *size))
         y = _transposed(h, mu, shape, stride, padding, dilation, groups)
-        var = _transposed(h.square(), sigma.square(), shape, stride, padding, dilation, groups)
+        var = _transposed(_times(h, h), _times(sigma, sigma), shape, stride, padding, dilation, groups)
         if b_mu is not None and b_var is not None:
             y, var = y.add_(b_mu.view(-1, 1, 1, 1)), var.add_(b_var.view(-1, 1, 1, 1))
     elif unfolded.suits(h, mu, dilation, groups, x.shape[0] * prod(size)):
@@ -151,8 +153,8 @@ def forward(
     else:
         y = _conv3d(h, mu, b_mu, stride, padding, dilation, groups)
         # Direct: Winograd's differences could make a variance that is nearly 0 negative.
-        squared = h.square() if h.data_ptr() == x.data_ptr() else h.square_()
-        var = F.conv3d(squared, sigma.square(), b_var, stride, padding, dilation, groups)
+        squared = _times(h, h) if h.data_ptr() == x.data_ptr() else h.square_()
+        var = F.conv3d(squared, _times(sigma, sigma), b_var, stride, padding, dilation, groups)
     std = var.sqrt_()
     eps = _noise(std, seed).to(working)
     y.addcmul_(std, eps)
@@ -167,7 +169,7 @@ def forward(
         r.masked_fill_(std == 0, 0.0)
     if x.dtype == torch.float16:  # where std < 8e-6, 1 / std leaves its range; saturated, r keeps the gradient finite
         r.clamp_(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
-    return y, r.to(x.dtype).contiguous(memory_format=output_layout(x))
+    return y, r.to(x.dtype)
 
 
 def _launches(x: Tensor) -> bool:
@@ -197,7 +199,7 @@ def _conv3d(
     geometry = (stride, padding, dilation)
     tiled = winograd.suits(x, weight.shape, *geometry)
     if not tiled or winograd.onednn_wins(x, weight.shape, *geometry, groups):
-        return F.conv3d(x if times is None else x * times, weight, bias, stride, padding, dilation, groups)
+        return F.conv3d(_times(x, times), weight, bias, stride, padding, dilation, groups)
     y = winograd.convolve(x, weight, padding, dilation, times)
     return y if bias is None else y.add_(bias.view(-1, 1, 1, 1))
 
@@ -222,12 +224,12 @@ def grad_input(
     g, r, h, mu, sigma = (laid_out(t.to(working)) for t in (g, r, x, weight_mu, weight_sigma))
     geometry = (stride, padding, dilation, groups)
     if transposed:
-        dvar = _conv3d(g, sigma.square(), None, *geometry, times=r)
+        dvar = _conv3d(g, _times(sigma, sigma), None, *geometry, times=r)
         dx = _conv3d(g, mu, None, *geometry)
     elif unfolded.suits(h, mu, dilation, groups, g.numel() // g.shape[1]):
         dx, dvar = unfolded.both_transposed(g, r, h, mu, sigma, stride, padding)
     else:
-        dvar = _transposed(g, sigma.square(), h.shape, *geometry, times=r, plain=plain)
+        dvar = _transposed(g, _times(sigma, sigma), h.shape, *geometry, times=r, plain=plain)
         dx = _transposed(g, mu, h.shape, *geometry, plain=plain)
     dx.addcmul_(dvar, h, value=2.0)
     return dx.to(x.dtype).contiguous(memory_format=output_layout(x))
@@ -250,8 +252,7 @@ def _transposed(
     dense = dilation == (1, 1, 1) and groups == 1
     direct = dense and winograd.onednn_wins(like, weight.shape, stride, padding, dilation, groups)
     if g.device.type != "cpu" or stride != (1, 1, 1) or min(reach) < 0 or plain or direct:
-        g = g if times is None else g * times
-        return _derivative(0, g, like, weight, stride, padding, dilation, groups)
+        return _derivative(0, _times(g, times), like, weight, stride, padding, dilation, groups)
     # At stride 1 the adjoint is a convolution with the mirrored filter, inputs and outputs exchanged within a group.
     per_group = weight.unflatten(0, (groups, -1))  # [groups, F / groups, C / groups, kD, kH, kW]
     mirrored = native(per_group.transpose(1, 2).flatten(0, 1).flip(2, 3, 4))
@@ -284,8 +285,9 @@ def grad_weight(
     geometry = (stride, padding, dilation, groups)
     dmu = dsigma = db_mu = db_sigma = weight_sigma.new_empty(0)
     plain = _stays_plain(x, weight_sigma, stride, dilation, g.numel(), transposed)
-    # With one channel x has either layout, and PyTorch's sum over a plain g is faster.
-    plain_sum = plain or (output_layout(g) == torch.contiguous_format and x.shape[1] == 1 and not transposed)
+    # With one channel x has either layout, and PyTorch's sum over a plain g is faster where it is not oneDNN's.
+    either = x.shape[1] == 1 and output_layout(g) == torch.contiguous_format and not transposed
+    plain_sum = plain or (either and not winograd.onednn_wins(x, shape, *geometry))
     laid_out = _plain if plain_sum and x.device.type == "cpu" else native
     g, h = (laid_out(t.to(working)) for t in (g, x))
     r = laid_out(r.to(working)) if wants_sigma else r
@@ -340,7 +342,8 @@ def gradients(
         return dx, *grad_weight(g, r, h, weight_sigma, *geometry, groups, bias_sigma=bias_sigma)
     arguments = (*geometry, False, (0, 0, 0), 1, [True, True, False])
     backward = torch.ops.aten.convolution_backward
-    dvar, dsigma, _ = backward(g * laid_out(r), h.square(), laid_out(weight_sigma).square(), None, *arguments)
+    sigma = laid_out(weight_sigma)
+    dvar, dsigma, _ = backward(_times(g, laid_out(r)), _times(h, h), _times(sigma, sigma), None, *arguments)
     dx, dmu, _ = backward(g, h, laid_out(weight_mu), None, *arguments)
     dx = dx.addcmul_(dvar, h, value=2.0).contiguous(memory_format=output_layout(x))
     empty = weight_sigma.new_empty(0)
@@ -374,8 +377,13 @@ def _correlate(
     """The weight gradient of a convolution of a * a_times, with b * b_times the gradient of its output."""
     if tiled:
         return winograd.correlate(a, b, padding, dilation, a_times, b_times)
-    a, b = (t if times is None else t * times for t, times in ((a, a_times), (b, b_times)))
+    a, b = _times(a, a_times), _times(b, b_times)
     return _derivative(1, b, a, _placeholder(shape, a), stride, padding, dilation, groups)
+
+
+def _times(x: Tensor, times: Tensor | None) -> Tensor:
+    """x * times with the strides of x, also along a single channel, where PyTorch reads the layout from them."""
+    return x if times is None else torch.mul(x, times, out=torch.empty_like(x))
 
 
 def _times_twice(dvar: Tensor, sigma: Tensor) -> Tensor:
@@ -385,8 +393,10 @@ def _times_twice(dvar: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _placeholder(shape: torch.Size, like: Tensor) -> Tensor:
-    """A tensor of which only the shape will be read, in the layout of another."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=output_layout(like))
+    """A tensor of which only the shape will be read, in the layout of another; on the CPU its stride decides."""
+    plain = like.is_cpu and like.stride(1) != 1
+    layout = torch.contiguous_format if plain else output_layout(like)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _derivative(

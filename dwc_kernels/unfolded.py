@@ -14,15 +14,21 @@ from dwc_kernels.geometry import Triple
 
 __all__ = ["both_convolutions", "both_correlations", "both_transposed", "suits"]
 
-_ROWS = 32  # of the unfolded input; with more, PyTorch's convolutions outrun the products
-_BLOCK = 1 << 18  # weights squared at a time
+# Rows of the unfolded input and weights: with more rows PyTorch's convolutions outrun the products, and with more than
+# the fewer rows also those by oneDNN with AVX-512, as long as its copies of the weights stay in the cache.
+_ROWS, _FEWER_ROWS, _CACHED_WEIGHTS = 32, 8, 1 << 21
+_BLOCK = 1 << 19  # weights squared at a time
 
 
 def suits(x: Tensor, weight: Tensor, dilation: Triple, groups: int, n_rows: int) -> bool:
     """Whether to convolve x [N, C, D, H, W] with weight [F, C, kD, kH, kW] here, to ``n_rows`` output voxels."""
     here = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     few = 0 < n_rows <= _ROWS and weight.numel() >= x.numel() + n_rows * weight.shape[0]
-    return here and few and groups == 1 and dilation == (1, 1, 1)
+    if not (here and few and groups == 1 and dilation == (1, 1, 1)):
+        return False
+    taken = x.shape[0] > 1 and x.dtype == torch.float32  # by oneDNN, if it is there
+    cached = n_rows > _FEWER_ROWS and weight.numel() < _CACHED_WEIGHTS
+    return not (taken and cached and torch.backends.cpu.get_cpu_capability() == "AVX512")
 
 
 def both_convolutions(
@@ -79,8 +85,8 @@ def both_correlations(
 
 
 def _blocks(n: int, width: int) -> Iterator[slice]:
-    """Slices of n lines of ``width`` weights."""
-    step = max(16, _BLOCK // width)
+    """Slices of n lines of ``width`` weights, a whole number of vectors: products of other widths are slower."""
+    step = max(16, _BLOCK // width // 16 * 16)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 

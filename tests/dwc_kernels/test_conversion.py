@@ -381,6 +381,11 @@ def test_what_skip_cannot_take_is_refused(skip):
         convert(nn.Sequential(nn.Conv3d(1, 1, 1)), skip=skip)
 
 
+def test_what_is_no_network_is_refused_by_its_type():
+    with pytest.raises(ValueError, match=r"must be a torch\.nn\.Module, got a dict"):
+        convert({})
+
+
 def test_arguments_are_checked_where_nothing_is_converted():
     for bad in (dict(backend="nope"), dict(prior_sigma=0.0), dict(sigma_init=-1.0)):
         with pytest.raises(ValueError, match=next(iter(bad)).removeprefix("prior_")):

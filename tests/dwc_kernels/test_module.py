@@ -111,6 +111,8 @@ def test_a_posterior_becomes_a_prior_in_one_call(layer):
         (dict(posterior=FFGConv3d(3, 5, 3, bias=False)), "bias"),
         (dict(weight_mu=torch.zeros(7)), "shape"),
         (dict(weight_mu=5.0, weight_sigma=-1.0), "positive"),
+        (dict(weight_mu="zero"), "weight_mu must be a number or a tensor, got 'zero'"),
+        (dict(posterior=1.0), "must be a variational layer, got a float"),
     ],
 )
 def test_a_prior_that_cannot_be_is_refused(layer, prior, message):
@@ -228,9 +230,10 @@ def test_repr_reads_like_conv3d(layer):
     assert repr(layer) == repr(nn.Conv3d(3, 5, 3, padding=2, dilation=2)).replace("Conv3d", "FFGConv3d")
 
 
-def test_sigma_init_must_be_positive():
+@pytest.mark.parametrize("sigma_init", [0.0, "small", None])
+def test_sigma_init_must_be_a_positive_number(sigma_init):
     with pytest.raises(ValueError, match="sigma_init"):
-        FFGConv3d(1, 1, 1, sigma_init=0.0)
+        FFGConv3d(1, 1, 1, sigma_init=sigma_init)
 
 
 def test_the_package_imports_without_triton_the_compiler_or_anything_of_brains():

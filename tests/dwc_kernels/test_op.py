@@ -289,6 +289,24 @@ def test_output_and_input_gradient_keep_the_layout(layout):
     assert dx.is_contiguous(memory_format=layout)
 
 
+def test_a_single_channel_is_convolved_and_correlated_in_channels_last():
+    """PyTorch goes by a stride that makes no other difference, and copies whole volumes where it is the wrong one."""
+    strides = []
+
+    class Strides(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
+                strides.extend(t.stride(1) for t in args[: 2 if "backward" not in str(func) else 3])
+            return func(*args, **(kwargs or {}))
+
+    x, mu, sigma, *_ = (t.detach() for t in make(c=1, f=16, size=(16, 16, 16)))
+    one = (1, 1, 1)
+    with Strides():
+        y, r = reference.forward(x, mu, sigma, None, None, one, one, one, 1, torch.tensor(3))
+        reference.grad_weight(torch.ones_like(y), r, x, sigma, one, one, one, 1)
+    assert strides == [1] * 10  # input and weight of two convolutions, and the gradient too of two derivatives
+
+
 def test_unbatched_input_is_a_batch_of_one():
     x, *rest = make(batch=1)
     assert torch.equal(ffg_conv3d(x[0], *rest, padding=1, seed=4), ffg_conv3d(x, *rest, padding=1, seed=4)[0])

@@ -18,6 +18,7 @@ from tests.dwc_kernels.problems import assert_as_accurate_as_composition, in_lay
     ],
 )
 def test_few_voxels_are_as_accurate_as_the_composition(arguments, geometry, layout, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     answers = []
     monkeypatch.setattr(unfolded, "suits", lambda *a, f=unfolded.suits: answers.append(f(*a)) or answers[-1])
     x, *rest = make(**arguments)
@@ -32,3 +33,23 @@ def test_blocks_of_weights_make_up_the_whole(monkeypatch):
     monkeypatch.setattr(unfolded, "_BLOCK", 1)
     for ours, theirs in zip(run(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("channels", "batch", "dtype", "suits"),
+    [
+        (256, 1, torch.float32, True),  # 8 rows
+        (256, 2, torch.float32, False),
+        (256, 2, torch.float64, True),  # not by oneDNN
+        (512, 2, torch.float32, True),  # weights that leave the cache
+        (512, 5, torch.float32, False),  # 40 rows
+    ],
+)
+def test_batches_go_to_onednn_with_avx512_as_long_as_the_weights_stay_in_the_cache(
+    channels, batch, dtype, suits, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    x, weight = (torch.empty(s, dtype=dtype) for s in ((batch, channels, 2, 2, 2), (channels, channels, 3, 3, 3)))
+    assert unfolded.suits(x, weight, (1, 1, 1), 1, 8 * batch) == suits
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert unfolded.suits(x, weight, (1, 1, 1), 1, 8 * batch) == (8 * batch <= 32)

@@ -149,6 +149,18 @@ def test_a_weight_normalized_network_takes_everything():
     assert predict(net, torch.ones(1, 1, 3, 3, 3), 2, seed=0).mean.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["weight_mu", "weight_rho"])
+@pytest.mark.parametrize("normalize", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_a_parametrized_layer_is_copied_also_within_a_context(normalize, name):
+    net = nn.Sequential(normalize(FFGConv3d(1, 2, 3), name)).eval()
+    x = torch.ones(1, 1, 3, 3, 3)
+    mean = net(x)
+    with draw_weights(net, 0):
+        other = copy.deepcopy(net)
+    torch.testing.assert_close(other(x), mean)
+    assert all(p is not q for p, q in zip(net.parameters(), other.parameters(), strict=True))
+
+
 def test_the_fused_kl_is_the_composition_in_value_and_slopes():
     torch.manual_seed(0)
     layer = FFGConv3d(30, 40, 5)  # several chunks, the last one not full
@@ -259,7 +271,8 @@ def test_a_checkpoint_whose_prior_has_no_width_is_refused(net):
 
 def test_a_prior_passes_through_wrappers(net):
     compiled = torch.compile(net, backend="eager")
-    for target, source in ((compiled, net), (net, nn.DataParallel(compiled)), (nn.DataParallel(net), net)):
+    averaged = torch.optim.swa_utils.AveragedModel(net)
+    for target, source in ((compiled, net), (net, nn.DataParallel(compiled)), (nn.DataParallel(net), averaged)):
         set_prior(target, source)
     torch.testing.assert_close(kl_loss(net), torch.zeros(()), atol=1e-6, rtol=0)
 
