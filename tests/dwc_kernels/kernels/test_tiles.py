@@ -1,7 +1,6 @@
 """How a tile is chosen: by the model, or by what was measured on the device. No kernel runs here."""
 
 import json
-import math
 import os
 import subprocess
 import sys
