@@ -4,7 +4,7 @@
         [--layer conv2 ...] [--json F] [--dump DIR]
 
 Facts (registers, spills, shared memory, instruction mix) come from ptxas and the disassembly. Times are *modelled*,
-never measured: by `tiles.estimate` with the instructions of the compiled loop, for a range of L2 rates.
+never measured: by `tiles.estimate`, which was fitted to an H200, with the instructions of the compiled loop.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from dwc.base.files import write_whole
 from dwc_kernels.kernels.chips import CHIPS, L2_REACH, TENSOR_REACH, Chip
 from dwc_kernels.kernels.tiles import (
     KINDS,
-    STACKED_ROWS,
     Problem,
     Tile,
     choose,
@@ -34,18 +33,12 @@ from dwc_kernels.kernels.tiles import (
     problem_of,
     second_dtype,
     shared_bytes,
-    splits,
     stacks,
 )
 
 __all__ = ["Row", "layer_problem", "main", "report", "visited_share"]
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
-LAUNCH = 2e-6  # seconds that a GPU needs from one small kernel to the next; assumed
-# Kernels beside the main one. Ours: the seed and the packed weights; the last sums. Unfused, with its elementwise
-# operations compiled: squares of x and of sigma, a second convolution, the epilogue; g * r, a second convolution, the
-# combination; the square of x, a second correlation, the sums of the biases, 2 sigma.
-LAUNCHES = {"forward": (2, 4), "grad_input": (0, 3), "grad_weight": (1, 4)}
 
 
 @dataclass(frozen=True)
@@ -61,8 +54,7 @@ class Row:
     l2_bytes_per_flop: float
     dram_bytes_per_flop: float
     floor: float  # flops over the peak or bytes over the bandwidth, whichever is more
-    modelled: dict[str, float]  # for each of `L2_REACH`
-    unfused: float  # two convolutions, bound as ours, then compiled elementwise kernels at full bandwidth
+    modelled: float
 
 
 def layer_problem(layer: Layer, kind: str, dtype: str) -> Problem:
@@ -137,7 +129,7 @@ def issue_ratio(problem: Problem, compiled: Compiled) -> float:
 
 
 def traffic_ratios(problem: Problem, tile: Tile, arch: str) -> tuple[float, float]:
-    """L2 (in the middle of its range) and shared-memory cycles over tensor-core cycles at peak of the main loop."""
+    """L2 and shared-memory cycles over tensor-core cycles at peak of the main loop."""
     cycles = estimate(problem, tile, CHIPS[arch])
     tensor = cycles["tensor"] * TENSOR_REACH
     return cycles["l2"] / tensor, cycles["shared"] / tensor
@@ -154,25 +146,13 @@ def layer_row(layer: Layer, kind: str, arch: str, dtype: str) -> Row:
     flops = 4 * layer.macs * voxels  # two products of two operations
     row_bytes, column_bytes = operand_bytes(problem, tile)
     dram = problem.itemsize * voxels * dram_elements(layer, kind)
-    # Folding taps into channels writes and reads a tensor that a kernel on the input itself would not need.
-    own = 2 * voxels * math.ceil(problem.channels * problem.itemsize / 16) * 16 if problem.folded else 0
-    if kind == "grad_weight":  # partial sums, written and read
-        own += 16 * splits(problem, tile, chip) * stacks(problem) * STACKED_ROWS * layer.filters
-    ours, theirs = (n * LAUNCH for n in LAUNCHES[kind])
-    modelled = {}
-    for name, reach in L2_REACH.items():
-        cycles = estimate(problem, tile, chip, issue=loop_issue(compiled), visited=visited, l2_reach=reach)["total"]
-        modelled[name] = 1e6 * (max(cycles / chip.clock, dram / chip.dram) + own / chip.dram + ours)
+    cycles = estimate(problem, tile, chip, issue=loop_issue(compiled), visited=visited)["total"]
+    modelled = max(cycles / chip.clock, dram / chip.dram)
     floor = max(flops / peak(dtype, chip), dram / chip.dram)
-    # As ours: a convolution's own reads and writes overlap with its products, what other kernels move does not.
-    products = flops / (TENSOR_REACH * peak(dtype, chip))
-    own_dram = problem.itemsize * voxels * 2 * (layer.channels + layer.filters)
-    elementwise = problem.itemsize * voxels * elementwise_elements(layer, kind)
-    unfused = max(products, own_dram / chip.dram) + elementwise / chip.dram + theirs
     inside = layer.macs * inside_share(SIZE, layer.kernel, layer.dilation) * voxels
     return Row(
         layer.name, kind, arch, dtype, visited, inside / (visited * issued_macs(problem, tile)),
-        (row_bytes + column_bytes) / (4 * loop_macs(problem, tile)), dram / flops, floor * 1e6, modelled, unfused * 1e6,
+        (row_bytes + column_bytes) / (4 * loop_macs(problem, tile)), dram / flops, floor * 1e6, modelled * 1e6,
     )  # fmt: skip
 
 
@@ -182,7 +162,7 @@ def issued_macs(problem: Problem, tile: Tile) -> float:
     columns = math.ceil(problem.columns / tile.columns)
     if problem.kind == "grad_weight":
         return loop_macs(problem, tile) * boxes * columns * stacks(problem)
-    steps = math.prod(problem.kernel) * math.ceil(problem.channels / (tile.channels * tile.unroll))
+    steps = math.prod(problem.kernel) * math.ceil(problem.channels / tile.channels)
     return loop_macs(problem, tile) * boxes * columns * steps
 
 
@@ -190,19 +170,6 @@ def dram_elements(layer: Layer, kind: str) -> int:
     """Elements per voxel that must cross device memory once: inputs read, outputs written."""
     c, f = layer.channels, layer.filters
     return {"forward": c + 2 * f, "grad_input": 2 * f + 2 * c, "grad_weight": 2 * f + c}[kind]
-
-
-def elementwise_elements(layer: Layer, kind: str) -> int:
-    """Elements per voxel that the unfused form moves through device memory beside its two convolutions, compiled.
-
-    What is elementwise between them is one kernel.
-    """
-    c, f = layer.channels, layer.filters
-    return {
-        "forward": 2 * c + 3 * f,  # square, mean + sqrt(var) * noise
-        "grad_input": 3 * f + 4 * c,  # g * r, mean + 2 x * var
-        "grad_weight": 2 * c + 2 * f,  # square, sums of g and of the g * r above
-    }[kind]
 
 
 def report(
@@ -225,7 +192,7 @@ def print_facts(facts: list[tuple[Problem, Compiled]]) -> None:
           f"{'matrix':24}{'issue':>6}{'L2':>6}{'smem':>6}  main loop")  # fmt: skip
     for problem, c in facts:
         t = c.tile
-        tile = f"{'x'.join(map(str, t.box))} {t.wide}+{t.tail} k{t.channels}x{t.unroll} s{t.stages}"
+        tile = f"{'x'.join(map(str, t.box))} {t.wide}+{t.tail} k{t.channels} s{t.stages}"
         shape = f"{problem.channels}->{problem.columns}, {math.prod(problem.kernel)}"
         mix = ", ".join(f"{n} {k}" for k, n in c.loop.items())
         l2, shared = traffic_ratios(problem, t, c.arch)
@@ -237,20 +204,18 @@ def print_facts(facts: list[tuple[Problem, Compiled]]) -> None:
 
 def print_model(rows: list[Row]) -> None:
     """One line per kernel and layer."""
-    print("\nModelled, not measured: microseconds per kernel with what belongs to it, batch "
-          f"{SAMPLES} x {'x'.join(map(str, SIZE))}. Products reach {TENSOR_REACH:.0%} of their peak,\n"
-          f"{LAUNCH * 1e6:.0f} us pass from one small kernel to the next. Modelled for three rates of L2:")  # fmt: skip
+    print("\nModelled, not measured: microseconds of each kernel alone, batch "
+          f"{SAMPLES} x {'x'.join(map(str, SIZE))}. Products reach {TENSOR_REACH:.0%} of their peak.")  # fmt: skip
     for arch in dict.fromkeys(r.arch for r in rows):
         c = CHIPS[arch]
-        rates = ", ".join(f"{c.l2 * c.multiprocessors * c.clock * reach / 1e12:.1f}" for reach in L2_REACH.values())
-        print(f"  {arch}: {c.name}, {c.multiprocessors} multiprocessors at {c.clock / 1e9:.2f} GHz, L2 {rates} TB/s, "
-              f"DRAM {c.dram / 1e12:.2f} TB/s")  # fmt: skip
+        l2 = c.l2 * c.multiprocessors * c.clock * L2_REACH
+        print(f"  {arch}: {c.name}, {c.multiprocessors} multiprocessors at {c.clock / 1e9:.2f} GHz, "
+              f"L2 {l2 / 1e12:.1f} TB/s, DRAM {c.dram / 1e12:.2f} TB/s")  # fmt: skip
     print(f"{'arch':7}{'dtype':6}{'kernel':12}{'layer':9}{'visited':>8}{'useful':>8}{'L2 B/flop':>11}"
-          f"{'DRAM B/flop':>12}{'floor':>8}{'modelled':>21}{'unfused':>9}")  # fmt: skip
+          f"{'DRAM B/flop':>12}{'floor':>8}{'modelled':>10}")  # fmt: skip
     for r in rows:
-        modelled = "".join(f"{r.modelled[name]:7.0f}" for name in L2_REACH)
         print(f"{r.arch:7}{r.dtype:6}{r.kind:12}{r.layer:9}{r.visited:8.2f}{r.useful:8.2f}{r.l2_bytes_per_flop:11.4f}"
-              f"{r.dram_bytes_per_flop:12.4f}{r.floor:8.0f}{modelled}{r.unfused:9.0f}")  # fmt: skip
+              f"{r.dram_bytes_per_flop:12.4f}{r.floor:8.0f}{r.modelled:10.0f}")  # fmt: skip
 
 
 def dump(facts: list[tuple[Problem, Compiled]], folder: Path) -> None:

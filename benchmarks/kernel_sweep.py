@@ -137,7 +137,7 @@ def rank(case: Case) -> tuple[bool, ...]:
 def spelled(tile: Tile) -> str:
     """A tile in one word."""
     box = "x".join(map(str, tile.box))
-    return f"{box}_k{tile.channels}x{tile.unroll}_n{tile.wide}+{tile.tail}_c{tile.chunk}_w{tile.warps}_s{tile.stages}"
+    return f"{box}_k{tile.channels}_n{tile.wide}+{tile.tail}_c{tile.chunk}_w{tile.warps}_s{tile.stages}"
 
 
 def compiled(case: Case) -> Fact:

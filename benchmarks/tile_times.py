@@ -43,7 +43,6 @@ class Row:
     kernel: int
     box: str
     summed: int  # channels per product
-    unroll: int
     wide: int
     tail: int
     chunk: int

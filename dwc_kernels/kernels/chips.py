@@ -21,7 +21,6 @@ class Chip:
     shared: int  # bytes of shared memory that the programs on a multiprocessor can have
     holds: int = 238  # registers of a thread that accumulators and operands may fill without spilling, as compiled
     warp_matrix: bool = False  # matrix instructions of one warp, fed from registers, not of four fed from shared memory
-    unroll: int = 1  # channel blocks per iteration that still compile without spilling
     tensor_memory: bool = False  # accumulators live there and not in registers
 
     @property
@@ -30,11 +29,11 @@ class Chip:
         return 16 if self.warp_matrix else 32
 
 
-# What products reach of the peak was measured elsewhere: 798 of 989 TFLOP/s in bf16 on an H100. Assumed for all chips.
-TENSOR_REACH = 0.807
-# 5120 bytes per cycle from L2 are stated for the A100 and assumed for H100 and B200: 9.4 TB/s on an H100, where 5.5 and
-# 7 TB/s were measured elsewhere. So results are given for the range, and tiles are chosen in its middle.
-L2_REACH = {"low": 0.585, "middle": 0.745, "high": 1.0}
+# What products reach of the peak was measured on an H200: 795 of 989 TFLOP/s in bf16. Assumed for all chips.
+TENSOR_REACH = 0.804
+# 5120 bytes per cycle from L2 are stated for the A100 and assumed for H100 and B200: 9.4 TB/s on an H200, where copies
+# were measured to move 5.3 TB/s; 6.8 TB/s fit the times of tiles best. Assumed for all chips, too.
+L2_REACH = 0.72
 
 # Peak products, clocks and memory rates are those of NVIDIA's A100, H100 SXM and DGX B200 data sheets.
 CHIPS = {
@@ -46,7 +45,6 @@ CHIPS = {
     "sm_90": Chip(
         "H100 SXM", "sm_90", 132, 1.83e9, {"bf16": 2048, "fp16": 2048, "tf32": 1024, "ieee": 128},
         5120 / 132, 3.35e12, 227 << 10,
-        unroll=3,
     ),
     "sm_100": Chip(
         "B200", "sm_100", 148, 1.85e9, {"bf16": 4096, "fp16": 4096, "tf32": 2048, "ieee": 128},

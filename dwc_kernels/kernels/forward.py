@@ -98,7 +98,7 @@ def forward_kernel(
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
-    C_BLOCKS: tl.constexpr, C_STEPS: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
+    C_STEPS: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
     CHUNK: tl.constexpr, ALIGNED: tl.constexpr,  # of `finish`
     PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +107,7 @@ def forward_kernel(
     mean, mean_tail, var, var_tail = both_products(
         x_desc, None, mu_desc, mu_tail_desc, var_desc, var_tail_desc, sample, d0, h0, w0, f0,
         N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
-        KD, KH, KW, SD, SH, SW, BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1, PRECISION, ARCH,
+        KD, KH, KW, SD, SH, SW, BD, BH, BW, BC, C_STEPS, N0, N1, PRECISION, ARCH,
     )  # fmt: skip
     key = tl.load(seed)
     if N1 > 0:

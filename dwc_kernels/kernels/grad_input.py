@@ -60,7 +60,7 @@ def grad_input_kernel(
     N, Do, Ho, Wo, F, D, H, W, C, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,  # the rest as in `both_products`
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
-    C_BLOCKS: tl.constexpr, C_STEPS: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
+    C_STEPS: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
     CHUNK: tl.constexpr,  # of `finish`
     PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def grad_input_kernel(
     mean, mean_tail, var, var_tail = both_products(
         g_desc, r_desc, mu_desc, mu_tail_desc, var_desc, var_tail_desc, sample, d0, h0, w0, c0,
         N, Do, Ho, Wo, F, D, H, W, C, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
-        KD, KH, KW, 1, 1, 1, BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1, PRECISION, ARCH,
+        KD, KH, KW, 1, 1, 1, BD, BH, BW, BC, C_STEPS, N0, N1, PRECISION, ARCH,
     )  # fmt: skip
     if N1 > 0:
         finish(mean_tail, var_tail, x, dx, sample, c0 + N0, d0, h0, w0, C, D, H, W, BD, BH, BW, N1, CHUNK)

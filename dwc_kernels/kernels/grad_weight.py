@@ -234,8 +234,9 @@ def sum_kernel(
     FOLDED: tl.constexpr,  # whether they have become channels
     C_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, N: tl.constexpr,  # rows and filters of a program
+    BLOCK: tl.constexpr,  # splits that are read together
 ):  # fmt: skip
-    """One program: ROWS rows of N filters, summed over the splits in their order and put in the weights' order."""
+    """One program: ROWS rows of N filters, summed over the splits in a fixed order and put in the weights' order."""
     pid = tl.program_id(0)
     row = pid % (128 // ROWS) * ROWS + tl.arange(0, ROWS)
     stack = pid // (128 // ROWS) % stacks
@@ -246,10 +247,12 @@ def sum_kernel(
     exists = (f < F)[None, :]
     mu = tl.zeros([ROWS, N], tl.float32)
     var = tl.zeros([ROWS, N], tl.float32)
-    for _ in range(splits):
-        mu += tl.load(at, mask=exists, other=0.0)
-        var += tl.load(at + half, mask=exists, other=0.0)
-        at += 2 * half
+    for start in range(0, splits, BLOCK):
+        share = start + tl.arange(0, BLOCK)[:, None, None]
+        mask = exists[None] & (share < splits)
+        block = at[None] + share * (2 * half)
+        mu += tl.sum(tl.load(block, mask=mask, other=0.0), 0)
+        var += tl.sum(tl.load(block + half, mask=mask, other=0.0), 0)
     channel, slot = channel_and_slot(row)
     channel += stack % C_BLOCKS * 32
     tap = stack // C_BLOCKS * 4 + slot
@@ -267,10 +270,11 @@ def sum_kernel(
     # The biases, by the program that has the first rows.
     if bias_partial is not None:  # noqa: SIM102 (known at compile time)
         if pid % (128 // ROWS * stacks) == 0:
-            b_mu = tl.zeros([ROWS, N], tl.float32)
-            b_var = tl.zeros([ROWS, N], tl.float32)
-            for start in range(0, splits * stacks, ROWS):
-                share = start + tl.arange(0, ROWS)[:, None]
+            SHARES: tl.constexpr = ROWS * BLOCK
+            b_mu = tl.zeros([SHARES, N], tl.float32)
+            b_var = tl.zeros([SHARES, N], tl.float32)
+            for start in range(0, splits * stacks, SHARES):
+                share = start + tl.arange(0, SHARES)[:, None]
                 at = bias_partial + share * 2 * WIDTH + f[None, :]
                 b_mu += tl.load(at, mask=exists & (share < splits * stacks), other=0.0)
                 b_var += tl.load(at + WIDTH, mask=exists & (share < splits * stacks), other=0.0)
@@ -323,10 +327,11 @@ def grad_weight(
     dmu, dsigma = torch.empty_like(weight_sigma), torch.empty_like(weight_sigma)
     db_mu, db_sigma = (weight_sigma.new_empty(n_filters if has_bias else 0) for _ in range(2))
     biases = (None,) * 3 if bias_sigma is None else (bias_sigma.contiguous(), db_mu, db_sigma)
-    rows, columns = 32, 64
+    # Small blocks make many programs, so that many splits of few weights are summed side by side.
+    rows, columns, block = (32, 64, 1) if plan.chip.arch == "interpreter" else (4, 32, 16)
     run_on(
         x.device, sum_kernel, stacks * (STACKED_ROWS // rows) * -(-n_filters // columns),
         sums, bias_sums, weight_sigma, dmu, dsigma, *biases, parts, stacks, n_filters, width, channels,
-        taps, work.folded, c_blocks, rows, columns,
+        taps, work.folded, c_blocks, rows, columns, block,
     )  # fmt: skip
     return dmu, dsigma, db_mu, db_sigma

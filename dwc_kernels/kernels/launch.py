@@ -107,10 +107,10 @@ class Plan:
 
     @cached_property
     def loop(self) -> tuple[int, ...]:
-        """BD, BH, BW, BC, C_BLOCKS, C_STEPS, N0, N1 of `products.both_products`."""
+        """BD, BH, BW, BC, C_STEPS, N0, N1 of `products.both_products`."""
         tile = self.tile
-        steps = math.ceil(self.problem.channels / (tile.channels * tile.unroll))
-        return (*tile.box, tile.channels, tile.unroll, steps, tile.wide, tile.tail)
+        steps = math.ceil(self.problem.channels / tile.channels)
+        return (*tile.box, tile.channels, steps, tile.wide, tile.tail)
 
     def descriptor(self, x: Tensor, block: list[int]) -> TensorDescriptor | Tensor | None:
         """A descriptor of x for such blocks, None for empty ones."""

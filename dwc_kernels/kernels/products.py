@@ -78,8 +78,9 @@ def product(x, z, PRECISION: tl.constexpr):
 @triton.jit
 def settled(acc, ARCH: tl.constexpr):
     """acc itself, at no cost. On sm_90 a use of the accumulator after its product makes Triton wait for the product
-    there, and between two such waits ptxas lets the matrix instructions overlap; without it, ptxas serializes every
-    single one (warning C7515). Elsewhere there is nothing to settle.
+    there, and between two such waits ptxas lets the matrix instructions overlap. Where an operand is a product of two
+    blocks, ptxas would serialize every single one without it (warning C7515); with squares of one block it does not,
+    and the waits would only cost. Elsewhere there is nothing to settle.
     """
     if ARCH == "sm_90":
         return acc.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
@@ -159,7 +160,6 @@ def both_products(
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,  # stride; from 2 on, a is `layouts.split_phases`
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,  # voxels of the tile
     BC: tl.constexpr,  # channels per product
-    C_BLOCKS: tl.constexpr,  # blocks of BC channels per iteration
     C_STEPS: tl.constexpr,  # iterations per tap
     N0: tl.constexpr, N1: tl.constexpr,  # columns of the first and of the second accumulator pair
     PRECISION: tl.constexpr, ARCH: tl.constexpr,
@@ -167,6 +167,7 @@ def both_products(
     """The sums over taps and channels of a * mu and of a * b * sigma^2 for one tile, in one pass over a and b."""
     M: tl.constexpr = BD * BH * BW
     TAPS: tl.constexpr = KD * KH * KW
+    WAITS: tl.constexpr = "none" if b_desc is None else ARCH  # of `settled`
     a_blocks = voxel_blocks(a_desc, N, Da, Ha, Wa, C, BD, BH, BW, BC, ARCH)
     if b_desc is not None:
         b_blocks = voxel_blocks(b_desc, N, Da, Ha, Wa, C, BD, BH, BW, BC, ARCH)
@@ -194,7 +195,7 @@ def both_products(
     var = tl.zeros([M, N0], tl.float32)
     mean_tail = tl.zeros([M, N1 if N1 > 0 else 1], tl.float32)
     var_tail = tl.zeros([M, N1 if N1 > 0 else 1], tl.float32)
-    i, j, c0 = 0, 0, 0  # tap (i, j) along H and W, and the channel
+    i, j, c = 0, 0, 0  # tap (i, j) along H and W, and the channel
     for _ in tl.range(n_kd * n_kh * n_kw * C_STEPS, disallow_acc_multi_buffer=True):
         t = tap + i * KW + j
         if STRIDED:
@@ -205,29 +206,27 @@ def both_products(
             ad, ah, aw = d0 + shift_d, h0 + shift_h, w0 + shift_w
         else:
             n, ad, ah, aw = sample, d, h + i * dil_h, w + j * dil_w
-        for block in tl.static_range(C_BLOCKS):
-            c = c0 + block * BC
-            a = a_blocks.load([n, ad, ah, aw, c]).reshape(M, BC)
-            if b_desc is None:
-                ab = product(a, a, PRECISION)
-            else:
-                ab = product(a, b_blocks.load([n, ad, ah, aw, c]).reshape(M, BC), PRECISION)
-            a = operand(a, PRECISION)
-            mean = settled(tl.dot(a, mu_blocks.load([t, f0, c]).reshape(N0, BC).T, mean, PRECISION), ARCH)
-            if N1 > 0:
-                mean_tail = settled(
-                    tl.dot(a, mu_tail_blocks.load([t, f0 + N0, c]).reshape(N1, BC).T, mean_tail, PRECISION), ARCH
-                )
-            var = settled(tl.dot(ab, var_blocks.load([t, f0, c]).reshape(N0, BC).T, var, PRECISION), ARCH)
-            if N1 > 0:
-                var_tail = settled(
-                    tl.dot(ab, var_tail_blocks.load([t, f0 + N0, c]).reshape(N1, BC).T, var_tail, PRECISION), ARCH
-                )
+        a = a_blocks.load([n, ad, ah, aw, c]).reshape(M, BC)
+        if b_desc is None:
+            ab = product(a, a, PRECISION)
+        else:
+            ab = product(a, b_blocks.load([n, ad, ah, aw, c]).reshape(M, BC), PRECISION)
+        a = operand(a, PRECISION)
+        mean = settled(tl.dot(a, mu_blocks.load([t, f0, c]).reshape(N0, BC).T, mean, PRECISION), WAITS)
+        if N1 > 0:
+            mean_tail = settled(
+                tl.dot(a, mu_tail_blocks.load([t, f0 + N0, c]).reshape(N1, BC).T, mean_tail, PRECISION), WAITS
+            )
+        var = settled(tl.dot(ab, var_blocks.load([t, f0, c]).reshape(N0, BC).T, var, PRECISION), WAITS)
+        if N1 > 0:
+            var_tail = settled(
+                tl.dot(ab, var_tail_blocks.load([t, f0 + N0, c]).reshape(N1, BC).T, var_tail, PRECISION), WAITS
+            )
         # On to the next step by carries: a division here would cost more than all other index arithmetic.
         if C_STEPS > 1:
-            c0 += C_BLOCKS * BC
-            carry = c0 == C_STEPS * C_BLOCKS * BC
-            c0 = tl.where(carry, 0, c0)
+            c += BC
+            carry = c == C_STEPS * BC
+            c = tl.where(carry, 0, c)
             j += carry.to(tl.int32)
         else:
             j += 1

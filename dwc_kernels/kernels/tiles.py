@@ -1,12 +1,13 @@
 """Which tiles a kernel can use, and which one a small stated model chooses. Nothing is compiled here.
 
-A tile is good when its accumulators fit the registers, its pipeline fits shared memory, little arrives per product, few
-columns are idle and the last wave of programs is full. `estimate` gives each candidate's time as
+Programs that share a multiprocessor share its rates, and each alone takes one step after the other: it waits for its
+products before the next. So `estimate` gives each candidate's time as
 
-    waves * (steps * (max(cycles of tensor cores, L2, shared memory, instruction issue) + issue / 4) + epilogue)
+    waves * max(programs on a multiprocessor * (steps * max(tensor cores, L2, shared memory, issue) + epilogue),
+                steps * (tensor cores + issue + latency) + epilogue)
 
-because a quarter of the issue is taken not to overlap, and `choose` takes the least. `benchmarks.kernel_report` prints
-the same model with the instructions of the compiled loop in place of the estimated ones.
+and `choose` takes the least. The latencies and epilogues are fitted to tiles that were timed on an H200
+(`benchmarks.tile_times`). `benchmarks.kernel_report` prints the same model with the instructions of the compiled loop.
 """
 
 import itertools
@@ -87,7 +88,6 @@ class Tile:
 
     box: Triple  # voxels along D, H, W
     channels: int  # summed per product
-    unroll: int  # channel blocks per iteration of the loop
     wide: int  # columns of the first accumulator pair
     tail: int  # and of the second, 0 for none: 96 = 64 + 32
     chunk: int  # columns finished at a time
@@ -106,9 +106,12 @@ class Tile:
 BOXES = ((4, 8, 8), (4, 4, 8), (2, 4, 8), (2, 4, 4), (1, 4, 4))
 COLUMNS = ((64, 32), (64, 0), (32, 16), (32, 0), (16, 0))
 SUMMED_COLUMNS = ((64, 32), (64, 0), (32, 0), (16, 0))
-SUMMED_BOXES = ((1, 4, 8), (1, 8, 8), (2, 8, 8), (1, 2, 8))  # of grad_weight, whose products sum over voxels
+# Of grad_weight, whose products sum over voxels; the last where registers hold no more.
+SUMMED_BOXES = ((1, 4, 8), (1, 8, 8), (2, 8, 8), (1, 2, 8))
 BARRIERS = 512  # bytes of shared memory that a pipeline's barriers take at most
 CHUNK = 8  # columns finished at a time; more of them spill
+LATENCY = {"forward": 400, "grad_input": 700, "grad_weight": 2200}  # cycles of a step that nothing of it hides
+EPILOGUE = {"forward": 1.4, "grad_input": 2.0, "grad_weight": 0.0}  # cycles for each element of a tile
 STACKED_BUFFER = 8 << 10  # bytes through which stacked rows reach tensor memory, as compiled
 STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 
@@ -117,39 +120,36 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """The tiles that fit the chip's registers and shared memory."""
     columns: tuple[tuple[int, int], ...] = SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS
     if problem.dtype == "ieee":  # not tensor cores: operands sit in registers, so many warps on a small tile
-        shapes = [((1, 2, 8), 32, 1, 8)] if problem.kind == "grad_weight" else [((2, 4, 8), 16, 1, 8)]
+        shapes = [((1, 2, 8), 32, 8)] if problem.kind == "grad_weight" else [((2, 4, 8), 16, 8)]
         columns = ((32, 0), (16, 0))
     elif problem.kind == "grad_weight":
-        shapes = [(box, 32, 1, STACKED_ROWS // chip.rows_per_warp) for box in SUMMED_BOXES]
+        boxes = SUMMED_BOXES if chip.warp_matrix else SUMMED_BOXES[:-1]
+        shapes = [(box, 32, STACKED_ROWS // chip.rows_per_warp) for box in boxes]
     else:
-        blocks = {c: math.ceil(problem.channels / c) for c in (16, 32, 64)}
         # With one tap the compiler merges the loop with what follows and needs registers for both: half the rows.
         one_tap = math.prod(problem.kernel) == 1
         boxes = BOXES[1:] if one_tap else BOXES
         per_warp = 16 if one_tap and not chip.tensor_memory else chip.rows_per_warp
-        # g and r together, or the phases of a stride, leave no registers for an unrolled loop.
-        unrolled = problem.kind == "forward" and problem.stride == (1, 1, 1)
-        unrolls = range(1, (chip.unroll if unrolled else 1) + 1)
         shapes = [
-            (box, c, unroll, max(1, min(8, math.prod(box) // per_warp)))
+            (box, c, max(1, min(8, math.prod(box) // per_warp)))
             for box in boxes
-            for c, n in blocks.items()
-            for unroll in unrolls
-            if n % unroll == 0 and c < 2 * problem.channels + 16
+            for c in (16, 32, 64)
+            if c < 2 * problem.channels + 16
         ]
     depths = (3, 2) if problem.kind == "grad_weight" else (4, 3, 2)
     found: list[Tile] = []
-    for box, channels, unroll, warps in shapes:
+    for box, channels, warps in shapes:
         for wide, tail in columns:
-            tiles = (Tile(box, channels, unroll, wide, tail, CHUNK, warps, stages) for stages in depths)
+            tiles = (Tile(box, channels, wide, tail, CHUNK, warps, stages) for stages in depths)
             found += itertools.islice((t for t in tiles if fits(problem, t, chip) and not spills(problem, t, chip)), 1)
     return [finished(problem, tile, chip) for tile in found]
 
 
 def spills(problem: Problem, tile: Tile, chip: Chip) -> bool:
-    """Whether a tile of grad_weight spills although `fits` counts registers enough for it, as compiled."""
-    if problem.kind != "grad_weight":
-        return False
+    """Whether a tile spills although `fits` counts registers enough for it, as compiled."""
+    if problem.kind != "grad_weight":  # g and r by few warps, which fetch more of them each
+        few = chip.arch == "sm_80" and problem.kind == "grad_input" and tile.warps < 8
+        return few and tile.channels >= 32 and tile.columns >= 96
     one_tap = math.prod(problem.kernel) == 1
     if chip.arch == "sm_80":  # no copy engine for tensors: addresses take registers
         return tile.rows >= 128 or (tile.rows >= 64 and tile.columns >= 64 and not one_tap)
@@ -180,9 +180,9 @@ def operand_bytes(problem: Problem, tile: Tile) -> tuple[int, int]:
         # Where all taps and channels make one stack, the compiler knows which of its boxes are the same.
         rows = 32 * min(4, math.prod(problem.kernel)) if stacks(problem) == 1 else STACKED_ROWS
         return tile.rows * rows * problem.itemsize, 2 * tile.rows * tile.columns * problem.itemsize
-    channels = tile.channels * tile.unroll
     operands = 2 if problem.kind == "grad_input" else 1
-    return tile.rows * channels * problem.itemsize * operands, tile.columns * channels * (problem.itemsize + squares)
+    row_bytes = tile.rows * tile.channels * problem.itemsize * operands
+    return row_bytes, tile.columns * tile.channels * (problem.itemsize + squares)
 
 
 def shared_bytes(problem: Problem, tile: Tile, chip: Chip) -> int:
@@ -207,9 +207,9 @@ def shared_bytes(problem: Problem, tile: Tile, chip: Chip) -> int:
         sizes = (problem.itemsize, square_bytes(problem))
         blocks = [columns * tile.channels * size for columns in (tile.wide, tile.tail) for size in sizes]
         small = [block for block in blocks if block < 4 * WARP * tile.warps]
-        pipeline += max(small, default=0) - (tile.stages - 1) * tile.unroll * sum(small)
+        pipeline += max(small, default=0) - (tile.stages - 1) * sum(small)
     if chip.tensor_memory and problem.itemsize == 2:
-        pipeline += tile.rows * tile.channels * tile.unroll * problem.itemsize
+        pipeline += tile.rows * tile.channels * problem.itemsize
     return pipeline
 
 
@@ -268,7 +268,7 @@ def loop_macs(problem: Problem, tile: Tile) -> int:
     """Multiply-adds of one of the two products in one iteration."""
     if problem.kind == "grad_weight":
         return STACKED_ROWS * tile.columns * tile.rows
-    return tile.rows * tile.columns * tile.channels * tile.unroll
+    return tile.rows * tile.columns * tile.channels
 
 
 def second_dtype(dtype: str) -> str:
@@ -283,20 +283,14 @@ def loop_issue(problem: Problem, tile: Tile) -> float:
     if problem.kind == "grad_weight":
         loads, chains = 4 + 2 * column_loads, 2 * column_loads
     else:
-        loads = (1 + (problem.kind == "grad_input") + 2 * column_loads) * tile.unroll
-        chains = 2 * column_loads * tile.unroll
+        loads = 1 + (problem.kind == "grad_input") + 2 * column_loads
+        chains = 2 * column_loads
     matrix = chains * rows / (16 * tile.warps) * summed * problem.itemsize / 32
     return (60 + 25 * loads + 4 * matrix) * tile.warps / 4
 
 
 def estimate(
-    problem: Problem,
-    tile: Tile,
-    chip: Chip,
-    *,
-    issue: float | None = None,
-    visited: float = 1.0,
-    l2_reach: float = L2_REACH["middle"],
+    problem: Problem, tile: Tile, chip: Chip, *, issue: float | None = None, visited: float = 1.0
 ) -> dict[str, float]:
     """Cycles of the whole launch by what costs them, and the model's ``total``.
 
@@ -306,7 +300,7 @@ def estimate(
     rate = 1 / chip.macs[problem.dtype] + 1 / chip.macs[second_dtype(problem.dtype)]
     tensor = loop_macs(problem, tile) * rate / TENSOR_REACH
     row_bytes, column_bytes = operand_bytes(problem, tile)
-    l2 = (row_bytes + column_bytes) / (chip.l2 * l2_reach)
+    l2 = (row_bytes + column_bytes) / (chip.l2 * L2_REACH)
     issue = loop_issue(problem, tile) if issue is None else issue
     # Written once, rows read once into registers, columns read by the products of every 64 rows.
     rows = STACKED_ROWS if problem.kind == "grad_weight" else tile.rows
@@ -314,22 +308,24 @@ def estimate(
     if problem.kind == "grad_weight":
         parts = splits(problem, tile, chip)
         steps: float = math.ceil(problem.samples * boxes(problem.size, tile.box) / parts)
-        count, epilogue = programs(problem, tile) * parts, 0.0
+        count = programs(problem, tile) * parts
     else:
-        steps = math.prod(problem.kernel) * math.ceil(problem.channels / (tile.channels * tile.unroll))
+        steps = math.prod(problem.kernel) * math.ceil(problem.channels / tile.channels)
         count = programs(problem, tile)
-        per_element = 30 if problem.kind == "forward" else 6  # instructions, from the disassembly
-        epilogue = rows * tile.columns * per_element / 128
     steps *= visited
-    waves = math.ceil(count / chip.multiprocessors)  # programs that share a multiprocessor share its rates
-    bound = max(tensor, l2, shared, issue) + issue / 4
+    epilogue = rows * tile.columns * EPILOGUE[problem.kind]
+    together = min(resident(problem, tile, chip), math.ceil(count / chip.multiprocessors))
+    waves = math.ceil(count / (chip.multiprocessors * together))
+    busy = together * (steps * max(tensor, l2, shared, issue) + epilogue)
+    alone = steps * (tensor + issue + LATENCY[problem.kind]) + epilogue
+    in_all = waves * together
     return {
-        "tensor": waves * steps * tensor,
-        "l2": waves * steps * l2,
-        "shared": waves * steps * shared,
-        "issue": waves * steps * issue,
-        "epilogue": waves * epilogue,
-        "total": waves * (steps * bound + epilogue),
+        "tensor": in_all * steps * tensor,
+        "l2": in_all * steps * l2,
+        "shared": in_all * steps * shared,
+        "issue": in_all * steps * issue,
+        "epilogue": in_all * epilogue,
+        "total": waves * max(busy, alone),
     }
 
 
@@ -347,7 +343,8 @@ def ranked(problem: Problem, chip: Chip) -> list[Tile]:
             f"no tile of {problem.kind} in {problem.dtype} fits the {chip.shared >> 10} KB of shared memory of "
             f"{chip.name}; use backend='reference'"
         )
-    return sorted(found, key=lambda tile: estimate(problem, tile, chip)["total"])
+    # Of equal estimates the one with fewer steps.
+    return sorted(found, key=lambda tile: (round(estimate(problem, tile, chip)["total"]), -tile.channels))
 
 
 @lru_cache(maxsize=512)

@@ -39,7 +39,7 @@ def stored_tile(values: Any) -> Tile:
         raise ValueError("a value is no integer")
     tile = Tile(**{**values, "box": tuple(box)})
     powers = [*box, tile.channels, tile.wide, tile.tail or 16, tile.chunk, tile.warps]
-    if min(*powers, tile.unroll, tile.stages) < 1 or any(n & (n - 1) for n in powers):
+    if min(*powers, tile.stages) < 1 or any(n & (n - 1) for n in powers):
         raise ValueError(f"{numbers} are not all powers of two")
     # The least that a product takes, and the runs of four along W in which noise is drawn.
     if min(tile.rows, tile.channels, tile.wide, tile.tail or 16) < 16 or tile.box[2] < 4 or tile.warps > 32:

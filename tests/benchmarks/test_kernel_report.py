@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from benchmarks.kernel_report import inside_share, layer_problem, visited_share
 from benchmarks.shapes import LAYERS as NETWORK
-from dwc_kernels.kernels.chips import CHIPS, L2_REACH
+from dwc_kernels.kernels.chips import CHIPS
 from dwc_kernels.kernels.tiles import BARRIERS, choose, estimate, loop_issue
 
 KINDS = ("forward", "grad_input", "grad_weight")
@@ -115,7 +115,7 @@ def test_the_input_box_is_loaded_once_for_both_products_and_all_filters(report):
     for kind, boxes in (("forward", 1), ("grad_input", 2)):  # of x; of g and r
         fact = report("sm_90", "bf16", "conv2", kind)
         assert fact["tile"]["wide"] + fact["tile"]["tail"] == 96
-        assert fact["loads"] == boxes * fact["tile"]["unroll"]  # one per block of channels
+        assert fact["loads"] == boxes
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_the_input_box_is_loaded_once_for_both_products_and_all_filters(report):
         ("sm_90", "bf16", "grad_input", 1.0),
         ("sm_90", "bf16", "grad_weight", 1.0),
         ("sm_90", "tf32", "forward", 1.0),
-        ("sm_90", "tf32", "grad_input", 1.0),
+        ("sm_90", "tf32", "grad_input", 1.1),
         ("sm_100", "bf16", "grad_weight", 1.0),
     ],
 )
@@ -137,7 +137,7 @@ def test_one_philox_block_serves_four_elements(report):
     """Of the 96 elements of a thread, 7 rounds of 2 wide products each per 4; the first round is partly constant."""
     folder = report("sm_90", "bf16", "conv2", "forward")["folder"]
     sass = (folder / "forward_sm_90_bf16_96x96x27.sass").read_text()
-    per_thread = 4 * 8 * 8 * 96 // 256
+    per_thread = 4 * 4 * 8 * 96 // 128
     assert sass.count("IMAD.HI.U32") + sass.count("IMAD.WIDE.U32") <= 1.25 * per_thread / 4 * 7 * 2
 
 
@@ -159,8 +159,9 @@ def test_the_model_of_shared_memory_agrees_with_the_compiler(report, arch, dtype
 def test_waits_and_barriers_of_the_main_loops_are_counted(report):
     for kind in KINDS:
         fact = report("sm_90", "bf16", "conv2", kind)
-        assert 0 < fact["full_waits"] <= 12  # products of an iteration: waits for all in flight
-        assert 0 < fact["barriers"] <= 16
+        # Products of two blocks wait for all in flight; squares of one do not.
+        assert (0 < fact["full_waits"] <= 4) if kind != "forward" else fact["full_waits"] == 0
+        assert 0 < fact["barriers"] <= 9
 
 
 def test_the_report_s_times_are_the_estimate_with_the_compiled_instructions():
@@ -168,11 +169,10 @@ def test_the_report_s_times_are_the_estimate_with_the_compiled_instructions():
     chip, tile = CHIPS["sm_90"], choose(problem, CHIPS["sm_90"])
     usual = estimate(problem, tile, chip)
     assert estimate(problem, tile, chip, issue=loop_issue(problem, tile)) == usual
-    low, high = (estimate(problem, tile, chip, l2_reach=L2_REACH[name])["total"] for name in ("low", "high"))
-    assert high < usual["total"] < low
-    # No model lets the forward multiply faster than bf16 products were measured to run.
+    assert estimate(problem, tile, chip, issue=10 * loop_issue(problem, tile))["total"] > usual["total"]
+    # The model lets the forward multiply no faster than bf16 products were measured to run.
     flops = 4 * LAYER_OF["conv2"].macs * 10 * 32**3
-    assert flops / (high / chip.clock) < 798e12
+    assert flops / (usual["total"] / chip.clock) < 795e12
 
 
 def test_dump_holds_ptx_cubin_and_sass(report):
