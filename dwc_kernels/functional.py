@@ -88,6 +88,7 @@ def ffg_conv3d(
             f"{tuple(weight_mu.shape[2:])} at dilation {dilation}; add padding"
         )
     arguments = (batched, weight_mu, weight_sigma, bias_mu, bias_sigma)
+    dilation = _of_several_taps(dilation, weight_mu.shape[2:])
     y = op.sample(
         *arguments, stride, padding, dilation, groups, _seed_tensor(seed, input.device),
         choose_backend(backend, batched, weight_mu, size, stride, groups), _keeps_r(*arguments), None,
@@ -146,6 +147,7 @@ def ffg_conv_transpose3d(
             raise ValueError("backend='triton' cannot run a transposed convolution with strides; use 'auto'")
         choose_backend(backend, batched, weight_mu, size, stride, groups)
         arguments = (batched, weight_mu, weight_sigma, bias_mu, bias_sigma)
+        dilation = _of_several_taps(dilation, kernel)
         y = op.sample(
             *arguments, stride, padding, dilation, groups, _seed_tensor(seed, input.device),
             "reference", _keeps_r(*arguments), size,
@@ -241,6 +243,11 @@ def _integers(name: str, value: Any) -> Triple:
     if len(triple) != 3 or not all(isinstance(v, int | torch.SymInt) for v in triple):
         raise ValueError(f"{name} must be an int or three of them, got {value!r}")
     return tuple(triple)
+
+
+def _of_several_taps(dilation: Triple, kernel: Triple) -> Triple:
+    """The dilation, 1 where a single tap leaves nothing to dilate: oneDNN's bf16 products end the process over it."""
+    return tuple(1 if k == 1 else d for d, k in zip(dilation, kernel, strict=True))
 
 
 def _resolve_padding(x: Tensor, kernel: Triple, padding: Triple | str, dilation: Triple) -> tuple[Tensor, Triple]:

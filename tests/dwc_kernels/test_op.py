@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.composition import composition, saved_bytes
-from dwc_kernels import ffg_conv3d, reference, winograd
+from dwc_kernels import ffg_conv3d, ffg_conv_transpose3d, reference, winograd
 from tests.dwc_kernels.problems import (
     assert_as_accurate_as_composition,
     assert_background_has_zero_gradient,
@@ -103,6 +103,17 @@ def test_bf16_is_right_where_the_kernel_reaches_beyond_the_volume(arguments, geo
     for _ in range(3):
         for ours, theirs in zip(results(ffg_conv3d, tensors, g, **options), exact, strict=True):
             assert relative_error(ours, theirs) < 2e-2
+
+
+@pytest.mark.parametrize("op", [ffg_conv3d, ffg_conv_transpose3d])
+def test_a_dilation_of_a_single_tap_never_reaches_pytorch(op, monkeypatch):
+    """In bf16 its convolutions read and write beyond their memory for it, and sooner or later the process ends."""
+    seen = []
+    monkeypatch.setattr(reference, "forward", lambda *a, f=reference.forward, **o: seen.append(a[7]) or f(*a, **o))
+    x, weight = torch.randn(1, 4, 5, 5, 5), torch.randn(4, 4, 1, 3, 1)
+    y = op(x, weight, weight.abs(), stride=2, padding=(0, 1, 0), dilation=(2, 1, 3), seed=3)
+    assert torch.equal(y, op(x, weight, weight.abs(), stride=2, padding=(0, 1, 0), seed=3))
+    assert seen == [(1, 1, 1)] * 2
 
 
 @pytest.mark.parametrize("case", WINOGRAD)
