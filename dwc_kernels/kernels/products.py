@@ -78,9 +78,9 @@ def product(x, z, PRECISION: tl.constexpr):
 @triton.jit
 def settled(acc, ARCH: tl.constexpr):
     """acc itself, at no cost. On sm_90 a use of the accumulator after its product makes Triton wait for the product
-    there, and between two such waits ptxas lets the matrix instructions overlap. Where an operand is a product of two
-    blocks, ptxas would serialize every single one without it (warning C7515); with squares of one block it does not,
-    and the waits would only cost. Elsewhere there is nothing to settle.
+    there, and between two such waits ptxas lets the matrix instructions overlap. Without it ptxas serializes every single
+    one (warning C7515) where an operand is a product of two blocks, and of fp32 in some volumes. With squares of bf16 it
+    does not, and the waits would only cost. Elsewhere there is nothing to settle.
     """
     if ARCH == "sm_90":
         return acc.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
@@ -167,7 +167,6 @@ def both_products(
     """The sums over taps and channels of a * mu and of a * b * sigma^2 for one tile, in one pass over a and b."""
     M: tl.constexpr = BD * BH * BW
     TAPS: tl.constexpr = KD * KH * KW
-    WAITS: tl.constexpr = "none" if b_desc is None else ARCH  # of `settled`
     a_blocks = voxel_blocks(a_desc, N, Da, Ha, Wa, C, BD, BH, BW, BC, ARCH)
     if b_desc is not None:
         b_blocks = voxel_blocks(b_desc, N, Da, Ha, Wa, C, BD, BH, BW, BC, ARCH)
@@ -211,6 +210,7 @@ def both_products(
             ab = product(a, a, PRECISION)
         else:
             ab = product(a, b_blocks.load([n, ad, ah, aw, c]).reshape(M, BC), PRECISION)
+        WAITS: tl.constexpr = "none" if b_desc is None and a.dtype == tl.bfloat16 else ARCH
         a = operand(a, PRECISION)
         mean = settled(tl.dot(a, mu_blocks.load([t, f0, c]).reshape(N0, BC).T, mean, PRECISION), WAITS)
         if N1 > 0:
