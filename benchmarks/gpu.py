@@ -156,7 +156,7 @@ def measure(
     """Forward, backward and both of one contender."""
     op, layout, compiled = CONTENDERS[contender]
     x, parameters = tensors(layers, DTYPES[dtype], SAMPLES)
-    x = x.detach().contiguous(memory_format=layout).requires_grad_(len(layers) == 1)
+    x = x.detach().to(memory_format=layout).requires_grad_(len(layers) == 1)
     inputs = [x, *(t for p in parameters for t in p)]
     wanted = [t for t in inputs if t.requires_grad]
     run = network(op, layers)

@@ -117,8 +117,8 @@ class _Offline:
         return TARGETS[self.arch]
 
 
-def asked_by(call: Callable[[], Any], kernel: str, arch: str, dtype: str) -> Asked:
-    """What Triton would compile of a kernel when a launcher is called."""
+def asked_by(call: Callable[[], Any], arch: str, dtype: str) -> dict[str, Asked]:
+    """What Triton would compile when launchers are called, by the names of the kernels."""
     seen: dict[str, Asked] = {}
 
     def remember(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
@@ -135,7 +135,7 @@ def asked_by(call: Callable[[], Any], kernel: str, arch: str, dtype: str) -> Ask
         mock.patch.object(driver, "_active", _Offline(arch)),
     ):
         call()
-    return seen[kernel]
+    return seen
 
 
 def asked_of_triton(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> Asked:
@@ -155,7 +155,7 @@ def asked_of_triton(problem: Problem, tile: Tile, arch: str, *, bias: bool = Tru
         "grad_input": lambda: kernels.grad_input(g, g, x, weight, weight, *geometry, tile=tile),
         "grad_weight": lambda: kernels.grad_weight(g, g, x, weight, *geometry, bias_sigma=biases[0], tile=tile),
     }[problem.kind]
-    return asked_by(call, f"{problem.kind}_kernel", arch, problem.dtype)
+    return asked_by(call, arch, problem.dtype)[f"{problem.kind}_kernel"]
 
 
 def compile_kernel(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> Compiled:

@@ -50,6 +50,8 @@ def sampling(net: nn.Module, sample: bool) -> Iterator[None]:
 
     It holds for the network, in every thread, as its mode does.
     """
+    if not isinstance(sample, bool):
+        raise ValueError(f"sample must be True or False, got {sample!r}")
     with _overridden(dict.fromkeys(variational_layers(net).values(), sample)):
         yield
 

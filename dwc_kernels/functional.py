@@ -46,7 +46,7 @@ def ffg_conv3d(
     ----------
     input : Tensor
         [N, C, D, H, W] or [C, D, H, W]; fp16, bf16, fp32 or fp64. The output keeps its layout; channels_last_3d is the
-        native one.
+        native one, which ``.to(memory_format=torch.channels_last_3d)`` gives also to a single channel.
     weight_mu, weight_sigma : Tensor
         [F, C / groups, kD, kH, kW], in the dtype of the input (any, under autocast). Sigmas are standard deviations.
     bias_mu, bias_sigma : Tensor, optional

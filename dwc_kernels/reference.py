@@ -83,7 +83,8 @@ def _stays_plain(
     """Whether PyTorch's own convolutions in the plain layout win, on the CPU without dilation.
 
     They do where there are more weights than voxels, for every copy of the weights, mirrored or in another layout,
-    costs as much as they do; and for plain inputs that are small or of transposed, strided or 1x1x1 convolutions.
+    costs as much as they do; and for plain inputs that are small, of one channel, or of transposed, strided or 1x1x1
+    convolutions.
     """
     if x.device.type != "cpu" or dilation != (1, 1, 1):
         return False
@@ -92,7 +93,7 @@ def _stays_plain(
         return True
     if output_layout(x) == torch.channels_last_3d:
         return False
-    if transposed or stride != (1, 1, 1) or prod(weight.shape[2:]) == 1 or n_elements < _FEW:
+    if transposed or stride != (1, 1, 1) or prod(weight.shape[2:]) == 1 or x.shape[1] == 1 or n_elements < _FEW:
         return True
     blocked = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0 and x.shape[1] == weight.shape[1]
     taken = x.shape[0] > 1 or prod(x.shape[1:4]) > 20480  # by oneDNN
@@ -104,8 +105,9 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def output_layout(x: Tensor) -> torch.memory_format:
-    """The memory format that outputs share with the input; with one channel it could be either, so the native one."""
-    return torch.channels_last_3d if x.shape[1] == 1 or x.stride(1) == 1 else torch.contiguous_format
+    """The memory format that outputs share with the input: told by its strides, as PyTorch's own convolutions do."""
+    voxels_last = x.stride(1) == 1 and x.stride(4) >= x.shape[1] and prod(x.shape[1:]) > 1
+    return torch.channels_last_3d if voxels_last else torch.contiguous_format
 
 
 def forward(
@@ -393,10 +395,8 @@ def _times_twice(dvar: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _placeholder(shape: torch.Size, like: Tensor) -> Tensor:
-    """A tensor of which only the shape will be read, in the layout of another; on the CPU its stride decides."""
-    plain = like.is_cpu and like.stride(1) != 1
-    layout = torch.contiguous_format if plain else output_layout(like)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    """A tensor of which only the shape will be read, in the layout of another."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=output_layout(like))
 
 
 def _derivative(

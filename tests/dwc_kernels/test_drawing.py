@@ -57,6 +57,11 @@ def test_sampling_overrides_the_mode_and_the_argument_overrides_it(net, x):
     assert torch.equal(net(x), mean)
 
 
+def test_sampling_takes_nothing_but_true_and_false(net):
+    with pytest.raises(ValueError, match="sample must be True or False, got 'eval'"), sampling(net, "eval"):
+        pass
+
+
 def test_drawn_weights_make_one_deterministic_network(net, x):
     net.eval()
     with draw_weights(net, 5):

@@ -300,11 +300,22 @@ def test_a_single_channel_is_convolved_and_correlated_in_channels_last():
             return func(*args, **(kwargs or {}))
 
     x, mu, sigma, *_ = (t.detach() for t in make(c=1, f=16, size=(16, 16, 16)))
-    one = (1, 1, 1)
+    x, one = x.to(memory_format=torch.channels_last_3d), (1, 1, 1)
     with Strides():
         y, r = reference.forward(x, mu, sigma, None, None, one, one, one, 1, torch.tensor(3))
         reference.grad_weight(torch.ones_like(y), r, x, sigma, one, one, one, 1)
     assert strides == [1] * 10  # input and weight of two convolutions, and the gradient too of two derivatives
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 5, 6), (2, 3, 1, 1, 1), (2, 1, 1, 1, 1), (2, 3, 4, 5, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_where_the_shape_leaves_the_layout_open_it_is_that_of_conv3d(shape, layout):
+    """Networks call `view` on what a plain layer gives them."""
+    x = torch.randn(shape).to(memory_format=layout)
+    weight = torch.randn(4, shape[1], 3, 3, 3)
+    like_x = weight.to(memory_format=layout) if max(x.stride()) > 1 else weight  # where x itself says nothing
+    theirs = F.conv3d(x, like_x, padding=2)
+    assert ffg_conv3d(x, weight, weight.abs(), padding=2).stride() == theirs.stride()
 
 
 def test_unbatched_input_is_a_batch_of_one():

@@ -133,6 +133,7 @@ def test_a_step_with_one_channel_adds_its_folded_input_and_weights_and_nothing_e
     for module in (launch, weights, sys.modules["dwc_kernels.kernels.grad_weight"]):
         monkeypatch.setattr(module, "run_on", lambda *_, **__: launches.append(1))
     x, mu, b = torch.zeros(2, 1, 4, 4, 8), torch.zeros(16, 1, 3, 3, 3), torch.zeros(16)
+    x = x.to(memory_format=torch.channels_last_3d)  # as `contiguous` would not say it of one channel
     arguments = (ONE, ONE, ONE, 1)
     with Counted() as counted:
         y, r = kernels.forward(x, mu, mu, b, b, *arguments, torch.tensor(0))
