@@ -7,24 +7,32 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-__all__ = ["both_products", "column_blocks", "elements", "operand", "place", "product", "settled", "voxel_blocks"]
+__all__ = [
+    "both_products",
+    "column_blocks",
+    "deviation",
+    "elements",
+    "operand",
+    "place",
+    "product",
+    "settled",
+    "voxel_blocks",
+]
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
-def place(D, H, W, F, BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N: tl.constexpr):
-    """Where this program's tile of N columns starts in [samples, D, H, W, F]; columns of one box follow each other."""
+def place(pid, D, H, W, F, BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N: tl.constexpr):
+    """Where tile ``pid`` of N columns starts in [samples, D, H, W, F]; the columns of one box follow each other."""
     n_f = tl.cdiv(F, N)
     n_w = tl.cdiv(W, BW)
     n_h = tl.cdiv(H, BH)
     n_d = tl.cdiv(D, BD)
-    pid = tl.program_id(0)
-    f0 = pid % n_f * N
-    w0 = pid // n_f % n_w * BW
-    h0 = pid // (n_f * n_w) % n_h * BH
-    d0 = pid // (n_f * n_w * n_h) % n_d * BD
-    return pid // (n_f * n_w * n_h * n_d), d0, h0, w0, f0
+    box, f = pid // n_f, pid % n_f
+    line, w = box // n_w, box % n_w
+    plane, h = line // n_h, line % n_h
+    return plane // n_d, plane % n_d * BD, h * BH, w * BW, f * N
 
 
 @triton.jit
@@ -73,6 +81,18 @@ def product(x, z, PRECISION: tl.constexpr):
         return x * z
     else:
         return operand(x.to(tl.float32) * z.to(tl.float32), PRECISION)
+
+
+@triton.jit
+def deviation(var):
+    """sqrt(var), and its reciprocal or 0 where var = 0."""
+    # The reciprocal square root takes a subnormal for zero, so small variances are scaled by 2^64 before it.
+    small = var < 1e-30
+    scaled = tl.where(small, var * 18446744073709551616.0, var)
+    inverse = tl.where(var == 0.0, 0.0, tl.rsqrt(scaled))
+    std = tl.where(var == float("inf"), var, scaled * inverse)
+    inverse = tl.where(small, inverse * 4294967296.0, inverse)
+    return tl.where(small, std * 2.3283064365386963e-10, std), inverse
 
 
 @triton.jit

@@ -93,6 +93,7 @@ class Tile:
     chunk: int  # columns finished at a time
     warps: int
     stages: int
+    sharing: int | None = None  # of `specialized`: along how many dimensions taps share a copy, at most
 
     @property
     def rows(self) -> int:
@@ -118,6 +119,7 @@ STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 
 def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """The tiles that fit the chip's registers and shared memory."""
+    boxes: tuple[Triple, ...]
     columns: tuple[tuple[int, int], ...] = SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS
     if problem.dtype == "ieee":  # not tensor cores: operands sit in registers, so many warps on a small tile
         shapes = [((1, 2, 8), 32, 8)] if problem.kind == "grad_weight" else [((2, 4, 8), 16, 8)]
