@@ -11,7 +11,7 @@ from typing import Any
 
 from dwc_kernels.kernels.chips import Chip
 from dwc_kernels.kernels.specialized import variant
-from dwc_kernels.kernels.tiles import Problem, Tile, choose, fits
+from dwc_kernels.kernels.tiles import Problem, Tile, choose, fits, programs
 
 __all__ = ["measured_path", "stored_tiles", "tile_for", "tuned_key", "tuned_path"]
 
@@ -92,9 +92,14 @@ def tile_for(problem: Problem, chip: Chip) -> Tile:
     if tuned is not None and not _runs(problem, tuned, chip):
         raise ValueError(f"{path}: the tile of {key} does not fit {chip.name}; {TUNE_AGAIN}")
     measured = stored_tiles(measured_path(chip.name)).get(key)
-    if measured is not None and not _runs(problem, measured, chip):
-        measured = None  # with an older Triton
+    if measured is not None and not (_runs(problem, measured, chip) and _fills(problem, measured, chip)):
+        measured = None  # an older Triton, or less work than was measured
     return tuned or measured or choose(problem, chip)
+
+
+def _fills(problem: Problem, tile: Tile, chip: Chip) -> bool:
+    """Whether every multiprocessor has a program; those of a weight gradient divide the voxels until it does."""
+    return problem.kind == "grad_weight" or programs(problem, tile) >= chip.multiprocessors
 
 
 def _runs(problem: Problem, tile: Tile, chip: Chip) -> bool:

@@ -198,3 +198,9 @@ def test_a_forward_with_such_a_tile_launches_specialized_warps(monkeypatch, bias
     v = arguments[-1]
     assert (v.bias, v.keep_r, v.aligned, v.blocks, v.dilation) == (bias, keep_r, False, 1, (2, 2, 2))
     assert arguments[-12:-1] == (2 * 5 * 3 * 4, 20, 18, 31, 20, 18, 31, 50, 2, 2, 2)
+
+
+def test_a_packaged_tile_too_large_for_the_work_leaves_the_choice_to_the_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    small = replace(GRAD_INPUT, samples=1, size=(16, 16, 16))
+    assert tuned.tile_for(small, H200) == choose(small, H200)
