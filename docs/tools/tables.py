@@ -87,7 +87,7 @@ def _numbers(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _gpu(rows: pd.DataFrame) -> pd.DataFrame:
-    """A layer's milliseconds of a forward, a backward and both, and its peak memory: ours and what it is set against."""
+    """A layer's milliseconds of a forward, a backward and both, and its peak memory: ours and the composition's."""
     table = pd.DataFrame(index=rows["layer"].unique())
     cells = rows.set_index(["layer", "contender", "phase"])
     for phase in ("forward", "backward", "step"):

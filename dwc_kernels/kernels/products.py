@@ -98,9 +98,9 @@ def deviation(var):
 @triton.jit
 def settled(acc, ARCH: tl.constexpr):
     """acc itself, at no cost. On sm_90 a use of the accumulator after its product makes Triton wait for the product
-    there, and between two such waits ptxas lets the matrix instructions overlap. Without it ptxas serializes every single
-    one (warning C7515) where an operand is a product of two blocks, and of fp32 in some volumes. With squares of bf16 it
-    does not, and the waits would only cost. Elsewhere there is nothing to settle.
+    there, and between two such waits ptxas lets the matrix instructions overlap. Without it ptxas serializes every
+    single one (warning C7515) where an operand is a product of two blocks, and of fp32 in some volumes. With squares
+    of bf16 it does not, and the waits would only cost. Elsewhere there is nothing to settle.
     """
     if ARCH == "sm_90":
         return acc.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
