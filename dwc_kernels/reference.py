@@ -48,10 +48,16 @@ def multiplies_bf16() -> bool:
     return any(known.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
-def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of products: fp16 never holds a square, and bf16 is kept only where it is fast."""
-    slow_bf16 = dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bf16()
-    return torch.float32 if dtype == torch.float16 or slow_bf16 else dtype
+def _working_dtype(x: Tensor, size: Triple, kernel: Triple, dilation: Triple) -> torch.dtype:
+    """The dtype of products with x: fp16 never holds a square, and bf16 is kept only where it is fast and right.
+
+    ``size`` is D, H, W of the convolution's input. Where the kernel reaches beyond it, oneDNN's bf16 products read
+    memory that nobody wrote, or write past their own (PyTorch 2.13.0).
+    """
+    if x.dtype == torch.bfloat16 and x.is_cpu:
+        short = any(n <= d * (k - 1) for n, k, d in zip(size, kernel, dilation, strict=True))
+        return torch.float32 if short or not multiplies_bf16() else x.dtype
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def native(x: Tensor) -> Tensor:
@@ -133,7 +139,7 @@ def forward(
         [N, F, D', H', W'] in the dtype of x: the sample, in the layout of x, and eps / (2 sqrt(var)), which is all that
         the backward needs next to x, in the layout that the backward will want; empty without ``keep_r``.
     """
-    working = _working_dtype(x.dtype, x.device)
+    working = _working_dtype(x, transposed_size or x.shape[2:], weight_mu.shape[2:], dilation)
     size = transposed_size or output_size(x.shape[2:], weight_mu.shape[2:], stride, padding, dilation)
     n_filters = weight_mu.shape[1] * groups if transposed_size else weight_mu.shape[0]
     n_outputs = x.shape[0] * n_filters * prod(size)
@@ -220,7 +226,7 @@ def grad_input(
     transposed: bool = False,
 ) -> Tensor:
     """dL/dx = convT(g, mu) + 2 x * convT(g * r, sigma^2), in the dtype and layout of x; conv for convT."""
-    working = _working_dtype(x.dtype, x.device)
+    working = _working_dtype(x, (g if transposed else x).shape[2:], weight_mu.shape[2:], dilation)
     plain = _stays_plain(x, weight_mu, stride, dilation, g.numel(), transposed)
     laid_out = _plain if plain else native
     g, r, h, mu, sigma = (laid_out(t.to(working)) for t in (g, r, x, weight_mu, weight_sigma))
@@ -281,9 +287,8 @@ def grad_weight(
     What is not wanted is empty, the gradients of the biases without ``bias_sigma``; r may be empty where no sigma's
     gradient is wanted.
     """
-    working, shape = _working_dtype(x.dtype, x.device), weight_sigma.shape
-    if (g if transposed else x).shape[2] <= dilation[0] * (shape[2] - 1) and working == torch.bfloat16:
-        working = torch.float32  # oneDNN's bf16 sum reads memory that nobody wrote where no plane meets all taps
+    shape = weight_sigma.shape
+    working = _working_dtype(x, (g if transposed else x).shape[2:], shape[2:], dilation)
     geometry = (stride, padding, dilation, groups)
     dmu = dsigma = db_mu = db_sigma = weight_sigma.new_empty(0)
     plain = _stays_plain(x, weight_sigma, stride, dilation, g.numel(), transposed)

@@ -20,6 +20,8 @@ from tests.dwc_kernels.problems import (
     results,
 )
 
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
+
 GEOMETRIES = {
     "channels 1 -> 16": (dict(c=1, f=16), dict(padding=1)),
     "channels 21 -> 50": (dict(c=21, f=50), dict(padding=1)),
@@ -76,18 +78,31 @@ def test_bf16_products_are_as_accurate_as_the_composition(case, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("size", "kernel", "padding"), [((2, 6, 6), 3, 1), ((4, 4, 4), 5, 2), ((1, 5, 5), 3, (2, 1, 1))]
+    ("arguments", "geometry", "layout"),
+    [
+        (dict(c=16, f=16, size=(2, 6, 6)), dict(padding=1), "contiguous"),
+        (dict(c=16, f=16, size=(4, 4, 4), kernel=5), dict(padding=2), "contiguous"),
+        (dict(c=16, f=16, size=(1, 5, 5)), dict(padding=(2, 1, 1)), "contiguous"),
+        (dict(c=1, f=2, size=(1, 16, 16), kernel=(2, 1, 5)), dict(padding=(2, 1, 0)), "channels_last"),
+        (
+            dict(c=2, f=16, size=(1, 16, 2), kernel=(5, 1, 3), groups=2),
+            dict(padding=(2, 2, 1), groups=2),
+            "channels_last",
+        ),
+        (dict(c=2, f=4, size=(8, 8, 2), kernel=(1, 3, 5)), dict(padding=(0, 1, 3)), "channels_last"),
+    ],
 )
-def test_bf16_weight_gradients_are_right_where_no_plane_of_the_output_meets_all_taps(size, kernel, padding):
-    """PyTorch's own are random there on CPUs with bf16 products, so the composition is no yardstick."""
-    tensors = make(c=16, f=16, size=size, kernel=kernel, bias=False, dtype=torch.bfloat16)
+def test_bf16_is_right_where_the_kernel_reaches_beyond_the_volume(arguments, geometry, layout):
+    """PyTorch's own products are random there on CPUs with bf16 products, so the composition is no yardstick."""
+    x, *rest = make(**arguments, bias=False, dtype=torch.bfloat16)
+    tensors = [x.detach().to(memory_format=LAYOUTS[layout]).requires_grad_(), *rest]
     doubles = [t.detach().double().requires_grad_() for t in tensors]
-    options = dict(seed=3, padding=padding)
+    options = dict(seed=3, **geometry)
     g = torch.randn_like(ffg_conv3d(*tensors, **options))
     exact = results(ffg_conv3d, doubles, g, **options)
     for _ in range(3):
         for ours, theirs in zip(results(ffg_conv3d, tensors, g, **options), exact, strict=True):
-            assert relative_error(ours, theirs) < 1e-2
+            assert relative_error(ours, theirs) < 2e-2
 
 
 @pytest.mark.parametrize("case", WINOGRAD)
