@@ -32,6 +32,7 @@ setup(
     package_data={
         "dwc": ["py.typed"],
         "dwc_kernels": ["py.typed"],
+        "dwc_kernels.kernels": ["measured/*.json"],
         "dwc.data": ["*.tsv"],
         "dwc.simulation": ["*.tsv"],
         "dwc.study": ["presets/*.yaml"],

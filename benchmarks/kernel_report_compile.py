@@ -21,7 +21,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime import JITFunction
+from triton.runtime import JITFunction, jit
 from triton.runtime.driver import driver
 
 from dwc_kernels import kernels
@@ -29,7 +29,16 @@ from dwc_kernels.kernels import launch
 from dwc_kernels.kernels.chips import CHIPS, WARP
 from dwc_kernels.kernels.tiles import Problem, Tile
 
-__all__ = ["Asked", "Compiled", "asked_by", "asked_of_triton", "compile_kernel", "compiled_facts", "run_tool"]
+__all__ = [
+    "Asked",
+    "Compiled",
+    "asked_by",
+    "asked_of_triton",
+    "compile_kernel",
+    "compiled_facts",
+    "loops_with",
+    "run_tool",
+]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -108,8 +117,8 @@ class _Offline:
         return TARGETS[self.arch]
 
 
-def asked_by(call: Callable[[], Any], kernel: str, arch: str, dtype: str) -> Asked:
-    """What Triton would compile of a kernel when a launcher is called."""
+def asked_by(call: Callable[[], Any], arch: str, dtype: str) -> dict[str, Asked]:
+    """What Triton would compile when launchers are called, by the names of the kernels."""
     seen: dict[str, Asked] = {}
 
     def remember(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
@@ -122,10 +131,11 @@ def asked_by(call: Callable[[], Any], kernel: str, arch: str, dtype: str) -> Ask
         mock.patch.object(launch, "operand_dtype", return_value=dtype),
         mock.patch.object(launch, "why_not_triton", return_value=None),
         mock.patch.object(knobs.runtime, "jit_cache_hook", remember),
+        mock.patch.object(jit, "serialize_specialization_data", return_value=""),  # for hooks, as JSON; unused here
         mock.patch.object(driver, "_active", _Offline(arch)),
     ):
         call()
-    return seen[kernel]
+    return seen
 
 
 def asked_of_triton(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> Asked:
@@ -145,7 +155,7 @@ def asked_of_triton(problem: Problem, tile: Tile, arch: str, *, bias: bool = Tru
         "grad_input": lambda: kernels.grad_input(g, g, x, weight, weight, *geometry, tile=tile),
         "grad_weight": lambda: kernels.grad_weight(g, g, x, weight, *geometry, bias_sigma=biases[0], tile=tile),
     }[problem.kind]
-    return asked_by(call, f"{problem.kind}_kernel", arch, problem.dtype)
+    return asked_by(call, arch, problem.dtype)[f"{problem.kind}_kernel"]
 
 
 def compile_kernel(problem: Problem, tile: Tile, arch: str, *, bias: bool = True) -> Compiled:
@@ -157,7 +167,11 @@ def compile_kernel(problem: Problem, tile: Tile, arch: str, *, bias: bool = True
 
 def compiled_facts(asked: Asked, arch: str, options: dict[str, int]) -> dict[str, Any]:
     """Compile what Triton is asked; what assembler and disassembly say of it, by the names of `Compiled`."""
-    source, log = ASTSource(*asked), io.StringIO()
+    if asked.function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        Source = ASTSource
+    source, log = Source(*asked), io.StringIO()
     with mock.patch.object(knobs.nvidia, "dump_ptxas_log", True), contextlib.redirect_stdout(log):
         compiled = triton.compile(source, target=TARGETS[arch], options=options)
     said = log.getvalue() or _assembled_again(compiled.asm["ptx"])
@@ -231,13 +245,32 @@ def _is(opcode: str, names: tuple[str, ...]) -> bool:
     return opcode.split(".")[0] in names
 
 
-def _loop_facts(instructions: list[str], labels: dict[str, int]) -> dict[str, Any]:
-    """The main loop by class of instruction: the shortest backward branch that spans the matrix instructions."""
+def _backward_branches(instructions: list[str], labels: dict[str, int]) -> list[range]:
+    """The lines from the target of every backward branch to the branch."""
     spans = []
     for end, text in enumerate(instructions):
         found = re.search(r"\bBRA\b.*`\((\.L\w+)\)", text)
         if found and labels.get(found[1], end + 1) <= end:
             spans.append(range(labels[found[1]], end + 1))
+    return spans
+
+
+def loops_with(sass: str, opcode: str) -> list[dict[str, int]]:
+    """The innermost loops with an instruction: how many instructions they have, and how many on local memory."""
+    instructions, labels = _listing(sass)
+    opcodes = [_opcode(t) for t in instructions]
+    spans = _backward_branches(instructions, labels)
+    # Waits jump out of line and back into the middle of a loop.
+    spans = [s for s in spans if not any(o.start < s.start < o.stop < s.stop for o in spans)]
+    spans = [s for s in spans if any(o.startswith(opcode) for o in opcodes[s.start : s.stop])]
+    inner = [s for s in spans if not any(o != s and s.start <= o.start and o.stop <= s.stop for o in spans)]
+    local = [sum(_is(o, CLASSES["local"]) for o in opcodes[s.start : s.stop]) for s in inner]
+    return [{"instructions": len(s), "local": n} for s, n in zip(inner, local, strict=True)]
+
+
+def _loop_facts(instructions: list[str], labels: dict[str, int]) -> dict[str, Any]:
+    """The main loop by class of instruction: the shortest backward branch that spans the matrix instructions."""
+    spans = _backward_branches(instructions, labels)
     is_matrix = [_is(_opcode(t), MATRIX) for t in instructions]
     counts = [sum(is_matrix[s.start : s.stop]) for s in spans]
     # Waits jump out of line and back, around more than the loop; a peeled first iteration may be among it.

@@ -1,8 +1,9 @@
 """Time many tiles of the kernels on the GPU at hand: ``python -m benchmarks.tile_times [--out DIR]``.
 
 `kernels.tiles` chooses tiles by a model; this shows what its choices cost. For each layer, dtype and kernel it times
-the tiles that the model ranks first and a sample of the others, and writes ``tiles.csv``: the tile, the median of
-CUDA-graph replays, and the model's time. Processes compile ahead on all cores into Triton's cache; one process times.
+the tiles that the model ranks first, a sample of the others, and those of specialized warps, of which the model knows
+nothing. It writes ``tiles.csv``: the tile, the median of CUDA-graph replays, and the model's time. Processes compile
+ahead on all cores into Triton's cache; one process times.
 """
 
 import argparse
@@ -26,7 +27,10 @@ from dwc_kernels.kernels.tiles import KINDS, Problem, Tile
 
 __all__ = ["Row", "main"]
 
-LAYERS = ((96, 96, 3), (1, 96, 3), (96, 50, 1), (21, 21, 3), (64, 64, 3), (256, 256, 3))
+LAYERS = (
+    *((96, 96, 3, dilation) for dilation in (1, 2, 4, 8)),
+    *((1, 96, 3, 1), (96, 50, 1, 1), (21, 21, 3, 1), (64, 64, 3, 1), (256, 256, 3, 1)),
+)
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp16": torch.float16}
 SAMPLES, SIZE = 10, (32, 32, 32)
 
@@ -41,6 +45,7 @@ class Row:
     channels: int
     filters: int
     kernel: int
+    dilation: int
     box: str
     summed: int  # channels per product
     wide: int
@@ -48,17 +53,18 @@ class Row:
     chunk: int
     warps: int
     stages: int
+    sharing: int | None
     median_ms: float
-    model_ms: float
+    model_ms: float | None
 
 
-Layer = tuple[int, int, int]
+Layer = tuple[int, int, int, int]  # channels, filters, kernel, dilation
 
 
 @cache
 def tensors(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """g, r, x, mu, sigma and a bias of a layer."""
-    channels, filters, kernel = layer
+    channels, filters, kernel, _ = layer
     torch.manual_seed(0)
     options: dict[str, Any] = dict(device="cuda", dtype=dtype)
     g, r = (torch.randn(SAMPLES, filters, *SIZE, **options) for _ in range(2))
@@ -74,7 +80,7 @@ def call_of(kind: str, layer: Layer, dtype: torch.dtype, tile: Tile) -> Callable
 
     g, r, x, mu, sigma, bias = tensors(layer, dtype)
     one = (1, 1, 1)
-    geometry = (one, (layer[2] // 2,) * 3, one, 1)
+    geometry = (one, (layer[2] // 2 * layer[3],) * 3, (layer[3],) * 3, 1)
     seed = torch.zeros((), dtype=torch.int64, device="cuda")
     return {
         "forward": lambda: kernels.forward(x, mu, sigma, bias, bias, *geometry, seed, tile=tile),
@@ -92,12 +98,15 @@ def problem_and_chip(kind: str, layer: Layer, dtype: torch.dtype) -> tuple[Probl
 
 
 def tiles_of(kind: str, layer: Layer, dtype: torch.dtype, limit: int) -> list[Tile]:
-    """Half of them the model's first choices, the others drawn from the rest."""
+    """Half of them the model's first choices, the others drawn from the rest; then those of specialized warps."""
+    from dwc_kernels.kernels.specialized.variant import candidates
     from dwc_kernels.kernels.tiles import ranked
 
-    found = ranked(*problem_and_chip(kind, layer, dtype))
+    problem, chip = problem_and_chip(kind, layer, dtype)
+    found = ranked(problem, chip)
     first, rest = found[: limit // 2], found[limit // 2 :]
-    return first + random.Random(0).sample(rest, min(len(rest), limit - len(first)))
+    drawn = random.Random(0).sample(rest, min(len(rest), limit - len(first)))
+    return [*first, *drawn, *candidates(problem, chip)]
 
 
 def set_precision() -> None:
@@ -124,7 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/tiles"), help="folder for tiles.csv")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--layers", type=int, default=len(LAYERS), help="so many of the layers, the widest first")
+    parser.add_argument(
+        "--layers", type=int, default=len(LAYERS), help="so many of the layers, 96 -> 96 at four dilations first"
+    )
     parser.add_argument("--tiles", type=int, default=24, help="timed per kernel, layer and dtype")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args(arguments)
@@ -156,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             problem, chip = problem_and_chip(kind, layer, DTYPES[dtype])
             measured = statistics.median(device_times(call_of(kind, layer, DTYPES[dtype], tile), options.repeats))
-            model = 1e3 * estimate(problem, tile, chip)["total"] / chip.clock
+            model = 1e3 * estimate(problem, tile, chip)["total"] / chip.clock if tile.sharing is None else None
             box, *rest = astuple(tile)
             row = Row(device, dtype, kind, *layer, "x".join(map(str, box)), *rest, measured, model)
             writer.writerow(astuple(row))

@@ -31,10 +31,8 @@ __all__ = [
 
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and activation checkpointing
-_WHOLE_WRAPPERS = (
-    ["module"],
-    ["_orig_mod"],
-)  # the children of DataParallel and AveragedModel, and of a compiled network
+# The only children of DataParallel and AveragedModel, and of a compiled network.
+_WHOLE_WRAPPERS = (["module"], ["_orig_mod"])
 
 
 def variational_layers(net: nn.Module) -> dict[str, FFGModule]:

@@ -1,8 +1,9 @@
 """Measure tiles on the GPU at hand and keep the best: `python -m dwc_kernels.tune`.
 
-For each layer it checks and times the tiles that the model (`kernels.tiles`) ranks first, and stores the fastest in a
-JSON file named after the device in the user's cache folder, which the launchers read from then on. A tile whose result
-is wrong on this GPU is not taken. Nothing is tuned unless this command is called.
+For each layer it checks and times the tiles that the model (`kernels.tiles`) ranks first, and those of specialized
+warps where they can run. It stores the fastest in a JSON file named after the device in the user's cache folder, which
+the launchers read from then on. A tile whose result is wrong on this GPU is not taken. Nothing is tuned unless this
+command is called.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,8 @@ def as_tuple(results: Tensor | Results) -> Results:
 def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: int) -> dict[str, dict[str, Any]]:
     """Check and time the best-ranked tiles of the three kernels for one layer; the fastest of each, by `tuned_key`.
 
-    A tile is right if its error against fp64 is at most twice that of the reference in the same dtype, and a rounding.
+    A tile is right if its error against fp64 is at most twice that of the reference in the same dtype, and a rounding;
+    that of specialized warps at three dilations, because the code depends on them.
 
     Raises
     ------
@@ -72,19 +75,23 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
 
     from dwc_kernels import kernels
     from dwc_kernels.kernels.launch import Plan, asked
+    from dwc_kernels.kernels.specialized import variant
     from dwc_kernels.kernels.tiles import Tile, ranked
     from dwc_kernels.kernels.tuned import tuned_key
 
     one = (1, 1, 1)
-    geometry: tuple[Any, ...] = (one, tuple(k // 2 for k in mu.shape[2:]), one, 1)
     seed = torch.zeros((), dtype=torch.int64, device=x.device)
     b_mu = torch.linspace(-1, 1, mu.shape[0], dtype=x.dtype, device=x.device)
     b_sigma = b_mu.abs() + 0.1
-    y, r = reference.forward(x, mu, sigma, b_mu, b_sigma, one, geometry[1], one, 1, seed)
+    y, r = reference.forward(x, mu, sigma, b_mu, b_sigma, one, tuple(k // 2 for k in mu.shape[2:]), one, 1, seed)
     best = {}
     for kind in ("forward", "grad_input", "grad_weight"):
 
-        def run(backend: Any, convert: Callable[[Tensor], Tensor], kind: str = kind, **options: Any) -> Results:
+        def run(
+            backend: Any, convert: Callable[[Tensor], Tensor], dilation: int = 1, kind: str = kind, **options: Any
+        ) -> Results:
+            padding = tuple(k // 2 * dilation for k in mu.shape[2:])
+            geometry: tuple[Any, ...] = (one, padding, (dilation,) * 3, 1)
             g_, r_, x_, mu_, sigma_, b_mu_, b_sigma_ = (convert(t) for t in (y, r, x, mu, sigma, b_mu, b_sigma))
             if kind == "grad_weight":
                 options["bias_sigma"] = b_sigma_
@@ -98,28 +105,34 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
         problem, chip = asked(kind, x, tuple(y.shape[2:]), mu, one, 1)
         by_estimate = ranked(problem, chip)
         plan = Plan(problem, chip, by_estimate[0])
-        exact = run(reference, Tensor.double)
-        composed = relative_errors(run(reference, Tensor.contiguous), exact)
         rounding = 2.0**-11 if plan.precision == "tf32" and x.dtype == torch.float32 else torch.finfo(x.dtype).eps
+
+        @cache
+        def expected(dilation: int, run: Callable[..., Results] = run) -> tuple[Results, list[float]]:
+            exact = run(reference, Tensor.double, dilation)
+            return exact, relative_errors(run(reference, Tensor.contiguous, dilation), exact)
+
+        tried = by_estimate[:n_tiles] + variant.candidates(problem, chip)
         times: dict[Tile, tuple[float, float]] = {}
-        for tile in by_estimate[:n_tiles]:
-
-            def call(tile: Tile = tile, run: Callable[..., Results] = run) -> Results:
-                return run(kernels, lambda t: t, tile=tile)
-
+        for tile in tried:
+            call = partial(run, kernels, lambda t: t, tile=tile)
+            errors, allowed = [], []
             try:
-                errors = relative_errors(call(), exact)
+                for dilation in (1,) if tile.sharing is None else (1, 2, 4):
+                    exact, composed = expected(dilation)
+                    errors += relative_errors(call(dilation), exact)
+                    allowed += [2 * theirs + rounding for theirs in composed]
             except OutOfResources as error:
                 print(f"{tile} does not fit: {error}", flush=True)
                 continue
-            if not all(ours <= 2 * theirs + rounding for ours, theirs in zip(errors, composed, strict=True)):
+            if not all(ours <= most for ours, most in zip(errors, allowed, strict=True)):
                 print(f"{tile} is wrong on this GPU, errors {errors}: not taken", file=sys.stderr, flush=True)
                 continue
             times[tile] = statistics.median(device_times(call, repeats)), host_time(call, repeats)
         key = tuned_key(problem)
         if not times:
             raise ValueError(
-                f"none of the {len(by_estimate[:n_tiles])} tiles tried for {key} fits {chip.name} and is right "
+                f"none of the {len(tried)} tiles tried for {key} fits {chip.name} and is right "
                 "there; try more with --tiles, or use backend='reference'"
             )
         tile = min(times, key=lambda t: times[t][0])

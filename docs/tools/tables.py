@@ -86,9 +86,23 @@ def _numbers(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.map(lambda value: f"{value:.2g}")
 
 
+def _gpu(rows: pd.DataFrame) -> pd.DataFrame:
+    """A layer's milliseconds of a forward, a backward and both, and its peak memory: ours and the composition's."""
+    table = pd.DataFrame(index=rows["layer"].unique())
+    cells = rows.set_index(["layer", "contender", "phase"])
+    for phase in ("forward", "backward", "step"):
+        for contender, name in (("ours", "ours"), ("compiled", "composition")):
+            table[f"{phase}: {name}"] = cells["median_ms"].loc[:, contender, phase].map("{:.2f}".format)
+    table["step: means alone"] = cells["median_ms"].loc[:, "mean", "step"].map("{:.2f}".format)
+    for contender, name in (("ours", "ours"), ("compiled", "composition")):
+        table[f"MB: {name}"] = cells["peak_mb"].loc[:, contender, "step"].map("{:.0f}".format)
+    return table.rename_axis("layer").reset_index()
+
+
 _KINDS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "asynchronous": _asynchronous,
     "classes": _classes,
+    "gpu": _gpu,
     "numbers": _numbers,
     "rounds": _rounds,
     "study": _study,

@@ -20,7 +20,7 @@ from dwc_kernels.geometry import Triple
 from dwc_kernels.kernels.launch import ONE, Geometry, Plan, triple
 from dwc_kernels.kernels.layouts import empty_voxels_last, fold_taps, split_phases, voxels_last
 from dwc_kernels.kernels.noise import normal_tile
-from dwc_kernels.kernels.products import both_products, elements, place
+from dwc_kernels.kernels.products import both_products, deviation, elements, place
 from dwc_kernels.kernels.tiles import Tile, programs
 from dwc_kernels.kernels.weights import packed
 from dwc_kernels.reference import output_layout
@@ -66,13 +66,7 @@ def finish(
         rd = run // (BW // 4 * BH)
         voxel = ((d0 + rd) * H + h0 + rh).to(tl.int64) * W + w0 + rw
         eps = normal_tile(seed, (sample.to(tl.int64) * F + f)[None, :] * volume + voxel[:, None], M, N, ALIGNED)
-        # The reciprocal square root takes a subnormal for zero, so small variances are scaled by 2^64 before it.
-        small = var < 1e-30
-        scaled = tl.where(small, var * 18446744073709551616.0, var)
-        inverse = tl.where(var == 0.0, 0.0, tl.rsqrt(scaled))
-        std = tl.where(var == float("inf"), var, scaled * inverse)
-        inverse = tl.where(small, inverse * 4294967296.0, inverse)
-        std = tl.where(small, std * 2.3283064365386963e-10, std)
+        std, inverse = deviation(var)
         corner, offset, mask = elements(sample, d0, h0, w0, f0, D, H, W, F, BD, BH, BW, N)
         tl.store(y + corner + offset, (mean + std * eps).to(y.dtype.element_ty), mask=mask)
         if r is not None:
@@ -103,7 +97,7 @@ def forward_kernel(
     PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """One program: a box of BD x BH x BW voxels of one sample and N0 + N1 filters, from descriptors to y and r."""
-    sample, d0, h0, w0, f0 = place(D, H, W, F, BD, BH, BW, N0 + N1)
+    sample, d0, h0, w0, f0 = place(tl.program_id(0), D, H, W, F, BD, BH, BW, N0 + N1)
     mean, mean_tail, var, var_tail = both_products(
         x_desc, None, mu_desc, mu_tail_desc, var_desc, var_tail_desc, sample, d0, h0, w0, f0,
         N, Di, Hi, Wi, C, D, H, W, F, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
@@ -159,6 +153,11 @@ def forward(
         a = voxels_last(x) if stride == ONE else split_phases(x, stride)
     if bias_mu is not None and bias_sigma is not None:
         bias_mu, bias_sigma = bias_mu.contiguous(), bias_sigma.contiguous()
+    if plan.tile.sharing is not None:
+        from dwc_kernels.kernels.specialized import launch
+
+        launch.launch_forward(plan, a, geometry, weights, bias_mu, bias_sigma, y, r, seed)
+        return y.contiguous(memory_format=layout), x.new_empty(0) if r is None else r
     plan.launch(
         forward_kernel, programs(plan.problem, plan.tile), x.device,
         plan.descriptor(a, [1, *plan.tile.box, plan.tile.channels]), *plan.columns(*weights),

@@ -65,7 +65,7 @@ def grad_input_kernel(
     PRECISION: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """One program: a box of BD x BH x BW voxels of dx of one sample and N0 + N1 channels."""
-    sample, d0, h0, w0, c0 = place(D, H, W, C, BD, BH, BW, N0 + N1)
+    sample, d0, h0, w0, c0 = place(tl.program_id(0), D, H, W, C, BD, BH, BW, N0 + N1)
     mean, mean_tail, var, var_tail = both_products(
         g_desc, r_desc, mu_desc, mu_tail_desc, var_desc, var_tail_desc, sample, d0, h0, w0, c0,
         N, Do, Ho, Wo, F, D, H, W, C, pad_d, pad_h, pad_w, dil_d, dil_h, dil_w,
@@ -105,6 +105,11 @@ def grad_input(
     dx = torch.empty_like(x)
     weights = packed_adjoint(weight_mu, weight_sigma, plan.precision, r)
     g, r = voxels_last(g), voxels_last(r)
+    if plan.tile.sharing is not None:
+        from dwc_kernels.kernels.specialized import launch
+
+        launch.launch_grad_input(plan, g, r, geometry, weights, x, dx)
+        return dx.contiguous(memory_format=layout)
     block = [1, *plan.tile.box, plan.tile.channels]
     plan.launch(
         grad_input_kernel, programs(plan.problem, plan.tile), x.device,

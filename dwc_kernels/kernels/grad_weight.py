@@ -275,9 +275,9 @@ def sum_kernel(
             b_var = tl.zeros([SHARES, N], tl.float32)
             for start in range(0, splits * stacks, SHARES):
                 share = start + tl.arange(0, SHARES)[:, None]
-                at = bias_partial + share * 2 * WIDTH + f[None, :]
-                b_mu += tl.load(at, mask=exists & (share < splits * stacks), other=0.0)
-                b_var += tl.load(at + WIDTH, mask=exists & (share < splits * stacks), other=0.0)
+                bias_at = bias_partial + share * 2 * WIDTH + f[None, :]
+                b_mu += tl.load(bias_at, mask=exists & (share < splits * stacks), other=0.0)
+                b_var += tl.load(bias_at + WIDTH, mask=exists & (share < splits * stacks), other=0.0)
             b_sigma = tl.load(bias_sigma + f, mask=f < F, other=0.0).to(tl.float32)
             tl.store(db_mu + f, tl.sum(b_mu, 0).to(db_mu.dtype.element_ty), mask=f < F)
             tl.store(db_sigma + f, (2.0 * b_sigma * tl.sum(b_var, 0)).to(db_sigma.dtype.element_ty), mask=f < F)

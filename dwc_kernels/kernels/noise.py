@@ -45,7 +45,7 @@ def box_muller(radius_word, angle_word):
 @triton.jit
 def four_normals(seed, group):
     """The four lanes of each group (int64)."""
-    zero = tl.zeros_like(group).to(tl.uint32)
+    zero = group.to(tl.uint32) * 0  # no `zeros_like`, which gluon lacks
     c0, c1, c2, c3 = tl.philox(seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), zero, zero, n_rounds=7)
     z0, z1 = box_muller(c0, c1)
     z2, z3 = box_muller(c2, c3)

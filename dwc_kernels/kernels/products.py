@@ -7,24 +7,32 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-__all__ = ["both_products", "column_blocks", "elements", "operand", "place", "product", "settled", "voxel_blocks"]
+__all__ = [
+    "both_products",
+    "column_blocks",
+    "deviation",
+    "elements",
+    "operand",
+    "place",
+    "product",
+    "settled",
+    "voxel_blocks",
+]
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
-def place(D, H, W, F, BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N: tl.constexpr):
-    """Where this program's tile of N columns starts in [samples, D, H, W, F]; columns of one box follow each other."""
+def place(pid, D, H, W, F, BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, N: tl.constexpr):
+    """Where tile ``pid`` of N columns starts in [samples, D, H, W, F]; the columns of one box follow each other."""
     n_f = tl.cdiv(F, N)
     n_w = tl.cdiv(W, BW)
     n_h = tl.cdiv(H, BH)
     n_d = tl.cdiv(D, BD)
-    pid = tl.program_id(0)
-    f0 = pid % n_f * N
-    w0 = pid // n_f % n_w * BW
-    h0 = pid // (n_f * n_w) % n_h * BH
-    d0 = pid // (n_f * n_w * n_h) % n_d * BD
-    return pid // (n_f * n_w * n_h * n_d), d0, h0, w0, f0
+    box, f = pid // n_f, pid % n_f
+    line, w = box // n_w, box % n_w
+    plane, h = line // n_h, line % n_h
+    return plane // n_d, plane % n_d * BD, h * BH, w * BW, f * N
 
 
 @triton.jit
@@ -76,11 +84,23 @@ def product(x, z, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def deviation(var):
+    """sqrt(var), and its reciprocal or 0 where var = 0."""
+    # The reciprocal square root takes a subnormal for zero, so small variances are scaled by 2^64 before it.
+    small = var < 1e-30
+    scaled = tl.where(small, var * 18446744073709551616.0, var)
+    inverse = tl.where(var == 0.0, 0.0, tl.rsqrt(scaled))
+    std = tl.where(var == float("inf"), var, scaled * inverse)
+    inverse = tl.where(small, inverse * 4294967296.0, inverse)
+    return tl.where(small, std * 2.3283064365386963e-10, std), inverse
+
+
+@triton.jit
 def settled(acc, ARCH: tl.constexpr):
     """acc itself, at no cost. On sm_90 a use of the accumulator after its product makes Triton wait for the product
-    there, and between two such waits ptxas lets the matrix instructions overlap. Where an operand is a product of two
-    blocks, ptxas would serialize every single one without it (warning C7515); with squares of one block it does not,
-    and the waits would only cost. Elsewhere there is nothing to settle.
+    there, and between two such waits ptxas lets the matrix instructions overlap. Without it ptxas serializes every
+    single one (warning C7515) where an operand is a product of two blocks, and of fp32 in some volumes. With squares
+    of bf16 it does not, and the waits would only cost. Elsewhere there is nothing to settle.
     """
     if ARCH == "sm_90":
         return acc.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
@@ -167,7 +187,6 @@ def both_products(
     """The sums over taps and channels of a * mu and of a * b * sigma^2 for one tile, in one pass over a and b."""
     M: tl.constexpr = BD * BH * BW
     TAPS: tl.constexpr = KD * KH * KW
-    WAITS: tl.constexpr = "none" if b_desc is None else ARCH  # of `settled`
     a_blocks = voxel_blocks(a_desc, N, Da, Ha, Wa, C, BD, BH, BW, BC, ARCH)
     if b_desc is not None:
         b_blocks = voxel_blocks(b_desc, N, Da, Ha, Wa, C, BD, BH, BW, BC, ARCH)
@@ -211,6 +230,7 @@ def both_products(
             ab = product(a, a, PRECISION)
         else:
             ab = product(a, b_blocks.load([n, ad, ah, aw, c]).reshape(M, BC), PRECISION)
+        WAITS: tl.constexpr = "none" if b_desc is None and a.dtype == tl.bfloat16 else ARCH
         a = operand(a, PRECISION)
         mean = settled(tl.dot(a, mu_blocks.load([t, f0, c]).reshape(N0, BC).T, mean, PRECISION), WAITS)
         if N1 > 0:

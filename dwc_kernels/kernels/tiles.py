@@ -93,6 +93,7 @@ class Tile:
     chunk: int  # columns finished at a time
     warps: int
     stages: int
+    sharing: int | None = None  # of `specialized`: along how many dimensions taps share a copy, at most
 
     @property
     def rows(self) -> int:
@@ -118,6 +119,7 @@ STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 
 def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """The tiles that fit the chip's registers and shared memory."""
+    boxes: tuple[Triple, ...]
     columns: tuple[tuple[int, int], ...] = SUMMED_COLUMNS if problem.kind == "grad_weight" else COLUMNS
     if problem.dtype == "ieee":  # not tensor cores: operands sit in registers, so many warps on a small tile
         shapes = [((1, 2, 8), 32, 8)] if problem.kind == "grad_weight" else [((2, 4, 8), 16, 8)]
@@ -147,14 +149,14 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
 
 def spills(problem: Problem, tile: Tile, chip: Chip) -> bool:
     """Whether a tile spills although `fits` counts registers enough for it, as compiled."""
-    if problem.kind != "grad_weight":  # g and r by few warps, which fetch more of them each
-        few = chip.arch == "sm_80" and problem.kind == "grad_input" and tile.warps < 8
+    if problem.kind != "grad_weight":  # few warps fetch more of a block each
+        few = chip.arch == "sm_80" and tile.warps < 8
         return few and tile.channels >= 32 and tile.columns >= 96
     one_tap = math.prod(problem.kernel) == 1
     if chip.arch == "sm_80":  # no copy engine for tensors: addresses take registers
         return tile.rows >= 128 or (tile.rows >= 64 and tile.columns >= 64 and not one_tap)
     # ptxas keeps these within 128 registers.
-    return chip.arch == "sm_120" and one_tap and problem.dtype == "tf32" and tile.rows >= 32
+    return chip.arch == "sm_120" and one_tap and tile.rows >= (32 if problem.dtype == "tf32" else 64)
 
 
 def finished(problem: Problem, tile: Tile, chip: Chip) -> Tile:

@@ -1,4 +1,7 @@
-"""The tile of a kernel: as `dwc_kernels.tune` measured it on a device, or else as the model of `tiles` chooses."""
+"""The tile of a kernel: as it was measured on a device of this name, or else as the model of `tiles` chooses.
+
+What `dwc_kernels.tune` measured for the user goes before what is in the package (`measured/`, one file for a device).
+"""
 
 import json
 import os
@@ -7,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dwc_kernels.kernels.chips import Chip
-from dwc_kernels.kernels.tiles import Problem, Tile, choose, fits
+from dwc_kernels.kernels.specialized import variant
+from dwc_kernels.kernels.tiles import Problem, Tile, choose, fits, programs
 
-__all__ = ["stored_tiles", "tile_for", "tuned_key", "tuned_path"]
+__all__ = ["measured_path", "stored_tiles", "tile_for", "tuned_key", "tuned_path"]
 
 TUNE_AGAIN = "delete it, or run python -m dwc_kernels.tune again"
 
@@ -17,7 +21,16 @@ TUNE_AGAIN = "delete it, or run python -m dwc_kernels.tune again"
 def tuned_path(device: str) -> Path:
     """Where ``python -m dwc_kernels.tune`` stores what it measured on a device of this name."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dwc_kernels" / f"{device.replace(' ', '_').replace('/', '_')}.json"
+    return cache / "dwc_kernels" / _file_of(device)
+
+
+def measured_path(device: str) -> Path:
+    """Where the package has what was measured on a device of this name, if it was."""
+    return Path(__file__).parent / "measured" / _file_of(device)
+
+
+def _file_of(device: str) -> str:
+    return f"{device.replace(' ', '_').replace('/', '_')}.json"
 
 
 def tuned_key(problem: Problem) -> str:
@@ -29,12 +42,14 @@ def tuned_key(problem: Problem) -> str:
 
 def stored_tile(values: Any) -> Tile:
     """A tile from its JSON; ValueError for what no kernel runs with."""
-    if not isinstance(values, dict) or set(values) != {f.name for f in fields(Tile)}:
+    if not isinstance(values, dict) or set(values) | {"sharing"} != {f.name for f in fields(Tile)}:
         raise ValueError("its fields are not those of a tile")
-    box = values["box"]
+    box, sharing = values["box"], values.get("sharing")
+    if sharing is not None and (type(sharing) is not int or sharing not in (0, 1, 2)):
+        raise ValueError(f"sharing {sharing!r} is neither null nor 0, 1 or 2")
     if not isinstance(box, list) or len(box) != 3:
         raise ValueError(f"box {box!r} is no list of three")
-    numbers = [*box, *(v for name, v in values.items() if name != "box")]
+    numbers = [*box, *(v for name, v in values.items() if name not in ("box", "sharing"))]
     if not all(type(n) is int for n in numbers):
         raise ValueError("a value is no integer")
     tile = Tile(**{**values, "box": tuple(box)})
@@ -73,9 +88,19 @@ def stored_tiles(path: Path) -> dict[str, Tile]:
 def tile_for(problem: Problem, chip: Chip) -> Tile:
     """The tile that was measured best on a device of this name, or else the model's choice for it."""
     path, key = tuned_path(chip.name), tuned_key(problem)
-    tile = stored_tiles(path).get(key)
-    if tile is None:
-        return choose(problem, chip)
-    if not fits(problem, tile, chip):
+    tuned = stored_tiles(path).get(key)
+    if tuned is not None and not _runs(problem, tuned, chip):
         raise ValueError(f"{path}: the tile of {key} does not fit {chip.name}; {TUNE_AGAIN}")
-    return tile
+    measured = stored_tiles(measured_path(chip.name)).get(key)
+    if measured is not None and not (_runs(problem, measured, chip) and _fills(problem, measured, chip)):
+        measured = None  # an older Triton, or less work than was measured
+    return tuned or measured or choose(problem, chip)
+
+
+def _fills(problem: Problem, tile: Tile, chip: Chip) -> bool:
+    """Whether every multiprocessor has a program; those of a weight gradient divide the voxels until it does."""
+    return problem.kind == "grad_weight" or programs(problem, tile) >= chip.multiprocessors
+
+
+def _runs(problem: Problem, tile: Tile, chip: Chip) -> bool:
+    return (fits if tile.sharing is None else variant.fits)(problem, tile, chip)

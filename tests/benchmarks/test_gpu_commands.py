@@ -19,6 +19,7 @@ from dwc_kernels import kernels, timing, tune
 from dwc_kernels.kernels import tiles, tuned
 from dwc_kernels.kernels.chips import CHIPS
 from dwc_kernels.kernels.launch import Plan, forget_plans
+from dwc_kernels.kernels.specialized import variant
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # 1 / sqrt(0), not taken
 
@@ -198,6 +199,35 @@ def test_a_tile_whose_result_is_wrong_is_not_taken(pretended_gpu, monkeypatch, c
     best = tune.tune_layer(x, mu, sigma, n_tiles=2, repeats=1)
     assert best[tuned.tuned_key(problem.problem)] != json.loads(json.dumps(tune.asdict(wrong)))
     assert "not taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong_at", [None, 1, 2, 4])
+def test_specialized_warps_are_taken_if_they_win_and_are_right_at_every_dilation(
+    pretended_gpu, monkeypatch, capsys, wrong_at
+):
+    x, mu, sigma = layer_to_tune()
+    plan = Plan.of("forward", x, x.shape[2:], mu, (1, 1, 1), 1, None)
+    specialized = replace(plan.tile, sharing=2)
+    right, seen = kernels.forward, set()
+
+    def forward(*arguments, tile, **options):
+        if tile != specialized:
+            time.sleep(0.05)  # so that they win
+            return right(*arguments, tile=tile, **options)
+        dilation = arguments[7][0]
+        seen.add(dilation)
+        y, r = right(*arguments, tile=plan.tile, **options)
+        return y + (0.1 if dilation == wrong_at else 0.0), r
+
+    def candidates(problem, chip):
+        return [specialized] if problem.kind == "forward" else []
+
+    monkeypatch.setattr(kernels, "forward", forward)
+    monkeypatch.setattr(variant, "candidates", candidates)
+    best = tune.tune_layer(x, mu, sigma, n_tiles=1, repeats=1)[tuned.tuned_key(plan.problem)]
+    assert seen == {1, 2, 4}
+    assert (best == tune.asdict(specialized)) == (wrong_at is None)
+    assert ("not taken" in capsys.readouterr().err) == (wrong_at is not None)
 
 
 def test_no_tile_that_fits_is_an_error_in_words(pretended_gpu, monkeypatch):

@@ -75,20 +75,39 @@ def test_a_strided_forward_spills_nothing(arch, dtype):
     assert done.stdout == "0 0 0 False\n", done.stderr
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_bias_gradients_alone_spill_nothing(arch):
-    program = (
-        "import sys\nimport torch\nfrom benchmarks.kernel_report_compile import asked_by, compiled_facts\n"
-        "from dwc_kernels import kernels\n"
-        "g = torch.zeros(1, 96, 2, 8, 8, dtype=torch.bfloat16).to(memory_format=torch.channels_last_3d)\n"
-        "asked = asked_by(lambda: kernels.grad_bias(g, g, g[0, :, 0, 0, 0]), 'grad_bias_kernel', sys.argv[1], 'bf16')\n"
-        "facts = compiled_facts(asked, sys.argv[1], {})\n"
-        "print(facts['spills'], facts['stack'], facts['local'], facts['registers'])\n"
-    )
+SMALL_KERNELS = """
+import sys, torch
+from benchmarks.kernel_report_compile import asked_by, compiled_facts
+from dwc_kernels import kernels
+from dwc_kernels.kernels.noise import normal
+
+arch, dtype, channels = sys.argv[1], sys.argv[2], int(sys.argv[3])
+of = dict(dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+x, g = (torch.zeros(1, c, 2, 8, 8, **of).to(memory_format=torch.channels_last_3d) for c in (channels, 96))
+weight, bias = torch.zeros(96, channels, 3, 3, 3, **of), torch.zeros(96, **of)
+one, seed = (1, 1, 1), torch.tensor(0)
+
+def step():
+    kernels.forward(x, weight, weight, bias, bias, one, one, one, 1, seed)
+    kernels.grad_weight(g, g, x, weight, one, one, one, 1, bias_sigma=bias)
+    kernels.grad_bias(g, g, bias)
+    normal(g, seed)
+
+for name, asked in sorted(asked_by(step, arch, dtype).items()):
+    if name not in ("forward_kernel", "grad_weight_kernel"):
+        facts = compiled_facts(asked, arch, {})
+        print(name, facts["spills"], facts["stack"], facts["local"])
+"""
+
+
+@pytest.mark.parametrize("channels", [1, 96])  # folded and not
+@pytest.mark.parametrize(("arch", "dtype"), [("sm_80", "bf16"), ("sm_90", "bf16"), ("sm_90", "tf32")])
+def test_the_small_kernels_of_a_step_compile_and_spill_nothing(arch, dtype, channels):
+    command = [sys.executable, "-c", SMALL_KERNELS, arch, dtype, str(channels)]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", program, arch]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("0 0 0 "), done.stdout + done.stderr
+    names = ("grad_bias_kernel", "normal_kernel", "pack_kernel", "sum_kernel")
+    assert done.stdout.splitlines() == [f"{name} 0 0 0" for name in names], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,7 +145,7 @@ def test_the_input_box_is_loaded_once_for_both_products_and_all_filters(report):
         ("sm_90", "bf16", "grad_weight", 1.0),
         ("sm_90", "tf32", "forward", 1.0),
         ("sm_90", "tf32", "grad_input", 1.1),
-        ("sm_100", "bf16", "grad_weight", 1.0),
+        ("sm_100", "bf16", "grad_weight", 1.1),
     ],
 )
 def test_main_loops_are_not_bound_by_instruction_issue(report, arch, dtype, kind, limit):

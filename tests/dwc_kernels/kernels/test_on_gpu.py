@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from dwc.meshnet import MeshNet
 from dwc_kernels import FFGConv3d, ffg_conv3d, kernels, tune
-from dwc_kernels.kernels import tuned
+from dwc_kernels.kernels import launch, tiles, tuned
+from dwc_kernels.kernels.specialized.variant import candidates
 from dwc_kernels.noise import normal
 from dwc_kernels.timing import captured
 from tests.dwc_kernels import problems
@@ -50,6 +51,55 @@ def test_tensor_cores_are_as_accurate_as_the_composition(case, dtype):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
     tensors = make(**arguments, dtype=dtype)
     problems.assert_as_accurate_as_composition(tensors, backend="triton", slack=slack, **geometry)
+
+
+SPECIALIZED = {
+    "96 -> 96": (dict(c=96, f=96, size=(32, 32, 32), batch=2), dict(padding=1)),
+    "96 -> 96, dilation 2": (dict(c=96, f=96, size=(32, 32, 32), batch=2), dict(padding=2, dilation=2)),
+    "96 -> 96, dilation 8": (dict(c=96, f=96, size=(32, 32, 32), batch=2), dict(padding=8, dilation=8)),
+    "21 -> 21, 20x18x16": (dict(c=21, f=21, size=(20, 18, 16), batch=2), dict(padding=1)),
+    "64 -> 50, 17x32x31": (dict(c=64, f=50, size=(17, 32, 31)), dict(padding=1)),
+    "128 -> 128, 1x1x1": (dict(c=128, f=128, kernel=1, size=(16, 16, 16)), {}),
+    "40 -> 3, 5x7x9, no bias": (dict(c=40, f=3, size=(5, 7, 9), batch=3, bias=False), dict(padding=1)),
+    "96 -> 96, 5x5x5": (dict(c=96, f=96, kernel=5, size=(10, 9, 12)), dict(padding=2)),
+    "32 -> 40, one voxel": (dict(c=32, f=40, size=(1, 1, 1)), dict(padding=9, dilation=9)),
+}
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["64 + 32 columns", "64 columns", "32 columns"])
+def specialized_warps(request, monkeypatch):
+    """Every kernel that can runs with specialized warps."""
+
+    def tile_for(problem, chip):
+        found = candidates(problem, chip)
+        return found[request.param] if found else tiles.choose(problem, chip)
+
+    if launch.chip_of(torch.device("cuda", 0)).arch != "sm_90":
+        pytest.skip("specialized warps need sm_90")
+    monkeypatch.setattr(launch, "tile_for", tile_for)
+    launch.forget_plans()
+    yield
+    launch.forget_plans()
+
+
+@pytest.mark.usefixtures("poisoned_memory", "specialized_warps")
+@pytest.mark.parametrize("case", SPECIALIZED)
+def test_specialized_warps_are_as_accurate_as_the_composition(case):
+    arguments, geometry = SPECIALIZED[case]
+    tensors = make(**arguments, dtype=torch.bfloat16)
+    problems.assert_as_accurate_as_composition(tensors, backend="triton", slack=NOISE, **geometry)
+
+
+@pytest.mark.parametrize("width", [32, 31])
+def test_specialized_warps_draw_the_same_noise(width):
+    x = torch.zeros(2, 32, 9, 10, width).bfloat16().contiguous(memory_format=torch.channels_last_3d)
+    mu, bias = torch.zeros(64, 32, 3, 3, 3).bfloat16(), torch.linspace(-1, 1, 64).bfloat16()
+    arguments = (x, mu, mu, bias, bias.abs() + 0.1, ONE, ONE, ONE, 1, torch.tensor(5))
+    expected = kernels.forward(*arguments)
+    problem, chip = launch.asked("forward", x, x.shape[2:], mu, ONE, 1)
+    for tile in candidates(problem, chip):
+        for found, same in zip(kernels.forward(*arguments, tile=tile), expected, strict=True):
+            assert torch.equal(found, same)
 
 
 def layer_and_input(dtype=torch.bfloat16):

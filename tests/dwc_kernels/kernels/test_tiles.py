@@ -147,7 +147,9 @@ def test_a_strided_problem_has_measured_tiles_of_its_own():
     assert tuned.tuned_key(strided) != tuned.tuned_key(LAYER)
 
 
-@pytest.mark.parametrize(("module", "code"), [("dwc_kernels.tune", 2), ("benchmarks.gpu", 0)])
+@pytest.mark.parametrize(
+    ("module", "code"), [("dwc_kernels.tune", 2), ("benchmarks.gpu", 0), ("benchmarks.tile_times", 2)]
+)
 def test_commands_that_need_a_gpu_say_so_in_one_line(module, code):
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-m", module], env=environment, capture_output=True, text=True, check=False)
