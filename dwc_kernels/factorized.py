@@ -165,7 +165,9 @@ class FFGModule(nn.Module):
             raise ValueError(f"input must be floating point (fp16, bf16, fp32, fp64), got {input.dtype}")
         choice = self._override if sample is None else sample
         if isinstance(choice, tuple):
-            return choice
+            weight, bias = choice
+            dtype = self.weight_rho.dtype  # that of the forward, in which FSDP2's mixed precision gathers it
+            return weight.to(dtype), None if bias is None else bias.to(dtype)
         if not (self.training if choice is None else choice):
             return self.weight_mu, self.bias_mu
         _refuse_recorders()

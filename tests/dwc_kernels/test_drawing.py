@@ -124,6 +124,13 @@ def test_gradients_reach_mean_and_sigma_through_drawn_weights(net, x):
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
 
 
+def test_drawn_weights_have_the_dtype_that_the_layer_has_in_its_forward(net, x):
+    net.eval()
+    with draw_weights(net, 0):
+        y = net(x)
+        torch.testing.assert_close(net.double()(x.double()).float(), y)
+
+
 def test_shared_weights_are_drawn_once():
     net = nn.Sequential(nn.Conv3d(2, 2, 1, bias=False), nn.Conv3d(2, 2, 1, bias=False))
     net[1].weight = net[0].weight
