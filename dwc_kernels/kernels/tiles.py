@@ -149,9 +149,9 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
 
 def spills(problem: Problem, tile: Tile, chip: Chip) -> bool:
     """Whether a tile spills although `fits` counts registers enough for it, as compiled."""
-    if problem.kind != "grad_weight":  # few warps fetch more of a block each
+    if problem.kind != "grad_weight":  # few warps fetch more of a block each, and tensor memory is for four
         few = chip.arch == "sm_80" and tile.warps < 8
-        return few and tile.channels >= 32 and tile.columns >= 96
+        return (few and tile.channels >= 32 and tile.columns >= 96) or (chip.tensor_memory and tile.warps < 4)
     one_tap = math.prod(problem.kernel) == 1
     if chip.arch == "sm_80":  # no copy engine for tensors: addresses take registers
         return tile.rows >= 128 or (tile.rows >= 64 and tile.columns >= 64 and not one_tap)
