@@ -1,9 +1,9 @@
 """Measure tiles on the GPU at hand and keep the best: `python -m dwc_kernels.tune`.
 
-For each layer it checks and times the tiles that the model (`kernels.tiles`) ranks first, and those of specialized
-warps where they can run. It stores the fastest in a JSON file named after the device in the user's cache folder, which
-the launchers read from then on. A tile whose result is wrong on this GPU is not taken. Nothing is tuned unless this
-command is called.
+For each layer it checks and times the tiles that the model (`kernels.tiles`) ranks first, the one in the package, and
+those of specialized warps where they can run, at dilations 1, 2, 4 and 8, for which there is one tile. It stores the fastest in
+a JSON file named after the device in the user's cache folder, which the launchers read from then on. A tile whose result
+is wrong on this GPU is not taken. Nothing is tuned unless this command is called.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from dwc_kernels.timing import device_times, host_time
 __all__ = ["main", "store", "tune_layer"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DILATIONS = (1, 2, 4, 8)
 Results = tuple[Tensor, ...]
 
 
@@ -64,7 +65,7 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
     """Check and time the best-ranked tiles of the three kernels for one layer; the fastest of each, by `tuned_key`.
 
     A tile is right if its error against fp64 is at most twice that of the reference in the same dtype, and a rounding;
-    that of specialized warps at three dilations, because the code depends on them.
+    that of specialized warps at every dilation and in lines that are no multiple of four, on which their code depends.
 
     Raises
     ------
@@ -77,9 +78,10 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
     from dwc_kernels.kernels.launch import Plan, asked
     from dwc_kernels.kernels.specialized import variant
     from dwc_kernels.kernels.tiles import Tile, ranked
-    from dwc_kernels.kernels.tuned import tuned_key
+    from dwc_kernels.kernels.tuned import measured_path, stored_tiles, tuned_key
 
-    one = (1, 1, 1)
+    one, width = (1, 1, 1), x.shape[-1]
+    dilations = DILATIONS if max(mu.shape[2:]) > 1 else (1,)
     seed = torch.zeros((), dtype=torch.int64, device=x.device)
     b_mu = torch.linspace(-1, 1, mu.shape[0], dtype=x.dtype, device=x.device)
     b_sigma = b_mu.abs() + 0.1
@@ -88,11 +90,17 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
     for kind in ("forward", "grad_input", "grad_weight"):
 
         def run(
-            backend: Any, convert: Callable[[Tensor], Tensor], dilation: int = 1, kind: str = kind, **options: Any
+            backend: Any,
+            convert: Callable[[Tensor], Tensor],
+            dilation: int = 1,
+            width: int = width,
+            kind: str = kind,
+            **options: Any,
         ) -> Results:
             padding = tuple(k // 2 * dilation for k in mu.shape[2:])
             geometry: tuple[Any, ...] = (one, padding, (dilation,) * 3, 1)
-            g_, r_, x_, mu_, sigma_, b_mu_, b_sigma_ = (convert(t) for t in (y, r, x, mu, sigma, b_mu, b_sigma))
+            volumes = (t[..., :width] for t in (y, r, x))
+            g_, r_, x_, mu_, sigma_, b_mu_, b_sigma_ = map(convert, (*volumes, mu, sigma, b_mu, b_sigma))
             if kind == "grad_weight":
                 options["bias_sigma"] = b_sigma_
             arguments = {
@@ -108,19 +116,22 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
         rounding = 2.0**-11 if plan.precision == "tf32" and x.dtype == torch.float32 else torch.finfo(x.dtype).eps
 
         @cache
-        def expected(dilation: int, run: Callable[..., Results] = run) -> tuple[Results, list[float]]:
-            exact = run(reference, Tensor.double, dilation)
-            return exact, relative_errors(run(reference, Tensor.contiguous, dilation), exact)
+        def expected(*where: int, run: Callable[..., Results] = run) -> tuple[Results, list[float]]:
+            exact = run(reference, Tensor.double, *where)
+            return exact, relative_errors(run(reference, Tensor.contiguous, *where), exact)
 
-        tried = by_estimate[:n_tiles] + variant.candidates(problem, chip)
+        key = tuned_key(problem)
+        packaged = stored_tiles(measured_path(chip.name)).get(key)
+        tried = by_estimate[:n_tiles] + variant.candidates(problem, chip) + ([packaged] if packaged else [])
         times: dict[Tile, tuple[float, float]] = {}
-        for tile in tried:
+        for tile in dict.fromkeys(tried):
             call = partial(run, kernels, lambda t: t, tile=tile)
             errors, allowed = [], []
             try:
-                for dilation in (1,) if tile.sharing is None else (1, 2, 4):
-                    exact, composed = expected(dilation)
-                    errors += relative_errors(call(dilation), exact)
+                everywhere = [*((dilation, width) for dilation in dilations), (1, width - 1)]
+                for where in [(1, width)] if tile.sharing is None else everywhere:
+                    exact, composed = expected(*where)
+                    errors += relative_errors(call(*where), exact)
                     allowed += [2 * theirs + rounding for theirs in composed]
             except OutOfResources as error:
                 print(f"{tile} does not fit: {error}", flush=True)
@@ -128,8 +139,8 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
             if not all(ours <= most for ours, most in zip(errors, allowed, strict=True)):
                 print(f"{tile} is wrong on this GPU, errors {errors}: not taken", file=sys.stderr, flush=True)
                 continue
-            times[tile] = statistics.median(device_times(call, repeats)), host_time(call, repeats)
-        key = tuned_key(problem)
+            medians = [statistics.median(device_times(partial(call, dilation), repeats)) for dilation in dilations]
+            times[tile] = statistics.mean(medians), host_time(call, repeats)
         if not times:
             raise ValueError(
                 f"none of the {len(tried)} tiles tried for {key} fits {chip.name} and is right "

@@ -79,28 +79,31 @@ def stored_tiles(path: Path) -> dict[str, Tile]:
             raise ValueError("no object")
         tiles = {}
         for key, values in stored.items():
-            tiles[key] = stored_tile(values)
+            # Version 0.1 had several blocks of channels in a step, with which nothing runs now.
+            if not isinstance(values, dict) or values.pop("unroll", 1) == 1:
+                tiles[key] = stored_tile(values)
         return tiles
     except ValueError as error:
         raise ValueError(f"{path} holds no tiles ({key}: {error}); {TUNE_AGAIN}") from error
 
 
 def tile_for(problem: Problem, chip: Chip) -> Tile:
-    """The tile that was measured best on a device of this name, or else the model's choice for it."""
+    """The tile that was measured best on a device of this name, or else the model's choice for it.
+
+    The model's, too, where there is too little work for a tile that was measured with more.
+    """
     path, key = tuned_path(chip.name), tuned_key(problem)
-    tuned = stored_tiles(path).get(key)
-    if tuned is not None and not _runs(problem, tuned, chip):
-        raise ValueError(f"{path}: the tile of {key} does not fit {chip.name}; {TUNE_AGAIN}")
-    measured = stored_tiles(measured_path(chip.name)).get(key)
-    if measured is not None and not (_runs(problem, measured, chip) and _fills(problem, measured, chip)):
-        measured = None  # an older Triton, or less work than was measured
-    return tuned or measured or choose(problem, chip)
+    for source in (path, measured_path(chip.name)):
+        tile = stored_tiles(source).get(key)
+        if tile is None or (tile.sharing is not None and not variant.known_triton()):
+            continue
+        if not (fits if tile.sharing is None else variant.fits)(problem, tile, chip):
+            raise ValueError(f"{source}: the tile of {key} does not fit {chip.name}; {TUNE_AGAIN}")
+        if _fills(problem, tile, chip):
+            return tile
+    return choose(problem, chip)
 
 
 def _fills(problem: Problem, tile: Tile, chip: Chip) -> bool:
     """Whether every multiprocessor has a program; those of a weight gradient divide the voxels until it does."""
     return problem.kind == "grad_weight" or programs(problem, tile) >= chip.multiprocessors
-
-
-def _runs(problem: Problem, tile: Tile, chip: Chip) -> bool:
-    return (fits if tile.sharing is None else variant.fits)(problem, tile, chip)

@@ -201,11 +201,12 @@ def test_a_tile_whose_result_is_wrong_is_not_taken(pretended_gpu, monkeypatch, c
     assert "not taken" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong_at", [None, 1, 2, 4])
-def test_specialized_warps_are_taken_if_they_win_and_are_right_at_every_dilation(
+@pytest.mark.parametrize("wrong_at", [None, (1, 4), (2, 4), (8, 4), (1, 3)])
+def test_specialized_warps_are_taken_if_they_win_and_are_right_at_every_dilation_and_in_odd_lines(
     pretended_gpu, monkeypatch, capsys, wrong_at
 ):
-    x, mu, sigma = layer_to_tune()
+    x, mu = torch.randn(1, 5, 2, 4, 4), torch.randn(6, 5, 1, 1, 3)
+    sigma = mu.abs()
     plan = Plan.of("forward", x, x.shape[2:], mu, (1, 1, 1), 1, None)
     specialized = replace(plan.tile, sharing=2)
     right, seen = kernels.forward, set()
@@ -214,10 +215,10 @@ def test_specialized_warps_are_taken_if_they_win_and_are_right_at_every_dilation
         if tile != specialized:
             time.sleep(0.05)  # so that they win
             return right(*arguments, tile=tile, **options)
-        dilation = arguments[7][0]
-        seen.add(dilation)
+        where = arguments[7][0], arguments[0].shape[-1]
+        seen.add(where)
         y, r = right(*arguments, tile=plan.tile, **options)
-        return y + (0.1 if dilation == wrong_at else 0.0), r
+        return y + (0.1 if where == wrong_at else 0.0), r
 
     def candidates(problem, chip):
         return [specialized] if problem.kind == "forward" else []
@@ -225,7 +226,7 @@ def test_specialized_warps_are_taken_if_they_win_and_are_right_at_every_dilation
     monkeypatch.setattr(kernels, "forward", forward)
     monkeypatch.setattr(variant, "candidates", candidates)
     best = tune.tune_layer(x, mu, sigma, n_tiles=1, repeats=1)[tuned.tuned_key(plan.problem)]
-    assert seen == {1, 2, 4}
+    assert seen == {(1, 4), (2, 4), (4, 4), (8, 4), (1, 3)}
     assert (best == tune.asdict(specialized)) == (wrong_at is None)
     assert ("not taken" in capsys.readouterr().err) == (wrong_at is not None)
 

@@ -118,27 +118,3 @@ def test_an_answer_that_counts_without_a_power_is_one_line(busy):
     busy.write()
     with pytest.raises(InputError, match=r"counts without a power; restore"):
         read_state(busy.folder)
-
-
-@pytest.mark.parametrize("key", ["factors", "cavities", "starts", "removed", "damping", "gain", "standard_error"])
-def test_a_network_of_factors_that_lacks_an_entry_is_one_line(busy, key):
-    if busy.project["method"] == "dwc":
-        pytest.skip("has no factors")
-    path = busy.folder / "state.json"
-    busy.state["networks"][1] |= {"log_likelihood": -0.1, "gain": 0.1, "standard_error": 0.1}
-    busy.write()
-    describe(read_state(busy.folder))
-    del busy.state["networks"][1][key]
-    busy.write()
-    with pytest.raises(InputError, match=rf"state.json: networks is wrong: 1.{key} is missing; restore"):
-        read_state(busy.folder)
-
-
-def test_an_answer_that_counts_without_a_power_is_one_line(busy):
-    if busy.project["method"] == "dwc":
-        pytest.skip("is read as a power of 1")
-    (row, *_) = [row for row in busy.state["posteriors"] if row["counted_in"]]
-    del row["power"]
-    busy.write()
-    with pytest.raises(InputError, match=r"counts without a power; restore"):
-        read_state(busy.folder)

@@ -151,16 +151,3 @@ def test_a_site_that_joins_while_the_scans_are_scored_changes_the_first_damping(
     judging.judge(cycle.folder)
     assert cycle.advance(NOW)
     assert cycle.state["networks"][1]["damping"] == 1 / 4
-
-
-def test_a_site_that_joins_while_the_scans_are_scored_changes_the_first_damping(cycle, started, monkeypatch):
-    monkeypatch.setattr(judging, "_scores", lambda folder, asked: {**GOOD, "damping": 1 / asked["n_sites"]})
-    answers(cycle, 0)
-    assert not cycle.advance(NOW)
-    judging.judge(cycle.folder)
-    agreed = {**cycle.project, "prior": cycle.folder / "q0.safetensors"}
-    cycle.amend(Project(**{**agreed, "sites": [*SITES, "south"]}))
-    assert not cycle.advance(NOW)
-    judging.judge(cycle.folder)
-    assert cycle.advance(NOW)
-    assert cycle.state["networks"][1]["damping"] == 1 / 4

@@ -270,39 +270,3 @@ def test_a_round_in_which_all_answers_were_left_out_does_not_end_the_cycle(cycle
     assert cycle.state["posteriors"][-1]["power"] == 0
     assert cycle.round == 4
     assert "round 3: no answer entered" in describe(Cycle(cycle.folder).state)
-
-
-@pytest.mark.parametrize("act", [corrections.reopen, corrections.recompute])
-def test_a_round_that_was_answered_is_finished_also_if_until_is_raised_meanwhile(cycle, project, act):
-    for number in (1, 2):
-        one_round(cycle, 10 * number)
-    answer(cycle, "north", 30)
-    first = cycle.state["priors"][1]
-    more = Project(**{**project.to_json(), "until": 1e6})
-    cycle.amend(more)
-    assert cycle.round == 3
-    assert cycle.advance(NOW + timedelta(days=2)) is False  # without a quorum; the answer is not put into round 2
-    for seed, site in enumerate(("east", "west")):
-        answer(cycle, site, 40 + seed)
-    assert cycle.advance(NOW)
-    assert cycle.round is None
-    act(cycle, 3)
-    cycle.advance(NOW)
-    act(cycle, 2)
-    cycle.advance(NOW)
-    assert cycle.state["priors"][1] == first
-    assert {row["counted_in"] == row["round"] for row in cycle.state["posteriors"]} == {True}
-    assert "ended after round 2, whose change is below until (1e+06)" in describe(Cycle(cycle.folder).state)
-
-
-def test_a_round_in_which_all_answers_were_left_out_does_not_end_the_cycle(cycle, project):
-    each = {"quorum": 1, "grace_hours": 0.0, "max_influence": 3.0, "until": 1e-6}
-    cycle.amend(Project(**{**project.to_json(), **each}))
-    shrink = {"north": 0.5, "east": 0.5, "west": 0.99999}
-    at_once = {site: trained(cycle, n, site=site, shrink=shrink[site]) for n, site in enumerate(SITES)}
-    for site in SITES:
-        cycle.receive(site, at_once[site])
-        assert cycle.advance(NOW)
-    assert cycle.state["posteriors"][-1]["power"] == 0
-    assert cycle.round == 4
-    assert "round 3: no answer entered" in describe(Cycle(cycle.folder).state)

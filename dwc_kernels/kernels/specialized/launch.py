@@ -12,7 +12,7 @@ from dwc_kernels.geometry import Triple
 from dwc_kernels.kernels.launch import Geometry, Plan, run_on
 from dwc_kernels.kernels.specialized.kernels import forward_kernel, grad_input_kernel
 from dwc_kernels.kernels.specialized.rings import slot_layout
-from dwc_kernels.kernels.specialized.variant import BOX, CHANNELS, Variant, variant
+from dwc_kernels.kernels.specialized.variant import BOX, CHANNELS, Variant, variant_of
 from dwc_kernels.kernels.tiles import programs
 
 __all__ = ["launch_forward", "launch_grad_input"]
@@ -37,7 +37,7 @@ def _launch(
 
 
 def _variant(plan: Plan, geometry: Geometry, **given: bool) -> Variant:
-    v = variant(plan.problem, plan.tile, geometry.dilation, plan.chip.shared, **given)
+    v = variant_of(plan.problem, plan.tile, geometry.dilation, plan.chip.shared, **given)
     if v is None:
         raise ValueError(f"{plan.tile} does not fit the shared memory of {plan.chip.name}")
     return v

@@ -10,7 +10,7 @@ from dwc_kernels.geometry import Triple
 from dwc_kernels.kernels.chips import Chip
 from dwc_kernels.kernels.tiles import Problem, Tile
 
-__all__ = ["BOX", "CHANNELS", "COLUMNS", "Variant", "candidates", "fits", "variant"]
+__all__ = ["BOX", "CHANNELS", "COLUMNS", "Variant", "candidates", "fits", "known_triton", "variant_of"]
 
 BOX: Triple = (4, 8, 8)  # voxels of a tile
 CHANNELS = 32  # of a slot of rows or weights
@@ -19,6 +19,7 @@ MOST_ROW_SLOTS = 4
 LINE_BYTES = BOX[2] * CHANNELS * 2
 NOISE_BYTES = BOX[1] * BOX[2] * COLUMNS * 4
 BARRIER_BYTES = 1024  # at most
+RELEASES = {(3, 6), (3, 7)}  # of Triton that these kernels compile with; gluon is experimental and changes
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Variant:
 
 
 @lru_cache(maxsize=512)
-def variant(
+def variant_of(
     problem: Problem, tile: Tile, dilation: Triple, shared: int, *, bias: bool = False, keep_r: bool = False
 ) -> Variant | None:
     """How a launch runs with ``shared`` bytes of memory; None if it holds less than two slots of rows.
@@ -70,16 +71,20 @@ def variant(
     return None
 
 
+def known_triton() -> bool:
+    """Whether these kernels compile with the Triton that is installed."""
+    return tuple(int(n) for n in triton.__version__.split(".")[:2]) in RELEASES
+
+
 def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """The tiles of specialized warps for a problem; none where they cannot run."""
-    release = tuple(int(n) for n in triton.__version__.split(".")[:2])
-    if chip.arch != "sm_90" or problem.dtype != "bf16" or problem.kind == "grad_weight" or release < (3, 6):
+    if chip.arch != "sm_90" or problem.dtype != "bf16" or problem.kind == "grad_weight" or not known_triton():
         return []
     if problem.stride != (1, 1, 1) or problem.folded:
         return []
     chunk = 8 if problem.kind == "forward" else 16
     tiles = [Tile(BOX, CHANNELS, wide, tail, chunk, 4, 5, sharing=2) for wide, tail in ((64, 32), (64, 0), (32, 0))]
-    return [tile for tile in tiles if variant(problem, tile, (1, 1, 1), chip.shared)]
+    return [tile for tile in tiles if variant_of(problem, tile, (1, 1, 1), chip.shared)]
 
 
 def fits(problem: Problem, tile: Tile, chip: Chip) -> bool:

@@ -14,7 +14,7 @@ from benchmarks.shapes import SAMPLES, SIZE
 from dwc_kernels import kernels, tune
 from dwc_kernels.kernels import launch, tiles, tuned
 from dwc_kernels.kernels.chips import CHIPS
-from dwc_kernels.kernels.specialized.variant import BARRIER_BYTES, candidates, variant
+from dwc_kernels.kernels.specialized.variant import BARRIER_BYTES, candidates, variant_of
 from dwc_kernels.kernels.tiles import Problem, Tile, choose, problem_of
 
 FORWARD = Problem("forward", "bf16", SAMPLES, SIZE, 96, 96, (3, 3, 3))
@@ -39,11 +39,12 @@ def test_specialized_warps_have_no_tile_for_what_they_cannot_run(problem):
     assert candidates(problem, H200) == []
 
 
-def test_specialized_warps_have_no_tile_on_other_chips_or_with_an_older_triton(monkeypatch):
+def test_specialized_warps_have_no_tile_on_other_chips_or_with_another_triton(monkeypatch):
     for arch in ("sm_80", "sm_89", "sm_100", "sm_120", "interpreter"):
         assert candidates(FORWARD, CHIPS[arch]) == []
-    monkeypatch.setattr(triton, "__version__", "3.5.1")
-    assert candidates(FORWARD, H200) == []
+    for release in ("3.5.1", "3.8.0", "4.0.0"):
+        monkeypatch.setattr(triton, "__version__", release)
+        assert candidates(FORWARD, H200) == []
 
 
 @pytest.mark.parametrize("kernel", [(1, 1, 1), (3, 3, 3), (5, 5, 5), (1, 3, 7)])
@@ -52,7 +53,7 @@ def test_specialized_warps_have_no_tile_on_other_chips_or_with_an_older_triton(m
 def test_slots_fit_the_memory_and_a_halo_holds_all_its_taps(problem, dilation, kernel):
     problem = replace(problem, kernel=kernel)
     for tile in candidates(problem, H200):
-        v = variant(problem, tile, dilation, H200.shared)
+        v = variant_of(problem, tile, dilation, H200.shared)
         rows = (1 + v.pair) * v.row_slots * v.planes * v.lines * 8 * 32 * 2
         weights = 2 * v.weight_slots * tile.columns * 32 * 2
         noise = v.noise_slots * 64 * 32 * 4
@@ -66,7 +67,7 @@ def test_slots_fit_the_memory_and_a_halo_holds_all_its_taps(problem, dilation, k
 
 def test_taps_share_copies_until_the_dilation_takes_too_much_memory():
     def shared(problem):
-        found = (variant(problem, candidates(problem, H200)[0], (d, d, d), H200.shared) for d in (1, 2, 4))
+        found = (variant_of(problem, candidates(problem, H200)[0], (d, d, d), H200.shared) for d in (1, 2, 4))
         return [v.share_d + v.share_h for v in found]
 
     assert shared(FORWARD) == [2, 1, 0]
@@ -94,11 +95,15 @@ def test_a_tuned_tile_of_specialized_warps_is_read_back(tmp_path, monkeypatch):
     assert tuned.tile_for(FORWARD, replace(H200, name="gpu")) == candidates(FORWARD, H200)[0]
 
 
-def test_a_file_from_before_there_were_specialized_warps_is_still_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_a_file_of_an_earlier_version_is_read_as_far_as_its_tiles_still_run(tmp_path, monkeypatch, unroll):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    stored = {k: v for k, v in asdict(choose(FORWARD, H200)).items() if k != "sharing"}
+    stored = {
+        "box": [4, 8, 8], "channels": 32, "unroll": unroll, "wide": 64, "tail": 32, "chunk": 8, "warps": 8, "stages": 4,
+    }  # fmt: skip
     write(tuned.tuned_path("gpu"), stored)
-    assert tuned.tile_for(FORWARD, replace(H200, name="gpu")) == choose(FORWARD, H200)
+    expected = Tile((4, 8, 8), 32, 64, 32, 8, 8, 4) if unroll == 1 else choose(FORWARD, H200)
+    assert tuned.tile_for(FORWARD, replace(H200, name="gpu")) == expected
 
 
 @pytest.mark.parametrize("change", [{"sharing": 3}, {"sharing": True}, {"sharing": "2"}, {"warps": 8}, {"wide": 128}])
@@ -121,9 +126,12 @@ def test_the_user_s_tile_goes_before_the_packaged_one_and_that_before_the_model_
     assert tuned.tile_for(unknown, H200) == choose(unknown, H200)
 
 
-def test_a_packaged_tile_that_cannot_run_here_leaves_the_choice_to_the_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("user_s", [False, True])
+def test_specialized_warps_that_this_triton_lacks_leave_the_choice_to_the_model(tmp_path, monkeypatch, user_s):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    if user_s:
+        tune.store(tuned.tuned_path(H200.name), {tuned.tuned_key(GRAD_INPUT): VALID})
+    monkeypatch.setattr(triton, "__version__", "3.8.0")
     assert tuned.tile_for(GRAD_INPUT, H200) == choose(GRAD_INPUT, H200)
 
 
@@ -200,7 +208,10 @@ def test_a_forward_with_such_a_tile_launches_specialized_warps(monkeypatch, bias
     assert arguments[-12:-1] == (2 * 5 * 3 * 4, 20, 18, 31, 20, 18, 31, 50, 2, 2, 2)
 
 
-def test_a_packaged_tile_too_large_for_the_work_leaves_the_choice_to_the_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("user_s", [False, True])
+def test_a_tile_too_large_for_the_work_leaves_the_choice_to_the_model(tmp_path, monkeypatch, user_s):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if user_s:
+        tune.store(tuned.tuned_path(H200.name), {tuned.tuned_key(GRAD_INPUT): VALID})
     small = replace(GRAD_INPUT, samples=1, size=(16, 16, 16))
     assert tuned.tile_for(small, H200) == choose(small, H200)
