@@ -1,9 +1,9 @@
 """Measure tiles on the GPU at hand and keep the best: `python -m dwc_kernels.tune`.
 
 For each layer it checks and times the tiles that the model (`kernels.tiles`) ranks first, the one in the package, and
-those of specialized warps where they can run, at dilations 1, 2, 4 and 8, for which there is one tile. It stores the fastest in
-a JSON file named after the device in the user's cache folder, which the launchers read from then on. A tile whose result
-is wrong on this GPU is not taken. Nothing is tuned unless this command is called.
+those of specialized warps where they can run, at dilations 1, 2, 4 and 8, for which there is one tile. It stores the
+fastest in a JSON file named after the device in the user's cache folder, which the launchers read from then on. A tile
+whose result is wrong on this GPU is not taken. Nothing is tuned unless this command is called.
 """
 
 import argparse

@@ -155,8 +155,11 @@ def spills(problem: Problem, tile: Tile, chip: Chip) -> bool:
     one_tap = math.prod(problem.kernel) == 1
     if chip.arch == "sm_80":  # no copy engine for tensors: addresses take registers
         return tile.rows >= 128 or (tile.rows >= 64 and tile.columns >= 64 and not one_tap)
-    # ptxas keeps these within 128 registers.
-    return chip.arch == "sm_120" and one_tap and tile.rows >= (32 if problem.dtype == "tf32" else 64)
+    # ptxas keeps these within fewer registers than there are.
+    if chip.tensor_memory:
+        return tile.columns < 32 and tile.rows >= 64
+    most = 32 if problem.dtype == "tf32" else 64
+    return chip.arch == "sm_120" and ((tile.columns < 32 and tile.rows >= 128) or (one_tap and tile.rows >= most))
 
 
 def finished(problem: Problem, tile: Tile, chip: Chip) -> Tile:

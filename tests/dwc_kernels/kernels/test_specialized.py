@@ -2,9 +2,7 @@
 
 import csv
 import json
-from collections import defaultdict
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +14,11 @@ from dwc_kernels.kernels import launch, tiles, tuned
 from dwc_kernels.kernels.chips import CHIPS
 from dwc_kernels.kernels.specialized.variant import BARRIER_BYTES, candidates, variant_of
 from dwc_kernels.kernels.tiles import Problem, Tile, choose, problem_of
+from tests.dwc_kernels.h200 import RESULTS, mostly_sums, timed
 
 FORWARD = Problem("forward", "bf16", SAMPLES, SIZE, 96, 96, (3, 3, 3))
 GRAD_INPUT = replace(FORWARD, kind="grad_input")
 H200 = replace(CHIPS["sm_90"], name="NVIDIA H200")
-RESULTS = Path(__file__).parents[3] / "docs" / "results" / "kernels" / "h200"
 
 
 @pytest.mark.parametrize(
@@ -130,38 +128,18 @@ def test_the_user_s_tile_goes_before_the_packaged_one_and_that_before_the_model_
 def test_specialized_warps_that_this_triton_lacks_leave_the_choice_to_the_model(tmp_path, monkeypatch, user_s):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if user_s:
-        tune.store(tuned.tuned_path(H200.name), {tuned.tuned_key(GRAD_INPUT): VALID})
+        tune.store(tuned.tuned_path(H200.name), {tuned.tuned_key(GRAD_INPUT): asdict(candidates(GRAD_INPUT, H200)[0])})
     monkeypatch.setattr(triton, "__version__", "3.8.0")
     assert tuned.tile_for(GRAD_INPUT, H200) == choose(GRAD_INPUT, H200)
 
 
-def measured_milliseconds():
-    """Of every tile of every key: of the kernels as they are, the forward without waits for its products."""
-    times = defaultdict(dict)
-    for name, kinds in {
-        "tiles": {"grad_input", "grad_weight"},
-        "tiles_unsettled": {"forward"},
-        "tiles_unsettled_96": {"forward"},
-    }.items():
-        with (RESULTS / f"{name}.csv").open() as file:
-            rows = [row for row in csv.DictReader(file) if row["kind"] in kinds and row["unroll"] == "1"]
-        for row in rows:
-            shape = [int(row[n]) for n in ("channels", "filters", "kernel")]
-            problem = problem_of(row["kind"], row["dtype"], SAMPLES, SIZE, *shape[:2], (shape[2],) * 3)
-            box = tuple(map(int, row["box"].split("x")))
-            numbers = [int(row[n]) for n in ("summed", "wide", "tail", "chunk", "warps", "stages")]
-            of_key = times[tuned.tuned_key(problem)]
-            tile = Tile(box, *numbers)
-            of_key[tile] = min(of_key.get(tile, torch.inf), float(row["median_ms"]))
-    return times
-
-
-def test_every_packaged_tile_is_the_fastest_that_was_measured():
-    packaged, times = tuned.stored_tiles(tuned.measured_path(H200.name)), measured_milliseconds()
-    assert packaged.keys() == times.keys()
+def test_every_packaged_triton_tile_is_the_fastest_of_them_that_was_measured():
+    packaged, times = tuned.stored_tiles(tuned.measured_path(H200.name)), timed()
+    keys = {tuned.tuned_key(p): p for p in times if p.dtype == "bf16" and not mostly_sums(p)}
+    assert packaged.keys() == keys.keys()
     for key, tile in packaged.items():
         if tile.sharing is None:
-            assert tile == min(times[key], key=times[key].get), key
+            assert tile == min(times[keys[key]], key=times[keys[key]].get), key
 
 
 def test_specialized_warps_are_packaged_where_they_were_fastest_at_every_dilation():
@@ -177,7 +155,7 @@ def test_specialized_warps_are_packaged_where_they_were_fastest_at_every_dilatio
         ours = times["specialized, sharing 2" if dilation in "12" else "specialized, sharing 0"]
         assert ours < min(time for variant, time in times.items() if variant.startswith("triton"))
         if dilation == "1":
-            assert ours < 1e3 * min(measured_milliseconds()[key].values())
+            assert ours < 1e3 * min(timed()[GRAD_INPUT].values())
 
 
 class Launched(Exception):
@@ -212,6 +190,6 @@ def test_a_forward_with_such_a_tile_launches_specialized_warps(monkeypatch, bias
 def test_a_tile_too_large_for_the_work_leaves_the_choice_to_the_model(tmp_path, monkeypatch, user_s):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if user_s:
-        tune.store(tuned.tuned_path(H200.name), {tuned.tuned_key(GRAD_INPUT): VALID})
+        tune.store(tuned.tuned_path(H200.name), {tuned.tuned_key(GRAD_INPUT): asdict(candidates(GRAD_INPUT, H200)[0])})
     small = replace(GRAD_INPUT, samples=1, size=(16, 16, 16))
     assert tuned.tile_for(small, H200) == choose(small, H200)
