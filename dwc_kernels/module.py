@@ -161,7 +161,8 @@ class FFGConv3d(FFGModule):
 class FFGConvTranspose3d(FFGModule):
     """3D transposed convolution with fully factorized Gaussian weights, sampled by local reparameterization.
 
-    As `FFGConv3d`, with the arguments of `torch.nn.ConvTranspose3d`; weights are [C, F / groups, kD, kH, kW].
+    As `FFGConv3d`, with the arguments of `torch.nn.ConvTranspose3d`; weights are [C, F / groups, kD, kH, kW]. Every
+    voxel is drawn independently, here too.
     """
 
     def __init__(
@@ -242,7 +243,7 @@ class FFGLinear(FFGModule):
     """Linear layer with fully factorized Gaussian weights, sampled by local reparameterization.
 
     As `FFGConv3d`, with the arguments of `torch.nn.Linear`; weights are [out_features, in_features]. It is the 1x1x1
-    convolution of a volume whose voxels are the input's rows.
+    convolution of a volume whose voxels are the input's rows, each of which is drawn independently.
     """
 
     def __init__(

@@ -157,7 +157,9 @@ def spills(problem: Problem, tile: Tile, chip: Chip) -> bool:
         return tile.rows >= 128 or (tile.rows >= 64 and tile.columns >= 64 and not one_tap)
     # ptxas keeps these within fewer registers than there are.
     if chip.tensor_memory:
-        return tile.columns < 32 and tile.rows >= 64
+        return (tile.columns < 32 and tile.rows >= 64) or (
+            problem.dtype == "fp16" and tile.columns < 64 and tile.rows < 64
+        )
     most = 32 if problem.dtype == "tf32" else 64
     return chip.arch == "sm_120" and ((tile.columns < 32 and tile.rows >= 128) or (one_tap and tile.rows >= most))
 

@@ -34,13 +34,13 @@ BK = gl.constexpr(16)  # channels of one matrix instruction; its rows are M
 
 @gluon.constexpr_function
 def sums_layout(n):
-    """Of sums [M, n] in the registers of four warps."""
+    """The layout of sums [M, n] in the registers of four warps."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, n, 16])
 
 
 @gluon.constexpr_function
 def rows_layout(n):
-    """Of rows [M, BK] in registers, as an operand of a product with n columns."""
+    """The layout of rows [M, BK] in registers, as an operand of a product with n columns."""
     return gl.DotOperandLayout(operand_index=0, parent=sums_layout(n), k_width=2)
 
 

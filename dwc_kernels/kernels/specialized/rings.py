@@ -2,7 +2,7 @@
 
 One warp copies boxes of the row operand and weights, two draw noise. A slot of rows can hold the halo of several taps
 along D and H, which then share one copy: a line of eight voxels has the length at which the swizzle repeats. A shift
-along W is none of whole lines, so every tap along W has copies of its own.
+along W is not by whole lines, so every tap along W has copies of its own.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -40,19 +40,19 @@ NC = gl.constexpr(4)  # columns for which noise is drawn at a time
 
 @gluon.constexpr_function
 def slot_layout(rank):
-    """Of slots in shared memory, in lines of BC channels."""
+    """The layout of slots in shared memory, in lines of BC channels."""
     return gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=rank)
 
 
 @gluon.constexpr_function
 def runs_layout():
-    """Of runs of four rows [M / 4, NC], for whose elements noise is drawn together, in the threads of two warps."""
+    """The layout of runs of four rows [M / 4, NC], whose noise is drawn together, in the threads of two warps."""
     return gl.DistributedLinearLayout([], [[1, 0], [2, 0], [4, 0], [8, 0], [0, 1]], [[0, 2]], [], [M // 4, NC])
 
 
 @gluon.constexpr_function
 def noise_layout():
-    """Of noise [M, NC], or of more columns, in shared memory: almost no bank conflicts on its way to `sums_layout`."""
+    """The layout of noise [M, NC] or more columns in shared memory: `sums_layout` reads it with few bank conflicts."""
     return gl.SwizzledSharedLayout(vec=4, per_phase=1, max_phase=NC, order=[0, 1])
 
 

@@ -5,6 +5,7 @@
 runs these and, compiled, the tests that are interpreted elsewhere.
 """
 
+import copy
 from functools import partial
 
 import pytest
@@ -66,13 +67,12 @@ SPECIALIZED = {
 }
 
 
-@pytest.fixture(params=[0, 1, 2], ids=["64 + 32 columns", "64 columns", "32 columns"])
-def specialized_warps(request, monkeypatch):
-    """Every kernel that can runs with specialized warps."""
+def with_specialized_warps(columns, monkeypatch):
+    """Every kernel that can runs with specialized warps, with one of their choices of columns."""
 
     def tile_for(problem, chip):
         found = candidates(problem, chip)
-        return found[request.param] if found else tiles.choose(problem, chip)
+        return found[columns] if found else tiles.choose(problem, chip)
 
     if launch.chip_of(torch.device("cuda", 0)).arch != "sm_90":
         pytest.skip("specialized warps need sm_90")
@@ -80,6 +80,19 @@ def specialized_warps(request, monkeypatch):
     launch.forget_plans()
     yield
     launch.forget_plans()
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["64 + 32 columns", "64 columns", "32 columns"])
+def specialized_warps(request, monkeypatch):
+    yield from with_specialized_warps(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["triton", "specialized warps"])
+def either_form(request, monkeypatch):
+    if request.param == "triton":
+        yield
+    else:
+        yield from with_specialized_warps(0, monkeypatch)
 
 
 @pytest.mark.usefixtures("poisoned_memory", "specialized_warps")
@@ -138,6 +151,7 @@ def test_repeated_steps_give_the_same_bits_and_those_of_the_operators():
         assert all(torch.equal(a, b) for a, b in zip(other, first, strict=True))
 
 
+@pytest.mark.usefixtures("either_form")
 def test_a_cuda_graph_replays_a_step_with_the_seed_that_stands_in_memory():
     layer, x = layer_and_input()
     seed = torch.tensor(5)
@@ -158,6 +172,7 @@ def test_a_cuda_graph_replays_a_step_with_the_seed_that_stands_in_memory():
             assert torch.equal(ours, eager)
 
 
+@pytest.mark.usefixtures("either_form")
 def test_two_streams_do_not_disturb_each_other():
     layers = [layer_and_input() for _ in range(2)]
     expected = [layer(x, seed=7).clone() for layer, x in layers]
@@ -174,12 +189,13 @@ def test_two_streams_do_not_disturb_each_other():
 
 
 def test_a_network_under_autocast_learns_as_with_the_reference():
+    torch.manual_seed(0)
+    network = MeshNet(n_classes=5, width=21, dilations=(1, 2, 4, 8, 1)).to("cuda")
     x = torch.randn(2, 1, 32, 32, 32)
     labels = (x[:, 0] > 0).long() + (x[:, 0] > 1).long()
     histories = []
     for backend in ("triton", "reference"):
-        torch.manual_seed(0)
-        net, history = MeshNet(n_classes=5, width=21, dilations=(1, 2, 4, 8, 1)).to("cuda"), []
+        net, history = copy.deepcopy(network), []
         for layer in net.layers:
             layer.backend = backend
         optimizer = torch.optim.Adam(net.parameters(), 1e-2, fused=True)
