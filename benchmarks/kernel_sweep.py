@@ -141,8 +141,10 @@ def spelled(tile: Tile) -> str:
 
 
 def compiled(case: Case) -> Fact:
-    """Compile one case."""
+    """Compile one case; RuntimeError where nothing is left of it."""
     problem, c = case.problem, compile_kernel(case.problem, case.tile, case.arch)
+    if not c.matrix_opcode:
+        raise RuntimeError(f"the compiler left no product of {case}")
     return Fact(
         source_hash(case), case.arch, problem.dtype, problem.kind, *case.shape, case.edges, spelled(case.tile),
         c.registers, c.spills, c.stack, c.local, int(c.serialized), c.full_waits, c.barriers,

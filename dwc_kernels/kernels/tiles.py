@@ -35,6 +35,7 @@ __all__ = [
     "shared_bytes",
     "splits",
     "stacks",
+    "tensor_columns",
 ]
 
 KINDS = ("forward", "grad_input", "grad_weight")
@@ -113,6 +114,7 @@ BARRIERS = 512  # bytes of shared memory that a pipeline's barriers take at most
 CHUNK = 8  # columns finished at a time; more of them spill
 LATENCY = {"forward": 400, "grad_input": 700, "grad_weight": 2200}  # cycles of a step that nothing of it hides
 EPILOGUE = {"forward": 1.4, "grad_input": 2.0, "grad_weight": 0.0}  # cycles for each element of a tile
+TENSOR_COLUMNS = 512  # of 128 words
 STACKED_BUFFER = 8 << 10  # bytes through which stacked rows reach tensor memory, as compiled
 STACKED_ROWS = 128  # of grad_weight: four taps of 32 channels
 
@@ -171,13 +173,26 @@ def finished(problem: Problem, tile: Tile, chip: Chip) -> Tile:
     """
     straddling = problem.kind == "forward" and problem.size[2] % 4 != 0
     full = chip.arch == "sm_90" and registers(problem, tile, chip) > 0.9 * chip.holds
+    full |= chip.tensor_memory and tile.channels >= 64
     return replace(tile, chunk=CHUNK // 2) if straddling and full and problem.dtype == "tf32" else tile
 
 
 def fits(problem: Problem, tile: Tile, chip: Chip) -> bool:
-    """Whether the chip's shared memory and a thread's registers hold what the tile needs."""
+    """Whether the chip's shared and tensor memory and a thread's registers hold what the tile needs."""
     shared = shared_bytes(problem, tile, chip) + BARRIERS
-    return shared <= chip.shared and registers(problem, tile, chip) <= chip.holds
+    tensor = tensor_columns(problem, tile) if chip.tensor_memory else 0
+    return shared <= chip.shared and tensor <= TENSOR_COLUMNS and registers(problem, tile, chip) <= chip.holds
+
+
+def tensor_columns(problem: Problem, tile: Tile) -> float:
+    """Columns of tensor memory for the sums and for the operands that pass through registers.
+
+    Of a kernel that needs more than there are, Triton 3.7.1 leaves nothing and says nothing.
+    """
+    if problem.kind == "grad_weight":
+        return 2 * tile.columns
+    operands = square_bytes(problem) + (problem.itemsize if problem.itemsize == 4 else 0)
+    return tile.rows / 128 * (2 * tile.columns + tile.channels * operands / 4)
 
 
 def operand_bytes(problem: Problem, tile: Tile) -> tuple[int, int]:

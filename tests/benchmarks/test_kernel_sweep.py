@@ -12,7 +12,7 @@ import pytest
 from benchmarks import kernel_sweep
 from benchmarks.kernel_sweep import ARCHITECTURES, DTYPES, EDGES, Case, Fact, cases, summary
 from dwc_kernels.kernels.chips import CHIPS
-from dwc_kernels.kernels.tiles import BARRIERS, shared_bytes
+from dwc_kernels.kernels.tiles import BARRIERS, shared_bytes, tensor_columns
 
 TABLE = Path(__file__).parents[2] / "docs" / "results" / "kernels" / "sweep.csv"
 README = Path(__file__).parents[2] / "dwc_kernels" / "README.md"
@@ -183,6 +183,18 @@ def test_the_committed_table_has_the_tiles_that_are_chosen_now_none_twice_and_ag
     for asked, fact in committed.items():
         assert chosen[asked] == fact.shared_model, fact
         assert 0 <= fact.shared - fact.shared_model <= BARRIERS, fact
+
+
+def test_no_committed_kernel_is_empty_or_serialized():
+    for fact in kernel_sweep.read(TABLE):
+        assert fact.registers >= 32, fact  # of an empty one ptxas says 4
+        assert not fact.serialized, fact
+
+
+def test_no_tile_needs_more_tensor_memory_than_there_is(every_case):
+    for case in every_case:
+        if CHIPS[case.arch].tensor_memory:
+            assert tensor_columns(case.problem, case.tile) <= 512, case
 
 
 def test_the_readme_counts_the_committed_cases_and_their_spills(every_case):
