@@ -53,7 +53,7 @@ class Row:
     chunk: int
     warps: int
     stages: int
-    sharing: int | None
+    specialized: bool
     median_ms: float
     model_ms: float | None
 
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             problem, chip = problem_and_chip(kind, layer, DTYPES[dtype])
             measured = statistics.median(device_times(call_of(kind, layer, DTYPES[dtype], tile), options.repeats))
-            model = 1e3 * estimate(problem, tile, chip)["total"] / chip.clock if tile.sharing is None else None
+            model = 1e3 * estimate(problem, tile, chip)["total"] / chip.clock if not tile.specialized else None
             box, *rest = astuple(tile)
             row = Row(device, dtype, kind, *layer, "x".join(map(str, box)), *rest, measured, model)
             writer.writerow(astuple(row))

@@ -41,27 +41,14 @@ def _implementation(backend: str) -> ModuleType:
     return kernels
 
 
-def _sampled(
-    x: Tensor,
-    weight_mu: Tensor,
-    weight_sigma: Tensor,
-    bias_mu: Tensor | None,
-    bias_sigma: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    seed: Tensor,
-    backend: str,
-    keep_r: bool,
-    transposed_size: Sequence[int] | None,
-) -> tuple[Tensor, Tensor]:
-    """`ffg_conv3d` with r in whatever layout the backend has it."""
-    arguments = (x, weight_mu, weight_sigma, bias_mu, bias_sigma, tuple(stride), tuple(padding), tuple(dilation))
+def _sampled(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """`ffg_conv3d`, of which these are the arguments, with r in whatever layout the backend has it."""
+    *weights, stride, padding, dilation, groups, seed, backend, keep_r, transposed_size = rest
+    arguments = (x, *weights, tuple(stride), tuple(padding), tuple(dilation), groups, seed)
     with _as_given(x):
         if transposed_size:
-            return reference.forward(*arguments, groups, seed, keep_r=keep_r, transposed_size=tuple(transposed_size))
-        return _implementation(backend).forward(*arguments, groups, seed, keep_r=keep_r)
+            return reference.forward(*arguments, keep_r=keep_r, transposed_size=tuple(transposed_size))
+        return _implementation(backend).forward(*arguments, keep_r=keep_r)
 
 
 def _r_layout(x: Tensor, backend: str) -> torch.memory_format:

@@ -61,6 +61,36 @@ def as_tuple(results: Tensor | Results) -> Results:
     return (results,) if isinstance(results, Tensor) else results
 
 
+def runner(x: Tensor, mu: Tensor, sigma: Tensor, kind: str) -> Callable[..., Results]:
+    """A function that runs one kernel of a layer: run(backend, convert, dilation, width, **options).
+
+    ``backend`` is a module with the kernels' functions, ``convert`` is applied to each tensor, and of the volumes only
+    ``width`` voxels along W are taken.
+    """
+    one = (1, 1, 1)
+    seed = torch.zeros((), dtype=torch.int64, device=x.device)
+    b_mu = torch.linspace(-1, 1, mu.shape[0], dtype=x.dtype, device=x.device)
+    b_sigma = b_mu.abs() + 0.1
+    y, r = reference.forward(x, mu, sigma, b_mu, b_sigma, one, tuple(k // 2 for k in mu.shape[2:]), one, 1, seed)
+
+    def run(
+        backend: Any, convert: Callable[[Tensor], Tensor], dilation: int = 1, width: int = x.shape[-1], **options: Any
+    ) -> Results:
+        geometry: tuple[Any, ...] = (one, tuple(k // 2 * dilation for k in mu.shape[2:]), (dilation,) * 3, 1)
+        volumes = (t[..., :width] for t in (y, r, x))
+        g_, r_, x_, mu_, sigma_, b_mu_, b_sigma_ = map(convert, (*volumes, mu, sigma, b_mu, b_sigma))
+        if kind == "grad_weight":
+            options["bias_sigma"] = b_sigma_
+        arguments = {
+            "forward": (x_, mu_, sigma_, b_mu_, b_sigma_, *geometry, seed),
+            "grad_input": (g_, r_, x_, mu_, sigma_, *geometry),
+            "grad_weight": (g_, r_, x_, sigma_, *geometry),
+        }[kind]
+        return as_tuple(getattr(backend, kind)(*arguments, **options))
+
+    return run
+
+
 def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: int) -> dict[str, dict[str, Any]]:
     """Check and time the best-ranked tiles of the three kernels for one layer; the fastest of each, by `tuned_key`.
 
@@ -72,86 +102,66 @@ def tune_layer(x: Tensor, mu: Tensor, sigma: Tensor, *, n_tiles: int, repeats: i
     ValueError
         If no tile of a kernel fits this GPU and is right.
     """
+    return dict(
+        tune_kernel(kind, x, mu, runner(x, mu, sigma, kind), n_tiles, repeats)
+        for kind in ("forward", "grad_input", "grad_weight")
+    )
+
+
+def tune_kernel(
+    kind: str, x: Tensor, mu: Tensor, run: Callable[..., Results], n_tiles: int, repeats: int
+) -> tuple[str, dict[str, Any]]:
+    """The `tuned_key` of one kernel and its fastest tile."""
     from triton.runtime.errors import OutOfResources
 
     from dwc_kernels import kernels
     from dwc_kernels.kernels.launch import Plan, asked
     from dwc_kernels.kernels.specialized import variant
     from dwc_kernels.kernels.tiles import Tile, ranked
-    from dwc_kernels.kernels.tuned import measured_path, stored_tiles, tuned_key
+    from dwc_kernels.kernels.tuned import measured_path, measured_tile, tuned_key
 
-    one, width = (1, 1, 1), x.shape[-1]
+    width = x.shape[-1]
     dilations = DILATIONS if max(mu.shape[2:]) > 1 else (1,)
-    seed = torch.zeros((), dtype=torch.int64, device=x.device)
-    b_mu = torch.linspace(-1, 1, mu.shape[0], dtype=x.dtype, device=x.device)
-    b_sigma = b_mu.abs() + 0.1
-    y, r = reference.forward(x, mu, sigma, b_mu, b_sigma, one, tuple(k // 2 for k in mu.shape[2:]), one, 1, seed)
-    best = {}
-    for kind in ("forward", "grad_input", "grad_weight"):
+    everywhere = [*((dilation, width) for dilation in dilations), (1, width - 1)]
+    problem, chip = asked(kind, x, x.shape[2:], mu, (1, 1, 1), 1)
+    key, by_estimate = tuned_key(problem), ranked(problem, chip)
+    precision = Plan(problem, chip, by_estimate[0]).precision
+    rounding = 2.0**-11 if precision == "tf32" and x.dtype == torch.float32 else torch.finfo(x.dtype).eps
 
-        def run(
-            backend: Any,
-            convert: Callable[[Tensor], Tensor],
-            dilation: int = 1,
-            width: int = width,
-            kind: str = kind,
-            **options: Any,
-        ) -> Results:
-            padding = tuple(k // 2 * dilation for k in mu.shape[2:])
-            geometry: tuple[Any, ...] = (one, padding, (dilation,) * 3, 1)
-            volumes = (t[..., :width] for t in (y, r, x))
-            g_, r_, x_, mu_, sigma_, b_mu_, b_sigma_ = map(convert, (*volumes, mu, sigma, b_mu, b_sigma))
-            if kind == "grad_weight":
-                options["bias_sigma"] = b_sigma_
-            arguments = {
-                "forward": (x_, mu_, sigma_, b_mu_, b_sigma_, *geometry, seed),
-                "grad_input": (g_, r_, x_, mu_, sigma_, *geometry),
-                "grad_weight": (g_, r_, x_, sigma_, *geometry),
-            }[kind]
-            return as_tuple(getattr(backend, kind)(*arguments, **options))
+    @cache
+    def expected(*where: int) -> tuple[Results, list[float]]:
+        exact = run(reference, Tensor.double, *where)
+        return exact, relative_errors(run(reference, Tensor.contiguous, *where), exact)
 
-        problem, chip = asked(kind, x, tuple(y.shape[2:]), mu, one, 1)
-        by_estimate = ranked(problem, chip)
-        plan = Plan(problem, chip, by_estimate[0])
-        rounding = 2.0**-11 if plan.precision == "tf32" and x.dtype == torch.float32 else torch.finfo(x.dtype).eps
-
-        @cache
-        def expected(*where: int, run: Callable[..., Results] = run) -> tuple[Results, list[float]]:
-            exact = run(reference, Tensor.double, *where)
-            return exact, relative_errors(run(reference, Tensor.contiguous, *where), exact)
-
-        key = tuned_key(problem)
-        packaged = stored_tiles(measured_path(chip.name)).get(key)
-        tried = by_estimate[:n_tiles] + variant.candidates(problem, chip) + ([packaged] if packaged else [])
-        times: dict[Tile, tuple[float, float]] = {}
-        for tile in dict.fromkeys(tried):
-            call = partial(run, kernels, lambda t: t, tile=tile)
-            errors, allowed = [], []
-            try:
-                everywhere = [*((dilation, width) for dilation in dilations), (1, width - 1)]
-                for where in [(1, width)] if tile.sharing is None else everywhere:
-                    exact, composed = expected(*where)
-                    errors += relative_errors(call(*where), exact)
-                    allowed += [2 * theirs + rounding for theirs in composed]
-            except OutOfResources as error:
-                print(f"{tile} does not fit: {error}", flush=True)
-                continue
-            if not all(ours <= most for ours, most in zip(errors, allowed, strict=True)):
-                print(f"{tile} is wrong on this GPU, errors {errors}: not taken", file=sys.stderr, flush=True)
-                continue
-            medians = [statistics.median(device_times(partial(call, dilation), repeats)) for dilation in dilations]
-            times[tile] = statistics.mean(medians), host_time(call, repeats)
-        if not times:
-            raise ValueError(
-                f"none of the {len(tried)} tiles tried for {key} fits {chip.name} and is right "
-                "there; try more with --tiles, or use backend='reference'"
-            )
-        tile = min(times, key=lambda t: times[t][0])
-        theirs = f"{times[by_estimate[0]][0]:.3f} ms" if by_estimate[0] in times else "does not run"
-        print(f"{key}: {times[tile][0]:.3f} ms on the GPU, {times[tile][1]:.3f} ms of the host, with {tile} "
-              f"(the model's choice: {theirs})", flush=True)  # fmt: skip
-        best[key] = asdict(tile)
-    return best
+    packaged = measured_tile(problem, chip, measured_path(chip.name))
+    tried = dict.fromkeys(by_estimate[:n_tiles] + variant.candidates(problem, chip) + ([packaged] if packaged else []))
+    times: dict[Tile, tuple[float, float]] = {}
+    for tile in tried:
+        call = partial(run, kernels, lambda t: t, tile=tile)
+        errors, allowed = [], []
+        try:
+            for where in everywhere if tile.specialized else [(1, width)]:
+                exact, composed = expected(*where)
+                errors += relative_errors(call(*where), exact)
+                allowed += [2 * theirs + rounding for theirs in composed]
+        except OutOfResources as error:
+            print(f"{tile} does not fit: {error}", flush=True)
+            continue
+        if not all(ours <= most for ours, most in zip(errors, allowed, strict=True)):
+            print(f"{tile} is wrong on this GPU, errors {errors}: not taken", file=sys.stderr, flush=True)
+            continue
+        medians = [statistics.median(device_times(partial(call, dilation), repeats)) for dilation in dilations]
+        times[tile] = statistics.mean(medians), host_time(call, repeats)
+    if not times:
+        raise ValueError(
+            f"none of the {len(tried)} tiles tried for {key} fits {chip.name} and is right "
+            "there; try more with --tiles, or use backend='reference'"
+        )
+    tile = min(times, key=lambda t: times[t][0])
+    theirs = f"{times[by_estimate[0]][0]:.3f} ms" if by_estimate[0] in times else "does not run"
+    print(f"{key}: {times[tile][0]:.3f} ms on the GPU, {times[tile][1]:.3f} ms of the host, with {tile} "
+          f"(the model's choice: {theirs})", flush=True)  # fmt: skip
+    return key, asdict(tile)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -153,7 +153,7 @@ def forward(
         a = voxels_last(x) if stride == ONE else split_phases(x, stride)
     if bias_mu is not None and bias_sigma is not None:
         bias_mu, bias_sigma = bias_mu.contiguous(), bias_sigma.contiguous()
-    if plan.tile.sharing is not None:
+    if plan.tile.specialized:
         from dwc_kernels.kernels.specialized import launch
 
         launch.launch_forward(plan, a, geometry, weights, bias_mu, bias_sigma, y, r, seed)

@@ -105,7 +105,7 @@ def grad_input(
     dx = torch.empty_like(x)
     weights = packed_adjoint(weight_mu, weight_sigma, plan.precision, r)
     g, r = voxels_last(g), voxels_last(r)
-    if plan.tile.sharing is not None:
+    if plan.tile.specialized:
         from dwc_kernels.kernels.specialized import launch
 
         launch.launch_grad_input(plan, g, r, geometry, weights, x, dx)

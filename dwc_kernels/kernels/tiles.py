@@ -94,7 +94,7 @@ class Tile:
     chunk: int  # columns finished at a time
     warps: int
     stages: int
-    sharing: int | None = None  # of `specialized`: along how many dimensions taps share a copy, at most
+    specialized: bool = False  # whether it is one of `specialized.variant`
 
     @property
     def rows(self) -> int:

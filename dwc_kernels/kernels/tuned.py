@@ -13,7 +13,7 @@ from dwc_kernels.kernels.chips import Chip
 from dwc_kernels.kernels.specialized import variant
 from dwc_kernels.kernels.tiles import Problem, Tile, choose, fits, programs
 
-__all__ = ["measured_path", "stored_tiles", "tile_for", "tuned_key", "tuned_path"]
+__all__ = ["measured_path", "measured_tile", "stored_tiles", "tile_for", "tuned_key", "tuned_path"]
 
 TUNE_AGAIN = "delete it, or run python -m dwc_kernels.tune again"
 
@@ -42,14 +42,14 @@ def tuned_key(problem: Problem) -> str:
 
 def stored_tile(values: Any) -> Tile:
     """A tile from its JSON; ValueError for what no kernel runs with."""
-    if not isinstance(values, dict) or set(values) | {"sharing"} != {f.name for f in fields(Tile)}:
+    if not isinstance(values, dict) or set(values) | {"specialized"} != {f.name for f in fields(Tile)}:
         raise ValueError("its fields are not those of a tile")
-    box, sharing = values["box"], values.get("sharing")
-    if sharing is not None and (type(sharing) is not int or sharing not in (0, 1, 2)):
-        raise ValueError(f"sharing {sharing!r} is neither null nor 0, 1 or 2")
+    box, specialized = values["box"], values.get("specialized", False)
+    if not isinstance(specialized, bool):
+        raise ValueError(f"specialized {specialized!r} is neither true nor false")
     if not isinstance(box, list) or len(box) != 3:
         raise ValueError(f"box {box!r} is no list of three")
-    numbers = [*box, *(v for name, v in values.items() if name not in ("box", "sharing"))]
+    numbers = [*box, *(v for name, v in values.items() if name not in ("box", "specialized"))]
     if not all(type(n) is int for n in numbers):
         raise ValueError("a value is no integer")
     tile = Tile(**{**values, "box": tuple(box)})
@@ -92,16 +92,28 @@ def tile_for(problem: Problem, chip: Chip) -> Tile:
 
     The model's, too, where there is too little work for a tile that was measured with more.
     """
-    path, key = tuned_path(chip.name), tuned_key(problem)
-    for source in (path, measured_path(chip.name)):
-        tile = stored_tiles(source).get(key)
-        if tile is None or (tile.sharing is not None and not variant.known_triton()):
-            continue
-        if not (fits if tile.sharing is None else variant.fits)(problem, tile, chip):
-            raise ValueError(f"{source}: the tile of {key} does not fit {chip.name}; {TUNE_AGAIN}")
-        if _fills(problem, tile, chip):
+    for source in (tuned_path(chip.name), measured_path(chip.name)):
+        tile = measured_tile(problem, chip, source)
+        if tile is not None and _fills(problem, tile, chip):
             return tile
     return choose(problem, chip)
+
+
+def measured_tile(problem: Problem, chip: Chip, source: Path) -> Tile | None:
+    """The tile that a file has for a problem; None without one, or if it is of kernels that this Triton lacks.
+
+    Raises
+    ------
+    ValueError
+        If it does not fit the chip, naming the file.
+    """
+    key = tuned_key(problem)
+    tile = stored_tiles(source).get(key)
+    if tile is None or (tile.specialized and not variant.known_triton()):
+        return None
+    if not (variant.fits if tile.specialized else fits)(problem, tile, chip):
+        raise ValueError(f"{source}: the tile of {key} does not fit {chip.name}; {TUNE_AGAIN}")
+    return tile
 
 
 def _fills(problem: Problem, tile: Tile, chip: Chip) -> bool:

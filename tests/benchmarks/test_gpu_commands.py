@@ -208,7 +208,7 @@ def test_specialized_warps_are_taken_if_they_win_and_are_right_at_every_dilation
     x, mu = torch.randn(1, 5, 2, 4, 4), torch.randn(6, 5, 1, 1, 3)
     sigma = mu.abs()
     plan = Plan.of("forward", x, x.shape[2:], mu, (1, 1, 1), 1, None)
-    specialized = replace(plan.tile, sharing=2)
+    specialized = replace(plan.tile, specialized=True)
     right, seen = kernels.forward, set()
 
     def forward(*arguments, tile, **options):
@@ -229,6 +229,16 @@ def test_specialized_warps_are_taken_if_they_win_and_are_right_at_every_dilation
     assert seen == {(1, 4), (2, 4), (4, 4), (8, 4), (1, 3)}
     assert (best == tune.asdict(specialized)) == (wrong_at is None)
     assert ("not taken" in capsys.readouterr().err) == (wrong_at is not None)
+
+
+def test_the_tuner_tries_the_packaged_tile_too(pretended_gpu, monkeypatch):
+    x, mu, sigma = layer_to_tune()
+    plan = Plan.of("forward", x, x.shape[2:], mu, (1, 1, 1), 1, None)
+    packaged, right, seen = tiles.ranked(plan.problem, plan.chip)[-1], kernels.forward, set()
+    monkeypatch.setattr(tuned, "measured_tile", lambda problem, *_: packaged if problem.kind == "forward" else None)
+    monkeypatch.setattr(kernels, "forward", lambda *a, tile, **k: seen.add(tile) or right(*a, tile=tile, **k))
+    tune.tune_layer(x, mu, sigma, n_tiles=1, repeats=1)
+    assert seen == {plan.tile, packaged}
 
 
 def test_no_tile_that_fits_is_an_error_in_words(pretended_gpu, monkeypatch):

@@ -51,14 +51,13 @@ def variant_of(
 ) -> Variant | None:
     """How a launch runs with ``shared`` bytes of memory; None if it holds less than two slots of rows.
 
-    Taps share their copies along as many dimensions as the tile says and the memory allows, first D, then H.
+    Taps share their copies along D and H, or along D, or not at all, as the memory allows.
     """
     pair = problem.kind == "grad_input"
     d, h, w = (n if k > 1 else 1 for n, k in zip(dilation, problem.kernel, strict=True))
     noise_slots = 0 if pair else BOX[0] * tile.columns // COLUMNS
     left = shared - BARRIER_BYTES - 4 * tile.columns * CHANNELS * tile.stages - NOISE_BYTES * noise_slots
-    for sharing in range(tile.sharing or 0, -1, -1):
-        share_d, share_h = sharing >= 1, sharing >= 2
+    for share_d, share_h in ((True, True), (True, False), (False, False)):
         planes = BOX[0] + share_d * d * (problem.kernel[0] - 1)
         rest = share_h * h * (problem.kernel[1] - 1)
         row_slots = left // ((1 + pair) * planes * (BOX[1] + rest) * LINE_BYTES)
@@ -83,7 +82,9 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     if problem.stride != (1, 1, 1) or problem.folded:
         return []
     chunk = 8 if problem.kind == "forward" else 16
-    tiles = [Tile(BOX, CHANNELS, wide, tail, chunk, 4, 5, sharing=2) for wide, tail in ((64, 32), (64, 0), (32, 0))]
+    tiles = [
+        Tile(BOX, CHANNELS, wide, tail, chunk, 4, 5, specialized=True) for wide, tail in ((64, 32), (64, 0), (32, 0))
+    ]
     return [tile for tile in tiles if variant_of(problem, tile, (1, 1, 1), chip.shared)]
 
 

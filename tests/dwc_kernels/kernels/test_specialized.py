@@ -75,7 +75,7 @@ def test_taps_share_copies_until_the_dilation_takes_too_much_memory():
 def test_the_model_never_chooses_specialized_warps():
     for kind in tiles.KINDS:
         problem = replace(FORWARD, kind=kind)
-        assert all(tile.sharing is None for tile in tiles.candidates(problem, H200))
+        assert all(not tile.specialized for tile in tiles.candidates(problem, H200))
         assert tuned.tile_for(problem, replace(H200, name="never measured")) == choose(problem, H200)
 
 
@@ -104,7 +104,9 @@ def test_a_file_of_an_earlier_version_is_read_as_far_as_its_tiles_still_run(tmp_
     assert tuned.tile_for(FORWARD, replace(H200, name="gpu")) == expected
 
 
-@pytest.mark.parametrize("change", [{"sharing": 3}, {"sharing": True}, {"sharing": "2"}, {"warps": 8}, {"wide": 128}])
+@pytest.mark.parametrize(
+    "change", [{"specialized": 2}, {"specialized": None}, {"specialized": "true"}, {"warps": 8}, {"wide": 128}]
+)
 def test_a_stored_tile_that_specialized_warps_cannot_run_names_the_file(tmp_path, monkeypatch, change):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     write(tuned.tuned_path("gpu"), VALID | change)
@@ -119,7 +121,7 @@ def test_the_user_s_tile_goes_before_the_packaged_one_and_that_before_the_model_
     other = next(t for t in tiles.candidates(FORWARD, H200) if t != packaged)
     tune.store(tuned.tuned_path(H200.name), {tuned.tuned_key(FORWARD): asdict(other)})
     assert tuned.tile_for(FORWARD, H200) == other
-    assert tuned.tile_for(GRAD_INPUT, H200).sharing is not None
+    assert tuned.tile_for(GRAD_INPUT, H200).specialized
     unknown = replace(FORWARD, columns=77)
     assert tuned.tile_for(unknown, H200) == choose(unknown, H200)
 
@@ -138,13 +140,13 @@ def test_every_packaged_triton_tile_is_the_fastest_of_them_that_was_measured():
     keys = {tuned.tuned_key(p): p for p in times if p.dtype == "bf16" and not mostly_sums(p)}
     assert packaged.keys() == keys.keys()
     for key, tile in packaged.items():
-        if tile.sharing is None:
+        if not tile.specialized:
             assert tile == min(times[keys[key]], key=times[keys[key]].get), key
 
 
 def test_specialized_warps_are_packaged_where_they_were_fastest_at_every_dilation():
     packaged = tuned.stored_tiles(tuned.measured_path(H200.name))
-    (key,) = [key for key, tile in packaged.items() if tile.sharing is not None]
+    (key,) = [key for key, tile in packaged.items() if tile.specialized]
     assert key == tuned.tuned_key(GRAD_INPUT)
     assert packaged[key] == candidates(GRAD_INPUT, H200)[0]
     with (RESULTS / "gluon.csv").open() as file:
