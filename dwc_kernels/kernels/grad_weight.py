@@ -223,6 +223,11 @@ def grad_weight_kernel(
             bias_sums(g_tail_desc, r_tail_desc, bias_out, share, shares, f0 + N0, N, D, H, W, F, BD, BH, BW, N1, ARCH)
 
 
+# Rows, filters and splits of a program of `sum_kernel`: small, so that many sum the many splits of few weights. The
+# interpreter runs one program after the other.
+SUMS, INTERPRETED_SUMS = (4, 32, 16), (32, 64, 1)
+
+
 @triton.jit(do_not_specialize=["splits", "stacks", "F", "WIDTH", "C"])
 def sum_kernel(
     partial,  # [splits, 2, stacks, 128, WIDTH]
@@ -327,8 +332,7 @@ def grad_weight(
     dmu, dsigma = torch.empty_like(weight_sigma), torch.empty_like(weight_sigma)
     db_mu, db_sigma = (weight_sigma.new_empty(n_filters if has_bias else 0) for _ in range(2))
     biases = (None,) * 3 if bias_sigma is None else (bias_sigma.contiguous(), db_mu, db_sigma)
-    # Small blocks make many programs, so that many splits of few weights are summed side by side.
-    rows, columns, block = (32, 64, 1) if plan.chip.arch == "interpreter" else (4, 32, 16)
+    rows, columns, block = INTERPRETED_SUMS if plan.chip.arch == "interpreter" else SUMS
     run_on(
         x.device, sum_kernel, stacks * (STACKED_ROWS // rows) * -(-n_filters // columns),
         sums, bias_sums, weight_sigma, dmu, dsigma, *biases, parts, stacks, n_filters, width, channels,

@@ -176,14 +176,17 @@ def test_every_tile_gives_the_same_to_rounding_and_one_tile_the_same_bits():
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-3)
 
 
-def test_weight_sums_split_over_programs_add_up(monkeypatch):
+@pytest.mark.parametrize("n_splits", [3, 20])
+def test_weight_sums_split_over_programs_add_up(monkeypatch, n_splits):
     module = sys.modules["dwc_kernels.kernels.grad_weight"]
+    monkeypatch.setattr(module, "INTERPRETED_SUMS", module.SUMS)
     x, _, sigma = (t.detach() for t in make(c=5, f=6, kernel=(1, 3, 1), size=(5, 6, 9), batch=2, bias=False))
     g, r = torch.randn(2, 6, 5, 6, 9), torch.randn(2, 6, 5, 6, 9)
     geometry = (ONE, (0, 1, 0), ONE, 1)
-    monkeypatch.setattr(module, "splits", lambda *_: 3)
-    ours = kernels.grad_weight(g, r, x, sigma, *geometry)
-    for o, e in zip(ours, reference.grad_weight(g, r, x, sigma, *geometry), strict=True):
+    monkeypatch.setattr(module, "splits", lambda *_: n_splits)
+    bias_sigma = torch.rand(6)
+    ours = kernels.grad_weight(g, r, x, sigma, *geometry, bias_sigma=bias_sigma)
+    for o, e in zip(ours, reference.grad_weight(g, r, x, sigma, *geometry, bias_sigma=bias_sigma), strict=True):
         torch.testing.assert_close(o, e, rtol=1e-4, atol=1e-4)
 
 
